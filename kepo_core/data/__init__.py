@@ -1,0 +1,1 @@
+"""What is asked: rows, their sources, splits and samples."""

@@ -1,0 +1,1 @@
+"""The paper, section by section: prompts, rewards, objective, exploration, teacher, trainer."""

@@ -1,0 +1,1 @@
+"""The experiment: models, evaluation, statistics, run folders, figures, reports."""
