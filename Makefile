@@ -1,0 +1,63 @@
+# Every target does the whole set-up first: a virtual environment, the locked dependencies, this package.
+# Inside an environment of your own (conda, say): make VENV="$CONDA_PREFIX" train
+VENV ?= .venv
+PYTHON ?= python3
+NOTEBOOK ?= notebooks/03_train_kepo.ipynb
+TAU ?= 1
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.kepo-installed
+
+.PHONY: help install train test test-all lab lint format lock clean
+
+help:
+	@echo "make train      train, explore, distil and evaluate (notebook 03) into a new folder under results/"
+	@echo "make test       linter, type checker, tests (at most 15 minutes on two cores); test-all adds the long ones"
+	@echo "make lab        JupyterLab on notebooks/"
+	@echo "make lint       linter and type checker only; format rewrites the sources"
+	@echo "make lock       resolve requirements.lock anew"
+	@echo "make clean      remove the environment and the caches; results stay"
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "make: $(PYTHON) is missing or older than Python 3.11; say which one to use: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The lock is complete, so nothing is resolved in its step. torch is not in it (see pyproject.toml): the second step
+# installs the pinned version, in the build that pip's settings find for this machine, and then this package.
+# The stamp is written last: an interrupted installation is taken up again.
+$(STAMP): requirements.lock pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/kepo run $(NOTEBOOK) -p tau $(TAU)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m ""
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab notebooks
+
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	find kepo_core tests -name __pycache__ -type d -prune -exec rm -rf {} +
