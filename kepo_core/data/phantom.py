@@ -1,0 +1,224 @@
+"""PhantomVQA: a small world of pictures, facts and multiple-choice questions, in OmniMedVQA's raw layout.
+
+Each picture shows one or two equal findings with five facts (kind, place, size, number, contrast) in one of
+eight looks. Questions follow OmniMedVQA's five types; *Disease Diagnosis* and *Lesion Grading* need two
+facts put together. The words are invented where they would otherwise sound medical: nothing here has medical
+meaning. :func:`ensure_phantom` writes the whole set once; the loader for real data reads it.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kepo_core.data.phantom_render import render
+from kepo_core.data.records import LETTERS, MODALITIES
+
+VERSION = "1"  # part of the cache folder's name: raise it with every change to what is written
+KINDS = ("disc", "ring", "bar", "cross")
+PLACES = ("upper left", "upper right", "lower left", "lower right")
+SIZES = ("small", "large")
+NUMBERS = ("one", "two")
+CONTRASTS = ("bright", "dark")
+DIAGNOSES = ("velora", "tamsin", "quoril", "nexum")
+GRADES = ("grade I", "grade II", "grade III", "grade IV")
+# A Latin square: neither fact alone gives the name away (each kind has two names, each contrast all four).
+_DIAGNOSIS = {
+    **{(kind, "bright"): DIAGNOSES[i] for i, kind in enumerate(KINDS)},
+    **{(kind, "dark"): DIAGNOSES[i ^ 1] for i, kind in enumerate(KINDS)},
+}
+IMAGES_PER_MODALITY = {modality: 900 if modality == "MRI" else 640 for modality in MODALITIES}
+QUESTIONS_PER_IMAGE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is true of one picture; every field is one of the word tuples above."""
+
+    modality: str
+    kind: str
+    place: str
+    size: str
+    number: str
+    contrast: str
+
+    @property
+    def diagnosis(self) -> str:
+        """The invented condition, from kind and contrast together."""
+        return _DIAGNOSIS[self.kind, self.contrast]
+
+    @property
+    def grade(self) -> str:
+        """The grade, from size and number together: small one, small two, large one, large two."""
+        return GRADES[2 * SIZES.index(self.size) + NUMBERS.index(self.number)]
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One thing to ask: its OmniMedVQA type, wordings, possible answers, and how to reason about it."""
+
+    name: str
+    question_type: str
+    wordings: tuple[str, ...]
+    values: tuple[str, ...]
+    attribute: str  # of Facts: the right answer
+    evidence: str  # the sentence that states the facts needed, with Facts' fields in braces
+    conclusion: str = ""  # the second step of a two-fact question
+
+
+TOPICS = (
+    Topic("modality", "Modality Recognition",
+          ("Which imaging modality is this?", "How was this image taken?"),
+          MODALITIES, "modality", "This looks like {modality}."),
+    Topic("place", "Anatomy Identification",
+          ("Where does the finding lie?", "Which region holds the finding?"),
+          PLACES, "place", "The finding lies in the {place}."),
+    Topic("kind", "Other Biological Attributes",
+          ("What shape is the finding?", "Which shape is seen?"),
+          KINDS, "kind", "The finding is a {kind}."),
+    Topic("size", "Other Biological Attributes",
+          ("How large is the finding?",), SIZES, "size", "The finding is {size}."),
+    Topic("number", "Other Biological Attributes",
+          ("How many findings are there?",), NUMBERS, "number", "The number of findings is {number}."),
+    Topic("contrast", "Other Biological Attributes",
+          ("Is the finding bright or dark?",), CONTRASTS, "contrast", "The finding is {contrast}."),
+    Topic("diagnosis", "Disease Diagnosis",
+          ("What is the diagnosis?", "Which condition does the image show?"),
+          DIAGNOSES, "diagnosis", "The finding is a {contrast} {kind}.", "A {contrast} {kind} means {diagnosis}."),
+    Topic("grade", "Lesion Grading",
+          ("What grade is the lesion?", "Which grade applies?"),
+          GRADES, "grade", "There is {number} {size} finding.", "So {number} {size} means {grade}."),
+)  # fmt: skip
+# How often a topic is asked: two-fact questions half of the time, so that reasoning pays.
+_WEIGHTS = np.array([0.10, 0.14, 0.14, 0.05, 0.05, 0.04, 0.26, 0.22])
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question about one picture, before it is written to disk or put into a training sequence."""
+
+    topic: Topic
+    question: str
+    options: tuple[str, ...]
+    answer: str  # letter
+    facts: Facts
+
+    @property
+    def value(self) -> str:
+        """The right option's text."""
+        return self.options[LETTERS.index(self.answer)]
+
+    @property
+    def evidence(self) -> str:
+        """The facts that the question needs, as one sentence; also what a good hint says."""
+        return self._fill(self.topic.evidence)
+
+    @property
+    def thought(self) -> str:
+        """A right chain of reasoning: the evidence, and for two-fact questions the conclusion."""
+        return f"{self.evidence} {self._fill(self.topic.conclusion)}".strip()
+
+    def _fill(self, template: str) -> str:
+        words = {**asdict(self.facts), "diagnosis": self.facts.diagnosis, "grade": self.facts.grade}
+        return template.format(**words)
+
+
+def draw_facts(rng: np.random.Generator, modality: str) -> Facts:
+    """Facts drawn independently and uniformly."""
+    kind, place, size, number, contrast = (
+        str(rng.choice(words)) for words in (KINDS, PLACES, SIZES, NUMBERS, CONTRASTS)
+    )
+    return Facts(modality, kind, place, size, number, contrast)
+
+
+def ask(rng: np.random.Generator, facts: Facts, topic: Topic) -> Asked:
+    """A question on ``topic`` with 2 to 4 options (all there are, if fewer) in random order."""
+    value = facts.modality if topic.name == "modality" else getattr(facts, topic.attribute)
+    others = [word for word in topic.values if word != value]
+    count = min(int(rng.choice([2, 3, 4], p=[0.2, 0.3, 0.5])), len(topic.values))
+    options = [value, *(str(word) for word in rng.choice(others, count - 1, replace=False))]
+    rng.shuffle(options)
+    return Asked(topic, str(rng.choice(topic.wordings)), tuple(options), LETTERS[options.index(value)], facts)
+
+
+def draw_topics(rng: np.random.Generator, count: int) -> list[Topic]:
+    """``count`` different topics by their weights."""
+    return [TOPICS[i] for i in rng.choice(len(TOPICS), count, replace=False, p=_WEIGHTS)]
+
+
+def picture(rng: np.random.Generator, facts: Facts) -> np.ndarray:
+    """``uint8`` (64, 64, 3) in which ``facts`` are true."""
+    return render(facts.modality, facts.kind, facts.place, facts.size, facts.number, facts.contrast, rng)
+
+
+def ensure_phantom(cache_dir: Path | None = None, seed: int = 0) -> Path:
+    """The root of PhantomVQA in OmniMedVQA's raw layout, written on first use (about 15 s, 5,380 pictures).
+
+    The set is generated into a temporary folder and moved into place at once, so an interrupted or
+    simultaneous first use leaves no half-written set. ``cache_dir`` defaults to ``$KEPO_CACHE`` or
+    ``~/.cache/kepo``. Files: ``Images/PhantomVQA-*/NNNNN.png``,
+    ``QA_information/Open-access/PhantomVQA-*.json`` and ``facts.json`` (image path → facts).
+    """
+    cache = cache_dir or Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
+    root = cache / f"phantom-v{VERSION}-seed{seed}"
+    if root.exists():
+        return root
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=root.name + ".partial-", dir=cache))
+    try:
+        write_phantom(partial, seed)
+        partial.rename(root)
+    except OSError:
+        if not root.exists():  # otherwise another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return root
+
+
+def write_phantom(root: Path, seed: int, images: dict[str, int] | None = None) -> None:
+    """Write the set below ``root`` (``images``: pictures per modality, default IMAGES_PER_MODALITY)."""
+    facts_of: dict[str, dict[str, str]] = {}
+    questions_dir = root / "QA_information" / "Open-access"
+    questions_dir.mkdir(parents=True, exist_ok=True)
+    for modality, count in (images or IMAGES_PER_MODALITY).items():
+        name = f"PhantomVQA-{modality}"
+        (root / "Images" / name).mkdir(parents=True)
+        rows: list[dict[str, Any]] = []
+        for index, (pixels, facts, questions) in enumerate(_world(seed, modality, count)):
+            path = f"Images/{name}/{index:05d}.png"
+            Image.fromarray(pixels).save(root / path, compress_level=1)
+            facts_of[path] = {**asdict(facts), "diagnosis": facts.diagnosis, "grade": facts.grade}
+            rows += [_raw_row(name, len(rows) + k, path, asked) for k, asked in enumerate(questions)]
+        (questions_dir / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    (root / "facts.json").write_text(json.dumps(facts_of, indent=0), encoding="utf-8")
+
+
+def _world(seed: int, modality: str, count: int) -> Iterator[tuple[np.ndarray, Facts, list[Asked]]]:
+    # One stream per modality, so that changing the size of one leaves the others as they were. The first
+    # word keeps the set apart from the streams on which the embedded models are pre-trained.
+    rng = np.random.default_rng([zlib.crc32(b"phantom-set"), seed, MODALITIES.index(modality)])
+    for _ in range(count):
+        facts = draw_facts(rng, modality)
+        yield picture(rng, facts), facts, [ask(rng, facts, topic) for topic in draw_topics(rng, QUESTIONS_PER_IMAGE)]
+
+
+def _raw_row(dataset: str, index: int, path: str, asked: Asked) -> dict[str, Any]:
+    return {
+        "dataset": dataset,
+        "question_id": f"{dataset}_{index:05d}",
+        "question_type": asked.topic.question_type,
+        "question": asked.question,
+        "gt_answer": asked.value,
+        "image_path": path,
+        **{f"option_{letter}": text for letter, text in zip(LETTERS, asked.options, strict=False)},
+        "modality_type": asked.facts.modality,
+    }

@@ -1,0 +1,67 @@
+"""The typed rows that everything else speaks of: a question as asked, an answer as given."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+#: The eight imaging modalities of Table 1, in its column order; the first is the in-domain one.
+MODALITIES = ("MRI", "CT", "X-Ray", "Ultrasound", "Dermoscopy", "Fundus", "OCT", "Microscopy")
+
+QUESTION_TYPES = (
+    "Anatomy Identification",
+    "Disease Diagnosis",
+    "Lesion Grading",
+    "Modality Recognition",
+    "Other Biological Attributes",
+)
+
+LETTERS = "ABCDEFGH"
+
+
+class AnswerOutcome(StrEnum):
+    """What the answer field of one completion turned out to be (Appendix B, read as FIDELITY does)."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    MISSING = "missing"  # finished, but no answer field with exactly one option letter in it
+    AMBIGUOUS = "ambiguous"  # several different letters
+    TRUNCATED = "truncated"  # hit the token limit before an answer field was closed
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One multiple-choice question about one image.
+
+    ``options`` holds the option texts in letter order (2 to 8 of them); ``answer`` is the letter of the
+    right one; ``image`` is an absolute path inside the data root; ``modality`` is one of MODALITIES.
+    """
+
+    id: str
+    dataset: str
+    modality: str
+    question_type: str
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    image: Path
+
+    @property
+    def letters(self) -> str:
+        """The valid answer letters, e.g. ``"ABC"`` for three options."""
+        return LETTERS[: len(self.options)]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One completion of one question, scored. ``letter`` is "" when none could be read."""
+
+    question_id: str
+    modality: str
+    question_type: str
+    completion: str
+    outcome: AnswerOutcome
+    letter: str
+    correct: bool
+    format_ok: bool
+    tokens: int
+    finished: bool

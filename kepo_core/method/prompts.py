@@ -1,0 +1,75 @@
+"""The four prompts of Appendix C, in the paper's wording.
+
+The question and its options come first, then the instructions (the paper does not show where the
+question stands; the authors' released code puts it first). ``{answer}`` is the bare option letter.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kepo_core.data.records import LETTERS
+
+Messages = list[dict[str, Any]]
+
+THINKING = """Your task:
+1. Think through the question step by step, enclose your reasoning process in <think>...</think> tags.
+2. Then provide the correct single-letter choice (A, B, C, D, ...) inside <answer>...</answer> tags.
+3. No extra information or text outside of these tags."""
+
+NON_THINKING = """Your task:
+1. Provide the correct single-letter choice (A, B, C, D, ...) inside <answer>...</answer> tags.
+2. No extra information or text outside of this tag."""
+
+HINT_WRITING = """Your task:
+1. You will get a correct answer for the question.
+2. Please provide a hint for the question based on the correct answer, inside <hint>...</hint> tags.
+3. No extra information or text outside of these tags.
+The ground truth answer is {answer}."""
+
+HINT_AWARE = """Your task:
+1. Read the hint provided in <hint>...</hint> tags and the ground truth answer provided in <answer>...</answer> tags.
+2. Think through the question step by step but do not explicitly mention the hint or the ground truth answer, \
+enclose your reasoning process in <think>...</think> tags.
+3. Then provide the correct single-letter choice (A, B, C, D, ...) inside <answer>...</answer> tags.
+4. No extra information or text outside of these tags.
+"""
+
+# Appendix C shows the last line with both facts; the two other contexts keep the half of it that they give.
+_CONTEXT_LINE = {
+    "hint+answer": "The hint is <hint>{hint}</hint> and the ground truth answer is <answer>{answer}</answer>.",
+    "hint": "The hint is <hint>{hint}</hint>.",
+    "answer": "The ground truth answer is <answer>{answer}</answer>.",
+}
+HINT_CONTEXTS = tuple(_CONTEXT_LINE)
+
+
+def render_question(question: str, options: Sequence[str]) -> str:
+    """The question followed by one line per option: ``A) first option``."""
+    return "\n".join([question, *(f"{letter}) {text}" for letter, text in zip(LETTERS, options, strict=False))])
+
+
+def _user(question: str, options: Sequence[str], instructions: str) -> Messages:
+    text = f"{render_question(question, options)}\n\n{instructions}"
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+
+
+def vqa_messages(question: str, options: Sequence[str], thinking: bool) -> Messages:
+    """The plain prompt x, with or without explicit reasoning."""
+    return _user(question, options, THINKING if thinking else NON_THINKING)
+
+
+def hint_messages(question: str, options: Sequence[str], answer: str) -> Messages:
+    """The teacher's prompt for h ~ π_T(·|x, y) (Eq. 8); ``answer`` is a letter."""
+    return _user(question, options, HINT_WRITING.replace("{answer}", answer))
+
+
+def hint_aware_messages(
+    question: str, options: Sequence[str], hint: str, answer: str, context: str = "hint+answer"
+) -> Messages:
+    """The student's prompt for y_h ~ π_θ(·|x, h, y) (Eq. 9).
+
+    ``context`` is one of HINT_CONTEXTS; anything else raises ``KeyError``. The replacement is literal, so
+    braces inside a hint stay what they are.
+    """
+    line = _CONTEXT_LINE[context].replace("{answer}", answer).replace("{hint}", hint)
+    return _user(question, options, HINT_AWARE + line)
