@@ -1,0 +1,35 @@
+"""A Qwen3-VL processor for images only, for machines without a working torchvision.
+
+``Qwen3VLProcessor`` needs torchvision for its *video* half. Where torchvision is missing, or does not match
+torch and breaks on import, this subclass does the image half with the PIL backend. It is not registered with
+``AutoProcessor`` (which would return a bare tokenizer without a word): load it by its own class.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.processing_utils import ProcessorMixin
+
+IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+
+
+class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
+    """Image processor + tokenizer + chat template; videos are refused by having no processor for them."""
+
+    def __init__(
+        self,
+        image_processor: Qwen2VLImageProcessorPil | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if tokenizer is None:
+            raise ValueError("tokenizer is None, expected the tokenizer of a Qwen3-VL checkpoint")
+        self.image_token, self.image_token_id = IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.video_token, self.video_token_id = "<|video_pad|>", tokenizer.convert_tokens_to_ids("<|video_pad|>")
+        self.vision_start_token, self.vision_end_token = VISION_START, VISION_END
+        self.vision_start_token_id = tokenizer.convert_tokens_to_ids(VISION_START)
+        self.vision_end_token_id = tokenizer.convert_tokens_to_ids(VISION_END)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
