@@ -1,0 +1,181 @@
+"""The one parser of training and evaluation: every rule of its docstring, and what it must refuse."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kepo_core.data.records import AnswerOutcome
+from kepo_core.method import rewards
+from kepo_core.method.rewards import accuracy_reward, format_reward, parse_completion, reward_functions, score
+
+RIGHT, WRONG = AnswerOutcome.CORRECT, AnswerOutcome.WRONG
+MISSING, AMBIGUOUS, TRUNCATED = AnswerOutcome.MISSING, AnswerOutcome.AMBIGUOUS, AnswerOutcome.TRUNCATED
+
+
+def outcome(text: str, answer: str = "B", letters: str = "ABCD", finished: bool = True) -> AnswerOutcome:
+    return score(text, answer, letters, thinking=True, finished=finished).outcome
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["B", " B ", "b", "B.", "B)", "(B)", "(b).", "\nB\n", "B B", "B, B", "**B**", "_B_", "B) the liver", "B: a mass",
+     "B. A type A lesion", "(B) vitamin D", "b) no"],
+)  # fmt: skip
+def test_a_field_with_one_letter_is_that_letter(field: str) -> None:
+    assert outcome(f"<answer>{field}</answer>") is RIGHT
+    assert outcome(f"<answer>{field}</answer>", answer="C") is WRONG
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["A or B", "A and B", "A, B", "A/B", "a b", "B) or C)", "B. liver C. lung", "A) or B", "either A or B",
+     "B: yes and C", "A or B or C"],
+)  # fmt: skip
+def test_several_letters_in_one_field_are_ambiguous(field: str) -> None:
+    for right in "ABC":
+        assert outcome(f"<answer>{field}</answer>", answer=right) is AMBIGUOUS
+
+
+def test_several_fields() -> None:
+    assert outcome("<answer>B</answer><answer>C</answer>") is AMBIGUOUS
+    assert outcome("<answer>C</answer><answer>B</answer>") is AMBIGUOUS
+    assert outcome("<answer>B</answer> then <answer>b.</answer>") is RIGHT
+    assert outcome("<answer>who knows</answer><answer>B</answer>") is RIGHT
+
+
+@pytest.mark.parametrize(
+    "field", ["", " ", "a mass", "the liver", "unknown", "E", "e", "7", "BB", "Bé", "The answer is B"]
+)
+def test_a_field_without_one_option_letter_is_missing(field: str) -> None:
+    assert outcome(f"<answer>{field}</answer>") is MISSING
+
+
+def test_a_letter_beyond_the_options_is_missing_but_still_contradicts_another() -> None:
+    assert outcome("<answer>C</answer>", answer="A", letters="AB") is MISSING
+    assert outcome("<answer>A or C</answer>", answer="A", letters="AB") is AMBIGUOUS
+    assert score("<answer>C</answer>", "A", "AB", thinking=False, finished=True).letter == ""
+
+
+def test_an_answer_inside_the_reasoning_does_not_count() -> None:
+    assert outcome("<think><answer>B</answer></think>") is MISSING
+    assert outcome("<think>maybe <answer>C</answer></think><answer>B</answer>") is RIGHT
+    assert outcome("<think>never closed <answer>B</answer>") is MISSING
+    assert outcome("opened in the prompt <answer>C</answer></think><answer>B</answer>") is RIGHT
+    assert outcome("<think>one</think><answer>B</answer><think>two <answer>C</answer></think>") is RIGHT
+
+
+def test_nested_fields_count_by_the_innermost() -> None:
+    assert outcome("<answer><answer> B </answer></answer>") is RIGHT
+
+
+def test_only_an_unfinished_completion_without_a_closed_field_is_truncated() -> None:
+    assert outcome("<think>so", finished=False) is TRUNCATED
+    assert outcome("<think>so</think><answer>B", finished=False) is TRUNCATED
+    assert outcome("<think>so</think><answer>B") is MISSING
+    assert outcome("<answer>?</answer> and on", finished=False) is MISSING
+    assert outcome("<answer>B</answer> and on", finished=False) is RIGHT
+    assert outcome("<answer>A or B</answer> and on", finished=False) is AMBIGUOUS
+    assert outcome("", finished=False) is TRUNCATED
+    assert outcome("") is MISSING
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<think>so</think><answer>B</answer>", "  <think>so\nit</think>\n<answer>\nB\n</answer>\n",
+     "<think>so</think><answer>A or B</answer>", "<think></think><answer></answer>"],
+)  # fmt: skip
+def test_thinking_format(text: str) -> None:
+    assert parse_completion(text, "ABCD", thinking=True, finished=True).format_ok
+    assert not parse_completion(text, "ABCD", thinking=False, finished=True).format_ok
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<answer>B</answer>", "x<think>so</think><answer>B</answer>", "<think>so</think>x<answer>B</answer>",
+     "<think>so</think><answer>B</answer>x", "<answer>B</answer><think>so</think>",
+     "<think>so</think><answer>B</answer><answer>B</answer>", "<think>so</think><think>so</think><answer>B</answer>",
+     "<think>so<answer>B</answer></think>", "<think>so</think><answer>B", "<think>so <answer>B</answer></think>",
+     "<Think>so</Think><answer>B</answer>", "</think>so<think><answer>B</answer>",
+     "<think><think>so</think><answer>B</answer>", "B", ""],
+)  # fmt: skip
+def test_what_is_not_the_thinking_format(text: str) -> None:
+    assert not parse_completion(text, "ABCD", thinking=True, finished=True).format_ok
+
+
+def test_non_thinking_format() -> None:
+    def ok(text: str) -> bool:
+        return parse_completion(text, "ABCD", thinking=False, finished=True).format_ok
+
+    assert ok("<answer>B</answer>") and ok(" \n<answer> nothing </answer> ")
+    assert not ok("B") and not ok("It is <answer>B</answer>") and not ok("<answer>B</answer><answer>B</answer>")
+
+
+def test_accuracy_and_format_are_independent_and_summed() -> None:
+    table = {
+        "<think>t</think><answer>B</answer>": (1.0, True, 2.0),
+        "<think>t</think><answer>C</answer>": (0.0, True, 1.0),
+        "I say <answer>B</answer>": (1.0, False, 1.0),
+        "B": (0.0, False, 0.0),
+    }
+    for text, (accuracy, format_ok, total) in table.items():
+        scored = score(text, "B", "ABCD", thinking=True, finished=True)
+        assert (scored.accuracy, scored.format_ok, scored.total) == (accuracy, format_ok, total)
+
+
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "A", "b", "E", " or ", ".", ")", "x", "\n"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_any_text_gets_exactly_one_outcome_and_a_letter_only_when_one_was_read(text: str) -> None:
+    for finished in (True, False):
+        scored = {right: score(text, right, "AB", thinking=True, finished=finished) for right in "AB"}
+        letters = {s.letter for s in scored.values()}
+        assert len(letters) == 1
+        letter = letters.pop()
+        correct = [right for right, s in scored.items() if s.outcome is RIGHT]
+        assert correct == ([letter] if letter else [])
+        if not letter:
+            assert all(s.outcome in (MISSING, AMBIGUOUS, TRUNCATED) for s in scored.values())
+        # appending white space or finishing changes neither the letter nor the format
+        padded = score(f" {text}\n", "A", "AB", thinking=True, finished=True)
+        assert (padded.letter, padded.format_ok) == (scored["A"].letter, scored["A"].format_ok)
+
+
+@pytest.mark.parametrize(("answer", "letters"), [("E", "ABCD"), ("", "AB"), ("AB", "ABC"), ("a", "AB")])
+def test_a_wrong_key_is_an_error_and_not_a_reward_of_zero(answer: str, letters: str) -> None:
+    with pytest.raises(ValueError, match="option letters"):
+        score("<answer>A</answer>", answer, letters, thinking=True, finished=True)
+
+
+def test_trl_reward_functions_read_chat_and_plain_completions() -> None:
+    texts = ["<think>t</think><answer>B</answer>", "<answer>B</answer>", "<think>t</think><answer>A</answer>"]
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {"answer": ["B", "A", "A"], "options": [["x", "y"], ["x", "y"], ["x", "y", "z"]]}
+    for completions in (texts, chats):
+        assert accuracy_reward(completions, **columns, log_extra=None) == [1.0, 0.0, 1.0]
+        assert format_reward(completions, **columns) == [1.0, 0.0, 1.0]
+        assert format_reward(completions, thinking=False, **columns) == [0.0, 1.0, 0.0]
+
+
+def test_options_bound_the_letters_of_each_row() -> None:
+    completions = ["<answer>C</answer>"] * 2
+    with pytest.raises(ValueError, match="option letters A, B"):
+        accuracy_reward(completions, answer=["C", "C"], options=[["x", "y", "z"], ["x", "y"]])
+
+
+def test_reward_functions_keep_order_names_and_mode() -> None:
+    accuracy, formatted = reward_functions(thinking=False)
+    assert (accuracy.__name__, formatted.__name__) == ("accuracy_reward", "format_reward")
+    assert formatted(["<answer>B</answer>"], answer=["B"]) == [1.0]
+    assert reward_functions(thinking=True)[1](["<answer>B</answer>"]) == [0.0]
+
+
+@pytest.mark.parametrize("broken", [[], [{"role": "assistant"}], [{"role": "assistant", "content": None}]])
+def test_a_completion_without_text_raises(broken: list) -> None:
+    with pytest.raises(TypeError, match="completion"):
+        rewards.completion_text(broken)
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(ValueError):
+        accuracy_reward(["<answer>A</answer>"], answer=["A", "B"], options=[["x", "y"]] * 2)
