@@ -83,7 +83,9 @@ def study_split(
         if modality in present
     }
     if not train:
-        raise DataError(f"train_modality: no {train_modality} questions in the train split, expected more images of it.")
+        raise DataError(
+            f"train_modality: no {train_modality} questions in the train split, expected more images of it."
+        )
     for modality, rows in tests.items():
         if not rows:
             raise DataError(f"data_root: no {modality} questions in the test split, expected more images of it.")

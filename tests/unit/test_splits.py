@@ -1,0 +1,165 @@
+"""Splits and samples: nothing leaks, nothing depends on the order of rows, shares are met."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from kepo_core.data.errors import DataError
+from kepo_core.data.records import Question
+from kepo_core.data.splits import (
+    FRACTIONS,
+    fingerprint,
+    image_key,
+    sample,
+    split_by_image,
+    split_by_question,
+    study_split,
+)
+
+
+def make(images_per_modality, questions_per_image=3, root="/data"):
+    """Questions in the raw layout's paths, ``{modality: number of images}``."""
+    return [
+        Question(
+            id=f"{modality}_{image}_{k}",
+            dataset=modality,
+            modality=modality,
+            question_type="Disease Diagnosis",
+            question="What is seen?",
+            options=("a", "b"),
+            answer="A",
+            image=Path(root) / "Images" / modality / f"{image}.png",
+        )
+        for modality, images in images_per_modality.items()
+        for image in range(images)
+        for k in range(questions_per_image)
+    ]
+
+
+def ids(questions):
+    return [question.id for question in questions]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.dictionaries(st.sampled_from(["MRI", "CT", "OCT"]), st.integers(1, 40), min_size=1),
+    per_image=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_no_image_is_in_two_splits_and_no_question_is_lost_whatever_the_order(sizes, per_image, seed, shuffle):
+    questions = make(sizes, per_image)
+    splits = split_by_image(questions, seed)
+    assert sorted(i for part in splits.values() for i in ids(part)) == sorted(ids(questions))
+    homes = {}
+    for name, part in splits.items():
+        for question in part:
+            assert homes.setdefault(question.image, name) == name
+    for modality, images in sizes.items():
+        for name, share in FRACTIONS.items():
+            n = sum(question.modality == modality for question in splits[name])
+            assert abs(n - share * images * per_image) <= per_image
+    mixed = shuffle.sample(questions, len(questions))
+    assert {k: set(ids(v)) for k, v in split_by_image(mixed, seed).items()} == {
+        k: set(ids(v)) for k, v in splits.items()
+    }
+
+
+def test_seeds_differ_and_the_place_of_the_root_does_not_matter():
+    here, there = make({"MRI": 50}), make({"MRI": 50}, root="/elsewhere/Images/omni")
+    assert ids(split_by_image(here, 0)["test"]) == ids(split_by_image(there, 0)["test"])
+    assert ids(split_by_image(here, 0)["test"]) != ids(split_by_image(here, 1)["test"])
+    assert image_key(there[0]) == "Images/MRI/0.png"
+
+
+def test_which_split_an_image_is_in_is_pinned():
+    # Published numbers stand on these splits: a change here changes every one of them.
+    assert ids(split_by_image(make({"MRI": 10}, 1), 0)["test"]) == ["MRI_1_0", "MRI_2_0"]
+    assert ids(sample(make({"MRI": 10}, 1), 3, 0)) == ["MRI_4_0", "MRI_7_0", "MRI_9_0"]
+
+
+def test_an_image_under_two_modality_names_still_stays_together():
+    questions = make({"MRI": 10, "CT": 10})
+    shared = [replace(question, id=f"x{i}", image=questions[0].image) for i, question in enumerate(questions[-9:])]
+    for part in split_by_image([*questions, *shared], 3).values():
+        assert sum(question.image == questions[0].image for question in part) in (0, 12)
+
+
+def test_the_released_way_splits_questions_and_so_leaks_images():
+    questions = make({"MRI": 100})
+    splits = split_by_question(questions, 0)
+    assert {name: len(part) for name, part in splits.items()} == {"train": 180, "validation": 60, "test": 60}
+    assert {q.image for q in splits["train"]} & {q.image for q in splits["test"]}
+
+
+def test_a_sample_is_a_seeded_prefix_of_a_larger_one():
+    questions = make({"MRI": 50})
+    assert ids(sample(questions, 20, 7)) == ids(sample(questions[::-1], 40, 7))[:20]
+    assert ids(sample(questions, 20, 7)) != ids(sample(questions, 20, 8))
+    assert len(sample(questions, 1000, 7)) == 150
+    first = sum(int(i.split("_")[1]) for i in ids(sample(questions, 50, 0))) / 50
+    assert 15 < first < 34  # not the head of the list: the mean image number of a fair sample is 24.5 ± 2
+
+
+def test_sampling_is_independent_of_splitting():
+    # With one hash for both, the test sample would be the images nearest the split's border, not a random one.
+    test = split_by_question(make({"MRI": 400}, 1), 0)["test"]
+    ranks = {i: n for n, i in enumerate(ids(sample(make({"MRI": 400}, 1), 400, 0)))}
+    mean = sum(ranks[i] for i in ids(test)) / len(test)
+    assert 160 < mean < 240
+
+
+def test_the_study_split_has_the_papers_shape():
+    questions = make({"CT": 30, "MRI": 300, "OCT": 500})
+    train, tests = study_split(questions, "MRI", 500, 250, 0)
+    assert len(train) == 500
+    assert {question.modality for question in train} == {"MRI"}
+    assert list(tests) == ["MRI", "CT", "OCT"]
+    assert {name: len(rows) for name, rows in tests.items()} == {"MRI": 180, "CT": 18, "OCT": 250}
+    assert all(question.modality == name for name, rows in tests.items() for question in rows)
+    assert not {q.image for q in train} & {q.image for rows in tests.values() for q in rows}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_modality": "Ultrasound"}, "train_modality: the data has no 'Ultrasound', expected one of .*MRI, CT"),
+        ({"train_items": 0}, "train_items: 0 leaves an empty split"),
+        ({"eval_items": -1}, "eval_items: -1 leaves an empty split"),
+        ({"split": "images"}, "split: 'images' is unknown, expected one of image, question"),
+        ({"train_modality": "CT"}, "data_root: no CT questions in the test split"),
+    ],
+)
+def test_an_empty_split_names_its_parameter(arguments, message):
+    with pytest.raises(DataError, match=message):
+        study_split(make({"MRI": 30, "CT": 1}), **arguments)
+
+
+def test_shares_must_be_shares():
+    with pytest.raises(DataError, match="do not sum to 1"):
+        split_by_image(make({"MRI": 3}), 0, {"train": 0.8, "test": 0.3})
+
+
+def test_the_fingerprint_sees_every_field_and_the_pixels_but_not_order_or_place(tmp_path):
+    def questions(root):
+        for i in range(2):
+            path = root / f"Images/MRI/{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4), i).save(path)
+        return make({"MRI": 2}, root=root)
+
+    here, there = questions(tmp_path / "a"), questions(tmp_path / "b")
+    original = fingerprint(here)
+    assert fingerprint(there) == original
+    assert fingerprint(here[::-1]) == original
+    assert fingerprint(here[1:]) != original
+    changes = {"id": "z", "dataset": "z", "modality": "CT", "question_type": "z", "question": "z", "answer": "B",
+               "options": ("a", "c"), "image": here[-1].image}  # fmt: skip
+    for field, value in changes.items():
+        assert fingerprint([replace(here[0], **{field: value}), *here[1:]]) != original, field
+    Image.new("L", (4, 4), 9).save(here[0].image)
+    assert fingerprint(here) != original
