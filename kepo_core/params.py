@@ -1,0 +1,299 @@
+"""Typed, strict parameters: a YAML file, a notebook's namespace or the command line → one frozen object.
+
+Names are flat, so that ``papermill -p`` reaches each of them. There is one declaration per parameter, in `Params`:
+default, meaning, choices and range. Whatever does not fit it raises `ParamError`, a sentence that names the parameter,
+what was expected and where the value came from. This module imports nothing of the package.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from kepo_core.params_io import ParamError as ParamError  # callers import it from here
+from kepo_core.params_io import parameter_cell_names, read_yaml, yaml_scalar
+
+#: Parameters that say where things lie, not what is computed: they leave the hash alone.
+PLACES = ("results_dir", "run_dir", "params_file")
+
+_PLAIN = (bool, int, float, str, list, dict, tuple, set, type(None))
+_KIND = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+#: Plain data that IPython itself puts into a notebook's namespace.
+_IPYTHON_NAMES = ("In", "Out")
+
+
+def _p(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:
+    """Declare one parameter; ``low`` and ``high`` are both allowed values."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
+
+
+_TINY = 1e-12  # "greater than zero", as an allowed lower bound
+
+
+@dataclass(frozen=True)
+class Params:
+    """Everything a run depends on. The defaults are ``params/phantom.yaml``, which a test keeps equal to them."""
+
+    # -- data
+    data_root: str = _p("phantom", '"phantom" (rendered on first use), or a folder in OmniMedVQA\'s raw layout')
+    data_seed: int = _p(0, "seed of the rendering, the split and the samples drawn from it", low=0)
+    split: str = _p("image", "what train and test share none of", choices=("image", "question"))
+    train_modality: str = _p(
+        "MRI",
+        "the in-domain modality",
+        choices=("MRI", "CT", "X-Ray", "Ultrasound", "Dermoscopy", "Fundus", "OCT", "Microscopy"),
+    )
+    train_items: int = _p(600, "training questions, at most", low=1)
+    eval_items: int = _p(300, "test questions per modality, at most", low=1)
+    image_size: int = _p(0, "0: images as stored; N: squashed to N×N pixels", low=0)
+
+    # -- models
+    student: str = _p("embedded:student", "π_θ: embedded:student, a folder or a hub name")
+    teacher: str = _p("embedded:teacher", "π_T: embedded:teacher, a folder or a hub name")
+
+    # -- prompting
+    thinking: bool = _p(True, "prompt for explicit reasoning (Appendix C)")
+
+    # -- method: quality-gated distillation (Eq. 7)
+    distill: bool = _p(True, "add the gated divergence from the teacher")
+    tau: float = _p(1.0, "the gate's threshold τ, between 0 and the largest gate_reward (accuracy 1, total 2)", low=0)
+    gate_reward: str = _p("accuracy", "the reward that the gate looks at", choices=("accuracy", "total"))
+    gate_compare: str = _p("ge", "the gate is open where reward ≥ τ (ge) or > τ (gt)", choices=("ge", "gt"))
+    distill_beta: float = _p(0.0, "0: forward KL(π_T‖π_θ); 1: reverse KL; between: generalised JSD", low=0, high=1)
+    distill_coef: float = _p(1.0, "weight of the divergence in the loss", low=0)
+    distill_temperature: float = _p(1.0, "softens both distributions in the divergence", low=_TINY)
+    distill_normalizer: str = _p(
+        "sequences", "what the gated divergences are divided by", choices=("sequences", "tokens", "gated_tokens")
+    )
+
+    # -- method: knowledge-enhanced exploration (Algorithm 1)
+    explore: bool = _p(True, "where a whole group fails, draw again with the teacher's hint")
+    exploration_reward: str = _p(
+        "accuracy", "the reward whose absence triggers and whose presence accepts", choices=("accuracy", "total")
+    )
+    rejection_budget: int = _p(5, "B: rounds of hint-aware draws per failing group", low=1)
+    injected_per_group: int = _p(1, "m: accepted draws that replace originals; also draws per round", low=1)
+    on_exhausted: str = _p("keep", "a group without an accepted draw stays, or is dropped", choices=("keep", "drop"))
+    hint_context: str = _p("hint+answer", "what the hint-aware prompt tells", choices=("hint+answer", "hint", "answer"))
+    hint_importance: str = _p(
+        "none", "off-policy weight of injected sequences in the loss", choices=("none", "truncated")
+    )
+    hint_max_tokens: int = _p(32, "longest hint, in tokens", low=1)
+
+    # -- method: policy term (Eq. 2-6)
+    advantage: str = _p("mean", "r − group mean (Eq. 6), over its std, or Eq. 4", choices=("mean", "std", "rloo"))
+    ratio_clip: str = _p("ppo", "min(w·A, clip(w)·A), or min(w, clip(w))·A as Eq. 5 is printed", choices=("ppo", "eq5"))
+    importance_level: str = _p(
+        "token", "ratio w per token, or of whole sequences (Eq. 3)", choices=("token", "sequence")
+    )
+    epsilon: float = _p(0.2, "ε: the ratio is clipped to 1 ± ε", low=_TINY, high=1)
+    beta: float = _p(0.0, "β: weight of the KL to the reference model", low=0)
+
+    # -- optimisation
+    group_size: int = _p(8, "G: completions per prompt", low=2)
+    prompts_per_step: int = _p(8, "prompts per optimiser step, over all processes", low=1)
+    prompts_per_device: int = _p(8, "prompts in one forward pass of one process; the rest is accumulated", low=1)
+    num_iterations: int = _p(1, "optimiser steps per rollout", low=1)
+    learning_rate: float = _p(3e-4, "AdamW's step size", low=0)
+    lr_scheduler: str = _p(
+        "constant", "how the learning rate moves", choices=("constant", "constant_with_warmup", "linear", "cosine")
+    )
+    epochs: float = _p(1.0, "passes over the training questions", low=_TINY)
+    max_steps: int = _p(-1, "stop after so many optimiser steps; -1: as epochs say", low=-1)
+    max_completion_length: int = _p(48, "longest completion in training, in tokens", low=1)
+    temperature: float = _p(1.0, "sampling temperature of rollouts", low=_TINY)
+    top_p: float = _p(1.0, "nucleus sampling of rollouts", low=_TINY, high=1)
+    max_grad_norm: float = _p(1.0, "gradients are clipped to this norm", low=_TINY)
+    gradient_checkpointing: bool = _p(False, "recompute activations: less memory, more time")
+    precision: str = _p("fp32", "of the computation; trained weights stay fp32", choices=("fp32", "bf16"))
+    seed: int = _p(0, "seed of everything that training draws", low=0)
+
+    # -- evaluation
+    eval_max_tokens: int = _p(48, "longest completion in evaluation, in tokens", low=1)
+    eval_batch_size: int = _p(100, "questions per evaluation batch", low=1)
+
+    # -- run
+    results_dir: str = _p("results", "where run folders are made, from the project's root")
+    run_dir: str = _p("", "the run's folder; empty: a new one is made")
+    params_file: str = _p("", "the file that this run's parameters came from")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Rules between parameters; each raises a sentence that names what to change."""
+        largest = 1 if self.gate_reward == "accuracy" else 2
+        if self.tau > largest:
+            raise ParamError(
+                f"tau must lie between 0 and {largest}, the largest {self.gate_reward} reward (gate_reward), "
+                f"got {self.tau:g}"
+            )
+        if self.explore and not self.thinking:
+            raise ParamError(
+                "explore needs thinking: the paper has no hint-aware prompt without it; set explore to False or "
+                "thinking to True"
+            )
+        if self.injected_per_group >= self.group_size:
+            raise ParamError(
+                f"injected_per_group must be smaller than group_size ({self.group_size}), so that originals stay, "
+                f"got {self.injected_per_group}"
+            )
+        if self.prompts_per_step % self.prompts_per_device:
+            raise ParamError(
+                f"prompts_per_step must be a multiple of prompts_per_device ({self.prompts_per_device}), "
+                f"got {self.prompts_per_step}"
+            )
+        if self.max_steps == 0:
+            raise ParamError("max_steps must be -1 (as epochs say) or at least 1, got 0")
+
+    @classmethod
+    def load(cls, file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Defaults, then ``file``, then ``overrides``; ``None`` as a value means "as in the file".
+
+        ``file=None`` is `default_params_file`; a relative path is taken from the working directory, else from the
+        project's root. Raises `ParamError` on anything that is not a declared parameter with a fitting value.
+        """
+        path = resolve(file) if file else default_params_file()
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        _known(given)
+        values = read_yaml(path)
+        _known(values, f" in {path.name}")
+        for name, value in values.items():
+            if name in ("run_dir", "params_file"):
+                raise ParamError(f"{name} belongs to one run and cannot stand in {path.name}")
+            if value is None:
+                raise ParamError(f"{name} in {path.name} has no value; leave the line out for the default")
+        root = project_root()
+        shown = path.relative_to(root) if path.is_relative_to(root) else path
+        return cls(**{**values, **given, "params_file": str(shown)})
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
+        """The parameters as a notebook's ``globals()`` hold them, over those of its ``params_file``.
+
+        A declared name counts wherever it was set, if its value is plain data. Any other plain public name that a
+        parameter cell sets is an error that names the nearest parameter: in a live notebook, parameter cells are
+        those that do nothing but set names to literals (so the variables of later cells do not disturb when a cell
+        is run again); elsewhere the whole namespace counts.
+        """
+        declared = {f.name for f in dataclasses.fields(cls)}
+        plain = {
+            name: value
+            for name, value in namespace.items()
+            if isinstance(value, _PLAIN) and not name.startswith("_") and name not in _IPYTHON_NAMES
+        }
+        cells = namespace.get("In")
+        set_here = parameter_cell_names(cells) if isinstance(cells, list) else plain.keys()
+        _known((name for name in plain if name in declared or name in set_here), " in the notebook")
+        given = {name: value for name, value in plain.items() if name in declared}
+        file = given.pop("params_file", None)
+        if not isinstance(file, str | None):
+            raise ParamError(f"params_file must be a path, got {file!r}")
+        return cls.load(file or None, given)
+
+    def replace(self, **changes: Any) -> Self:
+        """A changed copy, validated anew."""
+        _known(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, bool | int | float | str]:
+        """All parameters by name, in the order of declaration."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """A commented file that `load` reads back to the same parameters.
+
+        ``run_dir`` and ``params_file`` are left out: they belong to one run, and the file can start another.
+        """
+        lines = ["# Every parameter of a run, with its meaning. A parameter file may leave any of them out."]
+        for f in dataclasses.fields(self):
+            if f.name in ("run_dir", "params_file"):
+                continue
+            choices = f": {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
+            lines += [f"# {f.metadata['doc']}{choices}", f"{f.name}: {yaml_scalar(getattr(self, f.name))}"]
+        return "\n".join(lines) + "\n"
+
+    @property
+    def hash(self) -> str:
+        """Eight hexadecimal digits over everything that can change a result (`PLACES` are left out)."""
+        values = {name: value for name, value in self.to_dict().items() if name not in PLACES}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def method_name(self) -> str:
+        """The paper's name of what the switches select, with τ where a gate works: ``kepo-tau1``, ``grpo``."""
+        names = {(True, True): "kepo", (True, False): "kepo-ke", (False, True): "explore-only", (False, False): "grpo"}
+        name = names[self.distill, self.explore]
+        return name + (f"-tau{self.tau:g}" if self.distill else "") + ("" if self.thinking else "-nothink")
+
+
+def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
+    """``value`` as the declared type, or `ParamError`: no bool is a number, and only whole numbers widen."""
+    kind = f.type
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        hint = ""
+        if kind is bool and str(value).lower() in ("true", "false"):
+            hint = " (write it with a capital and without quotes)"
+        raise ParamError(f"{f.name} must be {_KIND[kind]}, got {value!r}{hint}")  # type: ignore[index]
+    if choices := f.metadata["choices"]:
+        if value not in choices:
+            raise ParamError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+    elif kind is str and not value.strip() and f.name not in ("run_dir", "params_file"):
+        raise ParamError(f"{f.name} must not be empty")
+    if kind in (int, float):
+        _check_range(f.name, value, f.metadata["low"], f.metadata["high"])
+    return value
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if math.isfinite(value) and low <= value <= high:
+        return
+    above = "greater than 0" if low == _TINY else f"at least {low:g}"
+    upto = f" and at most {high:g}" if high < math.inf else ""
+    raise ParamError(f"{name} must be {above}{upto}, got {value:g}")
+
+
+def _known(names: Iterable[str], where: str = "") -> None:
+    """Raise for the first name that is no parameter, and name the nearest one."""
+    declared = [f.name for f in dataclasses.fields(Params)]
+    for name in names:
+        if name not in declared:
+            near = difflib.get_close_matches(str(name), declared, n=1, cutoff=0.5)
+            nearest = f"; the nearest is {near[0]}" if near else "; `kepo params` lists them all"
+            raise ParamError(f"{name}{where} is not a parameter{nearest}")
+
+
+def project_root() -> Path:
+    """The checkout's top folder: the nearest one above the working directory, else above this file.
+
+    It is known by its ``notebooks/`` and ``params/phantom.yaml``. An installed package without either falls back to the
+    working directory, so results land where the user stands.
+    """
+    for start in (Path.cwd(), Path(__file__).resolve().parent):
+        for folder in (start, *start.parents):
+            if (folder / "params" / "phantom.yaml").is_file() and (folder / "notebooks").is_dir():
+                return folder
+    return Path.cwd()
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as the user means it: absolute, from the working directory, else from the project's root."""
+    path = Path(path).expanduser()
+    if path.is_absolute() or path.exists():
+        return path.absolute()
+    return project_root() / path
+
+
+def default_params_file() -> Path:
+    """``$KEPO_PARAMS`` where it is set, else ``params/phantom.yaml``."""
+    return resolve(os.environ.get("KEPO_PARAMS") or "params/phantom.yaml")

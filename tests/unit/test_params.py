@@ -1,0 +1,285 @@
+import dataclasses
+import math
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kepo_core.data.records import MODALITIES
+from kepo_core.method.prompts import HINT_CONTEXTS
+from kepo_core.params import ParamError, Params, default_params_file, project_root, resolve
+
+ROOT = Path(__file__).parents[2]
+FIELDS = {f.name: f for f in dataclasses.fields(Params)}
+
+
+def bad(match: str, **overrides):
+    """Overrides must be refused with one sentence that matches."""
+    with pytest.raises(ParamError, match=match) as caught:
+        Params.load(None, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "some.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# -- the files
+
+
+def test_phantom_yaml_is_the_defaults_word_by_word():
+    assert (ROOT / "params/phantom.yaml").read_text() == Params().to_yaml()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "params").glob("*.yaml")))
+def test_every_shipped_file_loads(name):
+    assert isinstance(Params.load(ROOT / "params" / name), Params)
+
+
+def test_the_paper_and_the_released_code_are_told_apart():
+    paper, released = Params.load(ROOT / "params/paper.yaml"), Params.load(ROOT / "params/released.yaml")
+    assert (paper.learning_rate, paper.advantage, paper.ratio_clip, paper.gate_reward) == (2e-6, "mean", "eq5", "total")
+    assert (released.advantage, released.distill_beta, released.injected_per_group) == ("std", 0.5, 2)
+    # "190 steps": five epochs of 600 questions, the last step of an epoch being half full
+    assert released.epochs * math.ceil(released.train_items / released.prompts_per_step) == 190
+
+
+def test_resolved_yaml_reads_back_and_repeats_the_run(write):
+    params = Params(tau=0.5, learning_rate=1e-6, data_root="weird: 'näme' # x", run_dir="somewhere")
+    again = Params.load(write(params.to_yaml()))
+    assert again.run_dir == ""
+    assert again.hash == params.hash
+    assert again.replace(run_dir="somewhere", params_file="") == params
+
+
+@given(st.text(min_size=1).filter(str.strip), st.floats(1e-9, 1.0))
+def test_any_text_and_number_survive_yaml(tmp_path_factory, text, number):
+    path = tmp_path_factory.getbasetemp() / "roundtrip.yaml"
+    path.write_text(Params(data_root=text, learning_rate=number).to_yaml(), encoding="utf-8")
+    again = Params.load(path)
+    assert (again.data_root, again.learning_rate) == (text, number)
+
+
+def test_scientific_notation_in_yaml_is_a_number(write):
+    assert Params.load(write("learning_rate: 1e-6\n")).learning_rate == 1e-6
+    assert Params.load(write("learning_rate: 1.5E+0\n")).learning_rate == 1.5
+
+
+def test_yaml_yes_is_no_boolean(write):
+    with pytest.raises(ParamError, match="thinking must be True or False, got 'yes'"):
+        Params.load(write("thinking: yes\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("taw: 1\n", "taw in some.yaml is not a parameter; the nearest is tau"),
+        ("tau: 1\ntau: 0\n", "tau stands twice in some.yaml"),
+        ("- tau\n", "must hold one `name: value` per line"),
+        ("tau: [1\n", "some.yaml is not YAML"),
+        ("tau: ~\n", "tau in some.yaml has no value"),
+        ("tau:\n", "tau in some.yaml has no value"),
+        ("tau: [1]\n", r"tau must be a number, got \[1\]"),
+        ("run_dir: x\n", "run_dir belongs to one run"),
+        ("tau: .nan\n", "tau must be at least 0, got nan"),
+        ("learning_rate: .inf\n", "learning_rate must be at least 0, got inf"),
+        ("1: 2\n", "1 in some.yaml is not a parameter"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(write, text, match):
+    with pytest.raises(ParamError, match=match) as caught:
+        Params.load(write(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_is_the_defaults_and_a_missing_one_an_error(write, tmp_path):
+    assert Params.load(write("# nothing\n")).replace(params_file="") == Params()
+    with pytest.raises(ParamError, match=r"nowhere\.yaml cannot be read"):
+        Params.load(tmp_path / "nowhere.yaml")
+
+
+# -- values
+
+
+def test_overrides_beat_the_file_and_none_means_as_in_the_file(write):
+    file = write("tau: 0\nseed: 3\n")
+    params = Params.load(file, {"tau": 1, "seed": None})
+    assert (params.tau, params.seed) == (1.0, 3)
+
+
+def test_an_integer_widens_to_float_and_nothing_else_changes_type():
+    assert isinstance(Params.load(None, {"tau": 1}).tau, float)
+    bad("seed must be a whole number, got 1.0", seed=1.0)
+    bad("seed must be a whole number, got True", seed=True)
+    bad("tau must be a number, got True", tau=True)
+    bad("tau must be a number, got '1'", tau="1")
+    bad("thinking must be True or False, got 1", thinking=1)
+    bad("thinking must be True or False, got 'true' .*capital", thinking="true")
+    bad("student must be a text, got 2", student=2)
+
+
+def test_unknown_names_name_the_nearest():
+    bad("taw is not a parameter; the nearest is tau", taw=1)
+    bad("learningrate is not a parameter; the nearest is learning_rate", learningrate=1)
+    bad("zzzzzz is not a parameter; `kepo params` lists them all", zzzzzz=1)
+    with pytest.raises(ParamError, match="nearest is tau"):
+        Params().replace(taw=1)
+
+
+@pytest.mark.parametrize("tau", [-0.1, 1.01, math.nan, math.inf])
+def test_tau_outside_the_gate_signal_is_refused(tau):
+    bad("tau must", tau=tau)
+
+
+def test_tau_range_follows_the_gate_signal():
+    assert Params(tau=2, gate_reward="total").tau == 2.0
+    bad("between 0 and 1, the largest accuracy reward", tau=2)
+    bad("between 0 and 2, the largest total reward", tau=3, gate_reward="total")
+
+
+def test_rules_between_parameters():
+    bad("explore needs thinking", thinking=False)
+    assert Params(thinking=False, explore=False).method_name == "kepo-ke-tau1-nothink"
+    bad(r"injected_per_group must be smaller than group_size \(8\)", injected_per_group=8)
+    assert Params(injected_per_group=7).injected_per_group == 7
+    bad(r"prompts_per_step must be a multiple of prompts_per_device \(8\), got 12", prompts_per_step=12)
+    bad("max_steps must be -1 .* or at least 1", max_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("group_size", 1),
+        ("train_items", 0),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("temperature", 0),
+        ("epsilon", 0),
+        ("epochs", 0),
+        ("learning_rate", -1),
+        ("distill_beta", 1.1),
+        ("rejection_budget", 0),
+        ("max_steps", -2),
+        ("seed", -1),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, value):
+    bad(f"^{name} must be", **{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if f.metadata["choices"]])
+def test_choices_are_closed(name):
+    bad(f"^{name} must be one of", **{name: "other"})
+
+
+def test_an_empty_path_is_refused():
+    bad("data_root must not be empty", data_root=" ")
+
+
+def test_choices_agree_with_the_modules_that_use_them():
+    assert FIELDS["train_modality"].metadata["choices"] == MODALITIES
+    assert FIELDS["hint_context"].metadata["choices"] == HINT_CONTEXTS
+
+
+# -- identity
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
+    base = Params(thinking=True, explore=False, group_size=4, prompts_per_device=2, tau=0.0, injected_per_group=1)
+    f, value = FIELDS[name], getattr(base, name)
+    if f.type is bool:
+        other = not value
+    elif f.metadata["choices"]:
+        other = next(choice for choice in f.metadata["choices"] if choice != value)
+    else:
+        other = {str: lambda: value + "x", int: lambda: value + 2, float: lambda: value * 0.5 + 0.03}[f.type]()
+    changed = base.replace(**{name: other})
+    assert (changed.hash == base.hash) == (name in ("results_dir", "run_dir", "params_file"))
+
+
+def test_method_names():
+    assert Params().method_name == "kepo-tau1"
+    assert Params(tau=0).method_name == "kepo-tau0"
+    assert Params(tau=0.5, explore=False).method_name == "kepo-ke-tau0.5"
+    assert Params(distill=False).method_name == "explore-only"
+    assert Params(distill=False, explore=False).method_name == "grpo"
+
+
+def test_params_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Params().tau = 0  # type: ignore[misc]
+
+
+# -- notebooks
+
+
+def test_a_notebook_namespace_is_read_and_its_furniture_ignored():
+    namespace = {
+        "tau": 0,
+        "seed": None,
+        "In": ["", "tau = 0"],
+        "Out": {},
+        "_": 5,
+        "__name__": "__main__",
+        "math": math,
+        "Path": Path,
+        "teacher": types.SimpleNamespace(),  # a loaded model under a parameter's name
+        "helper": lambda: None,
+    }
+    params = Params.from_notebook(namespace)
+    assert (params.tau, params.seed, params.teacher) == (0.0, 0, "embedded:teacher")
+
+
+def test_a_misspelt_notebook_parameter_names_the_nearest():
+    with pytest.raises(ParamError, match="taw in the notebook is not a parameter; the nearest is tau"):
+        Params.from_notebook({"taw": 1})
+    for odd in (None, [1], {"a": 1}, "x", 1.5, True):
+        with pytest.raises(ParamError, match="taw in the notebook"):
+            Params.from_notebook({"taw": odd})
+
+
+def test_a_cell_can_be_run_again_after_later_cells_left_variables():
+    cells = ["", "# Parameters\ntau = 0\nseed: int = 1", "rows = 3\nprint(rows)", "n = len(x)", "def broken(:"]
+    namespace = {"In": cells, "tau": 0, "seed": 1, "rows": 3, "n": 4}
+    assert Params.from_notebook(namespace).seed == 1
+    with pytest.raises(ParamError, match="taw in the notebook"):
+        Params.from_notebook({**namespace, "In": [*cells, "# Parameters\ntaw = -1"], "taw": -1})
+
+
+def test_a_notebook_names_its_file_and_overrides_it(write):
+    file = write("tau: 0\nseed: 4\n")
+    params = Params.from_notebook({"params_file": str(file), "tau": 1})
+    assert (params.tau, params.seed, params.params_file) == (1.0, 4, str(file))
+    with pytest.raises(ParamError, match="params_file must be a path"):
+        Params.from_notebook({"params_file": 3})
+
+
+# -- places
+
+
+def test_the_root_is_found_from_a_folder_below_and_from_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert project_root() == ROOT
+    assert resolve("params/smoke.yaml") == ROOT / "params/smoke.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert project_root() == ROOT
+    (tmp_path / "mine.yaml").touch()
+    assert resolve("mine.yaml") == tmp_path / "mine.yaml"
+    assert resolve(tmp_path / "x") == tmp_path / "x"
+
+
+def test_the_environment_names_another_default_file(monkeypatch):
+    monkeypatch.setenv("KEPO_PARAMS", "params/smoke.yaml")
+    assert default_params_file() == ROOT / "params/smoke.yaml"
+    assert Params.load().train_items == Params.load(ROOT / "params/smoke.yaml").train_items != Params().train_items
+    monkeypatch.delenv("KEPO_PARAMS")
+    assert Params.load().replace(params_file="") == Params()
