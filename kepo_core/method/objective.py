@@ -1,0 +1,176 @@
+"""Eq. 2-7, one pure function each.
+
+Shapes are suffixes: ``_B`` sequences (groups × G, a group's members side by side), ``_T`` completion tokens,
+``_V`` vocabulary. ``mask_BT`` is 1 on the tokens of a completion (its end-of-sequence token included) and 0 on
+padding. Log-probabilities are natural logarithms. Which arguments receive gradient is said in each function; the
+trainer takes Eq. 3, 5 and the policy term from TRL, and tests hold these functions against it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+ADVANTAGES = ("mean", "std", "rloo")
+NORMALIZERS = ("sequences", "tokens", "gated_tokens")
+#: TRL's constant in the division by the standard deviation, which the released code keeps.
+STD_EPSILON = 1e-4
+
+
+def _check(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{name} is {choice!r}, expected one of {', '.join(choices)}")
+
+
+def sequence_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The mean over the masked tokens of each sequence, (B,); 0 where a sequence has none."""
+    masked = torch.where(mask_BT.bool(), values_BT, 0.0)
+    return masked.sum(-1) / mask_BT.sum(-1).clamp(min=1)
+
+
+def importance_ratio(logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor, level: str = "token") -> Tensor:
+    """Eq. 3: w = π_θ(y|x) / π_θ_old(y|x).
+
+    level: "token" gives one ratio per token, (B, T); "sequence" one per sequence, (B, 1), the geometric mean of
+        its tokens' ratios (as TRL and GSPO have it: the plain product of Eq. 3 would leave every clip range
+        within a few tokens). Both are 1 when on-policy. ``old_logps_BT`` is detached.
+    """
+    _check("level", level, ("token", "sequence"))
+    log_ratio_BT = logps_BT - old_logps_BT.detach()
+    if level == "sequence":
+        return sequence_mean(log_ratio_BT, mask_BT).unsqueeze(-1).exp()
+    return log_ratio_BT.exp()
+
+
+def weighted_advantage(ratio: Tensor, advantages_B: Tensor, epsilon: float, clip: str = "ppo") -> Tensor:
+    """The summand w·Â of Eq. 2, in the shape of ``ratio``, clipped in one of two ways.
+
+    clip: "ppo", min(r·Â, clip(r, 1−ε, 1+ε)·Â), pessimistic for either sign of Â;
+        "eq5", min(r, clip(r, 1−ε, 1+ε))·Â, Eq. 5 as printed, where the lower bound never acts.
+    ``advantages_B`` is detached.
+    """
+    _check("clip", clip, ("ppo", "eq5"))
+    advantages = advantages_B.detach().unsqueeze(-1)
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    if clip == "ppo":
+        return torch.minimum(ratio * advantages, clipped * advantages)
+    return torch.minimum(ratio, clipped) * advantages
+
+
+def advantages(rewards_B: Tensor, group_size: int, kind: str = "mean") -> Tensor:
+    """Â of each sequence from the rewards of its group, (B,), without gradient.
+
+    kind: "mean", Eq. 6: r_i − mean_j r_j; "rloo", Eq. 4: r_i − mean_{j≠i} r_j = G/(G−1) times Eq. 6;
+        "std": Eq. 6 divided by the group's sample standard deviation + 1e-4.
+
+    Raises:
+        ValueError: the rewards do not fill whole groups of at least two, or ``kind`` is unknown.
+    """
+    _check("kind", kind, ADVANTAGES)
+    if group_size < 2 or rewards_B.numel() % group_size:
+        raise ValueError(
+            f"{rewards_B.numel()} rewards do not fill groups of {group_size}, expected whole groups of ≥ 2"
+        )
+    groups = rewards_B.detach().view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if kind == "rloo":
+        centred = centred * group_size / (group_size - 1)
+    elif kind == "std":
+        centred = centred / (groups.std(1, keepdim=True) + STD_EPSILON)
+    return centred.reshape(-1)
+
+
+def kl_to_reference(logps_BT: Tensor, ref_logps_BT: Tensor) -> Tensor:
+    """The estimate of D_KL(π_θ‖π_ref) of Eq. 2 and 7 at each sampled token, (B, T).
+
+    k3 = exp(d) − d − 1 with d = log π_ref − log π_θ: never negative, 0 where they agree, and unbiased under
+    samples from π_θ. ``ref_logps_BT`` is detached.
+    """
+    d = ref_logps_BT.detach() - logps_BT
+    return d.exp() - d - 1
+
+
+def gate(rewards_B: Tensor, tau: float, compare: str = "ge") -> Tensor:
+    """I[r_i ≥ τ] of Eq. 7 ("ge"), or I[r_i > τ] as the sentence below it says ("gt"): booleans, (B,)."""
+    _check("compare", compare, ("ge", "gt"))
+    return rewards_B >= tau if compare == "ge" else rewards_B > tau
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
+    """D(π_T‖π_θ) at each token from both models' full logits, (…, V) → (…).
+
+    beta: 0, forward KL(π_T‖π_θ), the formula as written; 1, reverse KL(π_θ‖π_T); between them the generalised
+        Jensen-Shannon divergence β·KL(π_T‖m) + (1−β)·KL(π_θ‖m) with m = β·π_T + (1−β)·π_θ.
+    temperature: divides both models' logits.
+    The teacher is detached. Training uses TRL's chunked kernel of the same function, which never holds a
+    (B, T, V) tensor; this one is its reference in tests and serves small vocabularies.
+    """
+    log_s = (student_logits / temperature).log_softmax(-1)
+    log_t = (teacher_logits.detach() / temperature).log_softmax(-1)
+    if beta == 0.0:
+        return (log_t.exp() * (log_t - log_s)).sum(-1)
+    if beta == 1.0:
+        return (log_s.exp() * (log_s - log_t)).sum(-1)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    kl_t = (log_t.exp() * (log_t - log_m)).sum(-1)
+    kl_s = (log_s.exp() * (log_s - log_m)).sum(-1)
+    return beta * kl_t + (1 - beta) * kl_s
+
+
+def distillation_term(
+    divergence_BT: Tensor,
+    mask_BT: Tensor,
+    gate_B: Tensor,
+    normalizer: str = "sequences",
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """Σ_i I[r_i ≥ τ] D_i of Eq. 7, normalised: a scalar, exactly 0 when the gate is closed for all.
+
+    normalizer: "sequences", each gated sequence's token mean, divided by all sequences; "tokens", the sum over
+        gated tokens, divided by all tokens; "gated_tokens", the same sum divided by the gated tokens.
+    denominator: what to divide by, where the batch is only a part of the optimiser step; by default the batch's
+        own sequences, tokens or gated tokens.
+    """
+    _check("normalizer", normalizer, NORMALIZERS)
+    gated_BT = mask_BT * gate_B.unsqueeze(-1).to(mask_BT.dtype)
+    if normalizer == "sequences":
+        total = sequence_mean(divergence_BT, gated_BT).sum()
+        own: Tensor | float = float(mask_BT.shape[0])
+    else:
+        total = torch.where(gated_BT.bool(), divergence_BT, 0.0).sum()
+        own = (mask_BT if normalizer == "tokens" else gated_BT).sum()
+    scale = torch.as_tensor(own if denominator is None else denominator, dtype=total.dtype, device=total.device)
+    # A denominator below one only ever means that there is nothing to divide.
+    return total / scale.clamp(min=1.0)
+
+
+def hint_importance_weights(logps_BT: Tensor, hinted_logps_BT: Tensor) -> Tensor:
+    """The off-policy correction of injected tokens, (B, T), without gradient: min(1, π_old(y|x) / π_old(y|x, h, y*)).
+
+    An accepted trajectory was drawn from the hint-aware prompt and is learnt under the plain one. Truncation at 1
+    keeps it from ever counting for more than a trajectory of the student's own (cf. Guide, arXiv 2506.13923).
+    """
+    return (logps_BT.detach() - hinted_logps_BT.detach()).exp().clamp(max=1.0)
+
+
+def kepo_loss(
+    policy_BT: Tensor,
+    mask_BT: Tensor,
+    distillation: Tensor | float = 0.0,
+    kl_BT: Tensor | None = None,
+    *,
+    coef: float = 1.0,
+    beta: float = 0.0,
+) -> Tensor:
+    """−J_KEPO of Eq. 7 (Eq. 2 without distillation): −[mean_i w_i·Â_i − coef·D − β·mean_i KL_i], a scalar.
+
+    policy_BT: `weighted_advantage`, (B, T) or (B, 1); mean over tokens, then over sequences, as in GRPO.
+    distillation: `distillation_term`, already normalised and gated.
+    kl_BT: `kl_to_reference`; needed where ``beta`` is not 0.
+    """
+    loss = -sequence_mean(policy_BT.expand_as(mask_BT), mask_BT).mean() + coef * distillation
+    if beta:
+        if kl_BT is None:
+            raise ValueError(f"beta is {beta:g} but kl_BT is missing, expected the KL estimate of each token")
+        loss = loss + beta * sequence_mean(kl_BT, mask_BT).mean()
+    return loss

@@ -1,0 +1,298 @@
+"""Every equation by hand, by property, by limit and against float64 finite differences."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+from kepo_core.method import objective
+
+T = torch.tensor
+
+
+def test_sequence_mean_by_hand_and_with_an_empty_row() -> None:
+    values = T([[1.0, 3.0, float("nan")], [4.0, 9.0, 9.0], [float("inf"), 1.0, 1.0]])
+    mask = T([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    assert objective.sequence_mean(values, mask).tolist() == [2.0, 4.0, 0.0]
+
+
+# Eq. 3 ------------------------------------------------------------------------------------------------------------
+
+
+def test_ratio_by_hand() -> None:
+    logps, old = T([[math.log(0.5), math.log(0.2)]]), T([[math.log(0.25), math.log(0.4)]])
+    mask = T([[1, 1]])
+    assert objective.importance_ratio(logps, old, mask)[0].tolist() == pytest.approx([2.0, 0.5])
+    assert objective.importance_ratio(logps, old, mask, "sequence").tolist() == [[pytest.approx(1.0)]]
+    only_first = objective.importance_ratio(logps, old, T([[1, 0]]), "sequence")
+    assert only_first.tolist() == [[pytest.approx(2.0)]]
+
+
+def test_ratio_is_one_on_policy_and_old_log_probabilities_get_no_gradient() -> None:
+    logps = torch.randn(2, 3, requires_grad=True)
+    old = logps.detach().clone().requires_grad_()
+    for level in ("token", "sequence"):
+        ratio = objective.importance_ratio(logps, old, torch.ones(2, 3), level)
+        assert torch.equal(ratio, torch.ones_like(ratio))
+        ratio.sum().backward()
+    assert old.grad is None and logps.grad is not None and logps.grad.abs().sum() > 0
+
+
+# Eq. 5 ------------------------------------------------------------------------------------------------------------
+
+
+def test_ppo_and_eq5_differ_where_they_should() -> None:
+    """A = −1, ε = 0.2. ppo: min(−0.5, −0.8) and min(−1.5, −1.2); eq5: −min(0.5, 0.8) and −min(1.5, 1.2)."""
+    ratio, minus = T([[0.5, 1.5]]), T([-1.0])
+    assert objective.weighted_advantage(ratio, minus, 0.2, "ppo")[0].tolist() == pytest.approx([-0.8, -1.5])
+    assert objective.weighted_advantage(ratio, minus, 0.2, "eq5")[0].tolist() == pytest.approx([-0.5, -1.2])
+    for clip in ("ppo", "eq5"):  # for A = +1 both are min(r, 1.2)
+        assert objective.weighted_advantage(ratio, T([1.0]), 0.2, clip)[0].tolist() == pytest.approx([0.5, 1.2])
+
+
+@given(st.floats(0.01, 5), st.floats(-3, 3), st.floats(0.01, 0.9))
+def test_clipping_never_promises_more_than_the_ratio_and_is_silent_near_one(r: float, a: float, eps: float) -> None:
+    ratio, adv = T([[r]], dtype=torch.float64), T([a], dtype=torch.float64)
+    ppo = objective.weighted_advantage(ratio, adv, eps, "ppo").item()
+    assert ppo <= r * a + 1e-12
+    if 1 - eps <= r <= 1 + eps:
+        assert ppo == pytest.approx(r * a)
+        assert objective.weighted_advantage(ratio, adv, eps, "eq5").item() == pytest.approx(r * a)
+
+
+def test_advantages_carry_no_gradient_through_the_policy_term() -> None:
+    ratio, adv = torch.ones(2, 3, requires_grad=True), torch.randn(2, requires_grad=True)
+    objective.weighted_advantage(ratio, adv, 0.2).sum().backward()
+    assert adv.grad is None
+    assert ratio.grad is not None
+    assert torch.allclose(ratio.grad, adv.detach().unsqueeze(-1).expand(2, 3))
+
+
+# Eq. 4, 6 ---------------------------------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand() -> None:
+    rewards = T([2.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    assert objective.advantages(rewards, 3, "mean").tolist() == [1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
+    assert objective.advantages(rewards, 3, "rloo").tolist() == [1.5, -1.5, 0.0, 0.0, 0.0, 0.0]
+    assert objective.advantages(rewards, 3, "std")[:3].tolist() == pytest.approx([1 / 1.0001, -1 / 1.0001, 0.0])
+
+
+@given(st.integers(2, 6), st.lists(st.floats(-2, 2), min_size=12, max_size=12))
+def test_advantages_sum_to_zero_in_each_group_and_rloo_leaves_one_out(group: int, values: list[float]) -> None:
+    rewards = T(values[: 12 // group * group], dtype=torch.float64)
+    for kind in objective.ADVANTAGES:
+        sums = objective.advantages(rewards, group, kind).view(-1, group).sum(1)
+        assert torch.allclose(sums, torch.zeros_like(sums), atol=1e-9)
+    rloo = objective.advantages(rewards, group, "rloo")
+    for i, r in enumerate(rewards):
+        members = rewards.view(-1, group)[i // group]
+        assert rloo[i].item() == pytest.approx((r - (members.sum() - r) / (group - 1)).item(), abs=1e-9)
+
+
+def test_groups_do_not_see_each_other() -> None:
+    a = objective.advantages(T([1.0, 0.0, 5.0, 9.0]), 2)
+    b = objective.advantages(T([1.0, 0.0, -7.0, 2.0]), 2)
+    assert torch.equal(a[:2], b[:2])
+
+
+@pytest.mark.parametrize(("count", "group"), [(5, 2), (4, 1), (3, 4)])
+def test_incomplete_groups_raise(count: int, group: int) -> None:
+    with pytest.raises(ValueError, match="groups"):
+        objective.advantages(torch.zeros(count), group)
+
+
+# KL ---------------------------------------------------------------------------------------------------------------
+
+
+def test_kl_estimate_is_unbiased_zero_at_equality_and_pushes_towards_the_reference() -> None:
+    logits_s, logits_r = torch.randn(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    log_s, log_r = logits_s.log_softmax(0), logits_r.log_softmax(0)
+    expected = (log_s.exp() * objective.kl_to_reference(log_s, log_r)).sum()
+    assert expected.item() == pytest.approx((log_s.exp() * (log_s - log_r)).sum().item())
+    assert torch.equal(objective.kl_to_reference(log_s, log_s), torch.zeros_like(log_s))
+    assert (objective.kl_to_reference(log_s, log_r) >= 0).all()
+    x = T([-1.0], requires_grad=True)
+    objective.kl_to_reference(x, T([-2.0])).sum().backward()
+    assert x.grad is not None and x.grad.item() > 0  # descending lowers log π_θ towards the reference
+
+
+# Gate -------------------------------------------------------------------------------------------------------------
+
+
+def test_gate_by_hand() -> None:
+    rewards = T([0.0, 1.0, 2.0])
+    assert objective.gate(rewards, 0.0).tolist() == [True, True, True]
+    assert objective.gate(rewards, 1.0).tolist() == [False, True, True]
+    assert objective.gate(rewards, 1.0, "gt").tolist() == [False, False, True]
+    accuracy = T([0.0, 1.0])
+    assert torch.equal(objective.gate(accuracy, 0.5), objective.gate(accuracy, 1.0))
+
+
+# Divergence -------------------------------------------------------------------------------------------------------
+
+
+def test_divergence_by_hand() -> None:
+    """p_T = (3/4, 1/4), p_θ = (1/2, 1/2)."""
+    teacher, student = T([0.75, 0.25]).log(), T([0.5, 0.5]).log()
+    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    m = (0.625, 0.375)
+    jsd = 0.5 * (0.75 * math.log(0.75 / m[0]) + 0.25 * math.log(0.25 / m[1])) + 0.5 * (
+        0.5 * math.log(0.5 / m[0]) + 0.5 * math.log(0.5 / m[1])
+    )
+    for beta, expected in ((0.0, forward), (1.0, reverse), (0.5, jsd)):
+        assert objective.divergence(student, teacher, beta).item() == pytest.approx(expected, rel=1e-5)
+    # a skewed mixture tells β from 1 − β: m = 0.25·p_T + 0.75·p_θ
+    m = (0.25 * 0.75 + 0.75 * 0.5, 0.25 * 0.25 + 0.75 * 0.5)
+    skewed = 0.25 * (0.75 * math.log(0.75 / m[0]) + 0.25 * math.log(0.25 / m[1])) + 0.75 * (
+        0.5 * math.log(0.5 / m[0]) + 0.5 * math.log(0.5 / m[1])
+    )
+    assert objective.divergence(student, teacher, 0.25).item() == pytest.approx(skewed, rel=1e-5)
+
+
+@given(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), st.floats(0.2, 5), st.integers(0, 1000))
+def test_divergence_is_zero_only_at_equality(beta: float, temperature: float, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 5, 7, generator=g, dtype=torch.float64)
+    assert objective.divergence(a, a + 3.0, beta, temperature).abs().max() < 1e-12
+    assert (objective.divergence(a, b, beta, temperature) > 0).all()
+    scaled = objective.divergence(a * temperature, b * temperature, beta, temperature)
+    assert torch.allclose(scaled, objective.divergence(a, b, beta))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_divergence_gradient_matches_finite_differences_and_spares_the_teacher(beta: float) -> None:
+    student = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda s: objective.divergence(s, teacher.detach(), beta, 1.7), (student,))
+    objective.divergence(student, teacher, beta).sum().backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_trl_kernel_is_the_same_function_with_the_same_gradient(beta: float, temperature: float) -> None:
+    """The direction of β and the role of student and teacher are the same in TRL's chunked kernel."""
+    hidden_s, hidden_t = torch.randn(6, 8, requires_grad=True), torch.randn(6, 12)
+    head_s, head_t = torch.randn(50, 8, requires_grad=True), torch.randn(50, 12)
+    kernel, _ = ChunkedDivergenceFunction.apply(hidden_s, head_s, None, hidden_t, head_t, None, beta, temperature)
+    ours = objective.divergence(hidden_s @ head_s.T, hidden_t @ head_t.T, beta, temperature)
+    assert torch.allclose(kernel, ours, rtol=1e-4, atol=1e-5)
+    got = torch.autograd.grad(kernel.sum(), (hidden_s, head_s))
+    expected = torch.autograd.grad(ours.sum(), (hidden_s, head_s))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# Normalisers ------------------------------------------------------------------------------------------------------
+
+
+def test_distillation_term_by_hand() -> None:
+    divergence = T([[1.0, 3.0, 9.0], [4.0, 9.0, 9.0], [5.0, 7.0, 9.0]])
+    mask = T([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    gate = T([True, True, False])
+    assert objective.distillation_term(divergence, mask, gate, "sequences").item() == pytest.approx((2 + 4) / 3)
+    assert objective.distillation_term(divergence, mask, gate, "tokens").item() == pytest.approx((1 + 3 + 4) / 6)
+    assert objective.distillation_term(divergence, mask, gate, "gated_tokens").item() == pytest.approx((1 + 3 + 4) / 3)
+    assert objective.distillation_term(divergence, mask, gate, "tokens", 16).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("normalizer", objective.NORMALIZERS)
+def test_a_closed_gate_gives_zero_and_zero_gradient_whatever_stands_behind_it(normalizer: str) -> None:
+    divergence = torch.full((2, 3), float("nan"), requires_grad=True)
+    term = objective.distillation_term(divergence, torch.ones(2, 3), torch.zeros(2, dtype=torch.bool), normalizer)
+    assert term.item() == 0.0
+    term.backward()
+    assert divergence.grad is not None and torch.equal(divergence.grad, torch.zeros(2, 3))
+
+
+@given(st.integers(0, 500), st.sampled_from(objective.NORMALIZERS))
+@settings(max_examples=40)
+def test_padding_changes_nothing_and_micro_batches_add_up(seed: int, normalizer: str) -> None:
+    g = torch.Generator().manual_seed(seed)
+    divergence = torch.rand(4, 5, generator=g, dtype=torch.float64)
+    lengths = torch.randint(0, 6, (4, 1), generator=g)
+    mask = (torch.arange(5) < lengths).long()
+    gate = torch.randint(0, 2, (4,), generator=g).bool()
+    whole = objective.distillation_term(divergence, mask, gate, normalizer)
+    padded = objective.distillation_term(
+        torch.cat([divergence, torch.full((4, 2), 99.0)], 1), torch.cat([mask, torch.zeros(4, 2)], 1), gate, normalizer
+    )
+    assert torch.allclose(whole, padded.to(whole.dtype))
+    denominator = {"sequences": 4.0, "tokens": mask.sum(), "gated_tokens": (mask * gate[:, None]).sum()}[normalizer]
+    parts = [
+        objective.distillation_term(divergence[i : i + 2], mask[i : i + 2], gate[i : i + 2], normalizer, denominator)
+        for i in (0, 2)
+    ]
+    assert torch.allclose(whole, parts[0] + parts[1])
+
+
+# Hint importance --------------------------------------------------------------------------------------------------
+
+
+def test_hint_importance_is_truncated_at_one_and_carries_no_gradient() -> None:
+    plain, hinted = T([[math.log(0.1), math.log(0.9)]], requires_grad=True), T([[math.log(0.4), math.log(0.3)]])
+    weights = objective.hint_importance_weights(plain, hinted)
+    assert weights[0].tolist() == pytest.approx([0.25, 1.0]) and not weights.requires_grad
+
+
+# Eq. 2, 7 ---------------------------------------------------------------------------------------------------------
+
+
+def test_kepo_loss_by_hand() -> None:
+    policy, mask = T([[1.0, 2.0], [4.0, 9.0]]), T([[1, 1], [1, 0]])
+    kl = T([[0.5, 0.5], [1.5, 9.0]])
+    loss = objective.kepo_loss(policy, mask, T(2.0), kl, coef=0.5, beta=0.1)
+    assert loss.item() == pytest.approx(-(1.5 + 4.0) / 2 + 0.5 * 2.0 + 0.1 * (0.5 + 1.5) / 2)
+    assert objective.kepo_loss(T([[1.0], [3.0]]), mask).item() == pytest.approx(-2.0)  # sequence-level weights
+
+
+def test_beta_without_a_kl_estimate_raises() -> None:
+    with pytest.raises(ValueError, match="kl_BT"):
+        objective.kepo_loss(torch.ones(1, 1), torch.ones(1, 1), beta=0.1)
+
+
+def test_signs_descending_the_loss_favours_good_answers_and_approaches_teacher_and_reference() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    teacher, reference = torch.randn(2, 2, 3, 5, dtype=torch.float64)
+    tokens, mask, adv = torch.randint(0, 5, (2, 3)), torch.ones(2, 3), T([1.0, -1.0], dtype=torch.float64)
+
+    def parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logps = x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        ref = reference.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        policy = objective.weighted_advantage(objective.importance_ratio(logps, logps, mask), adv, 0.2)
+        return logps, policy, objective.kl_to_reference(logps, ref)
+
+    def step(loss: torch.Tensor) -> torch.Tensor:
+        return (logits - 0.01 * torch.autograd.grad(loss, logits)[0]).detach()
+
+    before, policy, kl = parts(logits)
+    after, _, _ = parts(step(objective.kepo_loss(policy, mask)))
+    assert after[0].sum() > before[0].sum() and after[1].sum() < before[1].sum()
+    d = objective.divergence(logits, teacher)
+    closer = step(objective.kepo_loss(policy.detach() * 0, mask, objective.distillation_term(d, mask, T([True, True]))))
+    assert objective.divergence(closer, teacher).sum() < d.sum()
+    _, policy, kl = parts(logits)
+    _, _, kl_after = parts(step(objective.kepo_loss(policy.detach() * 0, mask, kl_BT=kl, beta=1.0)))
+    assert kl_after.sum() < kl.sum()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: objective.importance_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "word"),
+        lambda: objective.weighted_advantage(torch.ones(1, 1), torch.ones(1), 0.2, "trpo"),
+        lambda: objective.advantages(torch.ones(2), 2, "median"),
+        lambda: objective.gate(torch.ones(1), 1.0, "lt"),
+        lambda: objective.distillation_term(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "batch"),
+    ],
+)
+def test_an_unknown_choice_names_the_choices(call) -> None:
+    with pytest.raises(ValueError, match="expected one of"):
+        call()
