@@ -1,6 +1,7 @@
 """The same path over real photographs, where the shared data lies beside the checkout."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from kepo_core.data.images import check_images, load_image
 from kepo_core.data.omnimedvqa import load_raw
 from kepo_core.data.splits import split_by_image, study_split
+from kepo_core.study.dataset import to_dataset
+from kepo_core.study.evaluation import evaluate
 
 BCCD = Path(__file__).parents[3] / "shared/data/bccd_omnimedvqa"
 
@@ -47,3 +50,28 @@ def test_the_study_split_of_a_single_modality(questions):
 def test_photographs_are_decoded_and_squashed(questions):
     assert load_image(questions[0].image).size == (640, 480)
     assert load_image(questions[0].image, 64).size == (64, 64)
+
+
+@pytest.mark.parametrize(("thinking", "image_size"), [(True, 0), (False, 0), (True, 50)])
+def test_a_tiny_model_is_evaluated_on_them(questions, tiny_model, processor, tmp_path, thinking, image_size):
+    # Sizes as real files have them: odd, narrow, larger than the model's, grey, upper-case ending.
+    asked = questions[:12]
+    for i, (width, height) in enumerate([(301, 97), (33, 64), (640, 481), (7, 9)]):
+        path = tmp_path / f"{i}.JPG"
+        load_image(asked[i].image).resize((width, height)).convert("L" if i % 2 else "RGB").save(path)
+        asked[i] = replace(asked[i], image=path)
+    answers = evaluate(
+        tiny_model(), processor, asked, thinking=thinking, max_tokens=6, batch_size=5, image_size=image_size
+    )
+    assert [answer.question_id for answer in answers] == [question.id for question in asked]
+    assert all(answer.tokens == 6 or answer.finished for answer in answers)
+    assert all(answer.modality == "Microscopy" for answer in answers)
+
+
+def test_they_make_a_training_set(questions):
+    dataset = to_dataset(questions, thinking=True, image_size=0)
+    assert len(dataset) == 240
+    assert dataset[239]["image"].size == (640, 480)
+    assert dataset[1]["prompt"][0]["content"][1]["text"].startswith(
+        "Is at least one white blood cell (WBC) annotated in this blood smear?\nA) No\nB) Yes\n\nYour task:"
+    )

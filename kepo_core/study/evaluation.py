@@ -1,0 +1,144 @@
+"""Model + questions → one record per question, greedily decoded and read by the training parser."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from kepo_core.data.images import load_image
+from kepo_core.data.records import Answer, Question
+from kepo_core.method.prompts import vqa_messages
+from kepo_core.method.rewards import score
+
+#: Called with (questions answered so far, questions in all) after every batch.
+Progress = Callable[[int, int], None]
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    *,
+    thinking: bool,
+    max_tokens: int,
+    batch_size: int,
+    image_size: int = 0,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Ask ``model`` every question once and score what it says; records come in the order of ``questions``.
+
+    Decoding is greedy with a generation configuration of its own: penalties or sampling that a checkpoint carries
+    do not apply. The prompt is the training prompt. Batches hold questions of similar length, padded on the left,
+    and a row's answer does not depend on its neighbours beyond floating-point rounding. The model is left in the
+    mode (train or eval) and with the configuration it came in, and no random number is drawn.
+
+    Args:
+        model: a Qwen3-VL or another image-text model with ``generate``.
+        processor: its processor, with a chat template.
+        thinking: which prompt and format; see ``prompts.vqa_messages``.
+        max_tokens: most tokens of a completion; one that reaches it without an end-of-text token is not finished.
+        batch_size: questions per batch.
+        image_size: 0 for images as stored, else the side they are squashed to.
+        progress: told after every batch how far it is.
+    """
+    texts = [_prompt_text(processor, question, thinking) for question in questions]
+    answers: dict[int, Answer] = {}
+    with _greedy(model, processor, max_tokens) as stop_tokens:
+        for batch in length_batches(_lengths(processor, texts), batch_size):
+            asked = [questions[i] for i in batch]
+            completions = _generate(model, processor, [texts[i] for i in batch], asked, image_size)
+            for i, tokens in zip(batch, completions, strict=True):
+                answers[i] = _record(processor, questions[i], tokens, stop_tokens, thinking)
+            if progress is not None:
+                progress(len(answers), len(questions))
+    return [answers[i] for i in range(len(questions))]
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of ``lengths`` in batches of similar length, the longest first: too large a batch fails at once."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size}, expected at least 1.")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def trim(tokens: Tensor, stop_tokens: Sequence[int]) -> tuple[Tensor, bool]:
+    """Cut ``tokens`` (T,) after the first stop token → (completion with it, whether there was one).
+
+    What ``generate`` fills in behind the end, so that rows of a batch are equally long, is no part of a completion.
+    """
+    ends = torch.isin(tokens, torch.tensor(stop_tokens, device=tokens.device)).nonzero()
+    return (tokens[: int(ends[0]) + 1], True) if len(ends) else (tokens, False)
+
+
+def _prompt_text(processor: Any, question: Question, thinking: bool) -> str:
+    messages = vqa_messages(question.question, question.options, thinking)
+    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _lengths(processor: Any, texts: Sequence[str]) -> list[int]:
+    """Prompt lengths in tokens, each image counted as one: pictures are not opened for an ordering."""
+    return [len(ids) for ids in processor.tokenizer(list(texts))["input_ids"]] if texts else []
+
+
+@contextmanager
+def _greedy(model: Any, processor: Any, max_tokens: int) -> Iterator[list[int]]:
+    """Evaluation mode and a plain greedy configuration on ``model`` for a while; yields the stop tokens.
+
+    The configuration is exchanged on the model, since ``generate`` fills whatever an argument leaves open from it.
+    What ends a text is no matter of taste: the checkpoint's own stop tokens count beside the tokenizer's.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: {max_tokens}, expected at least 1.")
+    own, was_training = model.generation_config, model.training
+    tokenizer = processor.tokenizer
+    declared = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    stop_tokens = sorted({token for token in (*declared, tokenizer.eos_token_id) if token is not None})
+    image_token = getattr(model.config, "image_token_id", None)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        eos_token_id=stop_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        # As in training: a sampled image placeholder would stand for no image.
+        suppress_tokens=None if image_token is None else [image_token],
+    )
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield stop_tokens
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+def _generate(
+    model: Any, processor: Any, texts: Sequence[str], questions: Sequence[Question], image_size: int
+) -> Tensor:
+    """Completions (B, T) of the batch, padded behind their ends."""
+    images = [[load_image(question.image, image_size)] for question in questions]
+    inputs = processor(text=list(texts), images=images, padding=True, padding_side="left", return_tensors="pt")
+    inputs = inputs.to(model.device)
+    output: Tensor = model.generate(**inputs)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def _record(processor: Any, question: Question, tokens: Tensor, stop_tokens: Sequence[int], thinking: bool) -> Answer:
+    completion, finished = trim(tokens, stop_tokens)
+    text = str(processor.tokenizer.decode(completion, skip_special_tokens=True))
+    result = score(text, question.answer, question.letters, thinking=thinking, finished=finished)
+    return Answer(
+        question_id=question.id,
+        modality=question.modality,
+        question_type=question.question_type,
+        completion=text,
+        outcome=result.outcome,
+        letter=result.letter,
+        correct=result.accuracy == 1,
+        format_ok=result.format_ok,
+        tokens=len(completion),
+        finished=finished,
+    )
