@@ -1,0 +1,119 @@
+"""Load student, teacher and processor, by embedded name, folder or hub name, and check that they fit.
+
+Weights come as safetensors only, and no remote code is run. Trained weights are float32 masters whatever the
+compute precision (with pure bf16 weights AdamW's steps vanish in rounding); a teacher is only read, so it is
+kept in the compute precision.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from kepo_core.params import ParamError
+from kepo_core.study.embedded import EMBEDDED_DIR
+from kepo_core.study.processor import ImageOnlyQwen3VLProcessor
+
+EMBEDDED = {"embedded:student": EMBEDDED_DIR / "student", "embedded:teacher": EMBEDDED_DIR / "teacher"}
+
+
+def best_device() -> torch.device:
+    """The first CUDA device when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve(name: str, parameter: str) -> str:
+    """The folder or hub name that ``name`` stands for.
+
+    Raises:
+        ParamError: an unknown embedded name, or something that looks like a path and is not a folder.
+    """
+    if name.startswith("embedded:"):
+        if name not in EMBEDDED:
+            raise ParamError(f"{parameter} is {name!r}, expected one of {', '.join(EMBEDDED)}")
+        return str(EMBEDDED[name])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ParamError(f"{parameter} is the folder {name!r}, which holds no config.json: not a saved model")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ParamError(f"{parameter} is {name!r}, expected an existing folder or a hub name like owner/model")
+    return name
+
+
+def _torchvision_works() -> bool:
+    try:  # found is not enough: a build for another torch breaks only when imported
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+def load_processor(name: str, parameter: str = "student") -> Any:
+    """The processor of a model, with left padding.
+
+    Without a working torchvision a Qwen3-VL checkpoint gets :class:`ImageOnlyQwen3VLProcessor`, put together
+    from the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
+    """
+    source = resolve(name, parameter)
+    if AutoConfig.from_pretrained(source).model_type == "qwen3_vl" and not _torchvision_works():
+        processor: Any = ImageOnlyQwen3VLProcessor(
+            Qwen2VLImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        )
+        processor.chat_template = processor.tokenizer.chat_template
+    else:
+        processor = AutoProcessor.from_pretrained(source)
+    if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
+        raise ParamError(f"{parameter} is {name!r}, whose processor takes no images: expected an image-text model")
+    if not processor.chat_template:
+        raise ParamError(f"{parameter} is {name!r}, which has no chat template: expected an instruction-tuned model")
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def load_model(name: str, parameter: str = "student", *, trained: bool = True, precision: str = "fp32") -> PreTrainedModel:
+    """The model in evaluation mode on the best device.
+
+    ``trained=False`` (a teacher) freezes it and keeps its weights in ``precision``; otherwise they are float32.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" and not trained else torch.float32
+    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+        resolve(name, parameter), dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
+    model.requires_grad_(trained)
+    return model.to(best_device()).eval()  # type: ignore[arg-type]
+
+
+def check_same_vocabulary(student: Any, teacher: Any) -> None:
+    """Refuse a teacher whose token ids mean other texts than the student's (both processors).
+
+    Raises:
+        ParamError: the vocabularies differ; the message names the first differing token.
+    """
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    different = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    raise ParamError(
+        f"teacher has another vocabulary than student ({len(theirs)} and {len(ours)} tokens, {len(different)} differ, "
+        f"the first is {different[0]!r}): token distributions cannot be compared; choose a teacher of the same family"
+    )
+
+
+def save_embedded(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Write a model (as float16 safetensors) and its processor so that :func:`load_model` reads them."""
+    half = model.to(torch.float16)  # type: ignore[arg-type]
+    half.save_pretrained(folder)
+    processor.tokenizer.chat_template = processor.chat_template
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)

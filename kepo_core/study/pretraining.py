@@ -1,0 +1,277 @@
+"""Pre-training of the embedded models: first to see, then to look up letters, then to talk.
+
+Two stages, found by measurement. (1) The vision tower alone learns the six facts of a picture through
+attention-pooled linear heads, which are thrown away. (2) The whole model learns a mixture: captions, dense
+look-ups (four supervised letters a sequence), and the four prompts of Appendix C. The pictures come from
+random streams of their own, never from the set that :func:`kepo_core.data.phantom.ensure_phantom` writes.
+"""
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen3VLForConditionalGeneration
+
+from kepo_core.data import phantom
+from kepo_core.data.phantom import Asked, Facts
+from kepo_core.data.records import LETTERS, MODALITIES
+from kepo_core.method import prompts
+from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.study.processor import ImageOnlyQwen3VLProcessor
+
+FACT_WORDS = {
+    "modality": MODALITIES,
+    "kind": phantom.KINDS,
+    "place": phantom.PLACES,
+    "size": phantom.SIZES,
+    "number": phantom.NUMBERS,
+    "contrast": phantom.CONTRASTS,
+}
+LETTER_WEIGHT = 4.0  # one answer letter among some twenty tokens carries the question: it counts more
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one embedded model is made. Steps are optimizer steps; ``mixture`` counts sequences per step."""
+
+    size: str
+    pool: int  # pictures
+    vision_steps: int  # of 128 pictures
+    language_steps: int
+    mixture: dict[str, int]
+    sloppy: float = 0.0  # share of thinking completions written in a broken format
+    vision_lr: float = 2e-3
+    language_lr: float = 1.5e-3
+
+
+_STUDENT = {"caption": 12, "lookup": 16, "think": 24, "plain": 8, "hint": 2, "aware": 10}
+_TEACHER = {"caption": 12, "lookup": 12, "think": 28, "plain": 8, "hint": 8, "aware": 2}
+RECIPES = {
+    "student": Recipe("student", 16_000, 700, 800, _STUDENT, sloppy=0.15),
+    "teacher": Recipe("teacher", 24_000, 800, 1_000, _TEACHER),
+}
+
+
+@dataclass
+class Pool:
+    """Pre-rendered pictures: ``pixels`` (N, 64 patches, 192) float16, and their facts."""
+
+    pixels: Tensor
+    facts: list[Facts]
+
+    @classmethod
+    def draw(cls, processor: ImageOnlyQwen3VLProcessor, count: int, seed: int) -> "Pool":
+        """``count`` pictures over the eight modalities, from the pre-training stream of ``seed``."""
+        rng = np.random.default_rng([zlib.crc32(b"phantom-pretraining"), seed])
+        facts = [phantom.draw_facts(rng, MODALITIES[i % len(MODALITIES)]) for i in range(count)]
+        chunks = []
+        for start in range(0, count, 500):
+            pictures = [phantom.picture(rng, f) for f in facts[start : start + 500]]
+            values = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+            chunks.append(values.view(len(pictures), -1, values.shape[-1]).half())
+        return cls(torch.cat(chunks), facts)
+
+    def labels(self, index: list[int]) -> dict[str, Tensor]:
+        """Class index of every fact for the pictures at ``index``."""
+        return {
+            name: torch.tensor([words.index(getattr(self.facts[i], name)) for i in index])
+            for name, words in FACT_WORDS.items()
+        }
+
+
+class FactHeads(nn.Module):
+    """One attention-pooled linear classifier per fact, over the vision tower's 16 merged tokens."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.query = nn.ParameterDict({k: nn.Parameter(torch.randn(hidden) * hidden**-0.5) for k in FACT_WORDS})
+        self.out = nn.ModuleDict({k: nn.Linear(hidden, len(words)) for k, words in FACT_WORDS.items()})
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        """(N, tokens, hidden) → logits (N, classes) per fact."""
+        tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        return {k: self.out[k](((tokens @ q).softmax(-1).unsqueeze(-1) * tokens).sum(1)) for k, q in self.query.items()}
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """50 steps of warm-up, then a cosine to 2 %."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / 50, 0.02 + 0.49 * (1 + math.cos(math.pi * min(i / steps, 1.0))))
+    )
+
+
+def train_vision(
+    model: Qwen3VLForConditionalGeneration, pool: Pool, steps: int, lr: float, seed: int, log: Callable[[str], None]
+) -> None:
+    """Stage 1: teach ``model.model.visual`` the facts of pictures through throw-away heads."""
+    device = model.device
+    rng = np.random.default_rng([1, seed])
+    torch.manual_seed(seed)
+    heads = FactHeads(model.config.text_config.hidden_size).to(device)
+    optimizer = torch.optim.AdamW([*model.model.visual.parameters(), *heads.parameters()], lr=lr, weight_decay=0.01)
+    schedule = _schedule(optimizer, steps)
+    grid = torch.tensor([[1, 8, 8]] * 128, device=device)
+    start = time.time()
+    for step in range(steps):
+        index = rng.integers(0, len(pool.facts), 128).tolist()
+        pixels = pool.pixels[index].to(device).float().flatten(0, 1)
+        logits = heads(model.model.visual(pixels, grid_thw=grid).pooler_output.view(128, 16, -1))
+        labels = {k: v.to(device) for k, v in pool.labels(index).items()}
+        loss = sum((F.cross_entropy(logits[k], labels[k]) for k in FACT_WORDS), torch.zeros((), device=device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 49:
+            right = {k: f"{(logits[k].argmax(-1) == labels[k]).float().mean():.2f}" for k in FACT_WORDS}
+            log(f"vision {step + 1}/{steps} loss {loss.item():.3f} {right} {time.time() - start:.0f} s")
+
+
+# --- stage 2: sequences ------------------------------------------------------------------------------------
+
+
+def completion_for(asked: Asked, thinking: bool, rng: np.random.Generator | None = None, sloppy: float = 0.0) -> str:
+    """The right completion; with ``rng``, a share ``sloppy`` of thinking ones breaks the format, not the answer."""
+    answer = f"<answer>{asked.answer}</answer>"
+    if not thinking:
+        return answer
+    if rng is not None and rng.random() < sloppy:
+        broken = (f"{asked.thought}\n{answer}", f"<think>{asked.thought}\n{answer}", f"<think>{asked.thought}</think>\n{asked.answer}")
+        return broken[rng.integers(len(broken))]
+    return f"<think>{asked.thought}</think>\n{answer}"
+
+
+def _caption(facts: Facts) -> str:
+    return f"{facts.modality} {facts.number} {facts.size} {facts.contrast} {facts.kind} {facts.place}"
+
+
+def _lookup(rng: np.random.Generator) -> tuple[str, str]:
+    """Options, then the same words in another order, each followed by its letter."""
+    topic = phantom.TOPICS[rng.integers(len(phantom.TOPICS))]
+    words = list(rng.permutation(topic.values)[:4])
+    order = rng.permutation(len(words))
+    listed = "\n".join(f"{letter}) {word}" for letter, word in zip(LETTERS, words, strict=False))
+    return listed, "".join(f" {words[i]} : {LETTERS[i]}" for i in order)
+
+
+@dataclass
+class Sequences:
+    """Tokenised sequences of one task. ``labels_weight`` (N, L) is 0 where nothing is learned."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels_weight: Tensor
+    pixels: Tensor | None
+
+
+class Tasks:
+    """Draws training sequences for each task of the mixture."""
+
+    def __init__(self, processor: ImageOnlyQwen3VLProcessor, pool: Pool, sloppy: float, rng: np.random.Generator):
+        self.tokenizer, self.pool, self.sloppy, self.rng = processor.tokenizer, pool, sloppy, rng
+        self.render = lambda messages: processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        ).replace("<|image_pad|>", "<|image_pad|>" * 16)
+        self.letters = set(self.tokenizer.convert_tokens_to_ids(list(LETTERS[:4]))) | {
+            self.tokenizer(f": {letter}")["input_ids"][-1] for letter in LETTERS[:4]
+        }
+
+    def draw(self, task: str, count: int) -> Sequences:
+        """``count`` sequences of one of: caption, lookup, think, plain, hint, aware."""
+        index = self.rng.integers(0, len(self.pool.facts), count).tolist()
+        pairs = [self._pair(task, self.pool.facts[i]) for i in index]
+        prompt_ids = self.tokenizer([p for p, _ in pairs])["input_ids"]
+        completion_ids = self.tokenizer([c + "<|im_end|>" for _, c in pairs])["input_ids"]
+        length = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
+        ids = torch.full((count, length), self.tokenizer.pad_token_id)
+        mask, weight = torch.zeros_like(ids), torch.zeros(count, length)
+        for row, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+            end = len(p) + len(c)
+            ids[row, :end], mask[row, :end] = torch.tensor(p + c), 1
+            weight[row, len(p) : end] = torch.tensor([LETTER_WEIGHT if t in self.letters else 1.0 for t in c])
+        return Sequences(ids, mask, weight, None if task == "lookup" else self.pool.pixels[index])
+
+    def _pair(self, task: str, facts: Facts) -> tuple[str, str]:
+        if task == "caption":
+            return self.render([{"role": "user", "content": [{"type": "image"}]}]), _caption(facts)
+        if task == "lookup":
+            listed, pairs = _lookup(self.rng)
+            return self.render([{"role": "user", "content": listed}]), pairs
+        asked = phantom.ask(self.rng, facts, phantom.draw_topics(self.rng, 1)[0])
+        if task == "hint":
+            messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
+            return self.render(messages), f"<hint>{asked.evidence}</hint>"
+        if task == "aware":
+            context = str(self.rng.choice(prompts.HINT_CONTEXTS, p=[0.6, 0.25, 0.15]))
+            messages = prompts.hint_aware_messages(
+                asked.question, asked.options, asked.evidence, asked.answer, context
+            )
+            return self.render(messages), completion_for(asked, True, self.rng, self.sloppy)
+        messages = prompts.vqa_messages(asked.question, asked.options, task == "think")
+        return self.render(messages), completion_for(asked, task == "think", self.rng, self.sloppy)
+
+
+def sequence_loss(model: Qwen3VLForConditionalGeneration, batch: Sequences) -> tuple[Tensor, Tensor]:
+    """Weighted sum of next-token cross-entropies, and the sum of the weights."""
+    device = model.device
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    image: dict[str, Tensor] = {}
+    if batch.pixels is not None:
+        image = {
+            "pixel_values": batch.pixels.to(device).float().flatten(0, 1),
+            "image_grid_thw": torch.tensor([[1, 8, 8]] * len(ids), device=device),
+            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+        }
+    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False, **image).last_hidden_state
+    weight = batch.labels_weight[:, 1:].to(device)
+    learned = weight > 0
+    losses = F.cross_entropy(model.lm_head(hidden[:, :-1][learned]), ids[:, 1:][learned], reduction="none")
+    return (losses * weight[learned]).sum(), weight.sum()
+
+
+def train_language(
+    model: Qwen3VLForConditionalGeneration, tasks: Tasks, recipe: Recipe, log: Callable[[str], None]
+) -> Iterator[int]:
+    """Stage 2. Yields the number of finished steps every 100, so that the caller can measure or stop."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.language_lr, weight_decay=0.01)
+    schedule = _schedule(optimizer, recipe.language_steps)
+    total, start = sum(recipe.mixture.values()), time.time()
+    running: dict[str, float] = {}
+    for step in range(1, recipe.language_steps + 1):
+        optimizer.zero_grad()
+        for task, count in recipe.mixture.items():
+            loss, weight = sequence_loss(model, tasks.draw(task, count))
+            mean = loss / weight
+            (mean * count / total).backward()
+            running[task] = 0.95 * running.get(task, mean.item()) + 0.05 * mean.item()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            losses = {task: f"{value:.3f}" for task, value in running.items()}
+            log(f"language {step}/{recipe.language_steps} {losses} {time.time() - start:.0f} s")
+            yield step
+
+
+def pretrain(
+    recipe: Recipe, seed: int = 0, device: str = "cpu", log: Callable[[str], None] = print
+) -> Qwen3VLForConditionalGeneration:
+    """Build and train one embedded model from nothing; everything random follows from ``seed``."""
+    processor = build_processor()
+    pool = Pool.draw(processor, recipe.pool, seed)
+    log(f"{recipe.size}: {recipe.pool} pictures drawn")
+    model = build_model(recipe.size, seed).to(device).train()
+    train_vision(model, pool, recipe.vision_steps, recipe.vision_lr, seed, log)
+    tasks = Tasks(processor, pool, recipe.sloppy, np.random.default_rng([2, seed]))
+    for _ in train_language(model, tasks, recipe, log):
+        pass
+    return model.eval()
+
+
+assert set(FACT_WORDS) == {f.name for f in fields(Facts)}

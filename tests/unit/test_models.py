@@ -1,0 +1,75 @@
+"""Loading: what is saved comes back, and what does not fit is refused by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kepo_core.data.records import LETTERS
+from kepo_core.method import prompts
+from kepo_core.params import ParamError
+from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.study.models import check_same_vocabulary, load_model, load_processor, resolve, save_embedded
+
+
+def test_saved_model_and_processor_come_back(tmp_path: Path, tiny_model) -> None:
+    model, processor = tiny_model(3), build_processor()
+    before = model.state_dict()["model.language_model.norm.weight"].clone()
+    save_embedded(model, processor, tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    again, reloaded = load_model(str(tmp_path)), load_processor(str(tmp_path))
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in again.parameters())
+    torch.testing.assert_close(again.state_dict()["model.language_model.norm.weight"].cpu(), before)
+    messages = prompts.vqa_messages("What shape is the finding?", ["ring", "disc"], thinking=True)
+    rendered = [p.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for p in (processor, reloaded)]
+    assert rendered[0] == rendered[1]
+    assert reloaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert reloaded.image_processor.patch_size == processor.image_processor.patch_size
+
+
+def test_a_teacher_is_frozen(tmp_path: Path, tiny_model) -> None:
+    save_embedded(tiny_model(), build_processor(), tmp_path)
+    teacher = load_model(str(tmp_path), "teacher", trained=False, precision="bf16")
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("name", ["embedded:pupil", "/no/such/folder", "./nowhere", "a/b/c"])
+def test_what_is_no_model_is_named(name: str) -> None:
+    with pytest.raises(ParamError, match="teacher is"):
+        resolve(name, "teacher")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamError, match="no config.json"):
+        resolve(str(tmp_path), "student")
+
+
+def test_other_vocabulary_is_refused() -> None:
+    student, teacher = build_processor(), build_processor()
+    check_same_vocabulary(student, teacher)
+    teacher.tokenizer.add_tokens(["zzz"])
+    with pytest.raises(ParamError, match="'zzz'"):
+        check_same_vocabulary(student, teacher)
+
+
+def test_tokenizer_behaves_like_qwen3() -> None:
+    tokenizer = build_processor().tokenizer
+    text = "<think>The finding is a dark bar.</think>\n<answer>B</answer>"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text  # <think> survives, as in Qwen3
+    assert tokenizer.convert_tokens_to_ids("<think>") in ids
+    assert "<answer>" not in tokenizer.get_vocab()
+    assert tokenizer.decode(tokenizer("ünïcode ☃ text")["input_ids"]) == "ünïcode ☃ text"
+    for letter in LETTERS[:4]:  # one token, the same in an option line and in an answer
+        token = tokenizer.convert_tokens_to_ids(letter)
+        assert token in tokenizer(f"<answer>{letter}</answer>")["input_ids"]
+        assert token in tokenizer(f"\n{letter}) ring")["input_ids"]
+
+
+def test_seed_fixes_weights_and_leaves_the_global_generator() -> None:
+    state = torch.get_rng_state()
+    one, two, other = build_model("test", 1), build_model("test", 1), build_model("test", 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [m.state_dict()["lm_head.weight"] for m in (one, two, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
