@@ -1,0 +1,131 @@
+"""PhantomVQA: facts are true in the picture, questions are answerable, files are in the raw layout."""
+
+import json
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kepo_core.data import phantom
+from kepo_core.data.omnimedvqa import load_raw
+from kepo_core.data.phantom import CONTRASTS, KINDS, PLACES, TOPICS, Facts
+from kepo_core.data.records import MODALITIES, QUESTION_TYPES
+from kepo_core.study.pretraining import Pool
+
+
+def changed_by_finding(facts: Facts, seed: int) -> np.ndarray:
+    """Where the picture differs from one of the same stream with the opposite contrast: the finding."""
+    other = Facts(**{**{f: getattr(facts, f) for f in facts.__slots__}, "contrast": CONTRASTS[facts.contrast == "bright"]})
+    one, two = (phantom.picture(np.random.default_rng(seed), f).astype(int) for f in (facts, other))
+    return (one - two).sum(-1)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("place", PLACES)
+def test_finding_is_in_its_quadrant_with_its_contrast(modality: str, place: str) -> None:
+    for seed in range(6):
+        facts = Facts(modality, KINDS[seed % 4], place, ("small", "large")[seed % 2], ("one", "two")[seed // 3], "bright")
+        difference = changed_by_finding(facts, seed)
+        rows, columns = np.nonzero(np.abs(difference) > 20)
+        assert len(rows) > 15
+        assert (rows > 31.5).all() if "lower" in place else (rows < 31.5).all()
+        assert (columns > 31.5).all() if "right" in place else (columns < 31.5).all()
+        assert difference.sum() > 0  # bright is brighter than dark
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_and_two_cover_more(kind: str) -> None:
+    def area(size: str, number: str) -> float:
+        facts = Facts("MRI", kind, "upper left", size, number, "bright")
+        return float(np.mean([(np.abs(changed_by_finding(facts, s)) > 60).sum() for s in range(8)]))
+
+    assert area("large", "one") > 1.5 * area("small", "one")
+    assert area("small", "two") > 1.7 * area("small", "one")
+
+
+def test_two_fact_answers_need_both_facts() -> None:
+    by_kind, by_contrast = {}, {}
+    for kind in KINDS:
+        for contrast in CONTRASTS:
+            name = Facts("CT", kind, "upper left", "small", "one", contrast).diagnosis
+            by_kind.setdefault(kind, set()).add(name)
+            by_contrast.setdefault(contrast, set()).add(name)
+    assert all(len(names) == 2 for names in by_kind.values())
+    assert all(len(names) == 4 for names in by_contrast.values())
+    assert {Facts("CT", "bar", "upper left", s, n, "dark").grade for s in phantom.SIZES for n in phantom.NUMBERS} == set(
+        phantom.GRADES
+    )
+
+
+def test_questions_are_answerable_and_letters_balanced() -> None:
+    rng = np.random.default_rng(0)
+    letters, counts = Counter(), Counter()
+    for _ in range(4000):
+        facts = phantom.draw_facts(rng, "OCT")
+        asked = phantom.ask(rng, facts, phantom.draw_topics(rng, 1)[0])
+        assert asked.options.count(asked.value) == 1 and 2 <= len(set(asked.options)) == len(asked.options) <= 4
+        assert asked.value == getattr(facts, asked.topic.attribute)
+        assert asked.evidence in asked.thought and "{" not in asked.thought
+        if asked.topic.conclusion:
+            assert asked.value in asked.thought and asked.value not in asked.evidence.split()
+        counts[len(asked.options)] += 1
+        letters[asked.answer] += len(asked.options) == 4
+    assert set(counts) == {2, 3, 4}
+    assert max(letters.values()) - min(letters.values()) < 0.2 * sum(letters.values()) / 4
+    assert {t.question_type for t in TOPICS} == set(QUESTION_TYPES)
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("phantom")
+    phantom.write_phantom(root, seed=5, images=dict.fromkeys(MODALITIES, 6))
+    return root
+
+
+def test_written_set_is_read_by_the_loader_for_real_data(small_set: Path) -> None:
+    questions = load_raw(small_set)
+    assert Counter(q.modality for q in questions) == dict.fromkeys(MODALITIES, 6 * phantom.QUESTIONS_PER_IMAGE)
+    facts = json.loads((small_set / "facts.json").read_text())
+    for q in questions:
+        truth = facts[q.image.relative_to(small_set).as_posix()]
+        assert q.options[q.letters.index(q.answer)] in truth.values()
+        assert Image.open(q.image).size == (64, 64)
+
+
+def test_same_seed_same_files_and_other_seed_other_files(small_set: Path, tmp_path: Path) -> None:
+    for seed in (5, 6):
+        phantom.write_phantom(tmp_path / str(seed), seed, images=dict.fromkeys(MODALITIES, 6))
+    files = [p.relative_to(small_set) for p in sorted(small_set.rglob("*")) if p.is_file()]
+    assert len(files) == 8 * 6 + 8 + 1
+    assert all((small_set / f).read_bytes() == (tmp_path / "5" / f).read_bytes() for f in files)
+    assert not any((small_set / f).read_bytes() == (tmp_path / "6" / f).read_bytes() for f in files)
+
+
+def test_set_is_written_once_and_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def write(root: Path, seed: int) -> None:
+        calls.append(seed)
+        (root / "half").write_text("x")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(phantom, "write_phantom", write)
+    with pytest.raises(KeyboardInterrupt):
+        phantom.ensure_phantom(tmp_path, 3)
+    assert list(tmp_path.iterdir()) == []  # nothing half-written stays
+    root = phantom.ensure_phantom(tmp_path, 3)
+    assert root == phantom.ensure_phantom(tmp_path, 3) and calls == [3, 3]
+    assert [p.name for p in tmp_path.iterdir()] == [root.name]
+
+
+def test_pretraining_sees_no_picture_of_the_set(small_set: Path, processor) -> None:
+    pool = Pool.draw(processor, 400, seed=5)
+    seen = {zlib.crc32(p.numpy().tobytes()) for p in pool.pixels}
+    pictures = [Image.open(p).convert("RGB") for p in sorted(small_set.rglob("*.png"))]
+    written = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"].view(len(pictures), 64, -1)
+    assert not seen & {zlib.crc32(p.numpy().tobytes()) for p in written.half()}
+    assert len(seen) == 400
