@@ -1,0 +1,185 @@
+"""``kepo run`` executes a notebook into a run folder; ``kepo params`` lists every parameter.
+
+Exit codes of ``kepo run``: 0 completed, 1 failed (the folder says why), 2 refused (a parameter or the data do not
+fit; nothing is left behind), 130 interrupted.
+"""
+
+import argparse
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kepo_core.params import ParamError, Params, project_root, resolve
+
+if TYPE_CHECKING:
+    from kepo_core.study.runs import Run
+
+COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+#: Errors that a notebook raises before it computes anything, because what it was given does not fit.
+_INPUT_ERRORS = ("ParamError", "DataError")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The ``kepo`` command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "params":
+            print(Params.load(arguments.file).to_yaml(), end="")
+            return COMPLETED
+        overrides = {name: parse_value(value) for name, value in arguments.parameter}
+        return run_notebook(arguments.notebook, arguments.file, overrides)
+    except ParamError as error:
+        print(f"kepo: {error}", file=sys.stderr)
+        return REFUSED
+
+
+def parse_value(text: str) -> bool | int | float | str | None:
+    """One ``-p`` value as papermill reads it: ``True``, ``False``, ``None``, a number, else a text."""
+    words: dict[str, bool | None] = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def run_notebook(notebook: str | Path, file: str | Path | None, overrides: dict[str, Any]) -> int:
+    """Validate, allocate the folder, execute, render, write the status; print the folder. Returns the exit code.
+
+    Raises `ParamError` before anything is written if a parameter or the notebook's path is wrong.
+    """
+    path = resolve(notebook)
+    if not path.is_file():
+        raise ParamError(f"notebook {notebook} does not exist")
+    file = file or overrides.get("params_file")
+    params = Params.load(file, overrides)
+    from kepo_core.study.runs import Run  # what executes is imported only once the parameters are known to fit
+
+    run = Run.allocate(params, owner="kepo run")
+    shown = _from_root(run.path)
+    print(f"kepo: run folder {shown}", flush=True)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    given |= {"params_file": params.params_file, "run_dir": shown}
+    code = _execute_and_conclude(path, run, given)
+    if code == REFUSED:
+        shutil.rmtree(run.path)
+    else:
+        print(f"kepo: {run.status['state']}, everything about it is in {shown}", flush=True)
+    return code
+
+
+def _execute_and_conclude(notebook: Path, run: "Run", given: dict[str, Any]) -> int:
+    """Execute, then turn what happened into report, status and exit code."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        _execute(notebook, run.path / "notebook.ipynb", given)
+    except KeyboardInterrupt:
+        return _conclude(run, "interrupted", "stopped by the user", INTERRUPTED)
+    except PapermillExecutionError as error:
+        sentence = error.evalue.strip() or error.ename
+        if error.ename in _INPUT_ERRORS and not (run.path / "metrics.jsonl").exists():
+            print(f"kepo: {sentence}", file=sys.stderr)
+            return REFUSED
+        return _conclude(run, "failed", f"{error.ename}: {sentence}", FAILED)
+    except DeadKernelError:
+        return _conclude(run, "failed", "the notebook's process died, for want of memory perhaps", FAILED)
+    except BaseException as error:  # not foreseen: the folder says so, and the traceback is shown
+        run.fail(error)
+        raise
+    if run.headline is None:
+        return _conclude(run, "failed", "the notebook ended before run.finish(headline)", FAILED)
+    return _conclude(run, "completed", "", COMPLETED)
+
+
+def _conclude(run: "Run", state: Any, error: str, code: int) -> int:
+    """Render what there is, then write the status, which comes last whatever happens to the report."""
+    from kepo_core.study.report import write_report
+
+    try:
+        if (run.path / "notebook.ipynb").is_file():
+            write_report(run, state, error)
+    except (ValueError, OSError) as problem:
+        state, code = ("failed", FAILED) if state == "completed" else (state, code)
+        error = f"{error}; " * bool(error) + f"the report could not be rendered: {problem}"
+    finally:
+        run.conclude(state, error)
+    if error:
+        print(f"kepo: {run.status['error']}", file=sys.stderr)
+    return code
+
+
+def _execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
+    """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes."""
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    from papermill import execute_notebook
+
+    class ThisInterpreter(AsyncKernelManager):
+        """No installed kernel is looked up, so none of another environment is found; sockets need no free port."""
+
+        transport = "tcp" if sys.platform == "win32" else "ipc"
+        kernel_spec = KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            display_name="Python 3",
+            language="python",
+        )
+
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        execute_notebook(
+            _from_root(notebook),
+            str(output),
+            parameters=given,
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=ThisInterpreter,
+            coalesce_streams=True,
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _from_root(path: Path) -> str:
+    """A path as the run folder may keep it: from the project's root where it lies below it."""
+    root = project_root()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kepo", description=__doc__.splitlines()[0] if __doc__ else "")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute a notebook into a new run folder")
+    run.add_argument("notebook", help="a notebook with a cell tagged `parameters`")
+    run.add_argument("-f", "--file", metavar="PARAMS_FILE", help="parameter file (default: params/phantom.yaml)")
+    run.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="one parameter over the file's; repeatable",
+    )
+    listing = commands.add_parser("params", help="print every parameter with its meaning, as a parameter file")
+    listing.add_argument("-f", "--file", metavar="PARAMS_FILE", help="show this file's values")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""What the trainer logs, as files: ``metrics.jsonl`` for what is computed, ``timings.jsonl`` for how long it took."""
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kepo_core.study.runs import Run, json_line
+
+
+def is_timing(name: str) -> bool:
+    """Whether a logged value depends on the clock; all others are identical between identical runs."""
+    last = name.rsplit("/", 1)[-1]
+    return name.startswith("profiling/") or last == "step_time" or last.endswith(("runtime", "_per_second"))
+
+
+class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
+    """Writes each dictionary of logged numbers as one line with its step; the main process alone writes."""
+
+    def __init__(self, run: Run) -> None:
+        self._metrics = run.path / "metrics.jsonl"
+        self._timings = run.path / "timings.jsonl"
+        self._start = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line to each file; a number that is not finite becomes null."""
+        if not state.is_world_process_zero or not logs:
+            return
+        step = {"step": state.global_step}
+        metrics = {name: value for name, value in logs.items() if not is_timing(name)}
+        timings = {name: value for name, value in logs.items() if is_timing(name)}
+        for path, row in (
+            (self._metrics, step | metrics),
+            (self._timings, step | timings | {"seconds": round(time.perf_counter() - self._start, 3)}),
+        ):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json_line(row))

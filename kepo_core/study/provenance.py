@@ -1,0 +1,78 @@
+"""Where a run came from: code, versions, hardware, seeds. No machine paths and no host names."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kepo_core.params import Params, project_root
+
+#: The packages whose versions can change a number.
+PACKAGES = (
+    "kepo-core",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "tokenizers",
+    "peft",
+    "numpy",
+    "pandas",
+    "pillow",
+)
+
+
+def collect(params: Params) -> dict[str, Any]:
+    """What is known when the folder is made. Hardware follows from the process that computes, data when it is read."""
+    return {
+        "params_hash": params.hash,
+        "params_file": params.params_file,
+        "code": code(project_root()),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "seeds": {"seed": params.seed, "data_seed": params.data_seed},
+    }
+
+
+def code(root: Path) -> dict[str, str]:
+    """The commit, and a hash of what differs from it (tracked changes and new files); empty where there is none."""
+    commit = _git(root, "rev-parse", "HEAD").decode().strip()
+    if not commit:
+        return {"commit": "", "uncommitted": "", "note": "the code did not run from a git checkout"}
+    digest = hashlib.sha256(changes := _git(root, "diff", "HEAD", "--binary"))
+    new_files = _git(root, "ls-files", "--others", "--exclude-standard", "-z").split(b"\0")[:-1]
+    for name in sorted(new_files):
+        file = root / os.fsdecode(name)
+        digest.update(b"\0" + name + b"\0" + (file.read_bytes() if file.is_file() else b""))
+    return {"commit": commit, "uncommitted": digest.hexdigest()[:16] if changes or new_files else ""}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine that computes; what torch sees of it only where this process has loaded torch."""
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    if torch := sys.modules.get("torch"):
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        found |= {"torch_threads": torch.get_num_threads(), "gpus": gpus}
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git(root: Path, *args: str) -> bytes:
+    """Git's output, empty where git or the repository is missing."""
+    try:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return b""

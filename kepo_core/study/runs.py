@@ -1,0 +1,239 @@
+"""Run folders: one folder holds everything about one run, and its name says when, what and with which parameters.
+
+Life of a folder. `Run.allocate` makes it (never over another one) with ``params.yaml``, ``provenance.json`` and a
+``status.json`` that says ``running``. The notebook appends rows, tables and figures and ends with `Run.finish`, which
+stores the headline numbers. The last thing written is always ``status.json``:
+
+- under ``kepo run`` the command owns the status: it renders the report first, then writes ``completed``, ``failed``
+  (with the error's sentence) or ``interrupted``;
+- in a bare papermill or Jupyter run the notebook owns it: `Run.finish` writes ``completed``, and a cell that raises
+  writes ``failed`` (a later `Run.finish` of the mended notebook overrules it). A kernel cannot save its own notebook,
+  so there is no ``notebook.ipynb`` and no ``report.html`` then.
+
+A status that stays ``running`` although its process is gone means that the run was killed from outside.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import pandas as pd
+
+from kepo_core.params import ParamError, Params, project_root
+from kepo_core.study import provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Owner = Literal["kepo run", "notebook"]
+State = Literal["running", "completed", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. ``path`` is absolute; ``params`` are the resolved parameters."""
+
+    path: Path
+    params: Params
+
+    @classmethod
+    def allocate(cls, params: Params, *, owner: Owner = "notebook") -> Self:
+        """Make a new folder for ``params``: ``params.run_dir`` where it is set, else a named one in ``results_dir``.
+
+        Raises `ParamError` if ``run_dir`` exists already.
+        """
+        started = time.gmtime()
+        if params.run_dir:
+            path = project_root() / params.run_dir
+            if path.exists():
+                raise ParamError(f"run_dir {params.run_dir} exists already, and no run is ever overwritten")
+            path.mkdir(parents=True)
+        else:
+            name = f"{time.strftime('%Y%m%dT%H%M%SZ', started)}-{params.method_name}-{params.hash}"
+            path = _make_new(project_root() / params.results_dir, name)
+        run = cls(path, params)
+        write_atomically(path / "params.yaml", params.to_yaml())
+        write_json(path / "provenance.json", provenance.collect(params))
+        run._write_status("running", owner=owner, pid=os.getpid(), started=_utc(started))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """An existing folder, for reading or for going on. Raises `ParamError` if it is none."""
+        path = project_root() / path
+        if not (path / "status.json").is_file():
+            raise ParamError(f"run_dir {path} is no run folder: it has no status.json")
+        return cls(path, Params.load(path / "params.yaml"))
+
+    @classmethod
+    def for_notebook(cls, params: Params) -> Self:
+        """The folder of the notebook that calls this: the one that ``kepo run`` made, else a new one.
+
+        Call it after data and models are loaded and checked, so that a bad path leaves no folder behind.
+        """
+        if not params.run_dir or not (project_root() / params.run_dir).exists():
+            run = cls.allocate(params)
+            _mark_failing_cells(run)
+        else:
+            run = cls.open(params.run_dir)
+            if run.status["state"] != "running":
+                raise ParamError(f"run_dir {params.run_dir} holds a finished run, and no run is ever overwritten")
+            asked = {**run.params.to_dict(), "run_dir": "", "params_file": ""}
+            given = {**params.to_dict(), "run_dir": "", "params_file": ""}
+            if changed := [name for name in asked if asked[name] != given[name]]:
+                raise ParamError(
+                    f"{changed[0]} is {given[changed[0]]!r} in the notebook but {asked[changed[0]]!r} in its run "
+                    "folder; parameter cells leave values to the parameter file (None)"
+                )
+        run._update_provenance(hardware=provenance.hardware())
+        return run
+
+    # -- what a run leaves
+
+    def record_data(self, fingerprint: Mapping[str, Any]) -> None:
+        """Put what identifies the data (counts, hashes) into ``provenance.json``."""
+        self._update_provenance(data=dict(fingerprint))
+
+    def append(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append plain rows to a table that grows while the run goes on (``rollouts``).
+
+        They are kept as JSON lines until the run ends, however it ends, and become ``<table>.parquet`` then.
+        """
+        with (self.path / f"{table}.rows.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json_line(row) for row in rows)
+
+    def write_table(self, table: str, frame: pd.DataFrame) -> Path:
+        """Write ``<table>.parquet`` at once."""
+        path = self.path / f"{table}.parquet"
+        partial = path.with_suffix(".partial")
+        frame.to_parquet(partial, index=False)
+        partial.replace(path)
+        return path
+
+    def save_figure(self, name: str, figure: "Figure") -> Path:
+        """Write ``figures/<name>.png``."""
+        path = self.path / "figures" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+        return path
+
+    # -- how a run ends
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """``status.json`` as it is now."""
+        status: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        return status
+
+    @property
+    def headline(self) -> dict[str, Any] | None:
+        """What `finish` stored, or ``None`` before it."""
+        path = self.path / "headline.json"
+        if not path.is_file():
+            return None
+        headline: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return headline
+
+    def finish(self, headline: Mapping[str, Any]) -> None:
+        """The notebook's last act: store its headline numbers; in a bare run this also completes the status."""
+        write_json(self.path / "headline.json", dict(headline))
+        if self.status["owner"] == "notebook":
+            self.conclude("completed")
+
+    def fail(self, error: BaseException | str) -> None:
+        """Write the status of a failed run, with the error as one sentence."""
+        self.conclude("failed", error=error if isinstance(error, str) else f"{type(error).__name__}: {error}")
+
+    def conclude(self, state: State, error: str = "") -> None:
+        """Turn appended rows into tables, then write the last status."""
+        for rows in sorted(self.path.glob("*.rows.jsonl")):
+            records = [json.loads(line) for line in _whole_lines(rows)]
+            self.write_table(rows.name.removesuffix(".rows.jsonl"), pd.DataFrame.from_records(records))
+            rows.unlink()
+        first_line = error.strip().splitlines()[0] if error.strip() else ""
+        old = {key: value for key, value in self.status.items() if key in ("owner", "pid", "started")}
+        extra = {"headline": self.headline or {}, "finished": _utc(time.gmtime())}
+        self._write_status(state, **old, **extra, **({"error": first_line} if first_line else {}))
+
+    def _write_status(self, state: State, **entries: Any) -> None:
+        write_json(self.path / "status.json", {"state": state, **entries})
+
+    def _update_provenance(self, **entries: Any) -> None:
+        path = self.path / "provenance.json"
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write the whole text or nothing: readers never see half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Readable JSON, written atomically; numbers that are not finite become null."""
+    write_atomically(path, json.dumps(_plain(data), indent=2, ensure_ascii=False) + "\n")
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """One line of JSON; numbers that are not finite become null."""
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Plain Python data: scalars of numpy and torch by their ``item``, non-finite numbers as ``None``."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if not isinstance(value, str | int | float | None):
+        if not callable(item := getattr(value, "item", None)):
+            raise TypeError(f"{value!r} is no plain data and cannot be written as JSON")
+        value = item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines that end: a killed process can leave half a line."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return lines[:-1]
+
+
+def _make_new(parent: Path, name: str) -> Path:
+    """A folder that did not exist before; a second run within the same second gets a suffix."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise ParamError(f"results_dir {parent} holds a thousand runs named {name}")
+
+
+def _utc(moment: time.struct_time) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)
+
+
+def _mark_failing_cells(run: Run) -> None:
+    """In a live kernel, let a cell that raises write the failed status."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    shell: Any = get_ipython()  # type: ignore[no-untyped-call]
+    if shell is None:
+        return
+
+    def after_cell(result: Any) -> None:
+        if error := result.error_before_exec or result.error_in_exec:
+            run.fail(error)
+
+    register: Callable[[str, Callable[[Any], None]], None] = shell.events.register
+    register("post_run_cell", after_cell)

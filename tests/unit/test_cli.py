@@ -1,0 +1,173 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from kepo_core.cli import main, parse_value
+from kepo_core.params import Params
+
+ROOT = Path(__file__).parents[2]
+
+READ = "from kepo_core.params import Params\nparams = Params.from_notebook(globals())"
+OPEN = "from kepo_core.study.runs import Run\nrun = Run.for_notebook(params)"
+WORK = 'print("training at", params.tau)\nrun.append("rollouts", [{"step": 1}])\n"<script>x</script>"'
+FINISH = 'import sys\nrun.finish({"tau": params.tau, "python": sys.executable})'
+
+
+@pytest.fixture
+def results(tmp_path):
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def kepo_run(tmp_path, results, capsys):
+    """Run a notebook of these cells; returns exit code, stdout, stderr."""
+
+    def kepo_run(*sources: str, parameters: tuple[str, ...] = ()):
+        notebook = write_notebook(tmp_path, *sources)
+        code = main(["run", str(notebook), "-p", "results_dir", str(results), *parameters])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return kepo_run
+
+
+def write_notebook(folder: Path, *sources: str) -> Path:
+    cells = [new_code_cell("tau = None\nresults_dir = None\nrun_dir = ''\nparams_file = ''")]
+    cells[0].metadata["tags"] = ["parameters"]
+    cells += [new_code_cell(source) for source in sources]
+    path = folder / "tiny.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def only_folder(results: Path) -> Path:
+    (folder,) = results.iterdir()
+    return folder
+
+
+def test_a_run_leaves_a_complete_folder(kepo_run, results):
+    code, out, err = kepo_run(READ, OPEN, WORK, FINISH, parameters=("-p", "tau", "0"))
+    folder = only_folder(results)
+    assert (code, err) == (0, "")
+    assert "training at 0.0" in out, "the kernel's output is on screen"
+    assert out.rstrip().endswith(f"completed, everything about it is in {folder}")
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "completed"
+    assert status["headline"] == {"tau": 0.0, "python": sys.executable}
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("headline.json", "notebook.ipynb", "params.yaml", "provenance.json"),
+        *("report.html", "rollouts.parquet", "status.json"),
+    ]
+    assert Params.load(folder / "params.yaml").tau == 0.0
+    assert "hardware" in json.loads((folder / "provenance.json").read_text())
+    written_last = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert written_last.name == "status.json"
+    page = (folder / "report.html").read_text()
+    assert "training at 0.0" in page
+    assert "<script" not in page
+
+
+def test_a_failing_notebook_leaves_a_folder_that_says_so(kepo_run, results):
+    code, _, err = kepo_run(READ, OPEN, WORK, "raise RuntimeError('the loss is not finite')", FINISH)
+    folder = only_folder(results)
+    status = json.loads((folder / "status.json").read_text())
+    assert (code, status["state"], status["error"]) == (1, "failed", "RuntimeError: the loss is not finite")
+    assert "RuntimeError: the loss is not finite" in err
+    assert (folder / "rollouts.parquet").exists()
+    assert "the loss is not finite" in (folder / "report.html").read_text()
+
+
+def test_data_that_do_not_fit_leave_nothing_behind(kepo_run, results):
+    bad_row = "class DataError(ValueError): ...\nraise DataError('qa.json row 7: option_A is missing')"
+    code, _, err = kepo_run(READ, OPEN, bad_row)
+    assert code == 2
+    assert err.splitlines()[-1] == "kepo: qa.json row 7: option_A is missing"
+    assert list(results.iterdir()) == []
+
+
+def test_the_same_error_after_training_began_keeps_the_folder(kepo_run, results):
+    late = "(run.path / 'metrics.jsonl').touch()\nfrom kepo_core.params import ParamError\nraise ParamError('late')"
+    code, _, _ = kepo_run(READ, OPEN, late)
+    assert code == 1
+    assert json.loads((only_folder(results) / "status.json").read_text())["error"] == "ParamError: late"
+
+
+def test_a_dead_kernel_is_a_failure(kepo_run, results):
+    code, _, err = kepo_run(READ, OPEN, "import os\nos._exit(1)", FINISH)
+    assert code == 1
+    assert "died" in err
+    assert json.loads((only_folder(results) / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_notebook_without_a_headline_did_not_complete(kepo_run, results):
+    code, _, _ = kepo_run(READ, OPEN)
+    assert code == 1
+    assert "before run.finish" in json.loads((only_folder(results) / "status.json").read_text())["error"]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "match"),
+    [
+        (("taw", "1"), "taw is not a parameter; the nearest is tau"),
+        (("tau", "3"), "tau must lie between 0 and 1"),
+        (("tau", "x"), "tau must be a number, got 'x'"),
+        (("seed", "1.5"), "seed must be a whole number"),
+        (("thinking", "true"), "thinking must be True or False, got 'true'"),
+        (("thinking", "False"), "explore needs thinking"),
+        (("params_file", "nowhere.yaml"), "nowhere.yaml cannot be read"),
+        (("__import__('os').system('x')", "1"), "is not a parameter"),
+    ],
+)
+def test_bad_parameters_stop_at_once_with_one_sentence(kepo_run, results, parameter, match):
+    code, out, err = kepo_run("this would not even parse", parameters=("-p", *parameter))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert match in err
+    assert not results.exists()
+
+
+def test_a_missing_notebook_is_refused(capsys):
+    assert main(["run", "nowhere.ipynb"]) == 2
+    assert capsys.readouterr().err == "kepo: notebook nowhere.ipynb does not exist\n"
+
+
+def test_an_interrupted_run_says_so(tmp_path, results):
+    notebook = write_notebook(tmp_path, READ, OPEN, "print('started', flush=True)\nimport time\ntime.sleep(60)")
+    command = [sys.executable, "-m", "kepo_core.cli", "run", str(notebook), "-p", "results_dir", str(results)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("started"):
+                break
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=50)
+    assert time.monotonic() - begin < 45
+    assert process.returncode == 130
+    assert json.loads((only_folder(results) / "status.json").read_text())["state"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", 1), ("1.0", 1.0), ("1e-6", 1e-6), ("True", True), ("None", None), ("true", "true"), ("[1]", "[1]")],
+)
+def test_values_are_read_as_papermill_reads_them(text, value):
+    parsed = parse_value(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_params_prints_a_file_that_loads(capsys, tmp_path):
+    assert main(["params", "-f", "params/paper.yaml"]) == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert Params.load(file).hash == Params.load("params/paper.yaml").hash

@@ -1,0 +1,224 @@
+import json
+import math
+import re
+import time
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from kepo_core.params import ParamError, Params
+from kepo_core.study import provenance
+from kepo_core.study.metrics import MetricsWriter, is_timing
+from kepo_core.study.runs import Run, json_line, write_atomically, write_json
+
+
+@pytest.fixture
+def params(tmp_path):
+    return Params(results_dir=str(tmp_path / "results"))
+
+
+def read_json(path):
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+# -- identity
+
+
+def test_a_new_folder_says_when_what_and_with_which_parameters(params):
+    run = Run.allocate(params)
+    assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-kepo-tau1-{params.hash}", run.path.name)
+    assert Params.load(run.path / "params.yaml").hash == params.hash
+    assert run.status["state"] == "running"
+    assert run.headline is None
+    assert Run.open(run.path).params.hash == params.hash
+
+
+def test_runs_of_the_same_second_do_not_share_a_folder(params, monkeypatch):
+    moment = time.gmtime(0)
+    monkeypatch.setattr("kepo_core.study.runs.time.gmtime", lambda: moment)
+    names = [Run.allocate(params).path.name for _ in range(3)]
+    base = f"19700101T000000Z-kepo-tau1-{params.hash}"
+    assert names == [base, f"{base}-2", f"{base}-3"]
+
+
+def test_provenance_names_code_versions_and_seeds_but_no_place(params):
+    run = Run.allocate(params.replace(seed=3, data_seed=4))
+    found = read_json(run.path / "provenance.json")
+    assert found["seeds"] == {"seed": 3, "data_seed": 4}
+    assert found["params_hash"] == run.params.hash
+    assert re.fullmatch("[0-9a-f]{40}|", found["code"]["commit"])
+    assert re.match(r"\d+\.\d+", found["versions"]["torch"])
+    assert str(run.path) not in json.dumps(found)
+
+
+def test_the_code_hash_sees_changed_and_new_files_and_nothing_else(tmp_path):
+    git = ["-c", "user.name=n", "-c", "user.email=e"]
+    assert provenance.code(tmp_path)["commit"] == ""
+    provenance._git(tmp_path, "init", "-q")
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / ".gitignore").write_text("ignored\n")
+    provenance._git(tmp_path, "add", ".")
+    provenance._git(tmp_path, *git, "commit", "-qm", "first")
+    clean = provenance.code(tmp_path)
+    assert len(clean["commit"]) == 40
+    assert clean["uncommitted"] == ""
+    (tmp_path / "ignored").write_text("x")
+    assert provenance.code(tmp_path) == clean
+    seen = {""}
+    for name, text in (("a.py", "2"), ("new.py", "1"), ("new.py", "2"), ("newer.py", "")):
+        (tmp_path / name).write_text(text)
+        seen.add(provenance.code(tmp_path)["uncommitted"])
+    assert len(seen) == 5
+
+
+# -- never overwritten
+
+
+def test_a_named_folder_is_made_once(params, tmp_path):
+    named = params.replace(run_dir=str(tmp_path / "mine"))
+    run = Run.for_notebook(named)
+    assert run.path == tmp_path / "mine"
+    with pytest.raises(ParamError, match=r"run_dir .*mine exists already"):
+        Run.allocate(named)
+    run.finish({"accuracy": 1})
+    with pytest.raises(ParamError, match="holds a finished run"):
+        Run.for_notebook(named)
+
+
+def test_a_folder_that_is_no_run_is_refused(params, tmp_path):
+    with pytest.raises(ParamError, match="is no run folder"):
+        Run.for_notebook(params.replace(run_dir=str(tmp_path)))
+
+
+def test_a_notebook_must_mean_what_its_folder_says(params):
+    run = Run.allocate(params, owner="kepo run")
+    assert Run.for_notebook(params.replace(run_dir=str(run.path), params_file="x.yaml")).path == run.path
+    with pytest.raises(ParamError, match="seed is 1 in the notebook but 0 in its run folder"):
+        Run.for_notebook(params.replace(run_dir=str(run.path), seed=1))
+
+
+# -- what a run leaves
+
+
+def test_rows_become_a_table_however_the_run_ends(params):
+    rows = [{"step": 1, "reward": 0.5, "hint": "näh", "ids": [1, 2]}, {"step": 2, "reward": math.nan, "hint": None}]
+    for end in ("finish", "fail"):
+        run = Run.allocate(params)
+        run.append("rollouts", rows[:1])
+        run.append("rollouts", rows[1:])
+        with (run.path / "rollouts.rows.jsonl").open("a") as file:
+            file.write('{"step": 3, "rew')  # the process died while writing
+        if end == "finish":
+            run.finish({})
+        else:
+            run.fail(ValueError("broken"))
+        table = pd.read_parquet(run.path / "rollouts.parquet")
+        assert table["step"].tolist() == [1, 2]
+        assert table["hint"].tolist()[0] == "näh"
+        assert math.isnan(table["reward"][1])
+        assert not list(run.path.glob("*.jsonl"))
+
+
+def test_identical_rows_give_identical_files(params):
+    files = []
+    for _ in range(2):
+        run = Run.allocate(params)
+        run.append("rollouts", [{"reward": 1 / 3, "text": "a"}])
+        run.finish({})
+        files.append((run.path / "rollouts.parquet").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_tables_and_figures_and_data_have_their_places(params):
+    from matplotlib.figure import Figure
+
+    run = Run.allocate(params)
+    run.write_table("predictions", pd.DataFrame({"correct": [True]}))
+    run.save_figure("curves", Figure())
+    run.record_data({"train": {"questions": 600, "sha256": "ab"}})
+    assert pd.read_parquet(run.path / "predictions.parquet")["correct"].tolist() == [True]
+    assert (run.path / "figures/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert read_json(run.path / "provenance.json")["data"]["train"]["questions"] == 600
+
+
+# -- how a run ends
+
+
+def test_a_bare_notebook_completes_its_own_status(params):
+    run = Run.for_notebook(params)
+    run.finish({"MRI": np.float64(0.75), "worst": math.inf, "n": np.int64(3)})
+    status = read_json(run.path / "status.json")
+    assert status["state"] == "completed"
+    assert status["headline"] == {"MRI": 0.75, "worst": None, "n": 3}
+    assert status["started"] <= status["finished"]
+    assert "error" not in status
+
+
+def test_under_kepo_run_the_command_writes_the_last_status(params):
+    run = Run.allocate(params, owner="kepo run")
+    Run.for_notebook(params.replace(run_dir=str(run.path))).finish({"MRI": 0.5})
+    assert run.status["state"] == "running"
+    run.conclude("completed")
+    assert run.status["headline"] == {"MRI": 0.5}
+
+
+def test_a_failure_is_one_sentence_and_a_mended_notebook_overrules_it(params):
+    run = Run.allocate(params)
+    run.fail(ValueError("first line\nsecond line"))
+    assert (run.status["state"], run.status["error"]) == ("failed", "ValueError: first line")
+    run.finish({})
+    assert run.status["state"] == "completed"
+    assert "error" not in run.status
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    write_json(path, {"state": "running"})
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "half")
+    assert read_json(path) == {"state": "running"}
+
+
+def test_what_is_no_data_is_not_written(tmp_path):
+    with pytest.raises(TypeError, match="no plain data"):
+        write_json(tmp_path / "x.json", {"path": tmp_path})
+    assert json_line({"a": [np.float32(0.5), -math.inf, None, True]}) == '{"a": [0.5, null, null, true]}\n'
+
+
+# -- metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "timing"),
+    [
+        ("train_runtime", True),
+        ("eval_steps_per_second", True),
+        ("train_samples_per_second", True),
+        ("step_time", True),
+        ("profiling/Time taken: KEPOTrainer._prepare_inputs", True),
+        ("loss", False),
+        ("kepo/gate_rate", False),
+        ("completions/mean_length", False),
+        ("epoch", False),
+    ],
+)
+def test_clock_dependent_names_are_told_apart(name, timing):
+    assert is_timing(name) is timing
+
+
+def test_metrics_and_timings_are_written_apart(params):
+    run = Run.allocate(params)
+    writer, state = MetricsWriter(run), TrainerState(is_world_process_zero=True)
+    for step in (1, 2):
+        state.global_step = step
+        writer.on_log(types.SimpleNamespace(), state, TrainerControl(), {"loss": math.nan, "step_time": step / 3})
+    other = TrainerState(is_world_process_zero=False, global_step=9)
+    writer.on_log(types.SimpleNamespace(), other, TrainerControl(), {"loss": 0.0})
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n{"step": 2, "loss": null}\n'
+    timings = [json.loads(line) for line in (run.path / "timings.jsonl").read_text().splitlines()]
+    assert [row["step_time"] for row in timings] == [1 / 3, 2 / 3]
+    assert timings[0]["seconds"] <= timings[1]["seconds"]
