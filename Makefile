@@ -2,11 +2,15 @@
 # Inside an environment of your own (conda, say): make VENV="$CONDA_PREFIX" train
 VENV ?= .venv
 PYTHON ?= python3
+# Further arguments for JupyterLab, e.g. make lab LAB=--allow-root
+LAB ?=
 NOTEBOOK ?= notebooks/03_train_kepo.ipynb
 TAU ?= 1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kepo-installed
+# Bytecode is compiled when a module is first imported, not for the tens of thousands that never are.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
 .PHONY: help install train test test-all lab lint format lock clean
 
@@ -29,8 +33,9 @@ $(BIN)/python:
 # installs the pinned version, in the build that pip's settings find for this machine, and then this package.
 # The stamp is written last: an interrupted installation is taken up again.
 $(STAMP): requirements.lock pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	@echo "Setting up $(VENV): about two minutes the first time."
+	$(PIP) --no-deps --require-hashes -r requirements.lock
+	$(PIP) --no-build-isolation -e .
 	@touch $@
 
 train: $(STAMP)
@@ -52,10 +57,10 @@ test-all: lint
 	$(BIN)/python -m pytest -m ""
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab notebooks
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(LAB)
 
 lock: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(PIP) uv
 	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --output-file requirements.lock
 
 clean:
