@@ -140,8 +140,8 @@ def distillation_term(
         total = torch.where(gated_BT.bool(), divergence_BT, 0.0).sum()
         own = (mask_BT if normalizer == "tokens" else gated_BT).sum()
     scale = torch.as_tensor(own if denominator is None else denominator, dtype=total.dtype, device=total.device)
-    # A denominator below one only ever means that there is nothing to divide.
-    return total / scale.clamp(min=1.0)
+    # Nothing gated means 0 / 0 under "gated_tokens": nothing to learn, not NaN.
+    return total / torch.where(scale > 0, scale, 1.0)
 
 
 def hint_importance_weights(logps_BT: Tensor, hinted_logps_BT: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""One student forward for everything: log-probabilities, entropy, and the divergence from the teacher.
+
+TRL's fused head returns log-probabilities and entropies without ever holding (B, T, V) logits, but no hidden
+states. `add_distillation_head` wraps that forward once more: called with ``distill=Targets(...)`` it keeps what
+the backbone put out on its way to the head and computes the divergence from it, by TRL's chunked kernel. All of
+it happens inside the model's own forward, where DDP, FSDP and ZeRO have the weights gathered and their hooks in
+place. `add_hidden_state_output` does the teacher's half.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.trainer.utils import FusedCausalLMOutput
+
+_LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What the teacher thinks of N completion tokens of a batch.
+
+    Attributes:
+        positions: (N,) which tokens, as flat indices into (B, T).
+        hidden: (N, H_T) the teacher's hidden states that predict them, without gradient.
+        head: the teacher's output embedding (its weight and bias are read at the time of use).
+        completion_length: T.
+        beta, temperature: see `objective.divergence`.
+    """
+
+    positions: Tensor
+    hidden: Tensor
+    head: Any
+    completion_length: int
+    beta: float
+    temperature: float
+
+
+@dataclass
+class DistilledOutput(FusedCausalLMOutput):  # type: ignore[misc]  # trl is not followed by the type checker
+    """TRL's output with ``divergence`` (B, T): D(π_T‖π_θ) at the distilled tokens, 0 elsewhere."""
+
+    divergence: Tensor | None = None
+
+
+def check_plain_head(model: Any, role: str) -> None:
+    """Refuse models whose logits are more than hidden states times the head (soft-capped or scaled ones)."""
+    config = model.config.get_text_config()
+    for name in _LOGIT_SCALES:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(f"the {role}'s {name} is {getattr(config, name)}, expected a model with unscaled logits")
+
+
+def _whole(parameter: Any) -> Any:
+    """A sharded (FSDP2) parameter gathered once; any other as it is."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def predicting_states(hidden: Tensor, completion_length: int) -> Tensor:
+    """The hidden states that predict the last T tokens: each one's predecessor, (B, P+T, H) → (B, T, H)."""
+    return hidden[:, -completion_length - 1 : -1]
+
+
+def _divergence(hidden: Tensor, head: Any, targets: Targets) -> Tensor:
+    """(B, P+T, H) student states → (B, T) divergence."""
+    states = predicting_states(hidden, targets.completion_length)
+    shape = states.shape[:2]
+    teacher_hidden = targets.hidden.to(hidden.device)
+    per_token, _ = ChunkedDivergenceFunction.apply(
+        states.reshape(-1, states.shape[-1])[targets.positions],
+        _whole(head.weight),
+        _whole(head.bias),
+        teacher_hidden,
+        _whole(targets.head.weight).to(hidden.device),
+        None if targets.head.bias is None else _whole(targets.head.bias).to(hidden.device),
+        targets.beta,
+        targets.temperature,
+    )
+    flat = per_token.new_zeros(shape.numel()).scatter(0, targets.positions, per_token)
+    divergence_BT: Tensor = flat.view(shape)
+    return divergence_BT
+
+
+def add_distillation_head(model: Any) -> None:
+    """Let ``model(..., fused_lm_head=True, distill=targets)`` return a `DistilledOutput`.
+
+    ``model`` must have TRL's fused head already and not be wrapped by PEFT, DDP or FSDP yet. Without ``distill``
+    the forward is exactly the one it was.
+    """
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self: Any, *args: Any, distill: Targets | None = None, **kwargs: Any) -> Any:
+        if distill is None:
+            return fused_forward(*args, **kwargs)
+        kept: list[Tensor] = []
+        hook = self.base_model.register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
+        try:
+            output = fused_forward(*args, **kwargs)
+        finally:
+            hook.remove()
+        divergence = _divergence(kept[0], self.get_output_embeddings(), distill)
+        return DistilledOutput(**output, divergence=divergence)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def add_hidden_state_output(model: Any) -> None:
+    """Let ``model(..., completion_length=T)`` return the states that predict the last T tokens, (B, T, H)."""
+    original_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, completion_length: int = 0, **kwargs: Any) -> Any:
+        if not completion_length:
+            return original_forward(*args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        return predicting_states(hidden, completion_length)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def require_finite(terms: dict[str, float], step: int) -> None:
+    """Stop a run at the first loss term that is not a number, before it reaches the weights.
+
+    Raises:
+        FloatingPointError: names the term and the optimiser step.
+    """
+    for name, value in terms.items():
+        if not torch.isfinite(torch.tensor(value)):
+            raise FloatingPointError(f"the {name} loss is {value} at step {step}, expected a finite number")

@@ -1,0 +1,122 @@
+"""The loss of Eq. 7 inside TRL's: the gated divergence joins the policy term and the KL, from one student forward."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from kepo_core.method import objective
+from kepo_core.method.config import KEPOConfig
+from kepo_core.method.forward import Targets, require_finite
+from kepo_core.method.teacher import Teacher
+
+
+class _Forward:
+    """Stands in for the model in TRL's loss: passes the targets on and keeps what came out."""
+
+    def __init__(self, model: Any, targets: Targets | None) -> None:
+        self._model, self._extra = model, {} if targets is None else {"distill": targets}
+        self.output: Any = None
+
+    def __call__(self, **kwargs: Any) -> Any:
+        self.output = self._model(**kwargs, **self._extra)
+        return self.output
+
+
+class GatedLossTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
+    """GRPOTrainer whose batches may carry a gate.
+
+    What it reads in a batch beside TRL's entries (all optional, (B, …) on this process):
+
+    - ``kepo_gate``: (B,) booleans, I[r_i ≥ τ] of Eq. 7; without it there is no distillation.
+    - ``kepo_gated_tokens``: how many tokens passed, over the generation batch and all processes.
+    - ``kepo_replaced_entropy``: (B, 2), summed entropy and tokens of the original that an injected row replaced.
+    """
+
+    args: KEPOConfig
+    teacher: Teacher | None
+
+    def _targets(self, inputs: dict[str, Any]) -> Targets | None:
+        """The teacher's view of the gated rows of a micro-batch; None where there is nothing to ask for.
+
+        It is kept with the buffered rollouts for as long as ``num_iterations`` uses them.
+        """
+        if "kepo_gate" not in inputs or not self.model.training:
+            return None
+        if "kepo_targets" in inputs:
+            return inputs["kepo_targets"]  # type: ignore[no-any-return]
+        assert self.teacher is not None
+        mask = inputs["completion_mask"] * inputs["kepo_gate"].unsqueeze(1)
+        rows = mask.any(1).nonzero().flatten().tolist()
+        targets = None
+        if rows or self.accelerator.num_processes > 1:
+            # A sharded teacher needs every process: one without gated rows asks about its first and uses nothing.
+            hidden = self.teacher.hidden_states(inputs, rows or [0])
+            targets = Targets(
+                positions=mask.flatten().nonzero().flatten(),
+                hidden=hidden[mask[rows or [0]].bool()],
+                head=self.teacher.head,
+                completion_length=mask.shape[1],
+                beta=self.args.distill_beta,
+                temperature=self.args.distill_temperature,
+            )
+        if self.num_iterations > 1:
+            inputs["kepo_targets"] = targets
+        return targets
+
+    def _denominator(self, inputs: Mapping[str, Any], scale: float) -> Tensor | float:
+        """What this micro-batch's divergences are divided by, so that those of an optimiser step add up."""
+        if self.args.distill_normalizer == "sequences":
+            return float(inputs["completion_ids"].shape[0] * scale)
+        name = "num_items_in_batch" if self.args.distill_normalizer == "tokens" else "kepo_gated_tokens"
+        # These count over the generation batch and all processes, whose gradients are averaged.
+        count: Tensor = inputs[name]
+        return count * (scale / self.args.steps_per_generation / int(self.accelerator.num_processes))
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """GRPO's loss plus distill_coef times the gated divergence, from one forward of the student (Eq. 7)."""
+        training = self.model.training
+        forward = _Forward(model, self._targets(inputs))
+        loss: Tensor = super()._compute_loss(forward, inputs)
+        scale = self.current_gradient_accumulation_steps if training else 1
+        terms = {"policy": loss.detach() * scale, "distill": loss.new_zeros(()), "kl": loss.new_zeros(())}
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        width = mask.shape[1]
+        if self.beta:
+            kl_BT = objective.kl_to_reference(forward.output.log_probs[:, -width:], inputs["ref_per_token_logps"])
+            terms["kl"] = objective.sequence_mean(kl_BT.detach(), mask).mean()
+            terms["policy"] = terms["policy"] - self.beta * terms["kl"]
+        sums = loss.new_zeros(4)  # entropy and its tokens, divergence and its tokens
+        if getattr(forward.output, "divergence", None) is not None:
+            divergence_BT, gate = forward.output.divergence, inputs["kepo_gate"]
+            distill = objective.distillation_term(
+                divergence_BT, mask, gate, self.args.distill_normalizer, self._denominator(inputs, scale)
+            )
+            loss = loss + self.args.distill_coef * distill
+            terms["distill"] = distill.detach() * scale
+            gated_BT = mask * gate.unsqueeze(1)
+            sums[2:] = torch.stack([(divergence_BT.detach() * gated_BT).sum(), gated_BT.sum()])
+        replaced = inputs.get("kepo_replaced_entropy")
+        own_BT = mask if replaced is None else mask * (replaced[:, 1:] == 0)
+        sums[:2] = torch.stack([(forward.output.entropy[:, -width:].detach() * own_BT).sum(), own_BT.sum()])
+        if replaced is not None:
+            sums[:2] += replaced.sum(0)
+        self._log_loss("train" if training else "eval", terms, sums)
+        return loss
+
+    def _log_loss(self, mode: str, terms: Mapping[str, Tensor], sums: Tensor) -> None:
+        """Average the terms over processes, log them, and stop at the first that is not a number."""
+        packed = torch.cat([torch.stack(list(terms.values())), sums])
+        values = self.accelerator.reduce(packed, reduction="sum").tolist()
+        means = {name: value / self.accelerator.num_processes for name, value in zip(terms, values, strict=False)}
+        require_finite(means, self.state.global_step + 1)
+        entropy, tokens, divergence, gated = values[len(terms) :]
+        logged = {f"kepo/loss_{name}": value for name, value in means.items()} | {
+            "kepo/entropy": entropy / tokens if tokens else math.nan,
+            "kepo/divergence": divergence / gated if gated else math.nan,
+        }
+        for name, value in logged.items():
+            self._metrics[mode][name].append(value)

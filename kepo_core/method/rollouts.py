@@ -1,0 +1,148 @@
+"""What happened in training, row by row and in numbers: the rollouts file and the ``kepo/`` metrics.
+
+All rates are of the student's own rollouts *before* injection, unless the glossary says otherwise: rewards that
+TRL logs itself (``reward``, ``rewards/*``) are taken after it and flatter the policy.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from kepo_core.data.records import AnswerOutcome
+from kepo_core.method.exploration import Explored, GroupOutcome
+from kepo_core.method.rewards import Score
+
+#: Every metric that KEPOTrainer logs beside TRL's own, and what it is.
+GLOSSARY: dict[str, str] = {
+    "kepo/accuracy": "share of right answers among the student's own rollouts, before injection",
+    "kepo/format": "share of them in the exact format",
+    "kepo/reward": "their mean reward (accuracy + format)",
+    "kepo/length": "their mean length in tokens, end-of-text token included",
+    "kepo/entropy": "mean entropy (nats) of the next-token distribution over all their tokens; replaced originals are "
+    "measured when they are replaced, all others in the loss's forward pass; dropped rows are left out",
+    **{f"kepo/outcome/{o}": f"share of them whose answer was {o}" for o in AnswerOutcome},
+    "kepo/all_fail_rate": "share of groups in which every rollout has an exploration_reward of 0",
+    "kepo/explored_groups": "groups that explored in this generation batch",
+    "kepo/unparsable_hints": "groups among them for which no hint could be read; they keep their originals",
+    "kepo/rescued_groups": "groups among them with at least one accepted draw",
+    "kepo/draws": "hint-aware draws made for them",
+    "kepo/draw_tokens": "tokens in these draws, which the length and token counts of TRL leave out",
+    "kepo/accepted": "draws that were accepted and injected",
+    "kepo/gate_rate": "share of the sequences that are trained on (after injection) that pass the gate",
+    "kepo/injected_log_ratio": "mean over injected trajectories of the mean over their tokens of "
+    "log π(y|x,h,a) − log π(y|x), both by the student that drew them: how far the hint pulled them off-policy",
+    "kepo/injected_mentions_hint": 'share of injected trajectories that say "hint", "hints", "hinted" or '
+    '"ground truth"',
+    "kepo/loss_policy": "the policy term of the loss: −mean over sequences of the token mean of w·Â (about 0 when "
+    "on-policy, as advantages sum to 0 in a group; its gradient is not)",
+    "kepo/loss_distill": "the gated divergence, normalised by distill_normalizer, before distill_coef",
+    "kepo/loss_kl": "the KL to the reference, token mean then sequence mean, before beta",
+    "kepo/divergence": "mean D(π_T‖π_θ) per gated token",
+}
+
+_MENTION = re.compile(r"\bhint(s|ed)?\b|\bground[ -]truth\b", re.IGNORECASE)
+ROLLOUTS_DIR = "rollouts"
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One row of the rollouts file: a completion that was trained on, or an original that was replaced.
+
+    ``step`` is the optimiser step that first uses it (1, 2, …), ``generation`` counts generation batches of that
+    step, ``row`` is its place in the generation batch over all processes and ``group`` = row // G. ``reward`` is
+    the summed reward and ``advantage`` Â (NaN for replaced originals, which are not trained on). ``hint``,
+    ``exploration`` (a GroupOutcome, or "") and ``draws`` belong to the group. ``hint_log_ratio`` is the token
+    mean of log π(y|x,h,a) − log π(y|x), NaN unless injected.
+    """
+
+    step: int
+    generation: int
+    row: int
+    group: int
+    id: str
+    completion: str
+    tokens: int
+    finished: bool
+    outcome: str
+    letter: str
+    format_ok: bool
+    accuracy: float
+    reward: float
+    advantage: float = math.nan
+    gate: bool = False
+    injected: bool = False
+    replaced: bool = False
+    dropped: bool = False
+    hint: str = ""
+    exploration: str = ""
+    draws: int = 0
+    hint_log_ratio: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One decoded and scored completion. ``finished`` is whether it ended by itself."""
+
+    ids: list[int]
+    text: str
+    finished: bool
+    score: Score
+
+
+def mentions_hint(text: str) -> bool:
+    """Whether a completion gives away that it was told something (see the glossary)."""
+    return _MENTION.search(text) is not None
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], explored: Sequence[Explored[Completion]]) -> dict[str, float]:
+    """The ``kepo/`` metrics of one generation batch over all processes; NaN where there is nothing to average.
+
+    Args:
+        rollouts: all rows, replaced originals included.
+        explored: all groups that explored.
+    """
+    own = [r for r in rollouts if not r.injected]
+    trained = [r for r in rollouts if not r.replaced]
+    injected = [r for r in rollouts if r.injected]
+
+    def share(flags: Sequence[bool | float]) -> float:
+        return sum(flags) / len(flags) if flags else math.nan
+
+    metrics = {
+        "kepo/accuracy": share([r.accuracy for r in own]),
+        "kepo/format": share([r.format_ok for r in own]),
+        "kepo/reward": share([r.accuracy + r.format_ok for r in own]),
+        "kepo/length": share([r.tokens for r in own]),
+        "kepo/gate_rate": share([r.gate for r in trained]),
+        "kepo/explored_groups": float(len(explored)),
+        "kepo/unparsable_hints": float(sum(e.outcome is GroupOutcome.UNPARSABLE for e in explored)),
+        "kepo/rescued_groups": float(sum(e.outcome is GroupOutcome.RESCUED for e in explored)),
+        "kepo/draws": float(sum(e.draws for e in explored)),
+        "kepo/accepted": float(sum(len(e.accepted) for e in explored)),
+        "kepo/injected_log_ratio": share([r.hint_log_ratio for r in injected]),
+        "kepo/injected_mentions_hint": share([mentions_hint(r.completion) for r in injected]),
+    }
+    return metrics | {f"kepo/outcome/{o}": share([r.outcome == o for r in own]) for o in AnswerOutcome}
+
+
+def write_rollouts(output_dir: str | Path, rollouts: Sequence[Rollout]) -> Path:
+    """Write one generation batch to ``<output_dir>/rollouts/``; the same rows give the same bytes."""
+    first = rollouts[0]
+    folder = Path(output_dir) / ROLLOUTS_DIR
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{first.step:06d}_{first.generation:03d}.parquet"
+    ordered = sorted(rollouts, key=lambda r: (r.row, r.replaced))
+    pd.DataFrame([asdict(r) for r in ordered]).to_parquet(path, index=False)
+    return path
+
+
+def collect_rollouts(output_dir: str | Path) -> pd.DataFrame:
+    """All rollouts of a training run in the order they were made; an empty frame with the columns if none."""
+    shards = sorted((Path(output_dir) / ROLLOUTS_DIR).glob("step_*.parquet"))
+    if not shards:
+        return pd.DataFrame(columns=list(Rollout.__dataclass_fields__))
+    return pd.concat([pd.read_parquet(shard) for shard in shards], ignore_index=True)
