@@ -26,13 +26,13 @@ def _smooth(rng: Rng, cells: int) -> Array:
     low = pos.astype(int)
     t = pos - low
     rows = grid[low] * (1 - t)[:, None] + grid[low + 1] * t[:, None]
-    return rows[:, low] * (1 - t) + rows[:, low + 1] * t
+    return np.asarray(rows[:, low] * (1 - t) + rows[:, low + 1] * t)
 
 
 def _field(power: float, edge: float = 0.06, radius: float = 0.98) -> Array:
     """A soft mask: 1 inside the super-ellipse |u|^p + |v|^p < radius^p, 0 outside."""
     norm = (np.abs(_U) ** power + np.abs(_V) ** power) ** (1 / power)
-    return np.clip((radius - norm) / edge, 0, 1)
+    return np.asarray(np.clip((radius - norm) / edge, 0, 1))
 
 
 _ROUND, _BOX = _field(4.0), _field(8.0)
@@ -127,7 +127,7 @@ def _shape(kind: str, x: float, y: float, radius: float, angle: float) -> Array:
         )
     else:
         raise ValueError(f"kind is {kind!r}, expected disc, ring, bar or cross")
-    return np.clip(0.5 - distance, 0, 1)
+    return np.asarray(np.clip(0.5 - distance, 0, 1))
 
 
 def _centres(place: str, number: str, radius: float, rng: Rng) -> list[tuple[float, float]]:
@@ -158,4 +158,5 @@ def render(modality: str, kind: str, place: str, size: str, number: str, contras
     sign = 1.0 if contrast == "bright" else -1.0
     grey = (grey + sign * strength * rng.uniform(0.85, 1.15) * cover) * np.maximum(field, 0.9 * cover)
     rgb = np.clip(grey[..., None] * np.asarray(tint, dtype=np.float32), 0, 1)
-    return (rgb * 255).astype(np.uint8)
+    pixels: Array = (rgb * 255).astype(np.uint8)
+    return pixels

@@ -5,6 +5,7 @@ compute precision (with pure bf16 weights AdamW's steps vanish in rounding); a t
 kept in the compute precision.
 """
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def resolve(name: str, parameter: str) -> str:
 
 def _torchvision_works() -> bool:
     try:  # found is not enough: a build for another torch breaks only when imported
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except (ImportError, RuntimeError):
         return False
     return True
@@ -81,7 +82,9 @@ def load_processor(name: str, parameter: str = "student") -> Any:
     return processor
 
 
-def load_model(name: str, parameter: str = "student", *, trained: bool = True, precision: str = "fp32") -> PreTrainedModel:
+def load_model(
+    name: str, parameter: str = "student", *, trained: bool = True, precision: str = "fp32"
+) -> PreTrainedModel:
     """The model in evaluation mode on the best device.
 
     ``trained=False`` (a teacher) freezes it and keeps its weights in ``precision``; otherwise they are float32.

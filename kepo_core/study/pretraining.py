@@ -9,13 +9,12 @@ random streams of their own, never from the set that :func:`kepo_core.data.phant
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Qwen3VLForConditionalGeneration
 
 from kepo_core.data import phantom
@@ -23,6 +22,7 @@ from kepo_core.data.phantom import Asked, Facts
 from kepo_core.data.records import LETTERS, MODALITIES
 from kepo_core.method import prompts
 from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.study.models import best_device
 from kepo_core.study.processor import ImageOnlyQwen3VLProcessor
 
 FACT_WORDS = {
@@ -48,6 +48,10 @@ class Recipe:
     sloppy: float = 0.0  # share of thinking completions written in a broken format
     vision_lr: float = 2e-3
     language_lr: float = 1.5e-3
+
+    def quick(self) -> "Recipe":
+        """The same way in seconds: what comes out has learned nothing. For trying the notebook."""
+        return replace(self, pool=256, vision_steps=2, language_steps=2)
 
 
 _STUDENT = {"caption": 12, "lookup": 16, "think": 24, "plain": 8, "hint": 2, "aware": 10}
@@ -95,7 +99,7 @@ class FactHeads(nn.Module):
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """(N, tokens, hidden) → logits (N, classes) per fact."""
-        tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
         return {k: self.out[k](((tokens @ q).softmax(-1).unsqueeze(-1) * tokens).sum(1)) for k, q in self.query.items()}
 
 
@@ -123,7 +127,9 @@ def train_vision(
         pixels = pool.pixels[index].to(device).float().flatten(0, 1)
         logits = heads(model.model.visual(pixels, grid_thw=grid).pooler_output.view(128, 16, -1))
         labels = {k: v.to(device) for k, v in pool.labels(index).items()}
-        loss = sum((F.cross_entropy(logits[k], labels[k]) for k in FACT_WORDS), torch.zeros((), device=device))
+        loss = sum(
+            (nn.functional.cross_entropy(logits[k], labels[k]) for k in FACT_WORDS), torch.zeros((), device=device)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -142,7 +148,11 @@ def completion_for(asked: Asked, thinking: bool, rng: np.random.Generator | None
     if not thinking:
         return answer
     if rng is not None and rng.random() < sloppy:
-        broken = (f"{asked.thought}\n{answer}", f"<think>{asked.thought}\n{answer}", f"<think>{asked.thought}</think>\n{asked.answer}")
+        broken = (
+            f"{asked.thought}\n{answer}",
+            f"<think>{asked.thought}\n{answer}",
+            f"<think>{asked.thought}</think>\n{asked.answer}",
+        )
         return broken[rng.integers(len(broken))]
     return f"<think>{asked.thought}</think>\n{answer}"
 
@@ -209,9 +219,7 @@ class Tasks:
             return self.render(messages), f"<hint>{asked.evidence}</hint>"
         if task == "aware":
             context = str(self.rng.choice(prompts.HINT_CONTEXTS, p=[0.6, 0.25, 0.15]))
-            messages = prompts.hint_aware_messages(
-                asked.question, asked.options, asked.evidence, asked.answer, context
-            )
+            messages = prompts.hint_aware_messages(asked.question, asked.options, asked.evidence, asked.answer, context)
             return self.render(messages), completion_for(asked, True, self.rng, self.sloppy)
         messages = prompts.vqa_messages(asked.question, asked.options, task == "think")
         return self.render(messages), completion_for(asked, task == "think", self.rng, self.sloppy)
@@ -231,14 +239,14 @@ def sequence_loss(model: Qwen3VLForConditionalGeneration, batch: Sequences) -> t
     hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False, **image).last_hidden_state
     weight = batch.labels_weight[:, 1:].to(device)
     learned = weight > 0
-    losses = F.cross_entropy(model.lm_head(hidden[:, :-1][learned]), ids[:, 1:][learned], reduction="none")
+    losses = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][learned]), ids[:, 1:][learned], reduction="none")
     return (losses * weight[learned]).sum(), weight.sum()
 
 
 def train_language(
     model: Qwen3VLForConditionalGeneration, tasks: Tasks, recipe: Recipe, log: Callable[[str], None]
-) -> Iterator[int]:
-    """Stage 2. Yields the number of finished steps every 100, so that the caller can measure or stop."""
+) -> None:
+    """Stage 2: the mixture of tasks, one gradient per task and step, weighted by its sequences."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.language_lr, weight_decay=0.01)
     schedule = _schedule(optimizer, recipe.language_steps)
     total, start = sum(recipe.mixture.values()), time.time()
@@ -256,22 +264,19 @@ def train_language(
         if step % 100 == 0:
             losses = {task: f"{value:.3f}" for task, value in running.items()}
             log(f"language {step}/{recipe.language_steps} {losses} {time.time() - start:.0f} s")
-            yield step
 
 
 def pretrain(
-    recipe: Recipe, seed: int = 0, device: str = "cpu", log: Callable[[str], None] = print
-) -> Qwen3VLForConditionalGeneration:
-    """Build and train one embedded model from nothing; everything random follows from ``seed``."""
+    recipe: Recipe, seed: int = 0, log: Callable[[str], None] = print
+) -> tuple[Qwen3VLForConditionalGeneration, ImageOnlyQwen3VLProcessor]:
+    """Build and train one embedded model from nothing, on a GPU where there is one.
+
+    Everything random follows from ``seed``; on one machine the same seed gives the same weights on the CPU.
+    """
     processor = build_processor()
     pool = Pool.draw(processor, recipe.pool, seed)
     log(f"{recipe.size}: {recipe.pool} pictures drawn")
-    model = build_model(recipe.size, seed).to(device).train()
+    model = build_model(recipe.size, seed).to(best_device()).train()
     train_vision(model, pool, recipe.vision_steps, recipe.vision_lr, seed, log)
-    tasks = Tasks(processor, pool, recipe.sloppy, np.random.default_rng([2, seed]))
-    for _ in train_language(model, tasks, recipe, log):
-        pass
-    return model.eval()
-
-
-assert set(FACT_WORDS) == {f.name for f in fields(Facts)}
+    train_language(model, Tasks(processor, pool, recipe.sloppy, np.random.default_rng([2, seed])), recipe, log)
+    return model.eval(), processor

@@ -21,7 +21,9 @@ def test_saved_model_and_processor_come_back(tmp_path: Path, tiny_model) -> None
     assert all(p.dtype == torch.float32 and p.requires_grad for p in again.parameters())
     torch.testing.assert_close(again.state_dict()["model.language_model.norm.weight"].cpu(), before)
     messages = prompts.vqa_messages("What shape is the finding?", ["ring", "disc"], thinking=True)
-    rendered = [p.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for p in (processor, reloaded)]
+    rendered = [
+        p.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for p in (processor, reloaded)
+    ]
     assert rendered[0] == rendered[1]
     assert reloaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert reloaded.image_processor.patch_size == processor.image_processor.patch_size
@@ -41,7 +43,7 @@ def test_what_is_no_model_is_named(name: str) -> None:
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ParamError, match="no config.json"):
+    with pytest.raises(ParamError, match=r"no config\.json"):
         resolve(str(tmp_path), "student")
 
 

@@ -18,7 +18,9 @@ from kepo_core.study.pretraining import Pool
 
 def changed_by_finding(facts: Facts, seed: int) -> np.ndarray:
     """Where the picture differs from one of the same stream with the opposite contrast: the finding."""
-    other = Facts(**{**{f: getattr(facts, f) for f in facts.__slots__}, "contrast": CONTRASTS[facts.contrast == "bright"]})
+    other = Facts(
+        **{**{f: getattr(facts, f) for f in facts.__slots__}, "contrast": CONTRASTS[facts.contrast == "bright"]}
+    )
     one, two = (phantom.picture(np.random.default_rng(seed), f).astype(int) for f in (facts, other))
     return (one - two).sum(-1)
 
@@ -27,7 +29,9 @@ def changed_by_finding(facts: Facts, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("place", PLACES)
 def test_finding_is_in_its_quadrant_with_its_contrast(modality: str, place: str) -> None:
     for seed in range(6):
-        facts = Facts(modality, KINDS[seed % 4], place, ("small", "large")[seed % 2], ("one", "two")[seed // 3], "bright")
+        facts = Facts(
+            modality, KINDS[seed % 4], place, ("small", "large")[seed % 2], ("one", "two")[seed // 3], "bright"
+        )
         difference = changed_by_finding(facts, seed)
         rows, columns = np.nonzero(np.abs(difference) > 20)
         assert len(rows) > 15
@@ -55,9 +59,9 @@ def test_two_fact_answers_need_both_facts() -> None:
             by_contrast.setdefault(contrast, set()).add(name)
     assert all(len(names) == 2 for names in by_kind.values())
     assert all(len(names) == 4 for names in by_contrast.values())
-    assert {Facts("CT", "bar", "upper left", s, n, "dark").grade for s in phantom.SIZES for n in phantom.NUMBERS} == set(
-        phantom.GRADES
-    )
+    assert {
+        Facts("CT", "bar", "upper left", s, n, "dark").grade for s in phantom.SIZES for n in phantom.NUMBERS
+    } == set(phantom.GRADES)
 
 
 def test_questions_are_answerable_and_letters_balanced() -> None:
@@ -126,6 +130,8 @@ def test_pretraining_sees_no_picture_of_the_set(small_set: Path, processor) -> N
     pool = Pool.draw(processor, 400, seed=5)
     seen = {zlib.crc32(p.numpy().tobytes()) for p in pool.pixels}
     pictures = [Image.open(p).convert("RGB") for p in sorted(small_set.rglob("*.png"))]
-    written = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"].view(len(pictures), 64, -1)
+    written = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"].view(
+        len(pictures), 64, -1
+    )
     assert not seen & {zlib.crc32(p.numpy().tobytes()) for p in written.half()}
     assert len(seen) == 400

@@ -1,0 +1,153 @@
+"""From parameters to the parts of one experiment: data, models, trainer, evaluation. Notebooks call these."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback
+
+from kepo_core.data.images import check_images
+from kepo_core.data.omnimedvqa import load_raw
+from kepo_core.data.phantom import ensure_phantom
+from kepo_core.data.records import Answer, Question
+from kepo_core.data.splits import fingerprint, image_key, study_split
+from kepo_core.method.config import KEPOConfig
+from kepo_core.method.rewards import reward_functions
+from kepo_core.method.teacher import Teacher
+from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.params import ParamError, Params
+from kepo_core.study.dataset import to_dataset
+from kepo_core.study.evaluation import Progress, evaluate
+from kepo_core.study.metrics import MetricsWriter
+from kepo_core.study.models import check_same_vocabulary, load_model, load_processor
+from kepo_core.study.runs import Run
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """What is trained on and tested on: one modality's questions, and questions per modality."""
+
+    root: Path
+    train: list[Question]
+    tests: dict[str, list[Question]]
+
+    @property
+    def test(self) -> list[Question]:
+        """All test questions, modality by modality."""
+        return [question for questions in self.tests.values() for question in questions]
+
+    @property
+    def images(self) -> dict[str, str]:
+        """Test question id → image, for statistics that respect shared images."""
+        return {question.id: image_key(question) for question in self.test}
+
+    def identity(self) -> dict[str, Any]:
+        """Counts and content hashes, for the run's provenance."""
+        return {
+            "train_items": len(self.train),
+            "test_items": {modality: len(questions) for modality, questions in self.tests.items()},
+            "train_sha256": fingerprint(self.train),
+            "test_sha256": fingerprint(self.test),
+        }
+
+
+def load_data(params: Params) -> StudyData:
+    """Read, split and sample the questions that ``params`` name, and decode every image of them once.
+
+    Raises:
+        ParamError: ``data_root`` is no folder.
+        DataError: a file, row, image or split that cannot be used, named in one sentence.
+    """
+    if params.data_root == "phantom":
+        root = ensure_phantom(seed=params.data_seed)
+    else:
+        root = Path(params.data_root).expanduser()
+        if not root.is_dir():
+            raise ParamError(f"data_root is {params.data_root!r}, expected 'phantom' or an existing folder")
+    train, tests = study_split(
+        load_raw(root), params.train_modality, params.train_items, params.eval_items, params.data_seed, params.split
+    )
+    data = StudyData(root, train, tests)
+    check_images([*data.train, *data.test])
+    return data
+
+
+@dataclass(frozen=True)
+class Models:
+    """π_θ, its processor, and π_T where the method needs one."""
+
+    student: PreTrainedModel
+    processor: Any
+    teacher: Teacher | None
+
+
+def load_models(params: Params) -> Models:
+    """Load and check what ``params`` name; the teacher only where distillation or exploration is on."""
+    processor = load_processor(params.student, "student")
+    student = load_model(params.student, "student", precision=params.precision)
+    teacher = None
+    if params.distill or params.explore:
+        teacher_processor = load_processor(params.teacher, "teacher")
+        check_same_vocabulary(processor, teacher_processor)
+        model = load_model(params.teacher, "teacher", trained=False, precision=params.precision)
+        teacher = Teacher(model, teacher_processor)
+    return Models(student, processor, teacher)
+
+
+def training_config(params: Params, output_dir: Path, world_size: int = 1) -> KEPOConfig:
+    """`Params` → `KEPOConfig`; batch sizes are in prompts there and in completions here."""
+    accumulation, rest = divmod(params.prompts_per_step, params.prompts_per_device * world_size)
+    if rest or not accumulation:
+        raise ParamError(
+            f"prompts_per_step is {params.prompts_per_step}, expected a multiple of prompts_per_device × processes "
+            f"= {params.prompts_per_device} × {world_size}"
+        )
+    # One name, one meaning: except for data_seed, which is the sampler's in transformers and the data set's here.
+    ours, theirs = ({field.name for field in fields(kind)} for kind in (Params, KEPOConfig))
+    shared = sorted((ours & theirs) - {"data_seed"})
+    return KEPOConfig(
+        output_dir=str(output_dir),
+        num_generations=params.group_size,
+        per_device_train_batch_size=params.prompts_per_device * params.group_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=params.epochs,
+        lr_scheduler_type=params.lr_scheduler,
+        bf16=params.precision == "bf16",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,  # the notebook shows its own progress
+        **{name: getattr(params, name) for name in shared},
+    )
+
+
+def make_trainer(
+    params: Params, run: Run, data: StudyData, models: Models, callbacks: Sequence[TrainerCallback] = ()
+) -> KEPOTrainer:
+    """The trainer for one run; with both parts of KEPO off it is TRL's GRPO."""
+    return KEPOTrainer(
+        model=models.student,
+        reward_funcs=reward_functions(params.thinking),
+        args=training_config(params, run.path / "training"),
+        train_dataset=to_dataset(data.train, params.thinking, params.image_size),
+        processing_class=models.processor,
+        teacher=models.teacher,
+        callbacks=[MetricsWriter(run), *callbacks],
+    )
+
+
+def evaluate_student(
+    params: Params, models: Models, questions: Sequence[Question], progress: Progress | None = None
+) -> list[Answer]:
+    """Greedy answers of the student, in its present state, to ``questions``."""
+    return evaluate(
+        models.student,
+        models.processor,
+        questions,
+        thinking=params.thinking,
+        max_tokens=params.eval_max_tokens,
+        batch_size=params.eval_batch_size,
+        image_size=params.image_size,
+        progress=progress,
+    )
