@@ -111,6 +111,13 @@ def test_equal_options_are_kept_once(root):
     assert question.answer == "A"
 
 
+def test_text_beyond_ascii_and_a_byte_order_mark_are_read(root):
+    path = root / omnimedvqa.QA_FOLDER / "Toy.json"
+    path.write_text(json.dumps([changed(question="Größe in µm?")], ensure_ascii=False), encoding="utf-8-sig")
+    (question,) = omnimedvqa.load_raw(root)
+    assert question.question == "Größe in µm?"
+
+
 def test_numbers_are_texts(root):
     (question,) = load(root, changed(option_A=0, option_B=10, gt_answer="10"))
     assert question.options[:2] == ("0", "10")

@@ -1,0 +1,185 @@
+"""Tables → axes. Nothing here reads a file or computes a statistic; every function draws on the axes it is given.
+
+Colours are Okabe and Ito's eight, which stay apart under every common colour blindness; a line is told from its
+neighbour by its marker or dash as well.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from kepo_core.data.images import load_image
+from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.study.diagnosis import ACCEPTANCE
+from kepo_core.study.statistics import AVG, AVG_OOD
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",
+)  # fmt: skip
+_COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, BLACK)
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+_MARKERS = ("o", "s", "D", "^", "v", "P")
+
+
+def use_style() -> None:
+    """The look of all figures: called once by a notebook."""
+    sns.set_theme(context="notebook", style="ticks", palette=list(_COLOURS), rc={"axes.grid": True,
+        "grid.color": "#E5E5E5", "axes.spines.right": False, "axes.spines.top": False, "legend.frameon": False,
+        "axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
+        "legend.fontsize": 9, "figure.dpi": 100})  # fmt: skip
+
+
+def curves(
+    metrics: pd.DataFrame, names: Mapping[str, str], ax: Axes, *, smooth: int = 1, title: str = "", rate: bool = False
+) -> Axes:
+    """Metrics over training steps.
+
+    Args:
+        metrics: a row per logged step with the column ``step``; a metric may be missing in some rows, or altogether
+            when the method does not have it; it is left out of the figure then, as is one that is 0 throughout
+            unless it is a rate.
+        names: metric → label.
+        smooth: each thick line is a centred running mean over so many logged steps; the raw values stay, faint.
+        rate: the metrics lie in [0, 1], which the axis then shows.
+    """
+    drawn = [(metric, label) for metric, label in names.items() if _has(metrics, metric, rate)]
+    for k, (metric, label) in enumerate(drawn):
+        part = metrics[["step", metric]].dropna()
+        line = part[metric].rolling(smooth, center=True, min_periods=1).mean()
+        colour = _COLOURS[k % len(_COLOURS)]
+        if smooth > 1:
+            ax.plot(part["step"], part[metric], color=colour, alpha=0.25, linewidth=0.8)
+        ax.plot(part["step"], line, color=colour, linestyle=_DASHES[k % len(_DASHES)], linewidth=1.8, label=label)
+    ax.set(xlabel="step", title=title)
+    if rate:
+        ax.set_ylim(-0.03, 1.03)
+    if drawn:
+        ax.legend(loc="best", handlelength=3)
+    else:
+        ax.text(0.5, 0.5, "not part of this method", transform=ax.transAxes, ha="center", va="center", color="#666666")
+    return ax
+
+
+def _has(metrics: pd.DataFrame, metric: str, rate: bool) -> bool:
+    """Whether there is something to draw: a rate of 0 says something, a term of the loss that is always 0 is off."""
+    return metric in metrics and bool(metrics[metric].notna().any() and (rate or metrics[metric].any()))
+
+
+#: The four panels of ``training_panels``: title, metric → label, whether the metrics are shares in [0, 1].
+PANELS: tuple[tuple[str, Mapping[str, str], bool], ...] = (
+    ("The student's own rollouts", {"kepo/accuracy": "right answer", "kepo/format": "exact format"}, True),
+    (
+        "Gate and exploration",
+        {
+            "kepo/gate_rate": "sequences past the gate",
+            "kepo/all_fail_rate": "groups where all failed",
+            ACCEPTANCE: "hinted draws accepted",
+        },
+        True,
+    ),
+    (
+        "Terms of the loss",
+        {"kepo/loss_policy": "policy", "kepo/loss_distill": "gated divergence", "kepo/loss_kl": "KL to reference"},
+        False,
+    ),
+    ("Entropy of the next token (nats)", {"kepo/entropy": "entropy"}, False),
+)
+
+
+def training_panels(metrics: pd.DataFrame, axes: Any) -> None:
+    """PANELS over training on four axes (in any array), from ``diagnosis.training_table``."""
+    smooth = max(1, len(metrics) // 12)
+    for (title, names, rate), ax in zip(PANELS, np.asarray(axes, dtype=object).ravel(), strict=True):
+        curves(metrics, names, ax, smooth=smooth, title=title, rate=rate)
+
+
+def accuracies(
+    table: pd.DataFrame, ax: Axes, *, chance: Mapping[str, float] | None = None, in_domain: str = MODALITIES[0]
+) -> Axes:
+    """Accuracy with its interval per modality, one colour and marker per model, from ``statistics.accuracy_table``.
+
+    ``chance`` (modality → accuracy of guessing) is marked with a grey bar. The averages stand apart on the right.
+    """
+    columns = list(table.columns.unique(level=0))
+    x = np.array([i + (0.6 if column in (AVG, AVG_OOD) else 0.0) for i, column in enumerate(columns)])
+    shifts = np.linspace(-0.3, 0.3, 2 * len(table) + 1)[1::2]
+    for k, (model, row) in enumerate(table.iterrows()):
+        values, low, high = (
+            100 * row.xs(part, level=1)[columns].to_numpy(float) for part in ("accuracy", "low", "high")
+        )
+        ax.errorbar(
+            x + shifts[k], values, yerr=[values - low, high - values], label=str(model), linestyle="none",
+            color=_COLOURS[k % len(_COLOURS)], marker=_MARKERS[k % len(_MARKERS)], markersize=5.5,
+            elinewidth=1.4, capsize=2.5,
+        )  # fmt: skip
+    for position, column in zip(x, columns, strict=True):
+        if chance and column in chance:
+            ax.hlines(100 * chance[column], position - 0.38, position + 0.38, color="#8C8C8C", linewidth=2.5, zorder=1)
+    handles, labels = ax.get_legend_handles_labels()
+    if chance:
+        handles, labels = [*handles, Line2D([], [], color="#8C8C8C", linewidth=2.5)], [*labels, "guessing"]
+    ax.set_xticks(x, [f"{column}\n(trained on)" if column == in_domain else column for column in columns])
+    ax.set(ylabel="accuracy (%), 95 % interval", ylim=(0, 102))
+    ax.grid(visible=False, axis="x")
+    ax.tick_params(axis="x", labelsize=8)
+    ax.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles))
+    return ax
+
+
+def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]) -> Axes:
+    """Paired differences with their intervals, from ``statistics.paired_differences``; 0 is no change.
+
+    A change whose interval leaves out 0 is drawn filled and coloured: blue for a gain, red for a loss.
+    """
+    y = np.array([i + (0.6 if name in (AVG, AVG_OOD) else 0.0) for i, name in enumerate(table.index)])
+    for position, (_, row) in zip(y, table.iterrows(), strict=True):
+        colour = BLUE if row["low"] > 0 else RED if row["high"] < 0 else "#666666"
+        value, low, high = (100 * float(row[part]) for part in ("difference", "low", "high"))
+        ax.errorbar(
+            [value], [position], xerr=[[value - low], [high - value]], color=colour, elinewidth=1.6, capsize=3,
+            marker=">" if row["low"] > 0 else "<" if row["high"] < 0 else "o", markersize=7,
+            markerfacecolor="white" if colour == "#666666" else colour,
+        )  # fmt: skip
+    ax.axvline(0, color=BLACK, linewidth=1)
+    ax.set_yticks(y, [f"{name} (trained on)" if name == in_domain else str(name) for name in table.index])
+    ax.invert_yaxis()
+    ax.set(xlabel="change of accuracy (points), 95 % interval, paired by question")
+    ax.grid(visible=False, axis="y")
+    return ax
+
+
+def picture(question: Question, ax: Axes, *, width: int = 34) -> Axes:
+    """One question's picture with its modality above; the question and its options below, the right one marked."""
+    ax.imshow(np.asarray(load_image(question.image)), interpolation="nearest")
+    # Question texts are data: a dollar sign in them starts no formula.
+    ax.set_title(question.modality, parse_math=False, fontweight="bold")
+    options = [
+        f"{letter}) {text}{'  ✓' if letter == question.answer else ''}"
+        for letter, text in zip(LETTERS, question.options, strict=False)
+    ]
+    lines = [line for text in (question.question, *options) for line in textwrap.wrap(text, width) or [""]]
+    ax.text(
+        0.5, -0.05, "\n".join(lines), transform=ax.transAxes, ha="center", va="top", fontsize=8, parse_math=False
+    )  # fmt: skip
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.grid(visible=False)
+    sns.despine(ax=ax, left=True, bottom=True)
+    return ax
+
+
+def picture_sheet(questions: Sequence[Question], axes: Any) -> None:
+    """The first question of each modality, in the order of MODALITIES, on an array of axes; spare axes are hidden."""
+    first = {modality: [q for q in questions if q.modality == modality][:1] for modality in MODALITIES}
+    shown = [question for found in first.values() for question in found]
+    flat = list(np.asarray(axes, dtype=object).ravel())
+    for ax in flat[len(shown) :]:
+        ax.set_visible(False)
+    for question, ax in zip(shown, flat, strict=False):
+        picture(question, ax)

@@ -1,0 +1,148 @@
+"""Progress while it happens: bars and curves that renew themselves in Jupyter, a few lines of text elsewhere.
+
+A headless run (papermill, a terminal) keeps every output it is given, so there each task writes at most
+``LINES`` lines; somebody at a notebook gets one display that is updated in place.
+"""
+
+import io
+import os
+import sys
+import time
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+from IPython import get_ipython  # type: ignore[attr-defined]
+from IPython.display import HTML, Image, display
+from matplotlib.figure import Figure
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kepo_core.study import figures
+from kepo_core.study.diagnosis import training_table
+
+LINES = 15
+_BAR = 24  # characters
+
+
+def watched() -> bool:
+    """Whether somebody looks at a live notebook: a kernel that Jupyter or VS Code opened for a document.
+
+    Both leave their mark on such kernels; papermill's have none, nor has a plain interpreter.
+    """
+    shell = get_ipython()  # type: ignore[no-untyped-call]
+    if shell is None or "zmqshell" not in type(shell).__module__:
+        return False
+    return "JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in shell.user_ns
+
+
+class ProgressBar:
+    """How far a task is, with the time left; call it with (done, total) after each piece of work.
+
+    Args:
+        label: what is being done.
+        live: one display updated in place, or lines of text; by default as ``watched()`` says.
+        write: where lines go; by default standard output.
+        clock: seconds; only differences count.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        live: bool | None = None,
+        write: Callable[[str], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._label, self._clock, self._start = label, clock, clock()
+        self._live = watched() if live is None else live
+        self._write = write if write is not None else _print_line
+        self._handle: Any = None
+        self._shown = 0
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Show that ``done`` of ``total`` pieces are finished; ``note`` stands behind."""
+        if self._live:
+            page = HTML(
+                f"<div>{escape(self._label)} <progress value='{done}' max='{total}'></progress> "
+                f"{escape(self._state(done, total, note))}</div>"
+            )
+            if self._handle is None:
+                self._handle = display(page, display_id=True)  # type: ignore[no-untyped-call]
+            else:
+                self._handle.update(page)
+        elif done >= total or done * LINES // total > self._shown:
+            self._shown = done * LINES // total
+            full = round(_BAR * done / total)
+            bar = "█" * full + "░" * (_BAR - full)
+            self._write(f"{self._label:<10} {bar} {self._state(done, total, note)}")
+
+    def _state(self, done: int, total: int, note: str) -> str:
+        passed = self._clock() - self._start
+        left = f", {_minutes(passed * (total - done) / done)} left" if 0 < done < total else ""
+        return f"{done}/{total}  {_minutes(passed)}{left}" + (f"  {note}" if note else "")
+
+
+class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
+    """Shows training as it goes: a bar with the last numbers and, in a live notebook, the curves so far.
+
+    Args:
+        live: as for `ProgressBar`.
+        every_seconds: the least time between two drawings of the curves, which take a quarter of a second each.
+        bar: the progress bar, by default one labelled "training".
+    """
+
+    def __init__(self, live: bool | None = None, every_seconds: float = 3.0, bar: ProgressBar | None = None) -> None:
+        self._live = watched() if live is None else live
+        self._bar = bar if bar is not None else ProgressBar("training", self._live)
+        self._every, self._drawn = every_seconds, -float("inf")
+        self._rows: list[dict[str, Any]] = []
+        self._handle: Any = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take in one logged step and show it; TRL's summary at the end, which has no loss, is passed over."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        self._rows.append({**logs, "step": state.global_step})
+        self._bar(state.global_step, state.max_steps, headline(logs))
+        if self._live and time.monotonic() - self._drawn > self._every:
+            self._draw()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the curves to their end."""
+        if state.is_world_process_zero and self._live and self._rows:
+            self._draw()
+
+    def _draw(self) -> None:
+        figure = Figure(figsize=(11, 6), layout="constrained")
+        figures.training_panels(training_table(self._rows), figure.subplots(2, 2))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=80)
+        picture = Image(data=buffer.getvalue())  # type: ignore[no-untyped-call]
+        if self._handle is None:
+            self._handle = display(picture, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(picture)
+        self._drawn = time.monotonic()
+
+
+def headline(logs: dict[str, Any]) -> str:
+    """The few numbers of a logged step that tell how training fares, as far as the method logs them."""
+    parts = {"accuracy": "kepo/accuracy", "format": "kepo/format", "all-fail": "kepo/all_fail_rate",
+             "gate": "kepo/gate_rate"}  # fmt: skip
+    return "  ".join(f"{label} {float(logs[name]):.2f}" for label, name in parts.items() if name in logs)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stdout, flush=True)

@@ -1,0 +1,141 @@
+"""Failure signs: each is shown by a run that has it, with its numbers, and by no healthy one."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kepo_core.data.records import AnswerOutcome
+from kepo_core.method.rollouts import GLOSSARY
+from kepo_core.study import diagnosis
+from kepo_core.study.diagnosis import ACCEPTANCE, read_training, training_table, warnings_for
+
+STEPS = 40
+
+
+def rows(**changes):
+    """A healthy run's logged rows; a change is a value for all steps or a function of progress in [0, 1)."""
+    healthy = {
+        "loss": 0.1,
+        "grad_norm": 1.0,
+        "frac_reward_zero_std": 0.2,
+        "kepo/accuracy": lambda t: 0.4 + 0.4 * t,
+        "kepo/format": lambda t: 0.8 + 0.2 * t,
+        "kepo/all_fail_rate": lambda t: 0.3 - 0.3 * t,
+        "kepo/gate_rate": 0.6,
+        "kepo/divergence": 0.3,
+        "kepo/explored_groups": 3.0,
+        "kepo/unparsable_hints": 1.0,
+        "kepo/rescued_groups": 2.0,
+        "kepo/draws": 8.0,
+        "kepo/accepted": 2.0,
+        "kepo/loss_policy": 0.0,
+        "kepo/loss_distill": 0.1,
+        f"kepo/outcome/{AnswerOutcome.TRUNCATED}": 0.02,
+    } | {name.replace("kepo_", "kepo/"): value for name, value in changes.items()}
+    return [
+        {"step": i + 1} | {name: value(i / STEPS) if callable(value) else value for name, value in healthy.items()}
+        for i in range(STEPS)
+    ]
+
+
+def signs(**changes):
+    return warnings_for(training_table(rows(**changes)))
+
+
+def test_a_healthy_run_has_no_sign():
+    assert signs() == []
+    assert warnings_for(training_table([])) == []
+
+
+def test_every_metric_read_here_is_one_the_trainer_logs():
+    read = {name for name in rows()[0] if name.startswith("kepo/")}
+    assert read <= set(GLOSSARY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kepo_rescued_groups": 0.2, "kepo_accepted": 0.2}, "despite hints: 320 hint-aware draws rescued 8 of 120 "),
+        ({"kepo_unparsable_hints": 2.5}, "Hints could not be read: for 100 of 120 groups"),
+        ({"kepo_all_fail_rate": 0.95}, "No reward: in the last quarter of training every rollout failed in 95%"),
+        ({"frac_reward_zero_std": 0.92}, "No signal: in the last quarter of training 92% of the groups"),
+        ({"kepo_accuracy": 0.05, "kepo_format": 1.0}, "Form without content: format 100% but accuracy 5%"),
+        ({"kepo_gate_rate": 0.0}, "The gate never opened"),
+        ({"kepo_accuracy": lambda t: 0.7 if t < 0.5 else 0.5}, "accuracy fell from 70% in its best quarter of training to 50%"),
+        ({"kepo_format": lambda t: 0.9 if t < 0.7 else 0.6}, "the rollouts' format fell from 90%"),
+        ({"grad_norm": lambda t: math.nan if t > 0.5 else 1.0}, "grad_norm is not a finite number at step 22"),
+        ({"kepo_outcome/truncated": 0.3}, "Completions run into the limit: 30%"),
+    ],
+)  # fmt: skip
+def test_each_sign_is_told_with_its_numbers_and_alone(changes, words):
+    (sign,) = signs(**changes)
+    assert words in sign
+
+
+def test_a_little_less_than_a_sign_is_none():
+    assert signs(kepo_rescued_groups=0.31) == []
+    assert signs(kepo_all_fail_rate=0.89) == []
+    assert signs(kepo_accuracy=lambda t: 0.7 if t < 0.5 else 0.61) == []
+
+
+def test_a_method_without_a_part_is_not_judged_by_it():
+    parts = ("kepo/explored_groups", "kepo/rescued_groups", "kepo/unparsable_hints", "kepo/draws", "kepo/accepted")
+    plain = [{k: v for k, v in row.items() if k not in (*parts, "kepo/divergence")} for row in rows(kepo_gate_rate=0)]
+    assert warnings_for(training_table(plain)) == []
+    # Exploration that had no reason to fire is no failure either.
+    assert signs(**{part.replace("kepo/", "kepo_"): 0.0 for part in parts}) == []
+
+
+def test_too_short_a_run_is_not_judged_by_its_quarters():
+    assert warnings_for(training_table(rows(kepo_all_fail_rate=1.0)[:7])) == []
+
+
+def differences(**values):
+    """A table of paired differences, ``name=(difference, low, high)``."""
+    names = {"ood": "Avg. (OOD)", "mri": "MRI", "oct": "OCT"}
+    return pd.DataFrame.from_dict(
+        {names[name]: dict(zip(("difference", "low", "high"), v, strict=True)) for name, v in values.items()}, "index"
+    )
+
+
+def test_in_domain_up_while_out_of_domain_falls():
+    table = training_table(rows())
+    up, down, level = (0.2, 0.1, 0.3), (-0.1, -0.15, -0.05), (-0.01, -0.05, 0.03)
+    (sign,) = warnings_for(table, differences(mri=up, ood=down))
+    assert sign == (
+        "In-domain up, out-of-domain down: MRI +20.0 points [+10.0, +30.0], the other modalities on average "
+        "-10.0 points [-15.0, -5.0]."
+    )
+    assert warnings_for(table, differences(mri=up, ood=level)) == []
+    assert warnings_for(table, differences(mri=level, ood=level)) == []
+    assert warnings_for(table, differences(mri=up, ood=level, oct=down)) == [
+        "Worse after training: OCT -10.0 points [-15.0, -5.0]."
+    ]
+    assert warnings_for(table, differences(mri=down, ood=level))[0].startswith("Training hurt in-domain: MRI -10.0")
+    (sign,) = warnings_for(table, differences(mri=down, ood=down, oct=up), in_domain="OCT")[:1]
+    assert sign.startswith("In-domain up, out-of-domain down: OCT")
+
+
+def test_the_table_has_a_row_per_step_and_the_acceptance(tmp_path):
+    logged = rows()
+    logged[3] |= {"kepo/draws": 0.0, "kepo/accepted": 0.0, "kepo/divergence": None}
+    logged.append({"step": STEPS, "train_loss": 0.1, "train_runtime": 3.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in reversed(logged)))
+    table = read_training(path)
+    assert list(table["step"]) == list(range(1, STEPS + 1))
+    assert "train_loss" not in table
+    assert np.isnan(table.loc[3, ACCEPTANCE])
+    assert np.isnan(table.loc[3, "kepo/divergence"])
+    assert (table[ACCEPTANCE].drop(3) == 0.25).all()
+    assert pd.api.types.is_float_dtype(table["kepo/divergence"])
+
+
+def test_a_metric_that_is_null_throughout_and_one_that_is_no_number_do_no_harm():
+    table = training_table([row | {"kepo/entropy": None, "note": "x"} for row in rows()])
+    assert table["kepo/entropy"].isna().all()
+    assert "note" not in table
+    assert diagnosis.warnings_for(table) == []
