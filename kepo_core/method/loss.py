@@ -74,7 +74,8 @@ class GatedLossTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         name = "num_items_in_batch" if self.args.distill_normalizer == "tokens" else "kepo_gated_tokens"
         # These count over the generation batch and all processes, whose gradients are averaged.
         count: Tensor = inputs[name]
-        return count * (scale / self.args.steps_per_generation / int(self.accelerator.num_processes))
+        windows = float(self.args.steps_per_generation * self.accelerator.num_processes)
+        return count * scale / windows
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """GRPO's loss plus distill_coef times the gated divergence, from one forward of the student (Eq. 7)."""

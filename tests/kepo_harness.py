@@ -1,0 +1,143 @@
+"""A tiny world for trainer tests: made-up questions, and a student whose words are scripted."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from kepo_core.method.prompts import vqa_messages
+from kepo_core.method.teacher import Teacher
+from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
+from kepo_core.study.embedded import build_model, build_processor
+
+RIGHT = "<think>red</think><answer>{answer}</answer>"
+WRONG = "<think>blue or so</think><answer>{other}</answer>"
+
+
+def make_row(i: int) -> dict[str, Any]:
+    options = ["red", "blue", "green"][: 2 + i % 2]
+    return {
+        "id": f"q{i}",
+        "question": f"Question {i}?",
+        "options": options,
+        "answer": "AB"[i % 2],
+        "image": Image.new("RGB", (64, 64), (60 * i % 256, 40, 200 - 50 * i % 200)),
+    }
+
+
+def make_dataset(count: int = 4, thinking: bool = True) -> Dataset:
+    rows = Dataset.from_list([make_row(i) for i in range(count)])
+
+    def add_prompt(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        asked = zip(batch["question"], batch["options"], strict=True)
+        return batch | {"prompt": [vqa_messages(q, o, thinking) for q, o in asked]}
+
+    return rows.with_transform(add_prompt)
+
+
+def sharp_model(seed: int) -> Any:
+    """A random tiny model whose next-token distributions are far from uniform and from each other's."""
+    model = build_model("test", seed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8.0)
+    return model
+
+
+def config(output_dir: Path, **overrides: Any) -> KEPOConfig:
+    defaults: dict[str, Any] = {
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 24,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "shuffle_dataset": False,
+        "report_to": "none",
+    }
+    return KEPOConfig(output_dir=str(output_dir), **(defaults | overrides))
+
+
+#: (prompt text, dataset row, how often this prompt was asked before, hinted?) → what the student says
+Script = Callable[[str, dict[str, Any], int, bool], str]
+
+
+class ScriptedTrainer(KEPOTrainer):
+    """KEPOTrainer whose student says what ``script`` tells; a text that ends in "…" hit the token limit."""
+
+    script: Script
+    calls: list[list[str]]  # the prompt texts of each call of the generation back end
+    pictures: list[list[Any]]
+    sampling_logps: float | None = None
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations):
+        texts = self.processing_class.batch_decode(prompt_ids)
+        self.calls.append(texts)
+        self.pictures.append(images)
+        ids = []
+        for text in texts:
+            number = int(text.split("Question ")[1].split("?")[0])
+            before = sum(call.count(text) for call in self.calls[:-1]) + texts[: len(ids)].count(text)
+            said = self.script(text, make_row(number), before, "ground truth" in text or "The hint is" in text)
+            tokens = self._tokenizer(said.removesuffix("…"))["input_ids"]
+            ids.append(tokens if said.endswith("…") else [*tokens, self._tokenizer.eos_token_id])
+        logps = None if self.sampling_logps is None else [[self.sampling_logps] * len(row) for row in ids]
+        return ids, logps
+
+
+def right(row: dict[str, Any]) -> str:
+    return RIGHT.format(answer=row["answer"])
+
+
+def wrong(row: dict[str, Any]) -> str:
+    return WRONG.format(other="AB".replace(row["answer"], ""))
+
+
+def make_trainer(
+    output_dir: Path,
+    script: Script,
+    hints: Callable[[dict[str, Any]], str | None] | None = None,
+    student: Any = None,
+    teacher_model: Any = None,
+    dataset: Any = None,
+    trainer_args: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> ScriptedTrainer:
+    """A scripted trainer with a real (random) teacher; ``hints`` replaces what the teacher would write."""
+    args = config(output_dir, **overrides)
+    teacher = None
+    if args.distill or args.explore:
+        teacher = Teacher(teacher_model or sharp_model(1), build_processor())
+        if hints is not None:
+            teacher.hint_rows = []
+
+            def write(rows: Sequence[dict[str, Any]], *, max_tokens: int, seed: int) -> list[str | None]:
+                teacher.hint_rows.append([row["id"] for row in rows])
+                return [hints(row) for row in rows]
+
+            teacher.write_hints = write
+    trainer = ScriptedTrainer(
+        student or sharp_model(0),
+        None,
+        args,
+        dataset or make_dataset(),
+        teacher=teacher,
+        processing_class=build_processor(),
+        **(trainer_args or {}),
+    )
+    trainer.script, trainer.calls, trainer.pictures = script, [], []
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    trainer.model.train()
+    return trainer
+
+
+def batch_of(trainer: KEPOTrainer, *questions: int) -> list[dict[str, Any]]:
+    """The rows of a generation batch: each question once per generation."""
+    dataset = trainer.train_dataset
+    return [dataset[q] for q in questions for _ in range(trainer.num_generations)]
