@@ -104,7 +104,8 @@ def accuracies(
 ) -> Axes:
     """Accuracy with its interval per modality, one colour and marker per model, from ``statistics.accuracy_table``.
 
-    ``chance`` (modality → accuracy of guessing) is marked with a grey bar. The averages stand apart on the right.
+    ``chance`` (``statistics.chance_levels``) is marked with a grey bar, the modality that was trained on with an
+    asterisk. The averages stand apart on the right.
     """
     columns = list(table.columns.unique(level=0))
     x = np.array([i + (0.6 if column in (AVG, AVG_OOD) else 0.0) for i, column in enumerate(columns)])
@@ -121,21 +122,24 @@ def accuracies(
     for position, column in zip(x, columns, strict=True):
         if chance and column in chance:
             ax.hlines(100 * chance[column], position - 0.38, position + 0.38, color="#8C8C8C", linewidth=2.5, zorder=1)
-    handles, labels = ax.get_legend_handles_labels()
+    handles, names = ax.get_legend_handles_labels()
     if chance:
-        handles, labels = [*handles, Line2D([], [], color="#8C8C8C", linewidth=2.5)], [*labels, "guessing"]
-    ax.set_xticks(x, [f"{column}\n(trained on)" if column == in_domain else column for column in columns])
+        handles, names = [*handles, Line2D([], [], color="#8C8C8C", linewidth=2.5)], [*names, "guessing"]
+    if in_domain in columns:
+        handles, names = [*handles, Line2D([], [], linestyle="none")], [*names, "* trained on"]
+    labels = [f"{column}*" if column == in_domain else column for column in columns]
+    ax.set_xticks(x, labels, rotation=30, ha="right", rotation_mode="anchor")
     ax.set(ylabel="accuracy (%), 95 % interval", ylim=(0, 102))
     ax.grid(visible=False, axis="x")
-    ax.tick_params(axis="x", labelsize=8)
-    ax.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles))
+    ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles))
     return ax
 
 
 def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]) -> Axes:
     """Paired differences with their intervals, from ``statistics.paired_differences``; 0 is no change.
 
-    A change whose interval leaves out 0 is drawn filled and coloured: blue for a gain, red for a loss.
+    The modality that was trained on has an asterisk. A change whose interval leaves out 0 is drawn filled and
+    coloured: blue for a gain, red for a loss.
     """
     y = np.array([i + (0.6 if name in (AVG, AVG_OOD) else 0.0) for i, name in enumerate(table.index)])
     for position, (_, row) in zip(y, table.iterrows(), strict=True):
@@ -147,9 +151,9 @@ def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]
             markerfacecolor="white" if colour == "#666666" else colour,
         )  # fmt: skip
     ax.axvline(0, color=BLACK, linewidth=1)
-    ax.set_yticks(y, [f"{name} (trained on)" if name == in_domain else str(name) for name in table.index])
+    ax.set_yticks(y, [f"{name}*" if name == in_domain else str(name) for name in table.index])
     ax.invert_yaxis()
-    ax.set(xlabel="change of accuracy (points), 95 % interval, paired by question")
+    ax.set(xlabel="change of accuracy (points), 95 % interval, paired by question (* trained on)")
     ax.grid(visible=False, axis="y")
     return ax
 

@@ -5,7 +5,7 @@ distinct images, M the number of modalities. No estimate is returned without its
 which questions were drawn, for models as they are: other seeds and other pretrained students are not in them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
+from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome, Question
 
 AVG = "Avg."
 AVG_OOD = "Avg. (OOD)"
@@ -216,6 +216,14 @@ def outcome_table(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
             "tokens_q90": float(np.quantile(tokens, 0.9)),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def chance_levels(questions: Iterable[Question]) -> dict[str, float]:
+    """Modality → the accuracy that guessing uniformly among each question's options is expected to have."""
+    shares: dict[str, list[float]] = {}
+    for question in questions:
+        shares.setdefault(question.modality, []).append(1 / len(question.options))
+    return {modality: sum(part) / len(part) for modality, part in shares.items()}
 
 
 def format_table(table: pd.DataFrame) -> pd.DataFrame:

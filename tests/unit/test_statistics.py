@@ -1,12 +1,15 @@
 """Intervals, tests and tables against published values, closed forms and simulated coverage."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from kepo_core.data.records import Answer, AnswerOutcome
+from kepo_core.data.records import Answer, AnswerOutcome, Question
 from kepo_core.study.statistics import (
     accuracy_table,
+    chance_levels,
     design_effect,
     difference_interval,
     format_table,
@@ -193,6 +196,14 @@ def test_outcomes_are_counted_and_none_leaves_the_denominator():
     assert (row["correct"], row["wrong"], row["missing"], row["ambiguous"], row["truncated"]) == (2, 1, 0, 1, 1)
     assert (row["n"], row["format_ok"], row["finished"], row["tokens_median"]) == (5, 4, 4, 11)
     assert accuracy_table({"m": given}).loc["m", ("MRI", "accuracy")] == pytest.approx(0.4)
+
+
+def test_guessing_is_expected_to_be_right_once_in_as_many_as_there_are_options():
+    asked = [
+        Question(str(i), "d", modality, "t", "?", tuple("abcd"[:options]), "A", Path("x"))
+        for i, (modality, options) in enumerate([("MRI", 2), ("MRI", 4), ("CT", 3)])
+    ]
+    assert chance_levels(asked) == pytest.approx({"MRI": 0.375, "CT": 1 / 3})
 
 
 def _clustered(rng, images, per_image, p, spread):
