@@ -15,6 +15,7 @@ from IPython.display import HTML
 
 from kepo_core.data.images import load_image
 from kepo_core.data.records import LETTERS, AnswerOutcome, Question
+from kepo_core.method.exploration import GroupOutcome
 
 STYLE = """
 .kepo-card { border: 1px solid #bbb; border-radius: 6px; padding: .75rem 1rem; margin: 0 0 1rem; }
@@ -22,7 +23,11 @@ STYLE = """
 .kepo-card th, .kepo-card td { text-align: left; vertical-align: top; padding: .3rem .6rem; border: 0;
   border-top: 1px solid #ddd; white-space: normal; }
 .kepo-card .kepo-question td { border: 0; }
-.kepo-card img { image-rendering: pixelated; }
+.kepo-card img { image-rendering: pixelated; width: 192px; }
+.kepo-card .kepo-question td:first-child { width: 200px; }
+.kepo-card ul { list-style: none; padding: 0; margin: .3rem 0; }
+.kepo-card .kepo-rollouts th:nth-child(-n+2) { width: 5em; }
+.kepo-card .kepo-rollouts th:nth-child(3) { width: 15em; }
 .kepo-text { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .85em; }
 .kepo-mark { display: inline-block; padding: 0 .45em; margin: 0 .2em .2em 0; border-radius: .7em;
   font-size: .8em; white-space: nowrap; color: #fff; background: #666; }
@@ -33,7 +38,12 @@ STYLE = """
 .kepo-gone { opacity: .6; }
 """
 
-_WIDTH = 192  # CSS pixels of a picture
+_WIDTH = 192  # CSS pixels of a picture, here for pages without the style
+_BECAME = {
+    GroupOutcome.RESCUED: "rescued",
+    GroupOutcome.EXHAUSTED: "none of them right",
+    GroupOutcome.UNPARSABLE: "it could not be read",
+}
 _LARGEST = 384  # stored pixels: enough for its size on the page on any screen
 
 
@@ -84,7 +94,8 @@ def _card(group: pd.DataFrame, question: Question) -> str:
     return (
         f'<div class="kepo-card"><table class="kepo-question"><tr><td>{_picture(question)}</td>'
         f"<td><b>{title}</b><p>{escape(question.question)}</p><ul>{options}</ul>{_hint(first)}</td></tr></table>"
-        "<table><thead><tr><th>reward</th><th>advantage</th><th>what became of it</th><th>completion</th></tr></thead>"
+        '<table class="kepo-rollouts"><thead><tr><th>reward</th><th>advantage</th><th>what became of it</th>'
+        "<th>completion</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -93,7 +104,10 @@ def _hint(row: pd.Series) -> str:
     """The teacher's hint for the group, if it explored."""
     if not row["exploration"]:
         return ""
-    drawn = f"{int(row['draws'])} hint-aware draws, {escape(str(row['exploration']))}"
+    became = escape(_BECAME.get(row["exploration"], str(row["exploration"])))
+    drawn = (
+        became if row["exploration"] == GroupOutcome.UNPARSABLE else f"{int(row['draws'])} hint-aware draws, {became}"
+    )
     text = f'<div class="kepo-text">{escape(str(row["hint"]))}</div>' if row["hint"] else ""
     return f"<p>{_mark('every rollout failed', 'bad')}{_mark('hint', 'hint')}{drawn}</p>{text}"
 
