@@ -1,7 +1,7 @@
 """Run folders: one folder holds everything about one run, and its name says when, what and with which parameters.
 
 Life of a folder. `Run.allocate` makes it (never over another one) with ``params.yaml``, ``provenance.json`` and a
-``status.json`` that says ``running``. The notebook appends rows, tables and figures and ends with `Run.finish`, which
+``status.json`` that says ``running``. The notebook adds tables and figures and ends with `Run.finish`, which
 stores the headline numbers. The last thing written is always ``status.json``:
 
 - under ``kepo run`` the command owns the status: it renders the report first, then writes ``completed``, ``failed``
@@ -17,13 +17,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pandas as pd
 
+from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import ParamError, Params, project_root
 from kepo_core.study import provenance
 
@@ -95,17 +96,14 @@ class Run:
 
     # -- what a run leaves
 
+    @property
+    def training_dir(self) -> Path:
+        """Where the trainer works; its rollouts come from here however the run ends."""
+        return self.path / "training"
+
     def record_data(self, fingerprint: Mapping[str, Any]) -> None:
         """Put what identifies the data (counts, hashes) into ``provenance.json``."""
         self._update_provenance(data=dict(fingerprint))
-
-    def append(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append plain rows to a table that grows while the run goes on (``rollouts``).
-
-        They are kept as JSON lines until the run ends, however it ends, and become ``<table>.parquet`` then.
-        """
-        with (self.path / f"{table}.rows.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json_line(row) for row in rows)
 
     def write_table(self, table: str, frame: pd.DataFrame) -> Path:
         """Write ``<table>.parquet`` at once."""
@@ -150,11 +148,14 @@ class Run:
         self.conclude("failed", error=error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
     def conclude(self, state: State, error: str = "") -> None:
-        """Turn appended rows into tables, then write the last status."""
-        for rows in sorted(self.path.glob("*.rows.jsonl")):
-            records = [json.loads(line) for line in _whole_lines(rows)]
-            self.write_table(rows.name.removesuffix(".rows.jsonl"), pd.DataFrame.from_records(records))
-            rows.unlink()
+        """Gather what training wrote batch by batch into ``rollouts.parquet``, then write the last status."""
+        try:
+            rollouts = collect_rollouts(self.training_dir)
+            if not rollouts.empty:
+                self.write_table("rollouts", rollouts)
+        except (OSError, ValueError) as problem:  # a process that was killed can leave half a file
+            state, told = ("failed" if state == "completed" else state), f"{error}; " if error else ""
+            error = f"{told}the rollouts could not be gathered: {problem}"
         first_line = error.strip().splitlines()[0] if error.strip() else ""
         old = {key: value for key, value in self.status.items() if key in ("owner", "pid", "started")}
         extra = {"headline": self.headline or {}, "finished": _utc(time.gmtime())}
@@ -196,12 +197,6 @@ def _plain(value: Any) -> Any:
             raise TypeError(f"{value!r} is no plain data and cannot be written as JSON")
         value = item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines that end: a killed process can leave half a line."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return lines[:-1]
 
 
 def _make_new(parent: Path, name: str) -> Path:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 READ = "from kepo_core.params import Params\nparams = Params.from_notebook(globals())"
 OPEN = "from kepo_core.study.runs import Run\nrun = Run.for_notebook(params)"
-WORK = 'print("training at", params.tau)\nrun.append("rollouts", [{"step": 1}])\n"<script>x</script>"'
+WORK = 'print("training at", params.tau)\n(run.path / "metrics.jsonl").touch()\n"<script>x</script>"'
 FINISH = 'import sys\nrun.finish({"tau": params.tau, "python": sys.executable})'
 
 
@@ -63,8 +63,8 @@ def test_a_run_leaves_a_complete_folder(kepo_run, results):
     assert status["state"] == "completed"
     assert status["headline"] == {"tau": 0.0, "python": sys.executable}
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("headline.json", "notebook.ipynb", "params.yaml", "provenance.json"),
-        *("report.html", "rollouts.parquet", "status.json"),
+        *("headline.json", "metrics.jsonl", "notebook.ipynb", "params.yaml", "provenance.json"),
+        *("report.html", "status.json"),
     ]
     assert Params.load(folder / "params.yaml").tau == 0.0
     assert "hardware" in json.loads((folder / "provenance.json").read_text())
@@ -81,7 +81,6 @@ def test_a_failing_notebook_leaves_a_folder_that_says_so(kepo_run, results):
     status = json.loads((folder / "status.json").read_text())
     assert (code, status["state"], status["error"]) == (1, "failed", "RuntimeError: the loss is not finite")
     assert "RuntimeError: the loss is not finite" in err
-    assert (folder / "rollouts.parquet").exists()
     assert "the loss is not finite" in (folder / "report.html").read_text()
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from kepo_core.method.rollouts import Rollout, write_rollouts
 from kepo_core.params import ParamError, Params
 from kepo_core.study import provenance
 from kepo_core.study.metrics import MetricsWriter, is_timing
@@ -103,33 +104,33 @@ def test_a_notebook_must_mean_what_its_folder_says(params):
 # -- what a run leaves
 
 
-def test_rows_become_a_table_however_the_run_ends(params):
-    rows = [{"step": 1, "reward": 0.5, "hint": "näh", "ids": [1, 2]}, {"step": 2, "reward": math.nan, "hint": None}]
-    for end in ("finish", "fail"):
-        run = Run.allocate(params)
-        run.append("rollouts", rows[:1])
-        run.append("rollouts", rows[1:])
-        with (run.path / "rollouts.rows.jsonl").open("a") as file:
-            file.write('{"step": 3, "rew')  # the process died while writing
-        if end == "finish":
-            run.finish({})
-        else:
-            run.fail(ValueError("broken"))
-        table = pd.read_parquet(run.path / "rollouts.parquet")
-        assert table["step"].tolist() == [1, 2]
-        assert table["hint"].tolist()[0] == "näh"
-        assert math.isnan(table["reward"][1])
-        assert not list(run.path.glob("*.jsonl"))
+def rollout(step: int) -> Rollout:
+    score = {"outcome": "correct", "letter": "A", "format_ok": True, "accuracy": 1.0, "reward": 2.0}
+    return Rollout(step, 0, 0, 0, "q1", "näh", 3, True, **score)
 
 
-def test_identical_rows_give_identical_files(params):
+@pytest.mark.parametrize("end", ["finish", "fail"])
+def test_rollouts_become_one_table_however_the_run_ends(params, end):
     files = []
     for _ in range(2):
         run = Run.allocate(params)
-        run.append("rollouts", [{"reward": 1 / 3, "text": "a"}])
-        run.finish({})
+        for step in (2, 1):
+            write_rollouts(run.training_dir, [rollout(step)])
+        run.finish({}) if end == "finish" else run.fail(ValueError("broken"))
+        table = pd.read_parquet(run.path / "rollouts.parquet")
+        assert (table["step"].tolist(), table["completion"].tolist()) == ([1, 2], ["näh", "näh"])
         files.append((run.path / "rollouts.parquet").read_bytes())
     assert files[0] == files[1]
+
+
+def test_a_broken_rollouts_file_is_told_and_the_status_is_written(params):
+    for state in ("completed", "interrupted"):
+        run = Run.allocate(params)
+        path = write_rollouts(run.training_dir, [rollout(1)])
+        path.write_bytes(path.read_bytes()[:50])
+        run.conclude(state)
+        assert run.status["state"] == {"completed": "failed"}.get(state, state)
+        assert "the rollouts could not be gathered" in run.status["error"]
 
 
 def test_tables_and_figures_and_data_have_their_places(params):
