@@ -1,11 +1,13 @@
 """From parameters to the parts of one experiment: data, models, trainer, evaluation. Notebooks call these."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback
+import pandas as pd
+import torch
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from kepo_core.data.images import check_images
 from kepo_core.data.omnimedvqa import load_raw
@@ -17,6 +19,7 @@ from kepo_core.method.rewards import reward_functions
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import ParamError, Params
+from kepo_core.study import statistics
 from kepo_core.study.dataset import to_dataset
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.metrics import MetricsWriter
@@ -114,6 +117,7 @@ def training_config(params: Params, output_dir: Path, world_size: int = 1) -> KE
         num_train_epochs=params.epochs,
         lr_scheduler_type=params.lr_scheduler,
         bf16=params.precision == "bf16",
+        dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -126,7 +130,7 @@ def make_trainer(
     params: Params, run: Run, data: StudyData, models: Models, callbacks: Sequence[TrainerCallback] = ()
 ) -> KEPOTrainer:
     """The trainer for one run; with both parts of KEPO off it is TRL's GRPO."""
-    return KEPOTrainer(
+    trainer = KEPOTrainer(
         model=models.student,
         reward_funcs=reward_functions(params.thinking),
         args=training_config(params, run.path / "training"),
@@ -135,6 +139,8 @@ def make_trainer(
         teacher=models.teacher,
         callbacks=[MetricsWriter(run), *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)  # prints every logged dictionary whole; they are in metrics.jsonl
+    return trainer
 
 
 def evaluate_student(
@@ -151,3 +157,31 @@ def evaluate_student(
         image_size=params.image_size,
         progress=progress,
     )
+
+
+def predictions(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
+    """One row per model and question, for ``predictions.parquet``."""
+    rows = [{"model": model, **asdict(answer)} for model, given in answers.items() for answer in given]
+    return pd.DataFrame(rows).astype({"outcome": str})
+
+
+def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -> dict[str, Any]:
+    """A run's few numbers: accuracies in [0, 1] before and after, their differences, and what KEPO's parts did.
+
+    Args:
+        params: of the run.
+        differences: from ``statistics.paired_differences``, trained minus untrained.
+        metrics: from ``diagnosis.training_table``.
+    """
+    numbers: dict[str, Any] = {"method": params.method_name, "seed": params.seed, "steps": int(metrics["step"].max())}
+    for row in (params.train_modality, statistics.AVG_OOD, statistics.AVG):
+        if row in differences.index:
+            cell = differences.loc[row].astype(float)
+            names = ("before", "after", "difference", "low", "high")
+            numbers |= {f"{row} {name}": round(cell[name], 4) for name in names}
+            numbers[f"{row} p"] = float(f"{cell['p_value']:.3g}")
+    for name in ("kepo/all_fail_rate", "kepo/gate_rate"):
+        numbers[f"mean {name}"] = round(float(metrics[name].mean()), 4)
+    for name in ("kepo/explored_groups", "kepo/draws", "kepo/accepted", "kepo/rescued_groups"):
+        numbers[f"total {name}"] = int(metrics[name].sum())
+    return numbers
