@@ -17,7 +17,10 @@ FRACTIONS: Mapping[str, float] = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
 def image_key(question: Question) -> str:
-    """The image's path from the release's ``Images`` folder on: the same wherever the data root lies."""
+    """The image's path from the release's ``Images`` folder on: the same wherever the data root lies.
+
+    An image outside such a folder is named by its whole path.
+    """
     parts = question.image.parts
     start = max((i for i, part in enumerate(parts) if part == "Images"), default=0)
     return "/".join(parts[start:])
@@ -124,8 +127,8 @@ def _split(
     strata: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for group, members in groups.items():
         # One image asked about under two modality names counts under the first in the alphabet, in any row order.
-        key = min(key_of(question) for question in members)
-        strata[min(question.modality for question in members)].append((_rank(seed, "split", key), group))
+        rank = _rank(seed, "split", key_of(members[0]))
+        strata[min(question.modality for question in members)].append((rank, group))
     home: dict[str, str] = {}
     for ranked in strata.values():
         order = [group for _, group in sorted(ranked)]

@@ -74,6 +74,7 @@ def test_seeds_differ_and_the_place_of_the_root_does_not_matter():
     assert ids(split_by_image(here, 0)["test"]) == ids(split_by_image(there, 0)["test"])
     assert ids(split_by_image(here, 0)["test"]) != ids(split_by_image(here, 1)["test"])
     assert image_key(there[0]) == "Images/MRI/0.png"
+    assert image_key(replace(there[0], image=Path("pictures/MRI/0.png"))) == "pictures/MRI/0.png"
 
 
 def test_which_split_an_image_is_in_is_pinned():
