@@ -1,0 +1,118 @@
+"""The notebooks themselves: their form, nbval over each, and the main job from the command line to its folder."""
+
+import ast
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from kepo_core.cli import main
+from kepo_core.params import Params
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMOKE = ROOT / "params" / "smoke.yaml"
+BCCD = ROOT.parent / "shared/data/bccd_omnimedvqa"
+
+
+def cell_sources(path: Path, kind: str = "code") -> list[str]:
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def test_there_are_notebooks() -> None:
+    assert {path.name[:2] for path in NOTEBOOKS} >= {"00", "03"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_form(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code), "outputs are committed"
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    lines = [line for cell in code for line in cell.source.splitlines() if not line.startswith("%")]
+    assert len(lines) < 150
+    kinds = {type(node) for node in ast.walk(ast.parse("\n".join(lines)))}
+    assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Lambda}, "a notebook defines functions"
+    assert cell_sources(path, "markdown")[0].startswith(f"# {path.name[:2]} · ")
+
+
+def test_parameters_cell_of_03_names_every_parameter_and_leaves_it_to_the_file() -> None:
+    (cell,) = [source for source in cell_sources(ROOT / "notebooks/03_train_kepo.ipynb") if "params_file = " in source]
+    scope: dict[str, object] = {}
+    exec(cell, scope)
+    scope.pop("__builtins__")
+    assert scope == dict.fromkeys((field.name for field in dataclasses.fields(Params)), None)
+
+
+@pytest.fixture
+def smoke_file(tmp_path: Path) -> Path:
+    """smoke.yaml with its results in a temporary folder."""
+    path = tmp_path / "smoke.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(SMOKE.read_text()), "results_dir": str(tmp_path / "results")}))
+    return path
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_nbval(path: Path, smoke_file: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "KEPO_PARAMS": str(smoke_file)}
+    done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{len(cell_sources(path))} passed" in done.stdout
+
+
+def run(smoke_file: Path, *parameters: str) -> Path:
+    """Notebook 03 as the command line runs it; returns the new run folder."""
+    results = smoke_file.parent / "results"
+    before = set(results.iterdir()) if results.exists() else set()
+    assert main(["run", "notebooks/03_train_kepo.ipynb", "-f", str(smoke_file), *parameters]) == 0
+    (folder,) = set(results.iterdir()) - before
+    return folder
+
+
+def test_main_job_twice_is_the_same_to_the_bit_and_complete(smoke_file: Path) -> None:
+    one, two = run(smoke_file, "-p", "tau", "1"), run(smoke_file, "-p", "tau", "1")
+    for name in ("metrics.jsonl", "rollouts.parquet", "predictions.parquet", "model/model.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    names = "params.yaml provenance.json timings.jsonl headline.json notebook.ipynb report.html status.json figures"
+    assert all((one / name).exists() for name in names.split())
+    assert json.loads((one / "status.json").read_text())["state"] == "completed"
+    rollouts, predictions = pd.read_parquet(one / "rollouts.parquet"), pd.read_parquet(one / "predictions.parquet")
+    assert (rollouts.replaced | rollouts.injected | ~rollouts.replaced).all() and len(rollouts) >= 2 * 4 * 4
+    assert sorted(predictions.model.unique()) == ["kepo-tau1", "untrained"]
+    assert len(predictions) == 2 * 8 * 4 and predictions.outcome.isin(["correct", "wrong", "missing"]).any()
+    logged = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    assert {"kepo/accuracy", "kepo/gate_rate", "kepo/all_fail_rate", "kepo/loss_distill"} <= logged[0].keys()
+    assert logged[0]["step"] == 1 and not any("time" in key for key in logged[0])
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason="no ../shared/data/bccd_omnimedvqa beside the checkout")
+def test_main_job_over_real_photographs(smoke_file: Path) -> None:
+    folder = run(smoke_file, "-p", "data_root", str(BCCD), "-p", "train_modality", "Microscopy")
+    predictions = pd.read_parquet(folder / "predictions.parquet")
+    assert set(predictions.modality) == {"Microscopy"} and len(predictions) == 2 * 4
+    assert set(pd.read_parquet(folder / "rollouts.parquet").id.str[:5]) == {"BCCD_"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("taw", "1", "taw is not a parameter; the nearest is tau"),
+        ("data_root", "no/such/folder", "data_root is 'no/such/folder'"),
+    ],
+)
+def test_what_does_not_fit_stops_with_a_sentence_and_leaves_nothing(
+    smoke_file: Path, capsys: pytest.CaptureFixture[str], name: str, value: str, sentence: str
+) -> None:
+    code = main(["run", "notebooks/03_train_kepo.ipynb", "-f", str(smoke_file), "-p", name, value])
+    assert code == 2
+    assert sentence in capsys.readouterr().err
+    results = smoke_file.parent / "results"
+    assert not results.exists() or not list(results.iterdir())

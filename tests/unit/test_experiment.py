@@ -1,0 +1,136 @@
+"""From parameters to parts: every kind of bad input is refused before training, by name."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from trl import GRPOConfig
+
+from kepo_core.data import phantom
+from kepo_core.data.errors import DataError
+from kepo_core.data.records import MODALITIES
+from kepo_core.method.config import KEPOConfig
+from kepo_core.params import ParamError, Params
+from kepo_core.study import experiment
+from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.study.models import save_embedded
+
+SMOKE = {"train_items": 4, "eval_items": 2}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("set")
+    phantom.write_phantom(root, seed=0, images=dict.fromkeys(MODALITIES, 8))
+    return root
+
+
+@pytest.fixture
+def root(original: Path, tmp_path: Path) -> Path:
+    """A small set that a test may spoil: pictures are linked to, files of questions copied."""
+    copy = tmp_path / "set"
+    for path in original.rglob("*"):
+        target = copy / path.relative_to(original)
+        if path.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return copy
+
+
+def params(root: Path, **changes: object) -> Params:
+    return Params.load(overrides={"data_root": str(root), **SMOKE, **changes})
+
+
+def edit_rows(root: Path, **changes: object) -> str:
+    """Change every MRI row; returns the first one's id. A value of None removes the key."""
+    file = root / "QA_information/Open-access/PhantomVQA-MRI.json"
+    rows = json.loads(file.read_text())
+    for row in rows:
+        for key, value in changes.items():
+            row.pop(key, None)
+            if value is not None:
+                row[key] = value
+    file.write_text(json.dumps(rows))
+    return rows[0]["question_id"]
+
+
+def test_good_data_is_split_by_image(root: Path) -> None:
+    data = experiment.load_data(params(root))
+    assert len(data.train) == 4 and list(data.tests) == list(MODALITIES)
+    assert len(data.test) == 16 and set(data.images) == {q.id for q in data.test}
+    assert not {q.image for q in data.train} & {q.image for q in data.test}
+    identity = data.identity()
+    assert identity["train_items"] == 4 and identity["train_sha256"] != identity["test_sha256"]
+
+
+NO_OPTIONS = {f"option_{letter}": None for letter in "ABCD"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (NO_OPTIONS, "option"),
+        ({"gt_answer": "none of these"}, "none of these"),
+        ({"image_path": "../../elsewhere.png"}, "elsewhere.png"),
+        ({"image_path": "Images/PhantomVQA-MRI/missing.png"}, "missing.png"),
+        ({"modality_type": "Thermography"}, "Thermography"),
+    ],
+)
+def test_a_bad_row_is_named(root: Path, changes: dict[str, object], expected: str) -> None:
+    first = edit_rows(root, **changes)
+    with pytest.raises(DataError, match=expected) as error:
+        experiment.load_data(params(root))
+    assert first in str(error.value)
+
+
+def test_an_unreadable_image_is_named(root: Path) -> None:
+    for path in (root / "Images/PhantomVQA-MRI").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"PhantomVQA-MRI_\d+.*\.png"):
+        experiment.load_data(params(root))
+
+
+def test_an_empty_split_and_a_wrong_root_are_named(root: Path, tmp_path: Path) -> None:
+    (root / "QA_information/Open-access/PhantomVQA-CT.json").unlink()
+    with pytest.raises(DataError, match="train_modality"):
+        experiment.load_data(params(root, train_modality="CT"))
+    with pytest.raises(ParamError, match="data_root"):
+        experiment.load_data(params(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="QA_information"):
+        experiment.load_data(params(tmp_path))
+
+
+def test_another_vocabulary_is_refused(root: Path, tmp_path: Path) -> None:
+    processor = build_processor()
+    save_embedded(build_model(), processor, tmp_path / "student")
+    processor.tokenizer.add_tokens(["zzz"])
+    save_embedded(build_model(), processor, tmp_path / "teacher")
+    names = {"student": str(tmp_path / "student"), "teacher": str(tmp_path / "teacher")}
+    with pytest.raises(ParamError, match="another vocabulary"):
+        experiment.load_models(params(root, **names))
+    assert experiment.load_models(params(root, **names, distill=False, explore=False)).teacher is None
+
+
+def test_training_config_says_what_the_parameters_say(tmp_path: Path) -> None:
+    changed = {"tau": 0.0, "group_size": 4, "prompts_per_step": 6, "prompts_per_device": 2, "beta": 0.1, "seed": 7,
+               "data_seed": 3, "learning_rate": 1e-5, "advantage": "std", "distill_beta": 0.5}  # fmt: skip
+    config = experiment.training_config(Params.load(overrides=changed), tmp_path)
+    assert (config.num_generations, config.per_device_train_batch_size, config.gradient_accumulation_steps) == (4, 8, 3)
+    assert (config.tau, config.beta, config.seed, config.learning_rate) == (0.0, 0.1, 7, 1e-5)
+    assert (config.scale_rewards, config.distill_beta) == ("group", 0.5)
+    assert config.data_seed is None and not config.bf16
+    with pytest.raises(ParamError, match="prompts_per_step"):
+        experiment.training_config(Params.load(overrides=changed), tmp_path, world_size=2)
+
+
+def test_every_method_parameter_reaches_the_trainer() -> None:
+    """What KEPOConfig adds to GRPOConfig is a parameter of the same name, but for the rollouts switch."""
+    ours, theirs, parameters = ({f.name for f in fields(kind)} for kind in (KEPOConfig, GRPOConfig, Params))
+    assert ours - theirs - {"log_rollouts"} <= parameters
+
+
+def test_pictures_are_pictures(root: Path) -> None:
+    data = experiment.load_data(params(root))
+    assert {Image.open(q.image).size for q in data.test} == {(64, 64)}
