@@ -30,7 +30,9 @@ _NO_REWARD_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
 def read_completions(trainer: Any, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Completion]:
-    """Decode and score one completion per dataset row."""
+    """Decode and score one completion per dataset row; there may be none."""
+    if not ids:
+        return []  # a tokenizer makes one empty text of no completions
     texts = trainer.processing_class.batch_decode(list(ids), skip_special_tokens=True)
     read = []
     for row, tokens, text in zip(rows, ids, texts, strict=True):

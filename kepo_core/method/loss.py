@@ -38,6 +38,8 @@ class GatedLossTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
 
     args: KEPOConfig
     teacher: Teacher | None
+    #: Sums of entropy, its tokens, divergence and its tokens since the last optimiser step, by mode.
+    _window: dict[str, list[float]]
 
     def _targets(self, inputs: dict[str, Any]) -> Targets | None:
         """The teacher's view of the gated rows of a micro-batch; None where there is nothing to ask for.
@@ -114,10 +116,12 @@ class GatedLossTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         values = self.accelerator.reduce(packed, reduction="sum").tolist()
         means = {name: value / self.accelerator.num_processes for name, value in zip(terms, values, strict=False)}
         require_finite(means, self.state.global_step + 1)
-        entropy, tokens, divergence, gated = values[len(terms) :]
-        logged = {f"kepo/loss_{name}": value for name, value in means.items()} | {
-            "kepo/entropy": entropy / tokens if tokens else math.nan,
-            "kepo/divergence": divergence / gated if gated else math.nan,
-        }
+        logged = {f"kepo/loss_{name}": value for name, value in means.items()}
+        window = self._window.setdefault(mode, [0.0] * len(sums))
+        window[:] = [total + value for total, value in zip(window, values[len(terms) :], strict=True)]
+        if self.accelerator.sync_gradients:  # the micro-batches of an optimiser step are one mean, not one each
+            entropy, tokens, divergence, gated = self._window.pop(mode)
+            logged["kepo/entropy"] = entropy / tokens if tokens else math.nan
+            logged["kepo/divergence"] = divergence / gated if gated else math.nan
         for name, value in logged.items():
             self._metrics[mode][name].append(value)

@@ -57,7 +57,7 @@ class Teacher:
         self._wrapped = self._model
         tokenizer = processor.tokenizer
         added = [text for text in tokenizer.get_added_vocab() if _MARKUP.fullmatch(text)]
-        self._markup = tuple({*tokenizer.all_special_tokens, *added})
+        self._markup = tuple(sorted({*tokenizer.all_special_tokens, *added}))
         add_hidden_state_output(self._model)
 
     @property

@@ -80,7 +80,7 @@ class KEPOTrainer(GatedLossTrainer):
             reward_funcs = reward_functions(args.thinking)
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         self.teacher = teacher
-        self._generation = _Generation([])
+        self._generation, self._window = _Generation([]), {}
         self._generation_of_step = (-1, 0)
         if args.ratio_clip == "eq5":
             # min(r, clip(r)) = min(r, 1 + ε): no lower bound, and the upper one for either sign of the advantage.

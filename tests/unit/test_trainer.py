@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from kepo_harness import batch_of, config, make_dataset, make_row, make_trainer, right, sharp_model, wrong
+from peft import LoraConfig
 from trl import GRPOConfig
 
 from kepo_core.method import objective
@@ -373,6 +374,32 @@ def test_entropy_is_that_of_the_rollouts_before_injection(tmp_path: Path) -> Non
         if explore:
             assert trainer._metrics["train"]["entropy"][0] != pytest.approx(numbers[0], rel=1e-6)
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+def test_a_samplers_own_log_probabilities_do_not_correct_injected_rows(tmp_path: Path) -> None:
+    """With vLLM's correction, rows drawn from another prompt are exempt (ratio 1), all others are corrected."""
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h")
+    trainer.sampling_logps, trainer.use_vllm = -3.0, True
+    batch = score_batch(trainer, 0, 1)
+    place = int(batch["kepo_gate"][:4].int().argmax())
+    ratio = batch["importance_sampling_ratio"].expand_as(batch["completion_ids"])
+    injected = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor([place]), True)
+    assert (ratio[injected] == 1).all()
+    assert (ratio[~injected] != 1).any(dim=1).all()
+    assert torch.isfinite(trainer._compute_loss(trainer.model, batch))
+
+
+def test_distillation_through_lora(tmp_path: Path) -> None:
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h", trainer_args={"peft_config": lora})
+    whole = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h")
+    losses = []
+    for each in (trainer, whole):  # LoRA starts as the identity
+        losses.append(each._compute_loss(each.model, score_batch(each, 0, 1)))
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    losses[0].backward()
+    moved = {n for n, p in trainer.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert moved and all("lora_B" in name for name in moved)
 
 
 # Logs -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""Two CPU processes (DDP, gloo) do what one does, with groups spread over them and only one of them exploring."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from kepo_harness import sharp_model
+
+from kepo_core.method.rollouts import collect_rollouts
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+
+
+def launch(output_dir: Path, world_size: int, *overrides: str) -> tuple[dict, pd.DataFrame]:
+    output_dir.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent.parent), str(SCRIPT.parent.parent.parent)]),
+    }
+    arguments = [str(SCRIPT), str(output_dir), str(world_size), *overrides]
+    done = subprocess.run([*command, *arguments], env=environment, timeout=600, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(output_dir / "result.pt"), collect_rollouts(output_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("distill_normalizer=gated_tokens", "hint_importance=truncated")])
+def test_two_processes_equal_one_on_the_same_rollouts(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    one, rows_one = launch(tmp_path / "one", 1, *overrides)
+    two, rows_two = launch(tmp_path / "two", 2, *overrides)
+    pd.testing.assert_frame_equal(rows_one, rows_two, rtol=1e-4)
+    assert rows_one["injected"].sum() == 2 and set(rows_one.query("injected")["group"]) == {0, 1}
+    for name, value in one["log"].items():
+        same = two["log"][name]
+        assert (value is None) == (same is None), name
+        if value is not None and not math.isnan(value):
+            assert same == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert torch.allclose(one["weights"], two["weights"], rtol=1e-5, atol=1e-6)
+    start = torch.cat([p.detach().flatten() for p in sharp_model(0).parameters()])
+    assert (one["weights"] - start).abs().max() > 1e-4

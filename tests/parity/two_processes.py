@@ -1,0 +1,43 @@
+"""One optimiser step of a scripted KEPO run; started by test_processes.py with one or two processes.
+
+Twelve rollouts: question 0 fails (the first process's group), question 1 fails and is spread over both processes,
+question 2 does not (the second process has no failing group of its own).
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from kepo_harness import make_trainer, right, wrong
+
+
+def script(text: str, row: dict[str, Any], before: int, hinted: bool) -> str:
+    if row["id"] == "q2":
+        return right(row) if before % 2 else wrong(row)
+    return right(row) if hinted and before >= int(row["id"][1]) else wrong(row)
+
+
+def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
+    trainer = make_trainer(
+        output_dir,
+        script,
+        hints=lambda row: f"hint for {row['id']}",
+        per_device_train_batch_size=4 // world_size,
+        gradient_accumulation_steps=3,
+        optim="sgd",
+        max_grad_norm=1e9,
+        beta=0.0,
+        **overrides,
+    )
+    assert trainer.accelerator.num_processes == world_size
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        log = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("kepo/") or k == "grad_norm"}
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        torch.save({"log": log, "weights": weights}, output_dir / "result.pt")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(Path(sys.argv[1]), int(sys.argv[2]), dict(a.split("=") for a in sys.argv[3:]))
