@@ -71,12 +71,7 @@ def parameter_cell_names(cells: Iterable[str]) -> set[str]:
         except SyntaxError:  # a cell that never ran
             continue
         if all(_is_literal_assignment(statement) for statement in body):
-            names |= {
-                node.id
-                for statement in body
-                for node in ast.walk(statement)
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-            }
+            names |= {node.id for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name)}
     return names
 
 

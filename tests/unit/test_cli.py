@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from papermill.exceptions import PapermillExecutionError
 
 from kepo_core.cli import main, parse_value
 from kepo_core.params import Params
@@ -92,11 +93,27 @@ def test_data_that_do_not_fit_leave_nothing_behind(kepo_run, results):
     assert list(results.iterdir()) == []
 
 
-def test_the_same_error_after_training_began_keeps_the_folder(kepo_run, results):
-    late = "(run.path / 'metrics.jsonl').touch()\nfrom kepo_core.params import ParamError\nraise ParamError('late')"
-    code, _, _ = kepo_run(READ, OPEN, late)
-    assert code == 1
-    assert json.loads((only_folder(results) / "status.json").read_text())["error"] == "ParamError: late"
+@pytest.mark.parametrize("began", [True, False])
+def test_an_input_error_keeps_the_folder_once_training_began(kepo_run, results, monkeypatch, began):
+    def execute(notebook, output, given):
+        if began:
+            (output.parent / "metrics.jsonl").touch()
+        raise PapermillExecutionError(3, 3, "load()", "ParamError", "late", [])
+
+    monkeypatch.setattr("kepo_core.cli._execute", execute)
+    code, _, err = kepo_run()
+    assert code == (1 if began else 2)
+    assert len(list(results.iterdir())) == began
+    assert "late" in err
+    if began:
+        assert json.loads((only_folder(results) / "status.json").read_text())["error"] == "ParamError: late"
+
+
+def test_our_own_bug_is_told_by_the_folder_and_shown(kepo_run, results, monkeypatch):
+    monkeypatch.setattr("kepo_core.cli._execute", lambda *_: {}["bug"])
+    with pytest.raises(KeyError):
+        kepo_run()
+    assert json.loads((only_folder(results) / "status.json").read_text())["error"] == "KeyError: 'bug'"
 
 
 def test_a_dead_kernel_is_a_failure(kepo_run, results):
@@ -106,10 +123,12 @@ def test_a_dead_kernel_is_a_failure(kepo_run, results):
     assert json.loads((only_folder(results) / "status.json").read_text())["state"] == "failed"
 
 
-def test_a_notebook_without_a_headline_did_not_complete(kepo_run, results):
-    code, _, _ = kepo_run(READ, OPEN)
+def test_a_notebook_without_a_headline_did_not_complete(kepo_run, results, monkeypatch):
+    monkeypatch.setattr("kepo_core.cli._execute", lambda *_: None)
+    code, _, err = kepo_run()
     assert code == 1
-    assert "before run.finish" in json.loads((only_folder(results) / "status.json").read_text())["error"]
+    assert "before run.finish" in err
+    assert json.loads((only_folder(results) / "status.json").read_text())["state"] == "failed"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from transformers import TrainerControl, TrainerState
 
 from kepo_core.method.rollouts import Rollout, write_rollouts
@@ -142,7 +143,9 @@ def test_tables_and_figures_and_data_have_their_places(params):
     run.record_data({"train": {"questions": 600, "sha256": "ab"}})
     assert pd.read_parquet(run.path / "predictions.parquet")["correct"].tolist() == [True]
     assert (run.path / "figures/curves.png").read_bytes().startswith(b"\x89PNG")
-    assert read_json(run.path / "provenance.json")["data"]["train"]["questions"] == 600
+    found = read_json(run.path / "provenance.json")
+    assert found["data"]["train"]["questions"] == 600
+    assert found["params_hash"] == params.hash, "what was known before stays"
 
 
 # -- how a run ends
@@ -173,6 +176,24 @@ def test_a_failure_is_one_sentence_and_a_mended_notebook_overrules_it(params):
     run.finish({})
     assert run.status["state"] == "completed"
     assert "error" not in run.status
+
+
+def test_a_cell_that_raises_in_a_bare_notebook_marks_the_run(params, monkeypatch):
+    shell = InteractiveShell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    run = Run.for_notebook(params)
+    shell.run_cell("1 + 1")
+    assert run.status["state"] == "running"
+    shell.run_cell("1 / 0")
+    assert run.status["error"] == "ZeroDivisionError: division by zero"
+
+
+def test_under_kepo_run_a_cell_that_raises_leaves_the_status_to_the_command(params, monkeypatch):
+    shell = InteractiveShell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    run = Run.for_notebook(params.replace(run_dir=str(Run.allocate(params, owner="kepo run").path)))
+    shell.run_cell("1 / 0")
+    assert run.status["state"] == "running"
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
