@@ -36,31 +36,65 @@ FACT_WORDS = {
 LETTER_WEIGHT = 4.0  # one answer letter among some twenty tokens carries the question: it counts more
 
 
+Mixture = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of stage 2 with its own optimizer: ``phases`` are (steps, sequences of each task per step).
+
+    The learning rate warms up, then falls from ``lr`` along a cosine over ``horizon`` steps, which may be more than
+    the phases have.
+    """
+
+    lr: float
+    horizon: int
+    phases: tuple[tuple[int, Mixture], ...]
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How one embedded model is made: ``phases`` are (optimizer steps, sequences of each task per step)."""
+    """How one embedded model is made."""
 
     size: str
     pool: int  # pictures
     vision_steps: int  # of 128 pictures
-    phases: tuple[tuple[int, dict[str, int]], ...]
+    stages: tuple[Stage, ...]
     sloppy: float = 0.0  # share of thinking completions written in a broken format
     vision_lr: float = 2e-3
-    language_lr: float = 2.5e-3
 
     def quick(self) -> "Recipe":
         """The same way in seconds: what comes out has learned nothing. For trying the notebook."""
-        return replace(self, pool=256, vision_steps=2, phases=tuple((1, mixture) for _, mixture in self.phases))
+        stages = tuple(replace(s, phases=tuple((1, mixture) for _, mixture in s.phases)) for s in self.stages)
+        return replace(self, pool=256, vision_steps=2, stages=stages)
 
 
-# To find a word's letter, then to name what is seen, are learned first, in large and cheap batches: inside the mixture
-# alone, where they are few and one letter in twenty tokens counts, neither is found in a thousand steps.
+# To find a word's letter, to name what is seen, and to write the letter into the answer field are learned in large
+# and cheap batches: inside the mixture, where one letter in twenty tokens counts, none is found in hundreds of steps.
 _BASICS = ((240, {"lookup": 128}), (150, {"lookup": 32, "caption": 48}))
-_STUDENT = {"caption": 8, "lookup": 16, "think": 24, "plain": 8, "hint": 2, "aware": 10}
-_TEACHER = {"caption": 8, "lookup": 8, "think": 28, "plain": 8, "hint": 8, "aware": 2}
+_STUDENT = {"caption": 8, "think": 24, "plain": 8, "hint": 2, "aware": 10}
+_TEACHER = {"caption": 8, "think": 28, "plain": 8, "hint": 8, "aware": 2}
+_CHOOSE = {"choose": 64, "caption": 16}
 RECIPES = {
-    "student": Recipe("student", 24_000, 700, (*_BASICS, (400, _STUDENT)), sloppy=0.15),
-    "teacher": Recipe("teacher", 24_000, 800, (*_BASICS, (600, _TEACHER))),
+    "student": Recipe(
+        "student",
+        24_000,
+        700,
+        (
+            Stage(2.5e-3, 790, (*_BASICS, (400, {"lookup": 16, **_STUDENT}))),
+            Stage(1.5e-3, 450, ((150, _CHOOSE), (300, {"choose": 16, **_STUDENT}))),
+        ),
+        sloppy=0.15,
+    ),
+    "teacher": Recipe(
+        "teacher",
+        24_000,
+        800,
+        (
+            Stage(2.5e-3, 990, (*_BASICS, (310, {"lookup": 8, **_TEACHER}))),
+            Stage(1.5e-3, 560, ((160, _CHOOSE), (400, {"choose": 8, **_TEACHER}))),
+        ),
+    ),
 }
 
 
@@ -163,14 +197,18 @@ def _caption(facts: Facts) -> str:
     return f"{facts.modality} {facts.number} {facts.size} {facts.contrast} {facts.kind} {facts.place}"
 
 
-def _lookup(rng: np.random.Generator) -> tuple[str, str]:
-    """Options, then the same words in another order, each followed by its letter."""
+def _lookup(rng: np.random.Generator, written: str) -> tuple[str, str]:
+    """Options, then the same words in another order, each ``written`` with its letter."""
     topic = phantom.TOPICS[rng.integers(len(phantom.TOPICS))]
     every = [word for other in phantom.TOPICS for word in other.values]
     words = [str(word) for word in rng.permutation(topic.values if rng.random() < 0.3 else every)[:4]]
     order = rng.permutation(len(words))
     listed = "\n".join(f"{letter}) {word}" for letter, word in zip(LETTERS, words, strict=False))
-    return listed, "".join(f" {words[i]} {LETTERS[i]}" for i in order)
+    return listed, "".join(written.format(word=words[i], letter=LETTERS[i]) for i in order)
+
+
+# The word's letter right behind it, then as far behind it as a thinking completion has it.
+_LOOKUPS = {"lookup": " {word} {letter}", "choose": " {word}.</think>\n<answer>{letter}</answer>"}
 
 
 @dataclass
@@ -196,7 +234,7 @@ class Tasks:
         }
 
     def draw(self, task: str, count: int) -> Sequences:
-        """``count`` sequences of one of: caption, lookup, think, plain, hint, aware."""
+        """``count`` sequences of one of: caption, lookup, choose, think, plain, hint, aware."""
         index = self.rng.integers(0, len(self.pool.facts), count).tolist()
         pairs = [self._pair(task, self.pool.facts[i]) for i in index]
         prompt_ids = self.tokenizer([p for p, _ in pairs])["input_ids"]
@@ -208,13 +246,13 @@ class Tasks:
             end = len(p) + len(c)
             ids[row, :end], mask[row, :end] = torch.tensor(p + c), 1
             weight[row, len(p) : end] = torch.tensor([LETTER_WEIGHT if t in self.letters else 1.0 for t in c])
-        return Sequences(ids, mask, weight, None if task == "lookup" else self.pool.pixels[index])
+        return Sequences(ids, mask, weight, None if task in _LOOKUPS else self.pool.pixels[index])
 
     def _pair(self, task: str, facts: Facts) -> tuple[str, str]:
         if task == "caption":
             return self.render([{"role": "user", "content": [{"type": "image"}]}]), _caption(facts)
-        if task == "lookup":
-            listed, pairs = _lookup(self.rng)
+        if task in _LOOKUPS:
+            listed, pairs = _lookup(self.rng, _LOOKUPS[task])
             return self.render([{"role": "user", "content": listed}]), pairs
         asked = phantom.ask(self.rng, facts, phantom.draw_topics(self.rng, 1)[0])
         if task == "hint":
@@ -247,12 +285,12 @@ def sequence_loss(model: Qwen3VLForConditionalGeneration, batch: Sequences) -> t
 
 
 def train_language(
-    model: Qwen3VLForConditionalGeneration, tasks: Tasks, recipe: Recipe, log: Callable[[str], None]
+    model: Qwen3VLForConditionalGeneration, tasks: Tasks, stage: Stage, log: Callable[[str], None]
 ) -> None:
     """Stage 2: every phase's mixture of tasks, one gradient per task and step, weighted by its sequences."""
-    mixtures = [mixture for steps, mixture in recipe.phases for _ in range(steps)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.language_lr, weight_decay=0.01)
-    schedule = _schedule(optimizer, len(mixtures))
+    mixtures = [mixture for steps, mixture in stage.phases for _ in range(steps)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, weight_decay=0.01)
+    schedule = _schedule(optimizer, stage.horizon)
     running: dict[str, float] = {}
     start = time.time()
     for step, mixture in enumerate(mixtures, 1):
@@ -282,5 +320,7 @@ def pretrain(
     log(f"{recipe.size}: {recipe.pool} pictures drawn")
     model = build_model(recipe.size, seed).to(best_device()).train()
     train_vision(model, pool, recipe.vision_steps, recipe.vision_lr, seed, log)
-    train_language(model, Tasks(processor, pool, recipe.sloppy, np.random.default_rng([2, seed])), recipe, log)
+    for number, stage in enumerate(recipe.stages):
+        tasks = Tasks(processor, pool, recipe.sloppy, np.random.default_rng([2 + number, seed]))
+        train_language(model, tasks, stage, log)
     return model.eval(), processor
