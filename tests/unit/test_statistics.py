@@ -78,7 +78,7 @@ def test_mcnemar_by_hand():
 
 
 def test_pairs_are_made_by_id_not_by_position():
-    before, after = answers([1, 0, 0, 1]), answers([1, 1, 0, 1])[::-1]
+    before, after = answers([1, 0, 0, 0]), answers([1, 1, 0, 0])[::-1]
     assert (mcnemar_exact(before, after).gained, mcnemar_exact(before, after).lost) == (1, 0)
     assert paired_differences(before, after).loc["MRI", "difference"] == pytest.approx(0.25)
 
@@ -169,6 +169,18 @@ def test_shared_images_widen_every_interval():
     flipped = answers(1 - x)
     alone, shared = (paired_differences(answers(x), flipped, images=i).loc["MRI"] for i in (None, images))
     assert shared["high"] - shared["low"] > 1.9 * (alone["high"] - alone["low"])
+
+
+def test_the_paired_interval_is_widened_by_how_alike_the_changes_are_not_the_answers():
+    # Answers agree within each image of two, changes do not: every second question is gained.
+    images, alike = np.repeat(np.arange(20), 2), np.repeat([1, 0] * 10, 2)
+    after = np.maximum(alike, np.tile([0, 1], 20))
+    row = paired_differences(answers(alike), answers(after), {f"MRI{i}": str(k) for i, k in enumerate(images)}).loc[
+        "MRI"
+    ]
+    assert design_effect(alike, images) > 1.9
+    assert design_effect(after - alike, images) == 1
+    assert (row["low"], row["high"]) == pytest.approx(difference_interval(10, 0, 40))
 
 
 def test_differences_per_modality_and_on_average():
