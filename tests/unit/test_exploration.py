@@ -187,7 +187,7 @@ def model_of_algorithm_1(good: list[bool], hint: str | None, budget: int, m: int
     st.integers(1, 6),
     st.integers(1, 4),
 )
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_batched_rounds_equal_the_one_by_one_algorithm(groups: dict, budget: int, m: int) -> None:
     script = Script(
         {g: flags for g, (_, flags) in groups.items()}, {g: None for g, (ok, _) in groups.items() if not ok}
@@ -200,6 +200,7 @@ def test_batched_rounds_equal_the_one_by_one_algorithm(groups: dict, budget: int
 
 
 @given(st.integers(2, 12), st.data())
+@settings(deadline=None)
 def test_leaving_members_are_distinct_in_range_and_from_the_generator(size: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(0, size - 1))
     leaving = leaving_members(count, size, random.Random(3))

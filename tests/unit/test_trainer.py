@@ -10,6 +10,7 @@ import pytest
 import torch
 from kepo_harness import batch_of, config, make_dataset, make_row, make_trainer, right, sharp_model, wrong
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl import GRPOConfig
 
 from kepo_core.method import objective
@@ -252,6 +253,56 @@ def test_loss_and_gradient_equal_eq_7_from_full_logits(tmp_path: Path, settings:
     assert logged["kepo/loss_policy"][0] + trainer.args.distill_coef * logged["kepo/loss_distill"][0] == pytest.approx(
         loss.item(), rel=1e-4, abs=1e-6
     )
+
+
+def test_kl_joins_the_loss_and_is_logged_apart(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, explore=False, distill_coef=0.7)
+    batch = score_batch(trainer, 0, 1)
+    without = trainer._compute_loss(trainer.model, batch).item()
+    with torch.no_grad():
+        logits = full_logits(trainer.model, batch)
+    logps = logits.log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    trainer.beta, batch["ref_per_token_logps"] = 0.3, logps - 0.5
+    kl = objective.kl_to_reference(torch.zeros(()), torch.tensor(-0.5)).item()
+    assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx(without + 0.3 * kl, rel=1e-4)
+    logged = {name: trainer._metrics["train"][f"kepo/loss_{name}"] for name in ("policy", "distill", "kl")}
+    assert logged["kl"] == [0.0, pytest.approx(kl, rel=1e-4)]
+    assert logged["policy"][1] == pytest.approx(logged["policy"][0], abs=1e-5)
+    assert logged["distill"][1] == pytest.approx(logged["distill"][0], rel=1e-5)
+
+
+class WidestTensors(TorchDispatchMode):
+    """Remembers the most rows that any tensor made had, of those as wide as the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == self.vocabulary:
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return out
+
+
+def test_no_tensor_of_rows_times_tokens_times_vocabulary_is_made(tmp_path: Path) -> None:
+    models = [sharp_model(0), sharp_model(1)]
+    for model in models:
+        model.resize_token_embeddings(50_000, mean_resizing=False)
+    trainer = make_trainer(
+        tmp_path, lambda *a: right(a[1]) + " and on" * 20, student=models[0], teacher_model=models[1], explore=False,
+        num_generations=2, per_device_train_batch_size=2, max_completion_length=99,
+    )  # fmt: skip
+    batch = score_batch(trainer, 0)
+    tokens = batch["completion_ids"].numel()
+    assert tokens > models[0].config.text_config.hidden_size  # so that a transposed head is not mistaken for logits
+    with WidestTensors(50_000) as seen:
+        trainer._compute_loss(trainer.model, batch).backward()
+    assert seen.rows < tokens
+    with WidestTensors(50_000) as seen, torch.no_grad():
+        full_logits(trainer.model, batch)
+    assert seen.rows >= tokens
 
 
 def test_one_student_forward_and_the_teacher_on_gated_rows_only(tmp_path: Path) -> None:
