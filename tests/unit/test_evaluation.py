@@ -82,6 +82,14 @@ def test_the_checkpoints_own_generation_settings_do_not_apply(model, processor, 
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_an_image_placeholder_is_never_written(model, processor, questions):
+    plain = evaluate(model, processor, questions[:3], **SETTINGS)
+    wanted = torch.zeros(model.config.text_config.vocab_size)
+    wanted[model.config.image_token_id] = 1000.0
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + wanted)
+    assert evaluate(model, processor, questions[:3], **SETTINGS) == plain
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_as_it_was(model, processor, questions, training, monkeypatch):
     model.train(training)
