@@ -50,6 +50,8 @@ class Stage:
     lr: float
     horizon: int
     phases: tuple[tuple[int, Mixture], ...]
+    kind_weight: float = 1.0  # of the words for a finding's kind, the fact that is hardest to see
+    hasty: bool = False  # thinking completions guess as often as HASTY says
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Recipe:
         return replace(self, pool=256, vision_steps=2, stages=stages)
 
 
+#: How often the student guesses an option without having looked, by topic. On most topics guessing is its first
+#: choice and looking its second: what reinforcement can find and prefer.
+HASTY = {"place": 0.6, "kind": 0.6, "diagnosis": 0.65, "grade": 0.65}
+SELDOM = 0.2  # on every other topic
+
 # To find a word's letter, to name what is seen, and to write the letter into the answer field are learned in large
 # and cheap batches: inside the mixture, where one letter in twenty tokens counts, none is found in hundreds of steps.
 _BASICS = ((240, {"lookup": 128}), (150, {"lookup": 32, "caption": 48}))
@@ -83,6 +90,7 @@ RECIPES = {
         (
             Stage(2.5e-3, 790, (*_BASICS, (400, {"lookup": 16, **_STUDENT}))),
             Stage(1.5e-3, 450, ((150, _CHOOSE), (300, {"choose": 16, **_STUDENT}))),
+            Stage(1.5e-3, 260, ((250, {"choose": 48, **_STUDENT, "caption": 24}),), kind_weight=4.0, hasty=True),
         ),
         sloppy=0.15,
     ),
@@ -93,6 +101,7 @@ RECIPES = {
         (
             Stage(2.5e-3, 990, (*_BASICS, (310, {"lookup": 8, **_TEACHER}))),
             Stage(1.5e-3, 560, ((160, _CHOOSE), (400, {"choose": 8, **_TEACHER}))),
+            Stage(1.5e-3, 460, ((450, {"choose": 48, **_TEACHER, "caption": 24, "think": 24}),), kind_weight=4.0),
         ),
     ),
 }
@@ -178,19 +187,26 @@ def train_vision(
 # --- stage 2: sequences ------------------------------------------------------------------------------------
 
 
-def completion_for(asked: Asked, thinking: bool, rng: np.random.Generator | None = None, sloppy: float = 0.0) -> str:
-    """The right completion; with ``rng``, a share ``sloppy`` of thinking ones breaks the format, not the answer."""
+def careful(asked: Asked) -> str:
+    """The right thinking completion."""
+    return f"<think>{asked.thought}</think>\n<answer>{asked.answer}</answer>"
+
+
+def sloppy(asked: Asked, rng: np.random.Generator) -> str:
+    """The right answer in one of three broken formats."""
     answer = f"<answer>{asked.answer}</answer>"
-    if not thinking:
-        return answer
-    if rng is not None and rng.random() < sloppy:
-        broken = (
-            f"{asked.thought}\n{answer}",
-            f"<think>{asked.thought}\n{answer}",
-            f"<think>{asked.thought}</think>\n{asked.answer}",
-        )
-        return broken[rng.integers(len(broken))]
-    return f"<think>{asked.thought}</think>\n{answer}"
+    broken = (
+        f"{asked.thought}\n{answer}",
+        f"<think>{asked.thought}\n{answer}",
+        f"<think>{asked.thought}</think>\n{asked.answer}",
+    )
+    return broken[rng.integers(len(broken))]
+
+
+def guess(asked: Asked, rng: np.random.Generator) -> str:
+    """A random option in the right format, with a thought that shows no look at the picture."""
+    index = int(rng.integers(len(asked.options)))
+    return f"<think>Perhaps {asked.options[index]}.</think>\n<answer>{LETTERS[index]}</answer>"
 
 
 def _caption(facts: Facts) -> str:
@@ -222,16 +238,20 @@ class Sequences:
 
 
 class Tasks:
-    """Draws training sequences for each task of the mixture."""
+    """Draws training sequences for each task of a stage's mixtures."""
 
-    def __init__(self, processor: ImageOnlyQwen3VLProcessor, pool: Pool, sloppy: float, rng: np.random.Generator):
-        self.tokenizer, self.pool, self.sloppy, self.rng = processor.tokenizer, pool, sloppy, rng
+    def __init__(
+        self, processor: ImageOnlyQwen3VLProcessor, pool: Pool, recipe: Recipe, stage: Stage, rng: np.random.Generator
+    ) -> None:
+        self.tokenizer, self.pool, self.rng = processor.tokenizer, pool, rng
+        self.sloppy, self.hasty = recipe.sloppy, stage.hasty
         self.render = lambda messages: processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         ).replace("<|image_pad|>", "<|image_pad|>" * 16)
-        self.letters = set(self.tokenizer.convert_tokens_to_ids(list(LETTERS[:4]))) | {
-            self.tokenizer(f"ring {letter}")["input_ids"][-1] for letter in LETTERS[:4]
-        }
+        last = lambda text: self.tokenizer(text)["input_ids"][-1]  # noqa: E731
+        letters = [last(f"{before}{letter}") for before in ("", "ring ") for letter in LETTERS[:4]]
+        self.weights = dict.fromkeys(letters, LETTER_WEIGHT)
+        self.kind_weights = {last(f"a {kind}"): stage.kind_weight for kind in phantom.KINDS}
 
     def draw(self, task: str, count: int) -> Sequences:
         """``count`` sequences of one of: caption, lookup, choose, think, plain, hint, aware."""
@@ -242,10 +262,12 @@ class Tasks:
         length = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
         ids = torch.full((count, length), self.tokenizer.pad_token_id)
         mask, weight = torch.zeros_like(ids), torch.zeros(count, length)
+        # What a look-up names is drawn at random: only where there is a picture can a kind be learned.
+        weights = self.weights if task in _LOOKUPS else self.weights | self.kind_weights
         for row, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             end = len(p) + len(c)
             ids[row, :end], mask[row, :end] = torch.tensor(p + c), 1
-            weight[row, len(p) : end] = torch.tensor([LETTER_WEIGHT if t in self.letters else 1.0 for t in c])
+            weight[row, len(p) : end] = torch.tensor([weights.get(t, 1.0) for t in c])
         return Sequences(ids, mask, weight, None if task in _LOOKUPS else self.pool.pixels[index])
 
     def _pair(self, task: str, facts: Facts) -> tuple[str, str]:
@@ -261,9 +283,16 @@ class Tasks:
         if task == "aware":
             context = str(self.rng.choice(prompts.HINT_CONTEXTS, p=[0.6, 0.25, 0.15]))
             messages = prompts.hint_aware_messages(asked.question, asked.options, asked.evidence, asked.answer, context)
-            return self.render(messages), completion_for(asked, True, self.rng, self.sloppy)
+            return self.render(messages), self._with_thought(asked, hasty=0.0)
         messages = prompts.vqa_messages(asked.question, asked.options, task == "think")
-        return self.render(messages), completion_for(asked, task == "think", self.rng, self.sloppy)
+        if task == "plain":
+            return self.render(messages), f"<answer>{asked.answer}</answer>"
+        return self.render(messages), self._with_thought(asked, HASTY.get(asked.topic.name, SELDOM) * self.hasty)
+
+    def _with_thought(self, asked: Asked, hasty: float) -> str:
+        if self.rng.random() < hasty:
+            return guess(asked, self.rng)
+        return sloppy(asked, self.rng) if self.rng.random() < self.sloppy else careful(asked)
 
 
 def sequence_loss(model: Qwen3VLForConditionalGeneration, batch: Sequences) -> tuple[Tensor, Tensor]:
@@ -321,6 +350,7 @@ def pretrain(
     model = build_model(recipe.size, seed).to(best_device()).train()
     train_vision(model, pool, recipe.vision_steps, recipe.vision_lr, seed, log)
     for number, stage in enumerate(recipe.stages):
-        tasks = Tasks(processor, pool, recipe.sloppy, np.random.default_rng([2 + number, seed]))
+        rng = np.random.default_rng([2 + number, seed])
+        tasks = Tasks(processor, pool, recipe, stage, rng)
         train_language(model, tasks, stage, log)
     return model.eval(), processor

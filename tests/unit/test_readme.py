@@ -1,0 +1,31 @@
+"""The README speaks of what is there: metrics by their definitions, files and parameters by their names."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from kepo_core.method.rollouts import GLOSSARY
+from kepo_core.params import Params
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_glossary_is_the_codes() -> None:
+    rows = dict(re.findall(r"^\| `(kepo/[^`]+)` \| (.+) \|$", README, flags=re.MULTILINE))
+    assert rows == GLOSSARY
+
+
+def test_every_module_is_in_the_tree_and_every_name_in_the_tree_exists() -> None:
+    tree = README.split("## What is where")[1].split("## The prompt")[0]
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    there = {path.name for path in (ROOT / "kepo_core").rglob("*.py")} - {"__init__.py"}
+    assert named == there
+
+
+def test_parameters_and_files_that_it_mentions_exist() -> None:
+    names = {field.name for field in fields(Params)}
+    mentioned = set(re.findall(r"-p (\w+) ", README)) | set(re.findall(r"`(\w+): [\w+]+`", README))
+    assert mentioned and mentioned <= names
+    for path in re.findall(r"(?:notebooks|params|results/reference)/[\w/]+\.(?:ipynb|yaml|png)", README):
+        assert (ROOT / path).is_file(), path
