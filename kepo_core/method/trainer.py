@@ -137,6 +137,17 @@ class KEPOTrainer(GatedLossTrainer):
             completions = [[{"role": "assistant", "content": c.text}] for c in now.final]
         return ids_of_prompts, ids, mask, completions, sampling_logps, *rest
 
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's generation back end, refused if it gives a completion of no tokens."""
+        ids, logps = super()._generate_single_turn(*args, **kwargs)
+        empty = [row for row, tokens in enumerate(ids) if not tokens]
+        if empty:
+            raise ValueError(
+                f"completion {empty[0]} of step {self.state.global_step + 1} has no tokens, expected at least one "
+                "(an end-of-text token)"
+            )
+        return ids, logps
+
     def _seed(self) -> str:
         """Names this generation batch: what is drawn for it besides tokens depends on nothing else."""
         return f"{self.args.seed}/{self._generation_of_step[0]}/{self._generation_of_step[1]}"
@@ -174,13 +185,13 @@ class KEPOTrainer(GatedLossTrainer):
         self._generation_of_step = (step, self._generation_of_step[1] + 1 if repeated else 0)
         now = self._generation = _Generation(inputs)
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if not now.own:
-            return output
         local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         assert now.rewards is not None
         totals = (now.rewards * self.reward_weights.to(now.rewards.device)).sum(1)
         if self.model.training and self.args.advantage == "rloo":
             output["advantages"] = objective.advantages(totals, self.num_generations, "rloo")[local]
+        if not now.own:
+            return output
         advantages, keep = output["advantages"], self._kept(now)
         signal = totals[local]
         if self.args.gate_reward == "accuracy":

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from kepo_harness import make_dataset
 from peft import LoraConfig
 from transformers import Qwen3VLForConditionalGeneration
@@ -140,11 +141,11 @@ def test_advantages_are_those_of_objective(tmp_path: Path, advantage: str) -> No
     from kepo_core.method import objective
 
     args = KEPOConfig(**settings(tmp_path, num_generations=4, advantage=advantage), distill=False, explore=False)
-    trainer = KEPOTrainer(
-        build_model("test", 0), [token_reward], args, make_dataset(), processing_class=build_processor()
-    )
+    # Neither needs the columns of a scored question.
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": "Say something."}]}])
+    trainer = KEPOTrainer(build_model("test", 0), [token_reward], args, dataset, processing_class=build_processor())
     trainer.model.train()
-    batch = trainer._generate_and_score_completions([make_dataset()[0]] * 4)
+    batch = trainer._generate_and_score_completions([dataset[0]] * 4)
     totals = trainer._generation.rewards.sum(1)
     assert totals.std() > 0
     assert torch.allclose(batch["advantages"], objective.advantages(totals, 4, advantage), rtol=1e-5, atol=1e-6)

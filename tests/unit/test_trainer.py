@@ -11,7 +11,7 @@ import torch
 from kepo_harness import batch_of, config, make_dataset, make_row, make_trainer, right, sharp_model, wrong
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from kepo_core.method import objective
 from kepo_core.method.exploration import leaving_members
@@ -160,6 +160,19 @@ def test_exhausted_groups_stay_or_are_dropped_from_the_loss_but_not_from_its_den
             half["completion_mask"][:4] = 0
             assert losses[kind].item() == pytest.approx(trainer._compute_loss(trainer.model, half).item(), rel=1e-5)
     assert losses["keep"].item() != pytest.approx(losses["drop"].item())
+
+
+def test_dropped_rows_pass_no_gate(tmp_path: Path) -> None:
+    """Not even at τ = 0, where all others do."""
+    trainer = make_trainer(
+        tmp_path, lambda *a: wrong(a[1]) if a[1]["id"] == "q0" else fails_on_0(*a), hints=lambda row: "h",
+        on_exhausted="drop", tau=0.0,
+    )  # fmt: skip
+    batch = score_batch(trainer, 0, 1)
+    assert batch["kepo_gate"].tolist() == [False] * 4 + [True] * 4
+    assert trainer._metrics["train"]["kepo/gate_rate"] == [0.5]
+    assert batch["kepo_gated_tokens"] == batch["completion_mask"][4:].sum()
+    assert batch["num_items_in_batch"] == batch["completion_mask"].sum()  # kept in the denominator
 
 
 def test_evaluation_never_explores_and_sees_no_hint(tmp_path: Path) -> None:
@@ -642,6 +655,13 @@ def test_a_reward_that_raises_is_not_swallowed(tmp_path: Path) -> None:
     rows[3] = rows[3] | {"answer": "Z"}
     with pytest.raises(ValueError, match="option letters"):
         trainer._generate_and_score_completions(rows)
+
+
+def test_a_completion_of_no_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(tmp_path, distill=False, explore=False)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda *a, **k: ([[5, 6], []], None))
+    with pytest.raises(ValueError, match="completion 1 of step 1 has no tokens"):
+        trainer._generate_and_score_completions(batch_of(trainer, 0)[:2])
 
 
 def test_a_loss_that_is_no_number_names_step_and_term(tmp_path: Path) -> None:
