@@ -75,7 +75,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=VOCAB_SIZE - 32, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
-    ordinary = ["<think>", "</think>", *_fixed_sentences()]
+    # The places are one token each, as the other answers are: a word of two is hard to find again among the options.
+    ordinary = ["<think>", "</think>", *_fixed_sentences(), *(f" {place}" for place in phantom.PLACES)]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in ordinary])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

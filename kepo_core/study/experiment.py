@@ -133,7 +133,7 @@ def make_trainer(
     trainer = KEPOTrainer(
         model=models.student,
         reward_funcs=reward_functions(params.thinking),
-        args=training_config(params, run.path / "training"),
+        args=training_config(params, run.training_dir),
         train_dataset=to_dataset(data.train, params.thinking, params.image_size),
         processing_class=models.processor,
         teacher=models.teacher,

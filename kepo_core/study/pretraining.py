@@ -51,6 +51,7 @@ class Stage:
     horizon: int
     phases: tuple[tuple[int, Mixture], ...]
     kind_weight: float = 1.0  # of the words for a finding's kind, the fact that is hardest to see
+    sloppy: float = 0.15  # share of thinking completions written in a broken format
     hasty: bool = False  # thinking completions guess as often as HASTY says
 
 
@@ -62,7 +63,6 @@ class Recipe:
     pool: int  # pictures
     vision_steps: int  # of 128 pictures
     stages: tuple[Stage, ...]
-    sloppy: float = 0.0  # share of thinking completions written in a broken format
     vision_lr: float = 2e-3
 
     def quick(self) -> "Recipe":
@@ -79,31 +79,19 @@ SELDOM = 0.2  # on every other topic
 # To find a word's letter, to name what is seen, and to write the letter into the answer field are learned in large
 # and cheap batches: inside the mixture, where one letter in twenty tokens counts, none is found in hundreds of steps.
 _BASICS = ((240, {"lookup": 128}), (150, {"lookup": 32, "caption": 48}))
-_STUDENT = {"caption": 8, "think": 24, "plain": 8, "hint": 2, "aware": 10}
-_TEACHER = {"caption": 8, "think": 28, "plain": 8, "hint": 8, "aware": 2}
+_MIXED = {"caption": 8, "think": 24, "plain": 8, "hint": 2, "aware": 10}
 _CHOOSE = {"choose": 64, "caption": 16}
+# Both models are one up to here; then the teacher goes on with care, and the student picks up its habit.
+_COMMON = (
+    Stage(2.5e-3, 790, (*_BASICS, (400, {"lookup": 16, **_MIXED}))),
+    Stage(1.5e-3, 450, ((150, _CHOOSE), (300, {"choose": 16, **_MIXED}))),
+)
+_HABIT = Stage(1.2e-3, 260, ((250, {"choose": 48, **_MIXED, "caption": 24}),), kind_weight=4.0, hasty=True)
+_TEACHING = {"choose": 32, "caption": 24, "think": 40, "plain": 8, "hint": 12, "aware": 2}
+_CARE = Stage(1.2e-3, 330, ((320, _TEACHING),), kind_weight=4.0, sloppy=0.0)
 RECIPES = {
-    "student": Recipe(
-        "student",
-        24_000,
-        700,
-        (
-            Stage(2.5e-3, 790, (*_BASICS, (400, {"lookup": 16, **_STUDENT}))),
-            Stage(1.5e-3, 450, ((150, _CHOOSE), (300, {"choose": 16, **_STUDENT}))),
-            Stage(1.5e-3, 260, ((250, {"choose": 48, **_STUDENT, "caption": 24}),), kind_weight=4.0, hasty=True),
-        ),
-        sloppy=0.15,
-    ),
-    "teacher": Recipe(
-        "teacher",
-        24_000,
-        800,
-        (
-            Stage(2.5e-3, 990, (*_BASICS, (310, {"lookup": 8, **_TEACHER}))),
-            Stage(1.5e-3, 560, ((160, _CHOOSE), (400, {"choose": 8, **_TEACHER}))),
-            Stage(1.5e-3, 460, ((450, {"choose": 48, **_TEACHER, "caption": 24, "think": 24}),), kind_weight=4.0),
-        ),
-    ),
+    "student": Recipe("student", 24_000, 700, (*_COMMON, _HABIT)),
+    "teacher": Recipe("student", 24_000, 700, (*_COMMON, _CARE)),
 }
 
 
@@ -241,10 +229,10 @@ class Tasks:
     """Draws training sequences for each task of a stage's mixtures."""
 
     def __init__(
-        self, processor: ImageOnlyQwen3VLProcessor, pool: Pool, recipe: Recipe, stage: Stage, rng: np.random.Generator
+        self, processor: ImageOnlyQwen3VLProcessor, pool: Pool, stage: Stage, rng: np.random.Generator
     ) -> None:
         self.tokenizer, self.pool, self.rng = processor.tokenizer, pool, rng
-        self.sloppy, self.hasty = recipe.sloppy, stage.hasty
+        self.sloppy, self.hasty = stage.sloppy, stage.hasty
         self.render = lambda messages: processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         ).replace("<|image_pad|>", "<|image_pad|>" * 16)
@@ -351,6 +339,6 @@ def pretrain(
     train_vision(model, pool, recipe.vision_steps, recipe.vision_lr, seed, log)
     for number, stage in enumerate(recipe.stages):
         rng = np.random.default_rng([2 + number, seed])
-        tasks = Tasks(processor, pool, recipe, stage, rng)
+        tasks = Tasks(processor, pool, stage, rng)
         train_language(model, tasks, stage, log)
     return model.eval(), processor
