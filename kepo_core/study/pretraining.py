@@ -89,9 +89,10 @@ _COMMON = (
 _HABIT = Stage(1.2e-3, 260, ((250, {"choose": 48, **_MIXED, "caption": 24}),), kind_weight=4.0, hasty=True)
 _TEACHING = {"choose": 32, "caption": 24, "think": 40, "plain": 8, "hint": 12, "aware": 2}
 _CARE = Stage(1.2e-3, 330, ((320, _TEACHING),), kind_weight=4.0, sloppy=0.0)
+_CHOICE = Stage(1.2e-3, 210, ((200, {"choose": 96, "caption": 8, "think": 24, "hint": 6}),), sloppy=0.0)
 RECIPES = {
     "student": Recipe("student", 24_000, 700, (*_COMMON, _HABIT)),
-    "teacher": Recipe("student", 24_000, 700, (*_COMMON, _CARE)),
+    "teacher": Recipe("student", 24_000, 700, (*_COMMON, _CARE, _CHOICE)),
 }
 
 
@@ -205,7 +206,7 @@ def _lookup(rng: np.random.Generator, written: str) -> tuple[str, str]:
     """Options, then the same words in another order, each ``written`` with its letter."""
     topic = phantom.TOPICS[rng.integers(len(phantom.TOPICS))]
     every = [word for other in phantom.TOPICS for word in other.values]
-    words = [str(word) for word in rng.permutation(topic.values if rng.random() < 0.3 else every)[:4]]
+    words = [str(word) for word in rng.permutation(topic.values if rng.random() < 0.6 else every)[:4]]
     order = rng.permutation(len(words))
     listed = "\n".join(f"{letter}) {word}" for letter, word in zip(LETTERS, words, strict=False))
     return listed, "".join(written.format(word=words[i], letter=LETTERS[i]) for i in order)
