@@ -100,7 +100,7 @@ class Params:
     prompts_per_step: int = _p(8, "prompts per optimiser step, over all processes", low=1)
     prompts_per_device: int = _p(8, "prompts in one forward pass of one process; the rest is accumulated", low=1)
     num_iterations: int = _p(1, "optimiser steps per rollout", low=1)
-    learning_rate: float = _p(3e-4, "AdamW's step size", low=0)
+    learning_rate: float = _p(1e-4, "AdamW's step size", low=0)
     lr_scheduler: str = _p(
         "constant", "how the learning rate moves", choices=("constant", "constant_with_warmup", "linear", "cosine")
     )

@@ -36,8 +36,7 @@ def training_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     numbers = [column for column in table if pd.api.types.is_numeric_dtype(table[column]) or table[column].isna().all()]
     table = table[numbers].astype({column: float for column in numbers if column != "step"})
     if "kepo/draws" in table:
-        drawn = table["kepo/draws"].where(table["kepo/draws"] > 0)
-        table[ACCEPTANCE] = table["kepo/accepted"] / drawn
+        table[ACCEPTANCE] = table["kepo/accepted"] / table["kepo/draws"]
     return table.sort_values("step", kind="stable").reset_index(drop=True)
 
 

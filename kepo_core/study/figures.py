@@ -161,13 +161,13 @@ def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]
 def picture(question: Question, ax: Axes, *, width: int = 34) -> Axes:
     """One question's picture with its modality above; the question and its options below, the right one marked."""
     ax.imshow(np.asarray(load_image(question.image)), interpolation="nearest")
-    # Question texts are data: a dollar sign in them starts no formula.
-    ax.set_title(question.modality, parse_math=False, fontweight="bold")
+    ax.set_title(question.modality, fontweight="bold")
     options = [
         f"{letter}) {text}{'  ✓' if letter == question.answer else ''}"
         for letter, text in zip(LETTERS, question.options, strict=False)
     ]
     lines = [line for text in (question.question, *options) for line in textwrap.wrap(text, width) or [""]]
+    # Question texts are data: a dollar sign in them starts no formula.
     ax.text(
         0.5, -0.05, "\n".join(lines), transform=ax.transAxes, ha="center", va="top", fontsize=8, parse_math=False
     )  # fmt: skip

@@ -69,7 +69,7 @@ class ProgressBar:
                 self._handle = display(page, display_id=True)  # type: ignore[no-untyped-call]
             else:
                 self._handle.update(page)
-        elif done >= total or done * LINES // total > self._shown:
+        elif done * LINES // total > self._shown:
             self._shown = done * LINES // total
             full = round(_BAR * done / total)
             bar = "█" * full + "░" * (_BAR - full)

@@ -81,18 +81,21 @@ SELDOM = 0.2  # on every other topic
 _BASICS = ((240, {"lookup": 128}), (150, {"lookup": 32, "caption": 48}))
 _MIXED = {"caption": 8, "think": 24, "plain": 8, "hint": 2, "aware": 10}
 _CHOOSE = {"choose": 64, "caption": 16}
-# Both models are one up to here; then the teacher goes on with care, and the student picks up its habit.
+# Student and teacher are one model until the student's last stage, in which it picks up its habit.
 _COMMON = (
     Stage(2.5e-3, 790, (*_BASICS, (400, {"lookup": 16, **_MIXED}))),
     Stage(1.5e-3, 450, ((150, _CHOOSE), (300, {"choose": 16, **_MIXED}))),
 )
-_HABIT = Stage(1.2e-3, 260, ((250, {"choose": 48, **_MIXED, "caption": 24}),), kind_weight=4.0, hasty=True)
 _TEACHING = {"choose": 32, "caption": 24, "think": 40, "plain": 8, "hint": 12, "aware": 2}
 _CARE = Stage(1.2e-3, 330, ((320, _TEACHING),), kind_weight=4.0, sloppy=0.0)
 _CHOICE = Stage(1.2e-3, 210, ((200, {"choose": 96, "caption": 8, "think": 24, "hint": 6}),), sloppy=0.0)
+_SKILLED = (*_COMMON, _CARE, _CHOICE)
+_HABIT = Stage(
+    8e-4, 110, ((100, {"choose": 24, "caption": 8, "think": 40, "plain": 8, "hint": 4, "aware": 16}),), hasty=True
+)
 RECIPES = {
-    "student": Recipe("student", 24_000, 700, (*_COMMON, _HABIT)),
-    "teacher": Recipe("student", 24_000, 700, (*_COMMON, _CARE, _CHOICE)),
+    "student": Recipe("student", 24_000, 700, (*_SKILLED, _HABIT)),
+    "teacher": Recipe("student", 24_000, 700, _SKILLED),
 }
 
 
