@@ -161,7 +161,13 @@ def test_an_interrupted_run_says_so(tmp_path, results):
     notebook = write_notebook(tmp_path, READ, OPEN, "print('started', flush=True)\nimport time\ntime.sleep(60)")
     command = [sys.executable, "-m", "kepo_core.cli", "run", str(notebook), "-p", "results_dir", str(results)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+
+    def as_in_a_terminal():  # a job in the background inherits that SIGINT is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=as_in_a_terminal
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("started"):
