@@ -8,6 +8,7 @@ import argparse
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -123,10 +124,14 @@ def _execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
     from jupyter_client.manager import AsyncKernelManager
     from papermill import execute_notebook
 
+    sockets = tempfile.TemporaryDirectory(prefix="kepo-")  # of this run alone: runs at the same time must not meet
+
     class ThisInterpreter(AsyncKernelManager):
         """No installed kernel is looked up, so none of another environment is found; sockets need no free port."""
 
-        transport = "tcp" if sys.platform == "win32" else "ipc"
+        if sys.platform != "win32":
+            transport = "ipc"
+            ip = f"{sockets.name}/kernel"
         kernel_spec = KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             display_name="Python 3",
@@ -149,6 +154,7 @@ def _execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
         )
     finally:
         signal.signal(signal.SIGTERM, previous)
+        sockets.cleanup()
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
