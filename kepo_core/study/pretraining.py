@@ -73,7 +73,7 @@ class Recipe:
 
 #: How often the student guesses an option without having looked, by topic. On most topics guessing is its first
 #: choice and looking its second: what reinforcement can find and prefer.
-HASTY = {"place": 0.6, "kind": 0.6, "diagnosis": 0.65, "grade": 0.65}
+HASTY = {"place": 0.8, "kind": 0.8, "diagnosis": 0.8, "grade": 0.8}
 SELDOM = 0.2  # on every other topic
 
 # To find a word's letter, to name what is seen, and to write the letter into the answer field are learned in large
@@ -91,7 +91,7 @@ _CARE = Stage(1.2e-3, 330, ((320, _TEACHING),), kind_weight=4.0, sloppy=0.0)
 _CHOICE = Stage(1.2e-3, 210, ((200, {"choose": 96, "caption": 8, "think": 24, "hint": 6}),), sloppy=0.0)
 _SKILLED = (*_COMMON, _CARE, _CHOICE)
 _HABIT = Stage(
-    8e-4, 110, ((100, {"choose": 24, "caption": 8, "think": 40, "plain": 8, "hint": 4, "aware": 16}),), hasty=True
+    8e-4, 220, ((200, {"choose": 24, "caption": 8, "think": 40, "plain": 8, "hint": 4, "aware": 16}),), hasty=True
 )
 RECIPES = {
     "student": Recipe("student", 24_000, 700, (*_SKILLED, _HABIT)),
