@@ -75,6 +75,14 @@ def test_each_sign_is_told_with_its_numbers_and_alone(changes, words):
     assert words in sign
 
 
+def test_the_end_of_training_counts_and_the_best_quarter_before_it():
+    assert signs(kepo_all_fail_rate=lambda t: 1.0 if t < 0.5 else 0.1) == []
+    assert len(signs(kepo_all_fail_rate=lambda t: 0.1 if t < 0.5 else 1.0)) == 1
+    assert signs(kepo_gate_rate=lambda t: 0.0 if t < 0.9 else 0.1) == []
+    (sign,) = signs(kepo_accuracy=lambda t: 0.4 if t < 0.25 else 0.7 if t < 0.5 else 0.4)
+    assert "fell from 70%" in sign
+
+
 def test_a_little_less_than_a_sign_is_none():
     assert signs(kepo_rescued_groups=0.31) == []
     assert signs(kepo_all_fail_rate=0.89) == []
@@ -114,7 +122,10 @@ def test_in_domain_up_while_out_of_domain_falls():
     assert warnings_for(table, differences(mri=up, ood=level, oct=down)) == [
         "Worse after training: OCT -10.0 points [-15.0, -5.0]."
     ]
-    assert warnings_for(table, differences(mri=down, ood=level))[0].startswith("Training hurt in-domain: MRI -10.0")
+    assert warnings_for(table, differences(mri=down, ood=level)) == [
+        "Training hurt in-domain: MRI -10.0 points [-15.0, -5.0]."
+    ]
+    assert warnings_for(table, differences(mri=(0.05, -0.01, 0.1), ood=down)) == []
     (sign,) = warnings_for(table, differences(mri=down, ood=down, oct=up), in_domain="OCT")[:1]
     assert sign.startswith("In-domain up, out-of-domain down: OCT")
 

@@ -83,7 +83,7 @@ def test_accuracies_stand_at_their_value_with_their_interval(ax):
 
 def test_differences_tell_gains_from_losses_by_shape_and_colour(ax):
     frame = pd.DataFrame(
-        {"difference": [0.3, -0.2, 0.01], "low": [0.2, -0.3, -0.1], "high": [0.4, -0.1, 0.12]},
+        {"difference": [0.3, -0.2, 0.01], "low": [0.2, -0.3, -0.1], "high": [0.4, -0.15, 0.12]},
         index=["MRI", "CT", "Avg."],
     )
     figures.differences(frame, ax)
@@ -91,11 +91,11 @@ def test_differences_tell_gains_from_losses_by_shape_and_colour(ax):
     assert [line.get_xdata()[0] for line in lines] == pytest.approx([30, -20, 1])
     assert [line.get_marker() for line in lines] == [">", "<", "o"]
     assert [line.get_color() for line in lines] == [figures.BLUE, figures.RED, "#666666"]
-    assert ax.containers[1].lines[2][0].get_segments()[0][:, 0] == pytest.approx([-30, -10])
+    assert ax.containers[1].lines[2][0].get_segments()[0][:, 0] == pytest.approx([-30, -15])
     assert ax.yaxis_inverted()
 
 
-def question(tmp_path: Path, modality: str, text="What costs $5 and $x_{?"):
+def question(tmp_path: Path, modality: str, text="Is $x_{? above $5"):
     path = tmp_path / f"{modality}.png"
     Image.new("RGB", (8, 6), (200, 0, 0)).save(path)
     return Question(modality, "d", modality, "t", text, ("one", "two"), "B", path)

@@ -133,3 +133,6 @@ def test_who_counts_as_an_onlooker(monkeypatch):
     assert watched()
     monkeypatch.setattr(live, "get_ipython", lambda: None)
     assert not watched()
+    terminal = type("TerminalInteractiveShell", (), {"__module__": "IPython.terminal", "user_ns": {}})()
+    monkeypatch.setattr(live, "get_ipython", lambda: terminal)
+    assert not watched()
