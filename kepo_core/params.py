@@ -51,6 +51,9 @@ class Params:
     )
     train_items: int = _p(600, "training questions, at most", low=1)
     eval_items: int = _p(300, "test questions per modality, at most", low=1)
+    eval_split: str = _p(
+        "test", "evaluate on test, or on validation while settings are chosen", choices=("test", "validation")
+    )
     image_size: int = _p(0, "0: images as stored; N: squashed to N×N pixels", low=0)
 
     # -- models

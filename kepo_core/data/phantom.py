@@ -12,17 +12,18 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from kepo_core.data.errors import DataError
 from kepo_core.data.phantom_render import render
 from kepo_core.data.records import LETTERS, MODALITIES
 
-VERSION = "1"  # part of the cache folder's name: raise it with every change to what is written
+VERSION = "2"  # part of the cache folder's name: raise it with every change to what is written
 KINDS = ("disc", "ring", "bar", "cross")
 PLACES = ("upper left", "upper right", "lower left", "lower right")
 SIZES = ("small", "large")
@@ -70,6 +71,7 @@ class Topic:
     wordings: tuple[str, ...]
     values: tuple[str, ...]
     attribute: str  # of Facts: the right answer
+    level: int  # 1: one fact, seen at once; 2: one to be located, told apart or counted; 3: two put together
     evidence: str  # the sentence that states the facts needed, with Facts' fields in braces
     conclusion: str = ""  # the second step of a two-fact question
 
@@ -77,28 +79,29 @@ class Topic:
 TOPICS = (
     Topic("modality", "Modality Recognition",
           ("Which imaging modality is this?", "How was this image taken?"),
-          MODALITIES, "modality", "This looks like {modality}."),
+          MODALITIES, "modality", 1, "This looks like {modality}."),
     Topic("place", "Anatomy Identification",
           ("Where does the finding lie?", "Which region holds the finding?"),
-          PLACES, "place", "The finding lies in the {place}."),
+          PLACES, "place", 2, "The finding lies in the {place}."),
     Topic("kind", "Other Biological Attributes",
           ("What shape is the finding?", "Which shape is seen?"),
-          KINDS, "kind", "The finding is a {kind}."),
+          KINDS, "kind", 2, "The finding is a {kind}."),
     Topic("size", "Other Biological Attributes",
-          ("How large is the finding?",), SIZES, "size", "The finding is {size}."),
+          ("How large is the finding?",), SIZES, "size", 1, "The finding is {size}."),
     Topic("number", "Other Biological Attributes",
-          ("How many findings are there?",), NUMBERS, "number", "The number of findings is {number}."),
+          ("How many findings are there?",), NUMBERS, "number", 2, "The number of findings is {number}."),
     Topic("contrast", "Other Biological Attributes",
-          ("Is the finding bright or dark?",), CONTRASTS, "contrast", "The finding is {contrast}."),
+          ("Is the finding bright or dark?",), CONTRASTS, "contrast", 1, "The finding is {contrast}."),
     Topic("diagnosis", "Disease Diagnosis",
           ("What is the diagnosis?", "Which condition does the image show?"),
-          DIAGNOSES, "diagnosis", "The finding is a {contrast} {kind}.", "A {contrast} {kind} means {diagnosis}."),
+          DIAGNOSES, "diagnosis", 3, "The finding is a {contrast} {kind}.", "A {contrast} {kind} means {diagnosis}."),
     Topic("grade", "Lesion Grading",
           ("What grade is the lesion?", "Which grade applies?"),
-          GRADES, "grade", "There is {number} {size} finding.", "So {number} {size} means {grade}."),
+          GRADES, "grade", 3, "There is {number} {size} finding.", "So {number} {size} means {grade}."),
 )  # fmt: skip
-# How often a topic is asked: two-fact questions half of the time, so that reasoning pays.
-_WEIGHTS = np.array([0.10, 0.14, 0.14, 0.05, 0.05, 0.04, 0.26, 0.22])
+# How often a topic is drawn first. Two-fact questions often, so that reasoning pays; the modality seldom, because
+# within one modality its answer can be told without the picture.
+_WEIGHTS = np.array([0.012, 0.17, 0.17, 0.035, 0.035, 0.03, 0.29, 0.258])
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +126,20 @@ class Asked:
 
     @property
     def thought(self) -> str:
-        """A right chain of reasoning: the evidence, and for two-fact questions the conclusion."""
-        return f"{self.evidence} {self._fill(self.topic.conclusion)}".strip()
+        """A right chain of reasoning: the evidence, for two-fact questions the conclusion, and the option's letter."""
+        return f"{self.evidence} {self._fill(self.topic.conclusion)}".strip().removesuffix(".") + f" ({self.answer})."
 
     def _fill(self, template: str) -> str:
         words = {**asdict(self.facts), "diagnosis": self.facts.diagnosis, "grade": self.facts.grade}
         return template.format(**words)
+
+
+_BY_WORDING = {wording: topic for topic in TOPICS for wording in topic.wordings}
+
+
+def topic_of(question: str) -> Topic:
+    """The topic of a question's text; ``KeyError`` for a text that PhantomVQA does not ask."""
+    return _BY_WORDING[question]
 
 
 def draw_facts(rng: np.random.Generator, modality: str) -> Facts:
@@ -143,7 +154,7 @@ def ask(rng: np.random.Generator, facts: Facts, topic: Topic) -> Asked:
     """A question on ``topic`` with 2 to 4 options (all there are, if fewer) in random order."""
     value = facts.modality if topic.name == "modality" else getattr(facts, topic.attribute)
     others = [word for word in topic.values if word != value]
-    count = min(int(rng.choice([2, 3, 4], p=[0.2, 0.3, 0.5])), len(topic.values))
+    count = min(int(rng.choice([2, 3, 4], p=[0.15, 0.25, 0.6])), len(topic.values))
     options = [value, *(str(word) for word in rng.choice(others, count - 1, replace=False))]
     rng.shuffle(options)
     return Asked(topic, str(rng.choice(topic.wordings)), tuple(options), LETTERS[options.index(value)], facts)
@@ -182,6 +193,23 @@ def ensure_phantom(cache_dir: Path | None = None, seed: int = 0) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return root
+
+
+def load_facts(root: Path) -> dict[str, Facts]:
+    """Image (as ``splits.image_key`` names it) → what is true of it; empty where ``root`` is no PhantomVQA.
+
+    Raises ``DataError`` when ``facts.json`` is there and cannot be used.
+    """
+    path = root / "facts.json"
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {image: Facts(**{f.name: row[f.name] for f in fields(Facts)}) for image, row in rows.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a table of facts per image, expected what write_phantom wrote: {error!r}"
+        ) from error
 
 
 def write_phantom(root: Path, seed: int, images: dict[str, int] | None = None) -> None:

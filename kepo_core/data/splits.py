@@ -63,11 +63,13 @@ def study_split(
     eval_items: int = 300,
     seed: int = 0,
     split: str = "image",
+    eval_split: str = "test",
 ) -> tuple[list[Question], dict[str, list[Question]]]:
     """The paper's design: train on one modality, test on every modality that the data has.
 
     Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of MODALITIES, at
-    most ``eval_items`` test questions per modality. Raises ``DataError`` naming the parameter that leaves one empty.
+    most ``eval_items`` questions of ``eval_split`` ("test" or "validation") per modality. Raises ``DataError`` naming
+    the parameter that leaves one empty.
     """
     if split not in SPLITS:
         raise DataError(f"split: {split!r} is unknown, expected one of {', '.join(SPLITS)}.")
@@ -81,7 +83,7 @@ def study_split(
     parts = SPLITS[split](questions, seed)
     train = sample((q for q in parts["train"] if q.modality == train_modality), train_items, seed)
     tests = {
-        modality: sample((q for q in parts["test"] if q.modality == modality), eval_items, seed)
+        modality: sample((q for q in parts[eval_split] if q.modality == modality), eval_items, seed)
         for modality in MODALITIES
         if modality in present
     }
@@ -91,7 +93,9 @@ def study_split(
         )
     for modality, rows in tests.items():
         if not rows:
-            raise DataError(f"data_root: no {modality} questions in the test split, expected more images of it.")
+            raise DataError(
+                f"data_root: no {modality} questions in the {eval_split} split, expected more images of it."
+            )
     return train, tests
 
 

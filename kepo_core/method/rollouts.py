@@ -136,7 +136,9 @@ def write_rollouts(output_dir: str | Path, rollouts: Sequence[Rollout]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{first.step:06d}_{first.generation:03d}.parquet"
     ordered = sorted(rollouts, key=lambda r: (r.row, r.replaced))
-    pd.DataFrame([asdict(r) for r in ordered]).to_parquet(path, index=False)
+    partial = path.with_suffix(".partial")  # the glob of collect_rollouts sees whole files only
+    pd.DataFrame([asdict(r) for r in ordered]).to_parquet(partial, index=False)
+    partial.replace(path)
     return path
 
 

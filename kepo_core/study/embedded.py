@@ -36,10 +36,9 @@ CHAT_TEMPLATE = (
 # text hidden, layers, heads, kv heads, mlp; vision hidden, layers, heads
 _SIZES = {
     "test": (32, 2, 2, 1, 64, 16, 2, 2),
-    "student": (128, 4, 4, 2, 384, 64, 3, 4),
-    "teacher": (192, 5, 6, 3, 512, 96, 3, 6),
+    "small": (128, 4, 4, 2, 384, 64, 3, 4),
 }
-_HEAD_DIM = {"test": 16, "student": 32, "teacher": 32}
+_HEAD_DIM = {"test": 16, "small": 32}
 
 
 def _fixed_sentences() -> list[str]:
@@ -61,7 +60,7 @@ def _corpus() -> Iterator[str]:
     lines += [f"<answer>{letter}</answer> {letter}" for letter in LETTERS]
     lines += ["<hint></hint>", "user\n", "assistant\n", "\n\n", " : "]
     for topic in phantom.TOPICS:
-        lines += [*topic.wordings, topic.evidence, f"{topic.evidence} {topic.conclusion}"]
+        lines += [*topic.wordings, topic.evidence, f"{topic.evidence} {topic.conclusion}", " (A)."]
     return (line for line in lines for _ in range(4))
 
 
@@ -72,11 +71,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - 32, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
+        vocab_size=VOCAB_SIZE - 48, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
-    # The places are one token each, as the other answers are: a word of two is hard to find again among the options.
-    ordinary = ["<think>", "</think>", *_fixed_sentences(), *(f" {place}" for place in phantom.PLACES)]
+    # Every answer and every option's mark is one token, so that a word stands next to its letter.
+    composed = (*phantom.PLACES, *phantom.GRADES, "X-Ray")
+    marks = [mark for letter in LETTERS for mark in (f"{letter})", f" ({letter})")]
+    ordinary = ["<think>", "</think>", *_fixed_sentences(), *(f" {answer}" for answer in composed), *marks]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in ordinary])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -106,7 +107,7 @@ def build_processor() -> ImageOnlyQwen3VLProcessor:
 
 
 def build_config(size: str) -> Qwen3VLConfig:
-    """The architecture of "student", "teacher" or "test" (for unit tests), with Qwen3-VL's own layout."""
+    """The architecture of "small" (both embedded models) or "test" (for unit tests), with Qwen3-VL's own layout."""
     hidden, layers, heads, kv_heads, mlp, v_hidden, v_layers, v_heads = _SIZES[size]
     head_dim = _HEAD_DIM[size]
     token = build_tokenizer().convert_tokens_to_ids

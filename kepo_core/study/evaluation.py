@@ -1,4 +1,4 @@
-"""Model + questions → one record per question, greedily decoded and read by the training parser."""
+"""Model + questions → one record per question, decoded and read by the training parser."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from kepo_core.data.images import load_image
 from kepo_core.data.records import Answer, Question
-from kepo_core.method.prompts import vqa_messages
+from kepo_core.method.prompts import Messages, vqa_messages
 from kepo_core.method.rewards import score
 
 #: Called with (questions answered so far, questions in all) after every batch.
@@ -26,14 +26,18 @@ def evaluate(
     max_tokens: int,
     batch_size: int,
     image_size: int = 0,
+    messages: Sequence[Messages] | None = None,
+    temperature: float = 0.0,
     progress: Progress | None = None,
 ) -> list[Answer]:
     """Ask ``model`` every question once and score what it says; records come in the order of ``questions``.
 
-    Decoding is greedy with a generation configuration of its own: penalties or sampling that a checkpoint carries
-    do not apply. The prompt is the training prompt. Batches hold questions of similar length, padded on the left,
+    Decoding has a generation configuration of its own: penalties or sampling that a checkpoint carries do not
+    apply. It is greedy unless ``temperature`` says otherwise. The prompt is the training prompt unless ``messages``
+    says otherwise. Batches hold questions of similar length, padded on the left,
     and a row's answer does not depend on its neighbours beyond floating-point rounding. The model is left in the
-    mode (train or eval) and with the configuration it came in, and no random number is drawn.
+    mode (train or eval) and with the configuration it came in. Greedy decoding draws no random number; sampling
+    draws from torch's global generator.
 
     Args:
         model: a Qwen3-VL or another image-text model with ``generate``.
@@ -42,11 +46,14 @@ def evaluate(
         max_tokens: most tokens of a completion; one that reaches it without an end-of-text token is not finished.
         batch_size: questions per batch.
         image_size: 0 for images as stored, else the side they are squashed to.
+        messages: another prompt per question, e.g. a hint-aware one.
+        temperature: of sampling; 0 decodes greedily.
         progress: told after every batch how far it is.
     """
-    texts = [_prompt_text(processor, question, thinking) for question in questions]
+    asked_as = messages or [vqa_messages(q.question, q.options, thinking) for q in questions]
+    texts = [_prompt_text(processor, prompt) for prompt in asked_as]
     answers: dict[int, Answer] = {}
-    with _greedy(model, processor, max_tokens) as stop_tokens:
+    with _decoding(model, processor, max_tokens, temperature) as stop_tokens:
         for batch in length_batches(_lengths(processor, texts), batch_size):
             asked = [questions[i] for i in batch]
             completions = _generate(model, processor, [texts[i] for i in batch], asked, image_size)
@@ -74,8 +81,7 @@ def trim(tokens: Tensor, stop_tokens: Sequence[int]) -> tuple[Tensor, bool]:
     return (tokens[: int(ends[0]) + 1], True) if len(ends) else (tokens, False)
 
 
-def _prompt_text(processor: Any, question: Question, thinking: bool) -> str:
-    messages = vqa_messages(question.question, question.options, thinking)
+def _prompt_text(processor: Any, messages: Messages) -> str:
     return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
@@ -85,21 +91,26 @@ def _lengths(processor: Any, texts: Sequence[str]) -> list[int]:
 
 
 @contextmanager
-def _greedy(model: Any, processor: Any, max_tokens: int) -> Iterator[list[int]]:
-    """Evaluation mode and a plain greedy configuration on ``model`` for a while; yields the stop tokens.
+def _decoding(model: Any, processor: Any, max_tokens: int, temperature: float) -> Iterator[list[int]]:
+    """Evaluation mode and a plain configuration on ``model`` for a while; yields the stop tokens.
 
     The configuration is exchanged on the model, since ``generate`` fills whatever an argument leaves open from it.
     What ends a text is no matter of taste: the checkpoint's own stop tokens count beside the tokenizer's.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: {max_tokens}, expected at least 1.")
+    if temperature < 0:
+        raise ValueError(f"temperature: {temperature}, expected 0 (greedy) or more.")
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     own, was_training = model.generation_config, model.training
     tokenizer = processor.tokenizer
     declared = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     stop_tokens = sorted({token for token in (*declared, tokenizer.eos_token_id) if token is not None})
     image_token = getattr(model.config, "image_token_id", None)
     model.generation_config = GenerationConfig(
-        do_sample=False,
+        **sampling,
         max_new_tokens=max_tokens,
         eos_token_id=stop_tokens,
         pad_token_id=tokenizer.pad_token_id,

@@ -69,7 +69,13 @@ def load_data(params: Params) -> StudyData:
         if not root.is_dir():
             raise ParamError(f"data_root is {params.data_root!r}, expected 'phantom' or an existing folder")
     train, tests = study_split(
-        load_raw(root), params.train_modality, params.train_items, params.eval_items, params.data_seed, params.split
+        load_raw(root),
+        params.train_modality,
+        params.train_items,
+        params.eval_items,
+        params.data_seed,
+        params.split,
+        params.eval_split,
     )
     data = StudyData(root, train, tests)
     check_images([*data.train, *data.test])

@@ -12,6 +12,7 @@ import nbformat
 import nh3
 from nbconvert import HTMLExporter
 
+from kepo_core.study import gallery
 from kepo_core.study.runs import Run, write_atomically
 
 _TAGS = nh3.ALLOWED_TAGS | {"tfoot"}
@@ -77,7 +78,7 @@ def render(notebook: Path, title: str, head: str = "") -> str:
     )
     exporter.register_filter("clean_html", clean_html)
     body, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
-    return _PAGE.format(title=html.escape(title), style=_STYLE, head=head, body=body)
+    return _PAGE.format(title=html.escape(title), style=_STYLE + gallery.STYLE, head=head, body=body)
 
 
 def write_report(run: Run, state: str, error: str = "") -> Path:

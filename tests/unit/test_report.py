@@ -9,6 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from kepo_core.params import Params
+from kepo_core.study import gallery
 from kepo_core.study.report import clean_html, render, write_report
 from kepo_core.study.runs import Run
 
@@ -52,6 +53,11 @@ def test_hostile_output_does_not_survive_and_results_do(notebook):
     assert "<em>marked</em>" in page
     assert "secret_code" not in page
     assert "<title>run &lt;b&gt;1&lt;/b&gt;</title>" in page
+
+
+def test_the_page_carries_the_gallerys_style_that_outputs_lose(notebook):
+    page = render(notebook, "x")
+    assert gallery.STYLE in page.split("</head>")[0]
 
 
 def test_the_page_loads_nothing(notebook):

@@ -126,6 +126,15 @@ def test_the_study_split_has_the_papers_shape():
     assert not {q.image for q in train} & {q.image for rows in tests.values() for q in rows}
 
 
+def test_settings_are_chosen_on_images_of_their_own():
+    questions = make({"CT": 30, "MRI": 300})
+    train, validation = study_split(questions, "MRI", 500, 250, 0, eval_split="validation")
+    _, tests = study_split(questions, "MRI", 500, 250, 0)
+    groups = [{q.image for q in train}, *({q.image for q in t["MRI"] + t["CT"]} for t in (validation, tests))]
+    assert all(groups) and not groups[0] & groups[1] and not groups[1] & groups[2]
+    assert len(validation["MRI"]) == 180
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,225 @@
+"""What the embedded models are taught to say: captions, look-ups, and answers to the four prompts of Appendix C.
+
+The teacher looks and answers. The student has the teacher's skill under four habits that cost it half of its
+answers: it guesses, it breaks the format, it mistakes rings for discs and crosses for bars, and it overlooks the
+second finding. Guesses vary from rollout to rollout, so that GRPO can prefer looking; mistakes are the same in
+almost every rollout of a group, so that the whole group fails and only a hint shows the way.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kepo_core.data import phantom
+from kepo_core.data.phantom import Asked, Facts
+from kepo_core.data.records import LETTERS, MODALITIES
+from kepo_core.method import prompts
+from kepo_core.study.processor import ImageOnlyQwen3VLProcessor
+
+FACT_WORDS = {
+    "modality": MODALITIES,
+    "kind": phantom.KINDS,
+    "place": phantom.PLACES,
+    "size": phantom.SIZES,
+    "number": phantom.NUMBERS,
+    "contrast": phantom.CONTRASTS,
+}
+
+
+LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more
+
+
+@dataclass
+class Pool:
+    """Pre-rendered pictures: ``pixels`` (N, 64 patches, 192) float16, and their facts."""
+
+    pixels: Tensor
+    facts: list[Facts]
+
+    @classmethod
+    def draw(cls, processor: ImageOnlyQwen3VLProcessor, count: int, seed: int) -> "Pool":
+        """``count`` pictures over the eight modalities, from the pre-training stream of ``seed``."""
+        rng = np.random.default_rng([zlib.crc32(b"phantom-pretraining"), seed])
+        facts = [phantom.draw_facts(rng, MODALITIES[i % len(MODALITIES)]) for i in range(count)]
+        chunks = []
+        for start in range(0, count, 500):
+            pictures = [phantom.picture(rng, f) for f in facts[start : start + 500]]
+            values = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+            chunks.append(values.view(len(pictures), -1, values.shape[-1]).half())
+        return cls(torch.cat(chunks), facts)
+
+    def mirrored(self, index: list[int], rng: np.random.Generator) -> tuple[Tensor, list[Facts]]:
+        """The pictures at ``index`` as float32, all mirrored left to right, or top to bottom, or both, or not."""
+        # Patches lie as 4×4 blocks of 2×2, each with 3 channels of 8×8 pixels.
+        pixels = self.pixels[index].float().view(-1, 4, 4, 2, 2, 3, 8, 8)
+        turned = 0
+        for bit, dims in ((1, (2, 4, 7)), (2, (1, 3, 6))):
+            if rng.random() < 0.5:
+                pixels, turned = pixels.flip(dims), turned ^ bit
+        facts = [self.facts[i] for i in index]
+        moved = [replace(f, place=phantom.PLACES[phantom.PLACES.index(f.place) ^ turned]) for f in facts]
+        return pixels.reshape(len(index), 64, 192), moved
+
+
+def fact_labels(facts: list[Facts]) -> dict[str, Tensor]:
+    """Class index (N,) of every fact."""
+    return {
+        name: torch.tensor([words.index(getattr(f, name)) for f in facts], dtype=torch.long)
+        for name, words in FACT_WORDS.items()
+    }
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a model departs from looking and answering, as probabilities."""
+
+    hasty: Mapping[str, float]  # guess without a look, by topic (others: never)
+    mistaken: float  # state the believed fact where it is one of BELIEVED
+    sloppy: float  # break the format
+    unheeding: float  # guess although hint or answer are told
+
+
+#: What the student takes for something else, when a question is about it: fact → value → believed value.
+BELIEVED = {"kind": {"ring": "disc", "cross": "bar"}, "number": {"two": "one"}}
+
+NO_HABITS = Habits(hasty={}, mistaken=0.0, sloppy=0.0, unheeding=0.0)
+STUDENT_HABITS = Habits(
+    hasty={"modality": 0.7, "place": 0.7, "size": 0.7, "contrast": 0.7},
+    mistaken=0.98,
+    sloppy=0.15,
+    unheeding=0.3,
+)
+
+
+def careful(asked: Asked) -> str:
+    """The right thinking completion."""
+    return f"<think>{asked.thought}</think>\n<answer>{asked.answer}</answer>"
+
+
+def sloppy(asked: Asked, rng: np.random.Generator) -> str:
+    """The same answer in one of three broken formats."""
+    answer = f"<answer>{asked.answer}</answer>"
+    broken = (
+        f"{asked.thought}\n{answer}",
+        f"<think>{asked.thought}\n{answer}",
+        f"<think>{asked.thought}</think>\n{asked.answer}",
+    )
+    return broken[rng.integers(len(broken))]
+
+
+def guess(asked: Asked, rng: np.random.Generator) -> str:
+    """A random option in the right format, with a thought that shows no look at the picture."""
+    index = int(rng.integers(len(asked.options)))
+    return f"<think>Perhaps {asked.options[index]} ({LETTERS[index]}).</think>\n<answer>{LETTERS[index]}</answer>"
+
+
+def believed(asked: Asked, rng: np.random.Generator) -> Asked | None:
+    """The question as a mistaken student sees and answers it; None where it makes no mistake.
+
+    A belief whose answer is not among the options still leads to a letter, a random one.
+    """
+    mistakes = {
+        fact: values[getattr(asked.facts, fact)]
+        for fact, values in BELIEVED.items()
+        if f"{{{fact}}}" in asked.topic.evidence and getattr(asked.facts, fact) in values
+    }
+    if not mistakes:
+        return None
+    facts = replace(asked.facts, **mistakes)
+    value = getattr(facts, asked.topic.attribute)
+    index = asked.options.index(value) if value in asked.options else int(rng.integers(len(asked.options)))
+    return replace(asked, facts=facts, answer=LETTERS[index])
+
+
+def _caption(facts: Facts) -> str:
+    return f"{facts.modality} {facts.number} {facts.size} {facts.contrast} {facts.kind} {facts.place}"
+
+
+def _lookup(rng: np.random.Generator) -> tuple[str, str]:
+    """Options, then the same words in another order, each followed by its letter as thoughts have it."""
+    topic = phantom.TOPICS[rng.integers(len(phantom.TOPICS))]
+    every = [word for other in phantom.TOPICS for word in other.values]
+    words = [str(word) for word in rng.permutation(topic.values if rng.random() < 0.6 else every)[:4]]
+    order = rng.permutation(len(words))
+    listed = "\n".join(f"{letter}) {word}" for letter, word in zip(LETTERS, words, strict=False))
+    return listed, "".join(f" {words[i]} ({LETTERS[i]})." for i in order)
+
+
+@dataclass
+class Sequences:
+    """Tokenised sequences of one task. ``labels_weight`` (N, L) is 0 where nothing is learned."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels_weight: Tensor
+    pixels: Tensor | None
+
+
+class Tasks:
+    """Draws training sequences of one task: caption, lookup, think, plain, hint or aware."""
+
+    def __init__(
+        self, processor: ImageOnlyQwen3VLProcessor, pool: Pool, habits: Habits, rng: np.random.Generator
+    ) -> None:
+        self.tokenizer, self.pool, self.habits, self.rng = processor.tokenizer, pool, habits, rng
+        ids = self.tokenizer.convert_tokens_to_ids
+        self.weights = {ids(f" ({letter})"): LETTER_WEIGHT for letter in LETTERS}
+        self.render = lambda messages: processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        ).replace("<|image_pad|>", "<|image_pad|>" * 16)
+
+    def draw(self, task: str, count: int) -> Sequences:
+        """``count`` sequences of ``task``."""
+        index = self.rng.integers(0, len(self.pool.facts), count).tolist()
+        pairs = [self._pair(task, self.pool.facts[i]) for i in index]
+        prompt_ids = self.tokenizer([p for p, _ in pairs])["input_ids"]
+        completion_ids = self.tokenizer([c + "<|im_end|>" for _, c in pairs])["input_ids"]
+        length = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
+        ids = torch.full((count, length), self.tokenizer.pad_token_id)
+        mask, weight = torch.zeros_like(ids), torch.zeros(count, length)
+        for row, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+            end = len(p) + len(c)
+            ids[row, :end], mask[row, :end] = torch.tensor(p + c), 1
+            weight[row, len(p) : end] = torch.tensor([self.weights.get(token, 1.0) for token in c])
+        return Sequences(ids, mask, weight, None if task == "lookup" else self.pool.pixels[index])
+
+    def _pair(self, task: str, facts: Facts) -> tuple[str, str]:
+        if task == "caption":
+            return self.render([{"role": "user", "content": [{"type": "image"}]}]), _caption(facts)
+        if task == "lookup":
+            listed, pairs = _lookup(self.rng)
+            return self.render([{"role": "user", "content": listed}]), pairs
+        asked = phantom.ask(self.rng, facts, phantom.draw_topics(self.rng, 1)[0])
+        if task == "hint":
+            messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
+            return self.render(messages), f"<hint>{asked.evidence}</hint>"
+        if task == "aware":
+            context = str(self.rng.choice(prompts.HINT_CONTEXTS, p=[0.4, 0.4, 0.2]))
+            # Half of the hints are about another picture: what a hint says counts, not what is seen.
+            if "hint" in context and self.rng.random() < 0.5:
+                told = phantom.draw_facts(self.rng, facts.modality)
+                asked = phantom.ask(self.rng, told, phantom.draw_topics(self.rng, 1)[0])
+            messages = prompts.hint_aware_messages(asked.question, asked.options, asked.evidence, asked.answer, context)
+            return self.render(messages), self._told(asked)
+        messages = prompts.vqa_messages(asked.question, asked.options, task == "think")
+        if task == "plain":
+            return self.render(messages), f"<answer>{asked.answer}</answer>"
+        return self.render(messages), self._untold(asked)
+
+    def _untold(self, asked: Asked) -> str:
+        mistake = believed(asked, self.rng)
+        if mistake is not None and self.rng.random() < self.habits.mistaken:
+            return self._formatted(mistake)
+        if mistake is None and self.rng.random() < self.habits.hasty.get(asked.topic.name, 0.0):
+            return guess(asked, self.rng)
+        return self._formatted(asked)
+
+    def _told(self, asked: Asked) -> str:
+        return guess(asked, self.rng) if self.rng.random() < self.habits.unheeding else self._formatted(asked)
+
+    def _formatted(self, asked: Asked) -> str:
+        return sloppy(asked, self.rng) if self.rng.random() < self.habits.sloppy else careful(asked)
