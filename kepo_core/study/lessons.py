@@ -89,7 +89,7 @@ BELIEVED = {"kind": {"ring": "disc", "cross": "bar"}, "number": {"two": "one"}}
 NO_HABITS = Habits(hasty={}, mistaken=0.0, sloppy=0.0, unheeding=0.0)
 STUDENT_HABITS = Habits(
     hasty={"modality": 0.7, "place": 0.7, "size": 0.7, "contrast": 0.7},
-    mistaken=0.98,
+    mistaken=1.0,
     sloppy=0.15,
     unheeding=0.3,
 )
