@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kepo_core.data.records import LETTERS
+from kepo_core.data.phantom import GRADES, KINDS, PLACES
+from kepo_core.data.records import LETTERS, MODALITIES
 from kepo_core.method import prompts
 from kepo_core.params import ParamError
 from kepo_core.study.embedded import build_model, build_processor
@@ -63,10 +64,14 @@ def test_tokenizer_behaves_like_qwen3() -> None:
     assert tokenizer.convert_tokens_to_ids("<think>") in ids
     assert "<answer>" not in tokenizer.get_vocab()
     assert tokenizer.decode(tokenizer("ünïcode ☃ text")["input_ids"]) == "ünïcode ☃ text"
-    for letter in LETTERS[:4]:  # one token, the same in an option line and in an answer
-        token = tokenizer.convert_tokens_to_ids(letter)
-        assert token in tokenizer(f"<answer>{letter}</answer>")["input_ids"]
-        assert token in tokenizer(f"\n{letter}) ring")["input_ids"]
+    for letter in LETTERS:  # an option's mark is one token, in its line and behind a word; an answer is the bare letter
+        mark, behind, bare = (tokenizer.convert_tokens_to_ids(t) for t in (f"{letter})", f" ({letter})", letter))
+        assert mark in tokenizer(f"\n{letter}) ring")["input_ids"]
+        assert behind in tokenizer(f"a dark ring ({letter}).")["input_ids"]
+        assert bare in tokenizer(f"<answer>{letter}</answer>")["input_ids"]
+    for word in (*PLACES, *GRADES, *MODALITIES, *KINDS):  # one token, so that it can be found again
+        assert tokenizer(f"A) {word}")["input_ids"][1:] == tokenizer(f" {word}")["input_ids"]
+        assert len(tokenizer(f" {word}")["input_ids"]) == 1, word
 
 
 def test_seed_fixes_weights_and_leaves_the_global_generator() -> None:
