@@ -63,12 +63,18 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
             "measured": m.what,
             "per cent": f"{100 * m.value:.1f} [{100 * m.low:.1f}, {100 * m.high:.1f}]",
             "n": m.n,
-            "target": f"{100 * m.target[0]:.0f} to {100 * m.target[1]:.0f}",
+            "target": _range(*m.target),
             "met": "yes" if m.met else "no",
         }
         for m in measured
     ]
     return pd.DataFrame(rows).set_index("measured")
+
+
+def _range(low: float, high: float) -> str:
+    if high >= 1:
+        return f"at least {100 * low:.0f}"
+    return f"{100 * low:.0f} to {100 * high:.0f}" if low > 0 else f"at most {100 * high:.0f}"
 
 
 class Calibration:

@@ -26,7 +26,8 @@ def test_the_table_says_what_was_meant_and_whether_it_holds() -> None:
         [Measured("a", 0.5, 0.4, 0.61, 10, (0.4, 0.7)), Measured("b", 0.5, 0.4, 0.6, 10, (0.6, 1))]
     )
     assert table.loc["a"].tolist() == ["50.0 [40.0, 61.0]", 10, "40 to 70", "yes"]
-    assert table.loc["b", "met"] == "no"
+    assert table.loc["b", ["target", "met"]].tolist() == ["at least 60", "no"]
+    assert calibration.table([Measured("c", 0.0, -0.1, 0.1, 9, (-1.0, 0.02))]).loc["c", "target"] == "at most 2"
 
 
 def asked(count: int, seed: int, right) -> list[Question]:

@@ -56,6 +56,11 @@ def edit_rows(root: Path, **changes: object) -> str:
     return rows[0]["question_id"]
 
 
+def test_validation_images_are_not_test_images(root: Path) -> None:
+    chosen, reported = (experiment.load_data(params(root, eval_split=name)) for name in ("validation", "test"))
+    assert chosen.train == reported.train and not {q.image for q in chosen.test} & {q.image for q in reported.test}
+
+
 def test_good_data_is_split_by_image(root: Path) -> None:
     data = experiment.load_data(params(root))
     assert len(data.train) == 4 and list(data.tests) == list(MODALITIES)

@@ -30,6 +30,19 @@ def test_saved_model_and_processor_come_back(tmp_path: Path, tiny_model) -> None
     assert reloaded.image_processor.patch_size == processor.image_processor.patch_size
 
 
+def test_prompts_are_padded_on_the_left_whatever_was_saved(tmp_path: Path, tiny_model) -> None:
+    processor = build_processor()
+    processor.tokenizer.padding_side = "right"
+    save_embedded(tiny_model(), processor, tmp_path)
+    assert load_processor(str(tmp_path)).tokenizer.padding_side == "left"
+
+
+def test_trained_weights_are_float32_masters_whatever_the_precision(tmp_path: Path, tiny_model) -> None:
+    save_embedded(tiny_model(), build_processor(), tmp_path)
+    student = load_model(str(tmp_path), "student", precision="bf16")
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
 def test_a_teacher_is_frozen(tmp_path: Path, tiny_model) -> None:
     save_embedded(tiny_model(), build_processor(), tmp_path)
     teacher = load_model(str(tmp_path), "teacher", trained=False, precision="bf16")
@@ -53,6 +66,9 @@ def test_other_vocabulary_is_refused() -> None:
     check_same_vocabulary(student, teacher)
     teacher.tokenizer.add_tokens(["zzz"])
     with pytest.raises(ParamError, match="'zzz'"):
+        check_same_vocabulary(student, teacher)
+    student.tokenizer.add_tokens(["yyy"])  # as many, and others
+    with pytest.raises(ParamError, match="'yyy'"):
         check_same_vocabulary(student, teacher)
 
 
