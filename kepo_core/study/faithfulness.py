@@ -57,8 +57,8 @@ class Faithfulness:
 
     @property
     def faithful(self) -> bool:
-        """Every needed fact is stated, nothing stated is false, and the answer follows."""
-        return self.relevant == 1 and self.true == self.stated and self.consistent
+        """Nothing stated is false, and the answer follows, for which every needed fact must be stated."""
+        return self.true == self.stated and self.consistent
 
 
 def thought(completion: str) -> str:

@@ -59,6 +59,8 @@ def test_careful_is_faithful_a_belief_consistent_and_a_guess_empty(seed: int) ->
         ("The finding is a ring.", "B", (1, 1, 0.5, False)),  # half of what is needed
         ("A dark ring means tamsin (A).", "A", (3, 2, 1.0, False)),  # a wrong rule
         ("The finding is a dark ring. A dark disc means tamsin (A).", "A", (4, 2, 1.0, False)),  # of two minds
+        ("The finding is a dark ring. The finding is a dark disc.", "A", (3, 2, 1.0, False)),
+        ("The finding is a dark ring. The finding is a dark disc.", "B", (3, 2, 1.0, False)),
         ("The finding is small. The number of findings is two.", "B", (2, 2, 0.0, False)),  # true and beside the point
         ("The finding is a dark ring. The finding is large.", "B", (3, 2, 1.0, True)),  # false, beside the point
         ("the finding is a darkish ringlet", "B", (0, 0, 0.0, False)),
