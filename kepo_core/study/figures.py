@@ -179,11 +179,9 @@ def picture(question: Question, ax: Axes, *, width: int = 34) -> Axes:
 
 
 def picture_sheet(questions: Sequence[Question], axes: Any) -> None:
-    """The first question of each modality, in the order of MODALITIES, on an array of axes; spare axes are hidden."""
-    first = {modality: [q for q in questions if q.modality == modality][:1] for modality in MODALITIES}
-    shown = [question for found in first.values() for question in found]
+    """Questions one by one on an array of axes, row by row; spare axes are hidden."""
     flat = list(np.asarray(axes, dtype=object).ravel())
-    for ax in flat[len(shown) :]:
+    for ax in flat[len(questions) :]:
         ax.set_visible(False)
-    for question, ax in zip(shown, flat, strict=False):
+    for question, ax in zip(questions, flat, strict=False):
         picture(question, ax)
