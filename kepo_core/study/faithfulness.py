@@ -32,7 +32,7 @@ _WORDS = {
 def _pattern(template: str) -> re.Pattern[str]:
     """A topic's sentence as what reads it; a thought may put the option's letter where the full stop was."""
     parts = re.split(r"\{(\w+)\}", template.removesuffix("."))
-    alternatives = {f: "|".join(re.escape(w) for w in sorted(_WORDS[f], key=len, reverse=True)) for f in parts[1::2]}
+    alternatives = {f: "|".join(map(re.escape, _WORDS[f])) for f in parts[1::2]}
     written = [rf"(?P<{part}>{alternatives[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts)]
     return re.compile(r"\b" + "".join(written) + r"\b")
 

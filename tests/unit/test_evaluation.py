@@ -197,6 +197,29 @@ def test_trim_keeps_the_end_and_nothing_behind_it():
     assert (completion.tolist(), finished) == ([5, 2], False)
 
 
+def test_sampling_follows_the_global_seed_and_greedy_decoding_does_not(model, processor, questions):
+    def texts(seed, temperature):
+        torch.manual_seed(seed)
+        asked = {"thinking": True, "max_tokens": 6, "batch_size": 4, "temperature": temperature}
+        return [answer.completion for answer in evaluate(model, processor, questions, **asked)]
+
+    assert texts(0, 1.0) == texts(0, 1.0) != texts(1, 1.0)
+    assert texts(0, 0.0) == texts(1, 0.0)
+    with pytest.raises(ValueError, match="temperature: -1"):
+        texts(0, -1.0)
+
+
+def test_another_prompt_takes_the_place_of_the_training_prompt(model, processor, questions):
+    seen = []
+    record = processor.apply_chat_template
+    spy = lambda messages, **options: seen.append(messages) or record(messages, **options)  # noqa: E731
+    asked = [vqa_messages(f"Other {q.question}", q.options, False) for q in questions]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor, "apply_chat_template", spy)
+        evaluate(model, processor, questions, thinking=True, max_tokens=2, batch_size=4, messages=asked)
+    assert seen == asked
+
+
 def test_a_limit_of_nothing_is_refused(model, processor, questions):
     with pytest.raises(ValueError, match="max_tokens: 0"):
         evaluate(model, processor, questions, **SETTINGS | {"max_tokens": 0})

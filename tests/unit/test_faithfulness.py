@@ -117,6 +117,28 @@ def test_the_table_and_the_rollouts_agree_with_the_judge() -> None:
     assert table["all stated is true"].startswith("100.0 [")
 
 
+def test_questions_that_share_a_picture_count_as_what_they_are() -> None:
+    rng = np.random.default_rng(0)
+    asked = [phantom.ask(rng, FACTS, TOPICS["kind"]) for _ in range(40)]
+
+    def width(per_picture: int) -> float:
+        questions = [
+            replace(question(a, f"q{i}"), image=Path(f"/data/Images/{i // per_picture}.png"))
+            for i, a in enumerate(asked)
+        ]
+        facts = {f"Images/{i}.png": FACTS for i in range(40)}
+        texts = [careful(a) if i % 8 < 4 else guess(a, rng) for i, a in enumerate(asked)]
+        answers = [
+            Answer(q.id, "CT", "t", t, AnswerOutcome.CORRECT, q.answer, True, True, 9, True)
+            for q, t in zip(questions, texts, strict=True)
+        ]
+        cell = faithfulness_table({"m": answers}, questions, facts).loc["m", "faithful"]
+        low, high = cell.split("[")[1].strip("]").split(", ")
+        return float(high) - float(low)
+
+    assert width(4) > 1.5 * width(1)
+
+
 def test_facts_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
     phantom.write_phantom(tmp_path / "set", 0, {"MRI": 2})
     facts = phantom.load_facts(tmp_path / "set")
