@@ -23,7 +23,7 @@ from kepo_core.data.errors import DataError
 from kepo_core.data.phantom_render import render
 from kepo_core.data.records import LETTERS, MODALITIES
 
-VERSION = "2"  # part of the cache folder's name: raise it with every change to what is written
+VERSION = "3"  # part of the cache folder's name: raise it with every change to what is written
 KINDS = ("disc", "ring", "bar", "cross")
 PLACES = ("upper left", "upper right", "lower left", "lower right")
 SIZES = ("small", "large")
@@ -97,11 +97,12 @@ TOPICS = (
           DIAGNOSES, "diagnosis", 3, "The finding is a {contrast} {kind}.", "A {contrast} {kind} means {diagnosis}."),
     Topic("grade", "Lesion Grading",
           ("What grade is the lesion?", "Which grade applies?"),
-          GRADES, "grade", 3, "There is {number} {size} finding.", "So {number} {size} means {grade}."),
+          GRADES, "grade", 3, "The size is {size} and the number is {number}.",
+          "So {size} and {number} means {grade}."),
 )  # fmt: skip
 # How often a topic is drawn first. Two-fact questions often, so that reasoning pays; the modality seldom, because
 # within one modality its answer can be told without the picture.
-_WEIGHTS = np.array([0.012, 0.17, 0.17, 0.035, 0.035, 0.03, 0.29, 0.258])
+_WEIGHTS = np.array([0.006, 0.17, 0.17, 0.035, 0.035, 0.035, 0.285, 0.264])
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def ask(rng: np.random.Generator, facts: Facts, topic: Topic) -> Asked:
 
 
 def draw_topics(rng: np.random.Generator, count: int) -> list[Topic]:
-    """``count`` different topics by their weights."""
+    """``count`` different topics by the weights of the set."""
     return [TOPICS[i] for i in rng.choice(len(TOPICS), count, replace=False, p=_WEIGHTS)]
 
 

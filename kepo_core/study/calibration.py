@@ -259,7 +259,7 @@ def prior(
 def priors(root: Path, seed: int = 0) -> list[Measured]:
     """The blind baselines on PhantomVQA at ``root``: over all modalities, and within each one's own questions.
 
-    Within one modality, the text of a modality question gives its answer away; such questions are about 2 %.
+    Within one modality, the text of a modality question gives its answer away; such questions are about 1 %.
     """
     questions = load_raw(root)
     shown = load_facts(root)

@@ -29,7 +29,7 @@ FACT_WORDS = {
     "contrast": phantom.CONTRASTS,
 }
 
-
+EVEN_TOPICS = 0.3  # of the lessons have a topic drawn evenly: some are too rare in the set to be learned from it
 LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more
 
 
@@ -193,7 +193,7 @@ class Tasks:
         if task == "lookup":
             listed, pairs = _lookup(self.rng)
             return self.render([{"role": "user", "content": listed}]), pairs
-        asked = phantom.ask(self.rng, facts, phantom.draw_topics(self.rng, 1)[0])
+        asked = self._ask(facts)
         if task == "hint":
             messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
             return self.render(messages), f"<hint>{asked.evidence}</hint>"
@@ -201,14 +201,20 @@ class Tasks:
             context = str(self.rng.choice(prompts.HINT_CONTEXTS, p=[0.4, 0.4, 0.2]))
             # Half of the hints are about another picture: what a hint says counts, not what is seen.
             if "hint" in context and self.rng.random() < 0.5:
-                told = phantom.draw_facts(self.rng, facts.modality)
-                asked = phantom.ask(self.rng, told, phantom.draw_topics(self.rng, 1)[0])
+                asked = self._ask(phantom.draw_facts(self.rng, facts.modality))
             messages = prompts.hint_aware_messages(asked.question, asked.options, asked.evidence, asked.answer, context)
             return self.render(messages), self._told(asked)
         messages = prompts.vqa_messages(asked.question, asked.options, task == "think")
         if task == "plain":
             return self.render(messages), f"<answer>{asked.answer}</answer>"
         return self.render(messages), self._untold(asked)
+
+    def _ask(self, facts: Facts) -> Asked:
+        if self.rng.random() < EVEN_TOPICS:
+            topic = phantom.TOPICS[self.rng.integers(len(phantom.TOPICS))]
+        else:
+            (topic,) = phantom.draw_topics(self.rng, 1)
+        return phantom.ask(self.rng, facts, topic)
 
     def _untold(self, asked: Asked) -> str:
         mistake = believed(asked, self.rng)

@@ -74,7 +74,7 @@ def test_by_hand(text: str, letter: str, expected: tuple[int, int, float, bool])
 
 def test_values_that_begin_alike_are_told_apart() -> None:
     asked = asked_about("grade", ("grade I", "grade II", "grade III"))
-    text = "There is two small finding. So two small means {} (B)."
+    text = "The size is small and the number is two. So small and two means {} (B)."
     assert judged(asked, text.format("grade II"), "B").faithful
     assert not judged(asked, text.format("grade III"), "B").consistent
 
