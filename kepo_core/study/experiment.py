@@ -23,7 +23,7 @@ from kepo_core.study import statistics
 from kepo_core.study.dataset import to_dataset
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.metrics import MetricsWriter
-from kepo_core.study.models import check_same_vocabulary, load_model, load_processor
+from kepo_core.study.models import best_device, check_same_vocabulary, load_model, load_processor
 from kepo_core.study.runs import Run
 
 
@@ -123,6 +123,7 @@ def training_config(params: Params, output_dir: Path, world_size: int = 1) -> KE
         num_train_epochs=params.epochs,
         lr_scheduler_type=params.lr_scheduler,
         bf16=params.precision == "bf16",
+        use_cpu=best_device().type == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",

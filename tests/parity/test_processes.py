@@ -13,20 +13,25 @@ from kepo_harness import sharp_model
 
 from kepo_core.method.rollouts import collect_rollouts
 
-SCRIPT = Path(__file__).parent / "two_processes.py"
+HERE = Path(__file__).parent
 
 
-def launch(output_dir: Path, world_size: int, *overrides: str) -> tuple[dict, pd.DataFrame]:
+def start(script: str, world_size: int, output_dir: Path, *arguments: str) -> None:
+    """Run ``script`` on so many processes, to its end."""
     output_dir.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent.parent), str(SCRIPT.parent.parent.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)]),
     }
-    arguments = [str(SCRIPT), str(output_dir), str(world_size), *overrides]
-    done = subprocess.run([*command, *arguments], env=environment, timeout=600, capture_output=True, text=True)
+    command += [str(HERE / script), str(output_dir), str(world_size), *arguments]
+    done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launch(output_dir: Path, world_size: int, *overrides: str) -> tuple[dict, pd.DataFrame]:
+    start("two_processes.py", world_size, output_dir, *overrides)
     return torch.load(output_dir / "result.pt"), collect_rollouts(output_dir)
 
 
@@ -45,3 +50,8 @@ def test_two_processes_equal_one_on_the_same_rollouts(tmp_path: Path, overrides:
     assert torch.allclose(one["weights"], two["weights"], rtol=1e-5, atol=1e-6)
     start = torch.cat([p.detach().flatten() for p in sharp_model(0).parameters()])
     assert (one["weights"] - start).abs().max() > 1e-4
+
+
+def test_algorithm_1_on_two_processes(tmp_path: Path) -> None:
+    start("two_processes_algorithm_1.py", 2, tmp_path / "two", "40")
+    assert (tmp_path / "two" / "agreed").read_text() == "40"
