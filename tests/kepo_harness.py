@@ -107,6 +107,7 @@ def make_trainer(
     teacher_model: Any = None,
     dataset: Any = None,
     trainer_args: dict[str, Any] | None = None,
+    rewards: Any = None,
     **overrides: Any,
 ) -> ScriptedTrainer:
     """A scripted trainer with a real (random) teacher; ``hints`` replaces what the teacher would write."""
@@ -124,7 +125,7 @@ def make_trainer(
             teacher.write_hints = write
     trainer = ScriptedTrainer(
         student or sharp_model(0),
-        None,
+        rewards,
         args,
         dataset or make_dataset(),
         teacher=teacher,
@@ -141,3 +142,22 @@ def batch_of(trainer: KEPOTrainer, *questions: int) -> list[dict[str, Any]]:
     """The rows of a generation batch: each question once per generation."""
     dataset = trainer.train_dataset
     return [dataset[q] for q in questions for _ in range(trainer.num_generations)]
+
+
+def fails_on_0(text: str, row: dict, before: int, hinted: bool) -> str:
+    """Question 0 is never answered without a hint; all others alternate between right and wrong."""
+    if row["id"] == "q0":
+        return right(row) if hinted else wrong(row)
+    return right(row) if before % 2 else wrong(row)
+
+
+def score_batch(trainer: KEPOTrainer, *questions: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return trainer._generate_and_score_completions(batch_of(trainer, *questions))
+
+
+def decode(trainer: KEPOTrainer, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """The texts of a batch of completions."""
+    return [
+        trainer._tokenizer.decode(row[m.bool()], skip_special_tokens=True) for row, m in zip(ids, mask, strict=True)
+    ]

@@ -63,13 +63,7 @@ def exploration_rewards(trainer: Any, rows: Sequence[Row], completions: Sequence
             log_metric=lambda *_: None,
             **columns,
         )
-        values = np.array([np.nan if value is None else value for value in values], dtype=float)
-        if values.shape != total.shape or not np.isfinite(values).all():
-            raise ValueError(
-                f"the reward function {function.__name__} returned {values.tolist()}, expected {len(completions)} "
-                "finite numbers"
-            )
-        total += weight * values
+        total += weight * np.array(values)
     return [float(value) for value in total]
 
 

@@ -21,8 +21,10 @@ Thinking: exactly ``<think>…</think>`` then ``<answer>…</answer>``; non-thin
 each tag once and nothing but white space outside. What stands inside a field may be anything.
 """
 
+import functools
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,3 +182,28 @@ def reward_functions(thinking: bool) -> list[RewardFunction]:
     # TRL names its metrics after the function.
     bound_format_reward.__name__ = format_reward.__name__
     return [accuracy_reward, bound_format_reward]
+
+
+def checked_reward(function: RewardFunction) -> RewardFunction:
+    """``function``, whose every call must return one finite number per completion: never a silent 0.
+
+    The returned function raises:
+        ValueError: anything else came back; names the function and the first completion it failed for.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: Any, completions: Sequence[Completion], **kwargs: Any) -> list[float]:
+        values = function(*args, completions=completions, **kwargs)
+        name = getattr(function, "__name__", type(function).__name__)
+        if not isinstance(values, Sized) or len(values) != len(completions):
+            got = f"{len(values)} values" if isinstance(values, Sized) else type(values).__name__
+            raise ValueError(f"the reward function {name} returned {got}, expected {len(completions)} numbers")
+        for row, value in enumerate(values):
+            if value is None or not math.isfinite(value):
+                raise ValueError(
+                    f"the reward function {name} returned {value} for completion {row} of {len(completions)}, "
+                    "expected a finite number"
+                )
+        return [float(value) for value in values]
+
+    return checked

@@ -7,6 +7,7 @@ around rewards and advantages, and `_compute_loss` (the divergence, from the sam
 ``explore`` off nothing that reaches the weights or TRL's metrics differs from GRPOTrainer by a bit.
 """
 
+import inspect
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head
 from kepo_core.method.loss import GatedLossTrainer
-from kepo_core.method.rewards import RewardFunction, reward_functions
+from kepo_core.method.rewards import RewardFunction, checked_reward, reward_functions
 from kepo_core.method.rollouts import Completion, Rollout, rollout_metrics, write_rollouts
 from kepo_core.method.teacher import Teacher
 
@@ -43,6 +44,15 @@ class _Generation:
     exploration: hinted.Exploration = field(default_factory=hinted.Exploration)
     injected: list[int] = field(default_factory=list)  # rows whose original was replaced
     rewards: Tensor | None = None  # (all rows, reward functions)
+
+
+def _checked(reward: Any, args: KEPOConfig) -> Any:
+    """A reward function that is checked at every call; reward models and asynchronous functions are TRL's affair."""
+    if inspect.isroutine(reward) and not inspect.iscoroutinefunction(reward):
+        return checked_reward(reward)
+    if args.explore and args.exploration_reward == "total":
+        raise ValueError(f"exploration_reward is 'total' but {reward} is a reward model, expected plain functions")
+    return reward
 
 
 class KEPOTrainer(GatedLossTrainer):
@@ -76,8 +86,8 @@ class KEPOTrainer(GatedLossTrainer):
         if not isinstance(args, KEPOConfig):
             raise ValueError(f"args is {type(args).__name__}, expected a KEPOConfig")
         self._check_parts(args, train_dataset, teacher, kwargs)
-        if reward_funcs is None:
-            reward_funcs = reward_functions(args.thinking)
+        given = reward_functions(args.thinking) if reward_funcs is None else reward_funcs
+        reward_funcs = [_checked(f, args) for f in (given if isinstance(given, list) else [given])]
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         self.teacher = teacher
         self._generation, self._window = _Generation([]), {}

@@ -1,0 +1,107 @@
+"""What KEPOTrainer logs and writes, and that it does so twice alike."""
+
+import math
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from kepo_harness import (
+    config,
+    fails_on_0,
+    make_dataset,
+    make_row,
+    make_trainer,
+    right,
+    score_batch,
+    wrong,
+)
+
+from kepo_core.method.exploration import leaving_members
+from kepo_core.method.rollouts import GLOSSARY, collect_rollouts
+from kepo_core.method.teacher import Teacher
+from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.study.embedded import build_model, build_processor
+
+
+def test_metrics_are_taken_before_injection_and_each_has_a_definition(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h", max_steps=2)
+    trainer.train()
+    first, second = trainer.state.log_history[:2]
+    logged = {name for name in first if name.startswith("kepo/")}
+    assert logged == set(GLOSSARY)
+    assert first["kepo/accuracy"] == pytest.approx(2 / 8) and first["rewards/accuracy_reward/mean"] == pytest.approx(
+        3 / 8
+    )
+    assert first["kepo/outcome/correct"] == pytest.approx(2 / 8) and first["kepo/outcome/wrong"] == pytest.approx(6 / 8)
+    assert first["kepo/format"] == 1.0 and first["kepo/reward"] == pytest.approx(1.25)
+    assert first["kepo/all_fail_rate"] == 0.5 and first["kepo/explored_groups"] == 1.0
+    assert first["kepo/draws"] == first["kepo/accepted"] == first["kepo/rescued_groups"] == 1.0
+    assert first["kepo/draw_tokens"] == len(trainer._tokenizer(right(make_row(0)))["input_ids"]) + 1
+    assert first["kepo/gate_rate"] == pytest.approx(3 / 8) and first["kepo/injected_mentions_hint"] == 0.0
+    assert first["kepo/loss_distill"] > 0 and first["kepo/divergence"] > 0 and first["kepo/loss_kl"] == 0.0
+    assert second["kepo/explored_groups"] == 0.0 and second["kepo/injected_log_ratio"] is None  # questions 2 and 3
+
+
+def test_rollouts_file(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "look left", max_steps=2, num_generations=4)
+    trainer.train()
+    rows = collect_rollouts(tmp_path)
+    assert len(rows) == 2 * 8 + 1 and rows["step"].tolist() == [1] * 9 + [2] * 8
+    injected, replaced = rows.query("injected").iloc[0], rows.query("replaced").iloc[0]
+    assert injected["row"] == replaced["row"] and injected["id"] == replaced["id"] == "q0"
+    assert injected["completion"] == right(make_row(0)) and replaced["completion"] == wrong(make_row(0))
+    assert (injected["outcome"], replaced["outcome"]) == ("correct", "wrong")
+    assert injected["gate"] and not replaced["gate"] and math.isnan(replaced["advantage"])
+    assert injected["advantage"] == pytest.approx(0.75) and injected["reward"] == 2.0 and replaced["reward"] == 1.0
+    group = rows.query("step == 1 and group == 0")
+    assert (
+        set(group["hint"]) == {"look left"} and set(group["draws"]) == {1} and set(group["exploration"]) == {"rescued"}
+    )
+    assert set(rows.query("group == 1")["hint"]) == {""} and set(rows.query("step == 2")["exploration"]) == {""}
+    member = leaving_members(1, 4, random.Random("42/1/0/leave/0"))[0]
+    assert injected["row"] == member
+    assert not rows["completion"].str.contains("look left").any()
+
+
+def test_no_rollouts_file_when_it_is_switched_off(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h", log_rollouts=False)
+    trainer.train()
+    assert not (tmp_path / "rollouts").exists() and collect_rollouts(tmp_path).empty
+    assert "completion" in collect_rollouts(tmp_path).columns
+
+
+def test_truncated_completions_are_counted_as_such(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, lambda *a: "<think>on and on…", explore=False)
+    score_batch(trainer, 0, 1)
+    assert trainer._metrics["train"]["kepo/outcome/truncated"] == [1.0]
+    finished = make_trainer(tmp_path, lambda *a: "<think>on and on", explore=False)
+    score_batch(finished, 0, 1)
+    assert finished._metrics["train"]["kepo/outcome/missing"] == [1.0]
+
+
+def train_for_real(output_dir: Path, seed: int) -> tuple[pd.DataFrame, list[dict], torch.Tensor]:
+    args = config(output_dir, max_steps=2, max_completion_length=6, seed=seed, tau=0.0, hint_max_tokens=12,
+                  rejection_budget=2, shuffle_dataset=True)  # fmt: skip
+    teacher = Teacher(build_model("test", 1), build_processor())
+    trainer = KEPOTrainer(build_model("test", 0), None, args, make_dataset(), teacher=teacher,
+                          processing_class=build_processor())  # fmt: skip
+    trainer.train()
+    clock = ("runtime", "per_second", "step_time")
+    logs = [{k: v for k, v in h.items() if not k.endswith(clock) and "profiling" not in k}
+            for h in trainer.state.log_history]  # fmt: skip
+    return collect_rollouts(output_dir), logs, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_two_runs_are_equal_bit_for_bit_and_another_seed_is_not(tmp_path: Path) -> None:
+    rows, logs, weights = train_for_real(tmp_path / "a", 0)
+    again = train_for_real(tmp_path / "b", 0)
+    pd.testing.assert_frame_equal(rows, again[0])
+    assert logs == again[1] and torch.equal(weights, again[2])
+    assert (rows["exploration"] != "").any()
+    names = [p.name for p in sorted((tmp_path / "a" / "rollouts").iterdir())]
+    assert all((tmp_path / x / "rollouts" / n).read_bytes() == (tmp_path / "a" / "rollouts" / n).read_bytes()
+               for x in "ab" for n in names)  # fmt: skip
+    other = train_for_real(tmp_path / "c", 1)
+    assert not torch.equal(weights, other[2])

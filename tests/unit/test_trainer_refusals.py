@@ -1,0 +1,195 @@
+"""What KEPOTrainer refuses, and with which words."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kepo_harness import (
+    batch_of,
+    config,
+    fails_on_0,
+    make_dataset,
+    make_trainer,
+    score_batch,
+)
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from kepo_core.method.rewards import reward_functions
+from kepo_core.method.teacher import Teacher
+from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
+from kepo_core.params import ParamError, Params
+from kepo_core.study.embedded import build_model, build_processor
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"thinking": False}, "explore is True but thinking is False"),
+        ({"tau": 1.5}, "tau is 1.5, expected 0 to 1"),
+        ({"tau": -0.1}, "tau"),
+        ({"tau": 2.5, "gate_reward": "total"}, "expected 0 to 2"),
+        ({"gate_reward": "format"}, "gate_reward is 'format', expected one of accuracy, total"),
+        ({"on_exhausted": "retry"}, "on_exhausted"),
+        ({"advantage": "median"}, "advantage"),
+        ({"injected_per_group": 4}, "injected_per_group is 4"),
+        ({"rejection_budget": 0}, "rejection_budget"),
+        ({"distill_beta": 1.1}, "distill_beta"),
+        ({"distill_temperature": 0.0}, "distill_temperature"),
+        ({"distill_coef": -1.0}, "distill_coef"),
+        ({"loss_type": "dapo"}, "loss_type"),
+        ({"scale_rewards": "batch"}, "scale_rewards is 'batch'"),
+        ({"importance_sampling_level": "sequence"}, "importance_level"),
+        ({"ratio_clip": "eq5", "epsilon_high": 0.3}, "epsilon_high"),
+    ],
+)  # fmt: skip
+def test_a_wrong_parameter_is_named(tmp_path: Path, overrides: dict, sentence: str) -> None:
+    with pytest.raises(ParamError, match=sentence):
+        config(tmp_path, **overrides)
+
+
+def test_every_method_parameter_of_a_run_is_a_field_of_the_configuration() -> None:
+    here, defaults = KEPOConfig.__dataclass_fields__, Params()
+    method = ["thinking", "distill", "tau", "gate_reward", "gate_compare", "distill_beta", "distill_coef",
+              "distill_temperature", "distill_normalizer", "explore", "exploration_reward", "rejection_budget",
+              "injected_per_group", "on_exhausted", "hint_context", "hint_importance", "hint_max_tokens", "advantage",
+              "ratio_clip", "importance_level", "epsilon", "beta"]  # fmt: skip
+    assert {name: here[name].default for name in method} == {name: getattr(defaults, name) for name in method}
+
+
+def build(
+    tmp_path: Path, teacher: Any = None, dataset: Any = None, rewards: Any = None, **overrides: Any
+) -> KEPOTrainer:
+    return KEPOTrainer(build_model("test", 0), rewards, config(tmp_path, **overrides), dataset or make_dataset(),
+                       teacher=teacher, processing_class=build_processor())  # fmt: skip
+
+
+def test_a_missing_teacher_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="distill is True but teacher is None"):
+        build(tmp_path)
+    with pytest.raises(ValueError, match="explore is True but teacher is None"):
+        build(tmp_path, distill=False)
+
+
+@pytest.mark.parametrize("column", ["question", "options", "answer", "image", "id"])
+def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
+    rows = [{k: v for k, v in make_dataset()[i].items() if k != column} for i in range(2)]
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, i: int) -> dict:
+            return rows[i]
+
+    with pytest.raises(ValueError, match=f"train_dataset lacks {column}"):
+        build(tmp_path, teacher=Teacher(build_model("test", 1), build_processor()), dataset=Rows())
+
+
+def test_a_plain_grpo_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a KEPOConfig"):
+        KEPOTrainer(build_model("test", 0), None, GRPOConfig(str(tmp_path), use_cpu=True), make_dataset())
+
+
+def broken(value: Any) -> Any:
+    def broken_reward(completions: list, **_: Any) -> Any:
+        return [1.0] * (len(completions) - 1) + [value] if value != "short" else [1.0]
+
+    return broken_reward
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, float("inf"), "short"])
+@pytest.mark.parametrize("parts", [True, False])
+def test_a_reward_that_is_no_number_for_each_completion_stops_the_run(tmp_path: Path, value: Any, parts: bool) -> None:
+    trainer = make_trainer(
+        tmp_path, fails_on_0, hints=lambda row: "h", distill=parts, explore=parts, rewards=broken(value)
+    )
+    said = "1 values, expected 8 numbers" if value == "short" else f"{value} for completion 7 of 8"
+    with pytest.raises(ValueError, match=f"the reward function broken_reward returned {said}"):
+        score_batch(trainer, 1, 2)
+
+
+def test_a_reward_that_is_no_list_stops_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h", rewards=lambda completions, **_: 1.0)
+    with pytest.raises(ValueError, match="returned float, expected 8 numbers"):
+        score_batch(trainer, 1, 2)
+
+
+@pytest.mark.parametrize("value", [None, "short"])
+def test_a_broken_reward_stops_exploration_too(tmp_path: Path, value: Any) -> None:
+    trainer = make_trainer(
+        tmp_path, fails_on_0, hints=lambda row: "h", exploration_reward="total", rewards=[broken(value)]
+    )
+    with pytest.raises(ValueError, match="broken_reward returned"):
+        score_batch(trainer, 0, 1)
+
+
+def test_a_reward_model_is_checked_row_by_row_and_cannot_explore_on_totals(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h")
+    trainer.reward_funcs, trainer.reward_weights = [broken(None)], torch.ones(1)  # as a model's output would pass
+    trainer.reward_func_names, trainer.reward_processing_classes = ["model"], [None]
+    with pytest.raises(ValueError, match="model returned nan or None for row 7 of step 1"):
+        score_batch(trainer, 1, 2)
+    with pytest.raises(ValueError, match="exploration_reward is 'total' but some/model is a reward model"):
+        make_trainer(tmp_path, fails_on_0, exploration_reward="total", rewards=["some/model"])
+
+
+def test_a_reward_that_raises_is_not_swallowed(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h")
+    rows = batch_of(trainer, 1, 2)
+    rows[3] = rows[3] | {"answer": "Z"}
+    with pytest.raises(ValueError, match="option letters"):
+        trainer._generate_and_score_completions(rows)
+
+
+def test_a_completion_of_no_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(tmp_path, distill=False, explore=False)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda *a, **k: ([[5, 6], []], None))
+    with pytest.raises(ValueError, match="completion 1 of step 1 has no tokens"):
+        trainer._generate_and_score_completions(batch_of(trainer, 0)[:2])
+
+
+def test_a_loss_that_is_no_number_names_step_and_term(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, explore=False)
+    with torch.no_grad():
+        trainer.teacher.head.weight[3] = math.nan
+    with pytest.raises(FloatingPointError, match="the distill loss is nan at step 1"):
+        trainer.train()
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, fails_on_0, explore=False, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1
+    )
+    after: dict[int, torch.Tensor] = {}
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            after[state.global_step] = model.lm_head.weight.detach().clone()
+            if state.global_step == 2:
+                with torch.no_grad():
+                    trainer.teacher.head.weight[3] = math.nan
+
+    trainer.add_callback(Break())
+    with pytest.raises(FloatingPointError, match="at step 3"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    (name,) = [key for key in saved if "embed_tokens" in key]  # tied to the head
+    assert torch.equal(saved[name], after[2]) and torch.equal(trainer.model.lm_head.weight, after[2])
+
+
+def test_a_group_that_does_not_fill_the_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"generation_batch_size \(8\) must be divisible by num_generations \(3\)"):
+        config(tmp_path, num_generations=3)
+
+
+def test_reward_functions_fit_the_prompt(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, lambda *a: f"<answer>{a[1]['answer']}</answer>", explore=False, thinking=False,
+                           dataset=make_dataset(thinking=False))  # fmt: skip
+    score_batch(trainer, 0, 1)
+    assert trainer._metrics["train"]["kepo/reward"] == [2.0] and trainer._metrics["train"]["reward"] == [2.0]
+    assert trainer.reward_func_names == [f.__name__ for f in reward_functions(False)]
