@@ -1,6 +1,6 @@
-"""``kepo run`` executes a notebook into a run folder; ``kepo params`` lists every parameter.
+"""``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on; ``kepo params`` lists parameters.
 
-Exit codes of ``kepo run``: 0 completed, 1 failed (the folder says why), 2 refused (a parameter or the data do not
+Exit codes of the first two: 0 completed, 1 failed (the folder says why), 2 refused (a parameter or the data do not
 fit; nothing is left behind), 130 interrupted.
 """
 
@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "params":
             print(Params.load(arguments.file).to_yaml(), end="")
             return COMPLETED
+        if arguments.command == "resume":
+            return resume_run(arguments.run)
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
         return run_notebook(arguments.notebook, arguments.file, overrides)
     except ParamError as error:
@@ -64,6 +66,7 @@ def run_notebook(notebook: str | Path, file: str | Path | None, overrides: dict[
     from kepo_core.study.runs import Run  # what executes is imported only once the parameters are known to fit
 
     run = Run.allocate(params, owner="kepo run")
+    run.remember(notebook=_from_root(path))
     shown = _from_root(run.path)
     print(f"kepo: run folder {shown}", flush=True)
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -73,6 +76,25 @@ def run_notebook(notebook: str | Path, file: str | Path | None, overrides: dict[
         shutil.rmtree(run.path)
     else:
         print(f"kepo: {run.status['state']}, everything about it is in {shown}", flush=True)
+    return code
+
+
+def resume_run(folder: str) -> int:
+    """Execute the notebook of a run that ended early once more; training goes on from its newest checkpoint.
+
+    Raises `ParamError` if ``folder`` holds no such run.
+    """
+    from kepo_core.study.runs import Run
+
+    run = Run.open(folder)
+    notebook = run.provenance.get("notebook")
+    if not notebook or not resolve(notebook).is_file():
+        raise ParamError(f"run_dir {folder} does not say which notebook made it, expected a folder of `kepo run`")
+    run = Run.reopen(folder)
+    shown = _from_root(run.path)
+    print(f"kepo: going on in {shown}", flush=True)
+    code = _execute_and_conclude(resolve(notebook), run, {"params_file": f"{shown}/params.yaml", "run_dir": shown})
+    print(f"kepo: {run.status['state']}, everything about it is in {shown}", flush=True)
     return code
 
 
@@ -182,6 +204,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("NAME", "VALUE"),
         help="one parameter over the file's; repeatable",
     )
+    resume = commands.add_parser("resume", help="go on with a run that was interrupted, failed or killed")
+    resume.add_argument("run", help="its folder")
     listing = commands.add_parser("params", help="print every parameter with its meaning, as a parameter file")
     listing.add_argument("-f", "--file", metavar="PARAMS_FILE", help="show this file's values")
     return parser

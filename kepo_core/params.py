@@ -19,8 +19,8 @@ from typing import Any, Self
 from kepo_core.params_io import ParamError as ParamError  # callers import it from here
 from kepo_core.params_io import parameter_cell_names, read_yaml, yaml_scalar
 
-#: Parameters that say where things lie, not what is computed: they leave the hash alone.
-PLACES = ("results_dir", "run_dir", "params_file")
+#: Parameters that say where things lie and how often, not what is computed: they leave the hash alone.
+PLACES = ("results_dir", "run_dir", "params_file", "save_steps")
 
 _PLAIN = (bool, int, float, str, list, dict, tuple, set, type(None))
 _KIND = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
@@ -124,6 +124,7 @@ class Params:
     # -- run
     results_dir: str = _p("results", "where run folders are made, from the project's root")
     run_dir: str = _p("", "the run's folder; empty: a new one is made")
+    save_steps: int = _p(25, "optimiser steps between checkpoints, from which `kepo resume` goes on; 0: none", low=0)
     params_file: str = _p("", "the file that this run's parameters came from")
 
     def __post_init__(self) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
 
 from kepo_core.method import objective
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import Targets, require_finite
+from kepo_core.method.resume import ResumableTrainer
 from kepo_core.method.teacher import Teacher
 
 
@@ -26,7 +26,7 @@ class _Forward:
         return self.output
 
 
-class GatedLossTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
+class GatedLossTrainer(ResumableTrainer):
     """GRPOTrainer whose batches may carry a gate.
 
     What it reads in a batch beside TRL's entries (all optional, (B, …) on this process):
@@ -38,8 +38,6 @@ class GatedLossTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
 
     args: KEPOConfig
     teacher: Teacher | None
-    #: Sums of entropy, its tokens, divergence and its tokens since the last optimiser step, by mode.
-    _window: dict[str, list[float]]
 
     def _targets(self, inputs: dict[str, Any]) -> Targets | None:
         """The teacher's view of the gated rows of a micro-batch; None where there is nothing to ask for.
@@ -117,6 +115,7 @@ class GatedLossTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         means = {name: value / self.accelerator.num_processes for name, value in zip(terms, values, strict=False)}
         require_finite(means, self.state.global_step + 1)
         logged = {f"kepo/loss_{name}": value for name, value in means.items()}
+        # Sums of entropy, its tokens, divergence and its tokens since the last optimiser step.
         window = self._window.setdefault(mode, [0.0] * len(sums))
         window[:] = [total + value for total, value in zip(window, values[len(terms) :], strict=True)]
         if self.accelerator.sync_gradients:  # the micro-batches of an optimiser step are one mean, not one each

@@ -15,14 +15,15 @@ from kepo_core.data.phantom import ensure_phantom
 from kepo_core.data.records import Answer, Question
 from kepo_core.data.splits import fingerprint, image_key, study_split
 from kepo_core.method.config import KEPOConfig
+from kepo_core.method.resume import last_checkpoint, trained_steps
 from kepo_core.method.rewards import reward_functions
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import ParamError, Params
-from kepo_core.study import statistics
+from kepo_core.study import diagnosis, statistics
 from kepo_core.study.dataset import to_dataset
 from kepo_core.study.evaluation import Progress, evaluate
-from kepo_core.study.metrics import MetricsWriter
+from kepo_core.study.metrics import MetricsWriter, forget_after
 from kepo_core.study.models import best_device, check_same_vocabulary, load_model, load_processor
 from kepo_core.study.runs import Run
 
@@ -126,7 +127,8 @@ def training_config(params: Params, output_dir: Path, world_size: int = 1) -> KE
         use_cpu=best_device().type == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if params.save_steps else "no",
+        save_total_limit=1,
         report_to="none",
         disable_tqdm=True,  # the notebook shows its own progress
         **{name: getattr(params, name) for name in shared},
@@ -148,6 +150,19 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)  # prints every logged dictionary whole; they are in metrics.jsonl
     return trainer
+
+
+def train(trainer: KEPOTrainer, run: Run) -> pd.DataFrame:
+    """Train to the end, from the run's newest checkpoint where it has one; the model goes into the run's folder.
+
+    What an earlier process logged behind that checkpoint is forgotten first, as it will come again. Returns
+    ``diagnosis.training_table``'s rows.
+    """
+    checkpoint = last_checkpoint(run.training_dir)
+    forget_after(run, trained_steps(checkpoint) if checkpoint else 0)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(run.path / "model"))
+    return diagnosis.read_training(run.path / "metrics.jsonl")
 
 
 def evaluate_student(

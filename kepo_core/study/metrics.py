@@ -1,11 +1,12 @@
 """What the trainer logs, as files: ``metrics.jsonl`` for what is computed, ``timings.jsonl`` for how long it took."""
 
+import json
 import time
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kepo_core.study.runs import Run, json_line
+from kepo_core.study.runs import Run, json_line, write_atomically
 
 
 def is_timing(name: str) -> bool:
@@ -14,13 +15,33 @@ def is_timing(name: str) -> bool:
     return name.startswith("profiling/") or last == "step_time" or last.endswith(("runtime", "_per_second"))
 
 
+_FILES = ("metrics.jsonl", "timings.jsonl")
+
+
+def forget_after(run: Run, step: int) -> None:
+    """Drop what was logged behind optimiser step ``step``: a resumed run computes it again.
+
+    A last line that a killed process left unfinished goes as well.
+    """
+    for name in _FILES:
+        path = run.path / name
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomically(path, "".join(kept))
+
+
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
     """Writes each dictionary of logged numbers as one line with its step; the main process alone writes."""
 
     def __init__(self, run: Run) -> None:
-        self._metrics = run.path / "metrics.jsonl"
-        self._timings = run.path / "timings.jsonl"
+        self._metrics, self._timings = (run.path / name for name in _FILES)
         self._start = time.perf_counter()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Let the clock of a resumed run go on where it stopped."""
+        lines = self._timings.read_text(encoding="utf-8").splitlines() if self._timings.exists() else []
+        self._start = time.perf_counter() - (json.loads(lines[-1])["seconds"] if lines else 0.0)
 
     def on_log(
         self,

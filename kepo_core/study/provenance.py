@@ -63,6 +63,17 @@ def hardware() -> dict[str, Any]:
     return found
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine has that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

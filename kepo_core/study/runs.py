@@ -16,6 +16,7 @@ A status that stays ``running`` although its process is gone means that the run 
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,6 +73,22 @@ class Run:
         return cls(path, Params.load(path / "params.yaml"))
 
     @classmethod
+    def reopen(cls, path: str | Path) -> Self:
+        """A run that ended early, set running again by the ``kepo`` command.
+
+        Raises `ParamError` if it has completed, or if its process is still at work.
+        """
+        run = cls.open(path)
+        status = run.status
+        if status["state"] == "completed":
+            raise ParamError(f"run_dir {path} holds a completed run, and no run is ever overwritten")
+        if status["state"] == "running" and provenance.is_alive(status["pid"]):
+            raise ParamError(f"run_dir {path} is at work in process {status['pid']}, expected a run that has ended")
+        started, resumed = status["started"], [*status.get("resumed", []), _utc(time.gmtime())]
+        run._write_status("running", owner="kepo run", pid=os.getpid(), started=started, resumed=resumed)
+        return run
+
+    @classmethod
     def for_notebook(cls, params: Params) -> Self:
         """The folder of the notebook that calls this: the one that ``kepo run`` made, else a new one.
 
@@ -91,19 +108,21 @@ class Run:
                     f"{changed[0]} is {given[changed[0]]!r} in the notebook but {asked[changed[0]]!r} in its run "
                     "folder; parameter cells leave values to the parameter file (None)"
                 )
-        run._update_provenance(hardware=provenance.hardware())
+        run.remember(hardware=provenance.hardware())
         return run
 
     # -- what a run leaves
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """``provenance.json`` as it is now."""
+        found: dict[str, Any] = json.loads((self.path / "provenance.json").read_text(encoding="utf-8"))
+        return found
+
+    @property
     def training_dir(self) -> Path:
         """Where the trainer works; its rollouts come from here however the run ends."""
         return self.path / "training"
-
-    def record_data(self, fingerprint: Mapping[str, Any]) -> None:
-        """Put what identifies the data (counts, hashes) into ``provenance.json``."""
-        self._update_provenance(data=dict(fingerprint))
 
     def write_table(self, table: str, frame: pd.DataFrame) -> Path:
         """Write ``<table>.parquet`` at once."""
@@ -148,7 +167,10 @@ class Run:
         self.conclude("failed", error=error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
     def conclude(self, state: State, error: str = "") -> None:
-        """Gather what training wrote batch by batch into ``rollouts.parquet``, then write the last status."""
+        """Gather what training wrote batch by batch into ``rollouts.parquet``, then write the last status.
+
+        A completed run needs its checkpoints no more: they go.
+        """
         try:
             rollouts = collect_rollouts(self.training_dir)
             if not rollouts.empty:
@@ -157,16 +179,18 @@ class Run:
             state, told = ("failed" if state == "completed" else state), f"{error}; " if error else ""
             error = f"{told}the rollouts could not be gathered: {problem}"
         first_line = error.strip().splitlines()[0] if error.strip() else ""
-        old = {key: value for key, value in self.status.items() if key in ("owner", "pid", "started")}
+        old = {key: value for key, value in self.status.items() if key in ("owner", "pid", "started", "resumed")}
         extra = {"headline": self.headline or {}, "finished": _utc(time.gmtime())}
+        for checkpoint in self.training_dir.glob("checkpoint-*") if state == "completed" else ():
+            shutil.rmtree(checkpoint)
         self._write_status(state, **old, **extra, **({"error": first_line} if first_line else {}))
 
     def _write_status(self, state: State, **entries: Any) -> None:
         write_json(self.path / "status.json", {"state": state, **entries})
 
-    def _update_provenance(self, **entries: Any) -> None:
-        path = self.path / "provenance.json"
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
+    def remember(self, **entries: Any) -> None:
+        """Put entries into ``provenance.json``."""
+        write_json(self.path / "provenance.json", {**self.provenance, **entries})
 
 
 def write_atomically(path: Path, text: str) -> None:

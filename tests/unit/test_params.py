@@ -203,7 +203,7 @@ def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
     else:
         other = {str: lambda: value + "x", int: lambda: value + 2, float: lambda: value * 0.5 + 0.03}[f.type]()
     changed = base.replace(**{name: other})
-    assert (changed.hash == base.hash) == (name in ("results_dir", "run_dir", "params_file"))
+    assert (changed.hash == base.hash) == (name in ("results_dir", "run_dir", "params_file", "save_steps"))
 
 
 def test_method_names():

@@ -140,7 +140,7 @@ def test_tables_and_figures_and_data_have_their_places(params):
     run = Run.allocate(params)
     run.write_table("predictions", pd.DataFrame({"correct": [True]}))
     run.save_figure("curves", Figure())
-    run.record_data({"train": {"questions": 600, "sha256": "ab"}})
+    run.remember(data={"train": {"questions": 600, "sha256": "ab"}})
     assert pd.read_parquet(run.path / "predictions.parquet")["correct"].tolist() == [True]
     assert (run.path / "figures/curves.png").read_bytes().startswith(b"\x89PNG")
     found = read_json(run.path / "provenance.json")

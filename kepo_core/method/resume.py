@@ -1,0 +1,124 @@
+"""Checkpoints from which training goes on as if it had never stopped.
+
+transformers keeps weights, optimiser, schedule, step and random generators. What it and TRL leave out, and what is
+kept here: the rollouts of a generation window that is not used up, the place inside that window, metrics that are
+not logged yet, and how often the sampler has shuffled. A checkpoint is written beside its place and moved there
+whole, so that whatever is called ``checkpoint-N`` can be resumed from, wherever the process was killed.
+"""
+
+import json
+import math
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from trl import GRPOTrainer
+
+#: Entries of a buffered batch that are computed again from the others.
+_DERIVED = ("kepo_targets",)
+_PARTIAL = ".partial"
+
+
+class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
+    """GRPOTrainer whose ``train(resume_from_checkpoint=…)`` is exact on the CPU.
+
+    The tables of ``log_completions`` alone begin anew: completions that were not written yet are not kept.
+    """
+
+    #: (step, number within the step) of the newest generation batch.
+    _generation_of_step: tuple[int, int] = (-1, 0)
+    #: Sums since the last optimiser step, by mode.
+    _window: dict[str, list[float]]
+    _resumed_from: str | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in transformers; ``True`` takes the newest checkpoint of ``output_dir``, or starts where there is none."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed_from and 0 < self.args.max_steps <= trained_steps(self._resumed_from):
+            # The loop of transformers takes one more step before it looks at max_steps.
+            self._load_from_checkpoint(self._resumed_from)
+            self.state = TrainerState.load_from_json(str(Path(self._resumed_from) / "trainer_state.json"))
+            return TrainOutput(self.state.global_step, math.nan, {})
+        return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The checkpoint of transformers and the loop's own state, complete or not there at all."""
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        partial, main = folder / _PARTIAL, self.args.should_save
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(folder)
+        torch.save(self._loop_state(), partial / name / f"loop_{self.accelerator.process_index}.pt")
+        self.accelerator.wait_for_everyone()
+        if main:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (partial / name).rename(folder / name)
+            shutil.rmtree(partial)
+            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _loop_state(self) -> dict[str, Any]:
+        buffered = self._buffered_inputs
+        if buffered is not None:
+            buffered = [{k: v for k, v in batch.items() if k not in _DERIVED} for batch in buffered]
+        return {
+            "step": self._step,
+            "buffered": buffered,
+            "generation_of_step": self._generation_of_step,
+            "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
+            "window": self._window,
+            "loss": self._tr_loss,
+            "loss_since": self._globalstep_last_logged,
+        }
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random generators, and with them the loop: transformers asks when everything else is in place."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / f"loop_{self.accelerator.process_index}.pt"
+        if not path.is_file():
+            raise ValueError(
+                f"{path} does not exist, expected a checkpoint of this trainer, written by as many processes as now"
+            )
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self._step, self._buffered_inputs = state["step"], state["buffered"]
+        self._generation_of_step = state["generation_of_step"]
+        for mode, metrics in state["metrics"].items():
+            self._metrics[mode] = defaultdict(list, metrics)
+        self._window = state["window"]
+        self._tr_loss, self._globalstep_last_logged = state["loss"], state["loss_since"]
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's sampler, which shuffles every epoch from one generator: past epochs are shuffled once more."""
+        sampler = super()._get_train_sampler(dataset)
+        if self._resumed_from and getattr(sampler, "shuffle", False):
+            for _ in range(int(_trainer_state(self._resumed_from)["epoch"] + 1e-6)):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in ``folder``; None where there is none."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def trained_steps(checkpoint: str) -> int:
+    """The optimiser steps behind a checkpoint."""
+    return int(_trainer_state(checkpoint)["global_step"])
+
+
+def _trainer_state(checkpoint: str) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state

@@ -1,0 +1,161 @@
+"""Stopped and resumed is the same as never stopped: weights, metrics and rollouts, to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from kepo_harness import config, make_dataset, sharp_model
+
+from kepo_core.method.resume import last_checkpoint
+from kepo_core.method.rollouts import collect_rollouts
+from kepo_core.method.teacher import Teacher
+from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.study.embedded import build_model, build_processor
+
+STEPS = 6
+CLOCK = ("runtime", "per_second", "step_time")
+#: Two steps an epoch; windows of one step, of two optimiser steps with two iterations, and of two steps' batches.
+WORLDS: dict[str, dict[str, Any]] = {
+    "one step a window": {},
+    "two iterations": {"num_iterations": 2, "explore": False},
+    "a window over two steps": {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4,
+        "logging_steps": 3, "explore": False,
+    },
+    "with a reference": {"beta": 0.1, "explore": False},
+}  # fmt: skip
+
+
+def make(folder: Path, **overrides: Any) -> KEPOTrainer:
+    args = config(
+        folder, **{
+            "max_steps": STEPS, "max_completion_length": 6, "tau": 0.0, "hint_max_tokens": 8, "rejection_budget": 2,
+            "shuffle_dataset": True, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine",
+        } | overrides,
+    )  # fmt: skip
+    teacher = Teacher(sharp_model(1), build_processor())
+    student: Any = build_model("test", 0)
+    if args.beta:  # TRL loads its reference model by path
+        path = folder.parent / "student"
+        if not path.exists():
+            student.save_pretrained(path)
+        student = type(student).from_pretrained(path)
+    return KEPOTrainer(student, None, args, make_dataset(), teacher=teacher, processing_class=build_processor())
+
+
+def state(trainer: KEPOTrainer) -> tuple[pd.DataFrame, torch.Tensor, torch.Tensor]:
+    """What was logged at each step, the weights, and the random state; not what depends on the clock."""
+    logs = [  # a resumed trainer reads the first lines from a file with sorted names
+        {k: v for k, v in sorted(entry.items()) if not k.endswith(CLOCK) and "profiling" not in k}
+        for entry in trainer.state.log_history
+        if "train_loss" not in entry  # the last line is a mean over this process's steps
+    ]
+    return (
+        pd.DataFrame(logs),
+        torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),
+        torch.get_rng_state(),
+    )
+
+
+def assert_equal(one: KEPOTrainer, other: KEPOTrainer) -> None:
+    logs, weights, generator = state(one)
+    logs_of_other, weights_of_other, generator_of_other = state(other)
+    assert torch.equal(weights, weights_of_other)
+    pd.testing.assert_frame_equal(logs, logs_of_other, check_exact=True)
+    assert torch.equal(generator, generator_of_other)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_resumed_at_any_step_is_never_stopped(tmp_path: Path, world: str) -> None:
+    whole = make(tmp_path / "whole", **WORLDS[world])
+    whole.train()
+    expected, rows = state(whole), collect_rollouts(tmp_path / "whole")
+    assert not torch.equal(expected[1], state(make(tmp_path / "start", **WORLDS[world]))[1])
+    for k in range(1, STEPS + 1):
+        resumed = make(tmp_path / f"from{k}", **WORLDS[world])
+        torch.manual_seed(99)  # whatever the new process did before
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{k}"))
+        got = state(resumed)
+        assert torch.equal(expected[1], got[1]), k
+        pd.testing.assert_frame_equal(expected[0], got[0], check_exact=True, check_like=True)
+        again = collect_rollouts(tmp_path / f"from{k}")
+        later = rows[rows["step"] >= again["step"].min()] if len(again) else rows[:0]
+        pd.testing.assert_frame_equal(again.reset_index(drop=True), later.reset_index(drop=True), check_dtype=False)
+        assert len(again) or k >= STEPS - 1  # only the last window has nothing left to generate
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, max_steps=1).train()
+    (tmp_path / "checkpoint-1" / "loop_0.pt").unlink()
+    with pytest.raises(ValueError, match=r"loop_0\.pt does not exist, expected a checkpoint of this trainer"):
+        make(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_resume_true_without_a_checkpoint_starts(tmp_path: Path) -> None:
+    trainer = make(tmp_path / "new", max_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1 and last_checkpoint(tmp_path / "nowhere") is None
+
+
+# Killed from outside ----------------------------------------------------------------------------------------------
+
+#: Where the process dies: in the third step's loss; in its generation; in the midst of writing checkpoint 3; between
+#: writing it and moving it into place.
+PLACES = ("loss", "generation", "write", "move")
+
+
+def die_at(place: str, folder: Path) -> None:
+    """Train, and be killed without a word in or right behind step 3 (this function runs in a process of its own)."""
+    trainer = make(folder, save_total_limit=2)
+
+    def kill(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def at_step_3(name: str, of: Any = trainer, before: bool = True) -> None:
+        original = getattr(of, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            done = 2 if place in ("loss", "generation") else 3
+            if trainer.state.global_step == done and before:
+                kill()
+            result = original(*args, **kwargs)
+            if trainer.state.global_step == done:
+                kill()
+            return result
+
+        setattr(of, name, wrapped)
+
+    if place == "loss":
+        at_step_3("_compute_loss", before=False)
+    elif place == "generation":
+        at_step_3("_generate_single_turn")
+    elif place == "write":
+        at_step_3("_save_optimizer_and_scheduler")
+    else:
+        at_step_3("_loop_state", before=False)
+    trainer.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_and_resumed_is_never_stopped(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "killed"
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (root, root / "tests", Path(__file__).parent)))
+    code = f"import test_resume, pathlib; test_resume.die_at({place!r}, pathlib.Path({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert last_checkpoint(folder) == str(folder / "checkpoint-2")
+    resumed = make(folder, save_total_limit=2)
+    resumed.train(resume_from_checkpoint=True)
+    whole = make(tmp_path / "whole")
+    whole.train()
+    assert_equal(resumed, whole)
+    pd.testing.assert_frame_equal(collect_rollouts(folder), collect_rollouts(tmp_path / "whole"))
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-5", "checkpoint-6", "rollouts"]
