@@ -71,7 +71,7 @@ def run_notebook(notebook: str | Path, file: str | Path | None, overrides: dict[
     print(f"kepo: run folder {shown}", flush=True)
     given = {name: value for name, value in overrides.items() if value is not None}
     given |= {"params_file": params.params_file, "run_dir": shown}
-    code = _execute_and_conclude(path, run, given)
+    code = _execute_and_conclude(path, run, given, refusable=True)
     if code == REFUSED:
         shutil.rmtree(run.path)
     else:
@@ -93,13 +93,17 @@ def resume_run(folder: str) -> int:
     run = Run.reopen(folder)
     shown = _from_root(run.path)
     print(f"kepo: going on in {shown}", flush=True)
-    code = _execute_and_conclude(resolve(notebook), run, {"params_file": f"{shown}/params.yaml", "run_dir": shown})
+    given = {"params_file": f"{shown}/params.yaml", "run_dir": shown}
+    code = _execute_and_conclude(resolve(notebook), run, given, refusable=False)
     print(f"kepo: {run.status['state']}, everything about it is in {shown}", flush=True)
     return code
 
 
-def _execute_and_conclude(notebook: Path, run: "Run", given: dict[str, Any]) -> int:
-    """Execute, then turn what happened into report, status and exit code."""
+def _execute_and_conclude(notebook: Path, run: "Run", given: dict[str, Any], *, refusable: bool) -> int:
+    """Execute, then turn what happened into report, status and exit code.
+
+    ``refusable``: parameters or data that do not fit end in REFUSED and no status, if nothing was computed yet.
+    """
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -109,7 +113,7 @@ def _execute_and_conclude(notebook: Path, run: "Run", given: dict[str, Any]) -> 
         return _conclude(run, "interrupted", "stopped by the user", INTERRUPTED)
     except PapermillExecutionError as error:
         sentence = error.evalue.strip() or error.ename
-        if error.ename in _INPUT_ERRORS and not (run.path / "metrics.jsonl").exists():
+        if refusable and error.ename in _INPUT_ERRORS and not (run.path / "metrics.jsonl").exists():
             print(f"kepo: {sentence}", file=sys.stderr)
             return REFUSED
         return _conclude(run, "failed", f"{error.ename}: {sentence}", FAILED)

@@ -51,15 +51,18 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers is n
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line to each file; a number that is not finite becomes null."""
+        """Append one line to each file, if there is anything to write; a number that is not finite becomes null."""
         if not state.is_world_process_zero or not logs:
             return
         step = {"step": state.global_step}
+        if "train_loss" in logs:  # the last line: a mean over this process's steps, which none of several can compute
+            logs = {name: value for name, value in logs.items() if is_timing(name)}
         metrics = {name: value for name, value in logs.items() if not is_timing(name)}
         timings = {name: value for name, value in logs.items() if is_timing(name)}
         for path, row in (
             (self._metrics, step | metrics),
             (self._timings, step | timings | {"seconds": round(time.perf_counter() - self._start, 3)}),
         ):
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json_line(row))
+            if len(row) > 1:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json_line(row))

@@ -4,8 +4,10 @@ import ast
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -116,3 +118,28 @@ def test_what_does_not_fit_stops_with_a_sentence_and_leaves_nothing(
     assert sentence in capsys.readouterr().err
     results = smoke_file.parent / "results"
     assert not results.exists() or not list(results.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["training/checkpoint-2", "model/model.safetensors"])
+def test_killed_in_training_or_evaluation_and_resumed_is_never_stopped(smoke_file: Path, moment: str) -> None:
+    changes = ["-p", "max_steps", "4", "-p", "save_steps", "1", "-p", "eval_items", "12"]
+    whole = run(smoke_file, *changes)
+    command = [sys.executable, "-m", "kepo_core.cli", "run", "notebooks/03_train_kepo.ipynb", "-f", str(smoke_file)]
+    started = set(whole.parent.iterdir())
+    process = subprocess.Popen([*command, *changes], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not any((folder / moment).exists() for folder in set(whole.parent.iterdir()) - started):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)  # the command and its kernel
+    process.wait()
+    (folder,) = set(whole.parent.iterdir()) - started
+    assert json.loads((folder / "status.json").read_text())["state"] == "running"  # nobody was left to say otherwise
+    assert main(["resume", str(folder)]) == 0
+    for name in ("metrics.jsonl", "rollouts.parquet", "predictions.parquet", "model/model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert len((folder / "timings.jsonl").read_text().splitlines()) == len(
+        (whole / "timings.jsonl").read_text().splitlines()
+    )
+    assert not list((folder / "training").glob("checkpoint-*"))  # a completed run needs them no more

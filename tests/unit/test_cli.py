@@ -195,3 +195,53 @@ def test_params_prints_a_file_that_loads(capsys, tmp_path):
     file = tmp_path / "printed.yaml"
     file.write_text(capsys.readouterr().out)
     assert Params.load(file).hash == Params.load("params/paper.yaml").hash
+
+
+# Going on ---------------------------------------------------------------------------------------------------------
+
+ONCE = "flag = run.path / 'flag'\nif not flag.exists():\n    flag.touch()\n    raise RuntimeError('out of luck')"
+
+
+def test_a_run_that_failed_goes_on_with_its_parameters_and_completes(kepo_run, results, capsys):
+    assert kepo_run(READ, OPEN, WORK, ONCE, FINISH, parameters=("-p", "tau", "0"))[0] == 1
+    folder = only_folder(results)
+    before = json.loads((folder / "status.json").read_text())
+    assert main(["resume", str(folder)]) == 0
+    after = json.loads((folder / "status.json").read_text())
+    assert (before["state"], after["state"], after["headline"]["tau"]) == ("failed", "completed", 0.0)
+    assert after["started"] == before["started"] and len(after["resumed"]) == 1 and "error" not in after
+    assert "training at 0.0" in (folder / "report.html").read_text()
+    assert main(["resume", str(folder)]) == 2
+    assert "holds a completed run" in capsys.readouterr().err
+
+
+def test_a_run_at_work_is_not_resumed(kepo_run, results, capsys):
+    kepo_run(READ, OPEN, WORK, ONCE, FINISH)
+    folder = only_folder(results)
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid()}))
+    assert main(["resume", str(folder)]) == 2
+    assert f"is at work in process {os.getpid()}" in capsys.readouterr().err
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": done.pid}))
+    assert main(["resume", str(folder)]) == 0  # it was killed
+
+
+def test_what_no_command_made_is_not_resumed(tmp_path, results, capsys):
+    from kepo_core.study.runs import Run
+
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    run = Run.allocate(Params(results_dir=str(results)))
+    assert main(["resume", str(run.path)]) == 2
+    assert "does not say which notebook made it" in capsys.readouterr().err
+    assert run.status["owner"] == "notebook"  # untouched
+
+
+def test_data_that_have_gone_since_leave_the_folder_and_say_so(kepo_run, results, capsys):
+    gone = ONCE + "\nclass DataError(ValueError): ...\nraise DataError('qa.json has gone')"
+    kepo_run(READ, OPEN, gone)
+    folder = only_folder(results)
+    assert main(["resume", str(folder)]) == 1
+    assert json.loads((folder / "status.json").read_text())["error"] == "DataError: qa.json has gone"

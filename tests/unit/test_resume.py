@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,20 @@ def assert_equal(one: KEPOTrainer, other: KEPOTrainer) -> None:
     assert torch.equal(generator, generator_of_other)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_resumed_at_any_step_is_never_stopped(tmp_path: Path, world: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "steps"),
+    [
+        ("one step a window", (1, STEPS)),
+        ("a window over two steps", (1, 3)),
+        *(pytest.param(world, range(1, STEPS + 1), marks=pytest.mark.slow) for world in WORLDS),
+    ],
+)
+def test_resumed_at_any_step_is_never_stopped(tmp_path: Path, world: str, steps: Sequence[int]) -> None:
     whole = make(tmp_path / "whole", **WORLDS[world])
     whole.train()
     expected, rows = state(whole), collect_rollouts(tmp_path / "whole")
     assert not torch.equal(expected[1], state(make(tmp_path / "start", **WORLDS[world]))[1])
-    for k in range(1, STEPS + 1):
+    for k in steps:
         resumed = make(tmp_path / f"from{k}", **WORLDS[world])
         torch.manual_seed(99)  # whatever the new process did before
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{k}"))
