@@ -37,9 +37,13 @@ def launch(output_dir: Path, world_size: int, *overrides: str) -> tuple[dict, pd
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("distill_normalizer=gated_tokens", "hint_importance=truncated")])
-def test_two_processes_equal_one_on_the_same_rollouts(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("shard", [(), ("shard=1",)], ids=["DDP", "FSDP2"])
+def test_two_processes_equal_one_on_the_same_rollouts(
+    tmp_path: Path, overrides: tuple[str, ...], shard: tuple[str, ...]
+) -> None:
+    """Student and teacher whole (DDP) or sharded (FSDP2, both), each process with half of the rows."""
     one, rows_one = launch(tmp_path / "one", 1, *overrides)
-    two, rows_two = launch(tmp_path / "two", 2, *overrides)
+    two, rows_two = launch(tmp_path / "two", 2, *overrides, *shard)
     pd.testing.assert_frame_equal(rows_one, rows_two, rtol=1e-4)
     assert rows_one["injected"].sum() == 2 and set(rows_one.query("injected")["group"]) == {0, 1}
     for name, value in one["log"].items():

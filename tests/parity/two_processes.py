@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kepo_harness import make_trainer, right, wrong
+from kepo_harness import make_trainer, right, sharp_model, wrong
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
 
 def script(text: str, row: dict[str, Any], before: int, hinted: bool) -> str:
@@ -18,10 +20,31 @@ def script(text: str, row: dict[str, Any], before: int, hinted: bool) -> str:
     return right(row) if hinted and before >= int(row["id"][1]) else wrong(row)
 
 
+def sharded(model: Any, folder: Path, world_size: int) -> Any:
+    """``model`` loaded again, each process with its part of every parameter (FSDP2, by transformers itself)."""
+    if torch.distributed.get_rank() == 0:
+        model.save_pretrained(folder)
+    torch.distributed.barrier()
+    parts = type(model).from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=world_size))
+    assert all(isinstance(p, DTensor) for p in parts.parameters())
+    return parts
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
 def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
+    shard = bool(overrides.pop("shard", ""))
+    if shard:
+        torch.distributed.init_process_group("gloo")
+    models = [sharp_model(0), sharp_model(1)]
+    student, teacher = (sharded(m, output_dir / str(i), world_size) if shard else m for i, m in enumerate(models))
     trainer = make_trainer(
         output_dir,
         script,
+        student=student,
+        teacher_model=teacher,
         hints=lambda row: f"hint for {row['id']}",
         per_device_train_batch_size=4 // world_size,
         gradient_accumulation_steps=3,
@@ -32,9 +55,10 @@ def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
     )
     assert trainer.accelerator.num_processes == world_size
     trainer.train()
+    assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == shard
+    weights = torch.cat([whole(p).flatten() for p in trainer.model.parameters()])  # every process helps to gather
     if trainer.accelerator.is_main_process:
         log = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("kepo/") or k == "grad_norm"}
-        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         torch.save({"log": log, "weights": weights}, output_dir / "result.pt")
 
 
