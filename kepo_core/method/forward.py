@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import FusedCausalLMOutput
@@ -122,6 +123,12 @@ def add_hidden_state_output(model: Any) -> None:
         return predicting_states(hidden, completion_length)
 
     model.forward = types.MethodType(forward, model)
+
+
+def let_generate(model: Any) -> None:
+    """Let a model that transformers sharded as it loaded it (FSDP2) generate: pictures are encoded before its forward."""
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, "generate")
 
 
 def require_finite(terms: dict[str, float], step: int) -> None:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from kepo_core.method.forward import add_hidden_state_output, check_plain_head
+from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
 from kepo_core.method.prompts import hint_messages
 
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
@@ -59,6 +59,7 @@ class Teacher:
         added = [text for text in tokenizer.get_added_vocab() if _MARKUP.fullmatch(text)]
         self._markup = tuple(sorted({*tokenizer.all_special_tokens, *added}))
         add_hidden_state_output(self._model)
+        let_generate(self._model)
 
     @property
     def head(self) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from kepo_core.method import hinted, objective
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
-from kepo_core.method.forward import add_distillation_head, check_plain_head
+from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
 from kepo_core.method.loss import GatedLossTrainer
 from kepo_core.method.rewards import RewardFunction, checked_reward, reward_functions
 from kepo_core.method.rollouts import Completion, Rollout, rollout_metrics, write_rollouts
@@ -95,9 +95,10 @@ class KEPOTrainer(GatedLossTrainer):
         if args.ratio_clip == "eq5":
             # min(r, clip(r)) = min(r, 1 + ε): no lower bound, and the upper one for either sign of the advantage.
             self.epsilon_low, self.epsilon_high, args.delta = 1.0, args.epsilon, 1 + args.epsilon
+        student = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        let_generate(student)
         if teacher is None:
             return
-        student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         teacher.check_fits(student, self.processing_class)
         if args.distill:
             check_plain_head(student, "student")

@@ -56,6 +56,31 @@ def test_two_processes_equal_one_on_the_same_rollouts(
     assert (one["weights"] - start).abs().max() > 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [(), ("shard=1",)], ids=["DDP", "FSDP2"])
+def test_what_two_processes_generate_is_reproducible(tmp_path: Path, shard: tuple[str, ...]) -> None:
+    """Each process draws for itself; the same seed and number of processes give the same rollouts and weights."""
+    runs = []
+    for name in ("one", "again"):
+        start("two_processes_real.py", 2, tmp_path / name, *shard)
+        runs.append((collect_rollouts(tmp_path / name), torch.load(tmp_path / name / "weights.pt")))
+    (rows, weights), (rows_again, weights_again) = runs
+    pd.testing.assert_frame_equal(rows, rows_again)
+    assert torch.equal(weights, weights_again)
+    assert (rows["exploration"] != "").any()
+    halves = rows[~rows["replaced"] & (rows["step"] == 1)]["completion"].to_numpy().reshape(2, -1)
+    assert (halves[0] != halves[1]).any()  # the processes do not say the same
+
+
+@pytest.mark.slow
+def test_resumed_on_two_processes_is_never_stopped(tmp_path: Path) -> None:
+    start("two_processes_real.py", 2, tmp_path / "whole")
+    start("two_processes_real.py", 2, tmp_path / "resumed", f"resume={tmp_path / 'whole' / 'checkpoint-2'}")
+    assert torch.equal(torch.load(tmp_path / "whole" / "weights.pt"), torch.load(tmp_path / "resumed" / "weights.pt"))
+    rows = collect_rollouts(tmp_path / "whole").query("step > 2").reset_index(drop=True)
+    pd.testing.assert_frame_equal(collect_rollouts(tmp_path / "resumed"), rows)
+
+
 def test_algorithm_1_on_two_processes(tmp_path: Path) -> None:
     start("two_processes_algorithm_1.py", 2, tmp_path / "two", "40")
     assert (tmp_path / "two" / "agreed").read_text() == "40"
