@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -126,8 +126,8 @@ def add_hidden_state_output(model: Any) -> None:
 
 
 def let_generate(model: Any) -> None:
-    """Let a model that transformers sharded as it loaded it (FSDP2) generate: pictures are encoded before its forward."""
-    if isinstance(model, FSDPModule):
+    """Let a sharded (FSDP2) model generate: `generate` encodes pictures outside of the forward that gathers weights."""
+    if isinstance(model, nn.Module) and isinstance(model, FSDPModule):
         register_fsdp_forward_method(model, "generate")
 
 

@@ -17,7 +17,7 @@ def test_glossary_is_the_codes() -> None:
 
 
 def test_every_module_is_in_the_tree_and_every_name_in_the_tree_exists() -> None:
-    tree = README.split("## What is where")[1].split("## The prompt")[0]
+    tree = README.split("## What is where")[1].split("```")[1]
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
     there = {path.name for path in (ROOT / "kepo_core").rglob("*.py")} - {"__init__.py"}
     assert named == there
@@ -27,5 +27,5 @@ def test_parameters_and_files_that_it_mentions_exist() -> None:
     names = {field.name for field in fields(Params)}
     mentioned = set(re.findall(r"-p (\w+) ", README)) | set(re.findall(r"`(\w+): [\w+]+`", README))
     assert mentioned and mentioned <= names
-    for path in re.findall(r"(?:notebooks|params|results/reference)/[\w/]+\.(?:ipynb|yaml|png)", README):
-        assert (ROOT / path).is_file(), path
+    for path in re.findall(r"(?:notebooks|params|results/reference|tests)/[\w/*]+\.(?:ipynb|yaml|png|py)", README):
+        assert list(ROOT.glob(path)), path
