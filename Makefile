@@ -12,12 +12,13 @@ STAMP := $(VENV)/.kepo-installed
 # Bytecode is compiled when a module is first imported, not for the tens of thousands that never are.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
-.PHONY: help install train test test-all faults lab lint format lock clean
+.PHONY: help install train test test-all faults bench lab lint format lock clean
 
 help:
 	@echo "make train      train, explore, distil and evaluate (notebook 03) into a new folder under results/"
 	@echo "make test       linter, type checker, tests (at most 15 minutes on two cores); test-all adds the long ones"
 	@echo "make faults     plant faults into a copy of the package, one by one: every one must make its tests fail"
+	@echo "make bench      what a step costs, against GRPO, GRPO + DistillationTrainer and a plain reading of the paper"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make lint       linter and type checker only; format rewrites the sources"
 	@echo "make lock       resolve requirements.lock anew"
@@ -59,6 +60,9 @@ test-all: lint
 
 faults: $(STAMP)
 	$(BIN)/python tests/planted_faults.py
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench/bench.py
 
 lab: $(STAMP)
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(LAB)

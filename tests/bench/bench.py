@@ -90,26 +90,30 @@ class Bench:
 
     # Scoring and update, generation replayed
 
-    def scored(self, explore: bool = False) -> Batch:
+    def scored(self) -> Batch:
         """What is computed once a generation batch."""
-        self.trainer.said, self.trainer.args.explore = self.said, explore
+        self.trainer.said, self.trainer.args.explore = self.said, False
         self.trainer._step, self.trainer._buffered_inputs = 0, None
         batch: Batch = self.trainer._prepare_inputs(self.rows)
         return batch
 
-    def step(self, *losses: Callable[[], torch.Tensor]) -> None:
-        """Backward through each loss in turn, then one optimiser step."""
-        for loss in losses:
-            self.trainer.accelerator.backward(loss())
+    def step(self, *losses: Callable[[], torch.Tensor]) -> float:
+        """Backward through each loss in turn, then one optimiser step; the losses' sum."""
+        total = 0.0
+        for compute in losses:
+            loss = compute()
+            self.trainer.accelerator.backward(loss)
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
         self.trainer._metrics["train"].clear()
+        return total
 
-    def kepo(self) -> None:
+    def kepo(self) -> float:
         """Scoring and update as this package does it."""
         batch = self.scored()
-        self.step(lambda: self.trainer._compute_loss(self.student, batch))
+        return self.step(lambda: self.trainer._compute_loss(self.student, batch))
 
     def grpo(self) -> None:
         """TRL's own: the same batch without a gate, through GRPOTrainer's loss."""
@@ -131,7 +135,7 @@ class Bench:
         batch = self._batch
         self.trainer.teacher.hidden_states(batch, batch["kepo_gate"].nonzero().flatten().tolist())
 
-    def plain(self) -> None:
+    def plain(self) -> float:
         """The paper read plainly: two student forwards, the teacher on all rows, all logits."""
         batch = self.scored()
         mask, everything = batch["completion_mask"], list(range(len(self.rows)))
@@ -152,7 +156,7 @@ class Bench:
             divergence = objective.divergence(logits(self.student), teacher)
             return objective.distillation_term(divergence, mask, batch["kepo_gate"])
 
-        self.step(policy, distillation)
+        return self.step(policy, distillation)
 
     # Exploration: half of the groups fail, and go on failing for all B rounds
 
@@ -189,7 +193,7 @@ class Bench:
             self._draw(asked)
 
     def draws(self) -> None:
-        """The rounds of `explore` without its hints."""
+        """The rounds of `explore` alone."""
         asked = [hinted.hint_aware_prompt(self.trainer, row, "look") for row in self._failing()[0]]
         for _ in range(5):
             self._draw(asked)
@@ -205,7 +209,7 @@ class Bench:
         self._draw([hinted.with_image(row["prompt"], row) for row in self.rows])
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], object]) -> float:
     """Seconds of one call."""
     if CUDA:
         torch.cuda.synchronize()
@@ -244,7 +248,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def peak_mib(work: Callable[[], None]) -> float:
+def peak_mib(work: Callable[[], object]) -> float:
     """The most memory that ``work`` held beyond what was there before, in MiB."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()

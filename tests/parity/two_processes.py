@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from kepo_harness import make_trainer, right, sharp_model, wrong
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
@@ -54,7 +55,17 @@ def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
         **overrides,
     )
     assert trainer.accelerator.num_processes == world_size
+    gated: list[bool] = []
+    compute = trainer._compute_loss
+
+    def remember(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        gated.append(bool(inputs["kepo_gate"].any()))
+        return compute(model, inputs)
+
+    trainer._compute_loss = remember
     trainer.train()
+    if world_size > 1:  # somewhere one process had a row to ask the teacher about and the other had none
+        assert any(a != b for a, b in zip(*gather_object([gated]), strict=True))
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == shard
     weights = torch.cat([whole(p).flatten() for p in trainer.model.parameters()])  # every process helps to gather
     if trainer.accelerator.is_main_process:

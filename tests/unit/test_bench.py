@@ -1,0 +1,41 @@
+"""The benchmark compares like with like."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from bench import MEASURED, Bench, peak_mib
+from sizes import SIZES, Shape, config_of
+
+TINY = dataclasses.replace(
+    SIZES["small"],
+    student=Shape((32, 2, 2, 1, 16, 64), (16, 2, 2, 48)),
+    teacher=Shape((48, 2, 2, 1, 16, 96), (16, 2, 2, 48)),
+    prompts=2,
+    group=4,
+)
+
+
+def test_all_variants_run_and_the_plain_reading_has_our_loss(tmp_path: Path) -> None:
+    bench = Bench(TINY, tmp_path)
+    assert bench.kepo() == pytest.approx(bench.plain(), rel=1e-4) and bench.kepo() > 0.001
+    bench.scoring()
+    assert bench._batch["kepo_gate"].sum() == len(bench.rows) // 2
+    peaks = {name: peak_mib(getattr(bench, name)) for name in MEASURED}
+    assert all(peak > 0 for peak in peaks.values())
+    assert peaks["explore"] > peaks["draws"] * 0.5
+
+
+def test_the_papers_models_have_their_size() -> None:
+    """2B and 32B parameters, counted without allocating any."""
+    import torch
+    from transformers import Qwen3VLForConditionalGeneration
+
+    for shape, low, high in ((SIZES["paper"].student, 2.0e9, 2.4e9), (SIZES["paper"].teacher, 31e9, 35e9)):
+        with torch.device("meta"):
+            model = Qwen3VLForConditionalGeneration(config_of(shape, SIZES["paper"]))
+        assert low < sum(p.numel() for p in model.parameters()) < high
