@@ -1,4 +1,4 @@
-"""``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on; ``kepo params`` lists parameters.
+"""``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on; ``kepo data check`` looks at data.
 
 Exit codes of the first two: 0 completed, 1 failed (the folder says why), 2 refused (a parameter or the data do not
 fit; nothing is left behind), 130 interrupted.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from kepo_core.data.errors import DataError
 from kepo_core.params import ParamError, Params, project_root, resolve
 
 if TYPE_CHECKING:
@@ -33,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return COMPLETED
         if arguments.command == "resume":
             return resume_run(arguments.run)
+        if arguments.command == "data":
+            return check_data(arguments.path, arguments.strict, arguments.html)
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
         return run_notebook(arguments.notebook, arguments.file, overrides)
-    except ParamError as error:
+    except (ParamError, DataError) as error:
         print(f"kepo: {error}", file=sys.stderr)
         return REFUSED
 
@@ -97,6 +100,21 @@ def resume_run(folder: str) -> int:
     code = _execute_and_conclude(resolve(notebook), run, given, refusable=False)
     print(f"kepo: {run.status['state']}, everything about it is in {shown}", flush=True)
     return code
+
+
+def check_data(path: str, strict: bool, page: str | None) -> int:
+    """Print what is in the data at ``path``, and write it to the HTML file ``page`` where one is named.
+
+    Raises ``DataError`` if the data cannot be read at all or, under ``strict``, for the first row that cannot.
+    """
+    from kepo_core.data.check import check
+    from kepo_core.study.runs import write_atomically
+
+    checked = check(Path(path), strict)
+    print(checked.as_text())
+    if page:
+        write_atomically(Path(page), checked.as_html())
+    return COMPLETED
 
 
 def _execute_and_conclude(notebook: Path, run: "Run", given: dict[str, Any], *, refusable: bool) -> int:
@@ -210,6 +228,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     resume = commands.add_parser("resume", help="go on with a run that was interrupted, failed or killed")
     resume.add_argument("run", help="its folder")
+    data = commands.add_parser("data", help="look at data").add_subparsers(dest="data_command", required=True)
+    check = data.add_parser("check", help="say what is in a folder of questions, what was mended and what dropped")
+    check.add_argument("path", help="OmniMedVQA's raw release or Med-R1's question files")
+    check.add_argument("--strict", action="store_true", help="stop at the first row that would be dropped")
+    check.add_argument("--html", metavar="FILE", help="write the tables as a page, too")
     listing = commands.add_parser("params", help="print every parameter with its meaning, as a parameter file")
     listing.add_argument("-f", "--file", metavar="PARAMS_FILE", help="show this file's values")
     return parser

@@ -17,6 +17,13 @@ RIGHT = "<think>red</think><answer>{answer}</answer>"
 WRONG = "<think>blue or so</think><answer>{other}</answer>"
 
 
+def picture(colour: tuple[int, int, int]) -> Image.Image:
+    """A patch of ``colour`` in the upper left of a grey square: turned over, it is another picture."""
+    square = Image.new("RGB", (64, 64), (128, 128, 128))
+    square.paste(colour, (0, 0, 32, 16))
+    return square
+
+
 def make_row(i: int) -> dict[str, Any]:
     options = ["red", "blue", "green"][: 2 + i % 2]
     return {
@@ -24,7 +31,7 @@ def make_row(i: int) -> dict[str, Any]:
         "question": f"Question {i}?",
         "options": options,
         "answer": "AB"[i % 2],
-        "image": Image.new("RGB", (64, 64), (60 * i % 256, 40, 200 - 50 * i % 200)),
+        "image": picture((60 * i % 256, 40, 200 - 50 * i % 200)),
     }
 
 

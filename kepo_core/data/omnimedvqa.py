@@ -6,6 +6,7 @@ root), ``option_A`` … and ``modality_type``; the pictures under ``<root>/Image
 Source: Hu et al., "OmniMedVQA", CVPR 2024. PhantomVQA is written in the same layout and read by the same code.
 """
 
+import itertools
 import json
 import os
 import re
@@ -14,9 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kepo_core.data.errors import DataError
+from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.records import LETTERS, MODALITIES, Question
 
-__all__ = ["DataError", "load_raw", "modality_name", "same_text"]
+__all__ = ["DataError", "ImageLocator", "load_raw", "modality_name", "read_rows", "same_text", "text_of", "where_of"]
 
 QA_FOLDER = Path("QA_information") / "Open-access"
 
@@ -50,34 +52,48 @@ def same_text(text: str) -> str:
     return " ".join(text.split()).rstrip(". ").casefold()
 
 
-def load_raw(root: Path) -> list[Question]:
+def load_raw(root: Path, ledger: Ledger | None = None) -> list[Question]:
     """All questions of the release under ``root``, files in name order and rows in file order.
 
     Every image must exist (it is not opened here: see ``images.check_images``). Options that are absent, null or
     empty are skipped and the letters close up; options that say the same thing are kept once, since two letters
-    would be right. Raises ``DataError`` naming the file and row, for the first that breaks the layout.
+    would be right. ``ledger`` counts what was mended, and what was dropped where it is not strict (as it is by
+    default). Raises ``DataError`` for a file that cannot be read and, under a strict ledger, for the first row that
+    breaks the layout.
     """
+    ledger = ledger or Ledger()
     root = Path(root).expanduser().resolve()
     files = sorted((root / QA_FOLDER).glob("*.json"))
     if not files:
         raise DataError(f"data_root {root}: no {QA_FOLDER.as_posix()}/*.json in it, expected OmniMedVQA's raw layout.")
-    locate = _ImageLocator(root)
+    locate = ImageLocator(root)
     questions: list[Question] = []
     seen: dict[str, str] = {}
+    rows = 0
     for file in files:
-        for index, row in enumerate(_read_rows(file)):
-            where = _where(file, index, row)
-            question = _parse_row(row, where, locate)
-            if question.id in seen:
-                raise DataError(f"{where}: question_id is already that of {seen[question.id]}, expected a unique one.")
+        for index, row in enumerate(read_rows(file)):
+            rows += 1
+            where = where_of(file, index, row)
+            try:
+                question = _parse_row(row, where, locate, ledger)
+                if question.id in seen:
+                    raise RowError(
+                        "question_id used before",
+                        f"{where}: question_id is already that of {seen[question.id]}, expected a unique one.",
+                    )
+            except RowError as error:
+                ledger.drop(error)
+                continue
             seen[question.id] = where
             questions.append(question)
     if not questions:
-        raise DataError(f"data_root {root}: its {len(files)} question files hold no rows, expected at least one.")
+        raise ledger.nothing(root, rows)
+    ledger.read += len(questions)
     return questions
 
 
-def _read_rows(file: Path) -> list[Any]:
+def read_rows(file: Path) -> list[Any]:
+    """The rows of a question file. Raises ``DataError`` naming it where it is no JSON list."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -89,55 +105,75 @@ def _read_rows(file: Path) -> list[Any]:
     return rows
 
 
-def _where(file: Path, index: int, row: Any) -> str:
+def where_of(file: Path, index: int, row: Any) -> str:
     """How error messages name a row: the file, its position from 1, and its id when it has one."""
     name = row.get("question_id") if isinstance(row, Mapping) else None
     return f"{file.name}, row {index + 1}" + (f" ({name})" if isinstance(name, str) else "")
 
 
-def _parse_row(row: Any, where: str, locate: "_ImageLocator") -> Question:
+def _parse_row(row: Any, where: str, locate: "ImageLocator", ledger: Ledger) -> Question:
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: a {type(row).__name__}, expected an object with question_id, question and options.")
-    raw_modality = _text(row, "modality_type", where, default="") or _text(row, "modality", where, default="")
+        raise RowError(
+            "not an object",
+            f"{where}: a {type(row).__name__}, expected an object with question_id, question and options.",
+        )
+    raw_modality = text_of(row, "modality_type", where, default="") or text_of(row, "modality", where, default="")
     modality = modality_name(raw_modality)
     if modality is None:
-        raise DataError(f"{where}: modality_type {raw_modality!r} is unknown, expected one of {', '.join(MODALITIES)}.")
-    options = _options(row, where)
+        raise RowError(
+            "unknown modality",
+            f"{where}: modality_type {raw_modality!r} is unknown, expected one of {', '.join(MODALITIES)}.",
+        )
+    if not row.get("modality_type"):
+        ledger.mend("modality instead of modality_type", where)
+    if raw_modality != modality:
+        ledger.mend(f"modality {raw_modality!r} read as {modality}", where)
+    options = _options(row, where, ledger)
+    answer = text_of(row, "gt_answer", where)
+    letter = _answer_letter(answer, options, where)
+    if answer not in options:
+        ledger.mend("the answer differs from its option in case, spaces or a full stop", where)
     return Question(
-        id=_text(row, "question_id", where),
-        dataset=_text(row, "dataset", where, default=""),
+        id=text_of(row, "question_id", where),
+        dataset=text_of(row, "dataset", where, default=""),
         modality=modality,
-        question_type=_text(row, "question_type", where, default=""),
-        question=_text(row, "question", where),
+        question_type=text_of(row, "question_type", where, default=""),
+        question=text_of(row, "question", where),
         options=options,
-        answer=_answer_letter(_text(row, "gt_answer", where), options, where),
-        image=locate(_text(row, "image_path", where), where),
+        answer=letter,
+        image=locate(text_of(row, "image_path", where), where),
     )
 
 
-def _text(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+def text_of(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
     """The value of ``key`` as stripped text; absent, null or empty gives ``default``, or raises when that is None."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise DataError(f"{where}: {key} is a {type(value).__name__}, expected text.")
+        raise RowError(f"{key} is no text", f"{where}: {key} is a {type(value).__name__}, expected text.")
     text = "" if value is None else str(value).strip()
     if text:
         return text
     if default is None:
-        raise DataError(f"{where}: {key} is missing or empty, expected text.")
+        raise RowError(f"no {key}", f"{where}: {key} is missing or empty, expected text.")
     return default
 
 
-def _options(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _options(row: Mapping[str, Any], where: str, ledger: Ledger) -> tuple[str, ...]:
+    given = [text_of(row, f"option_{letter}", where, default="") for letter in LETTERS]
     options: dict[str, str] = {}
-    for letter in LETTERS:
-        text = _text(row, f"option_{letter}", where, default="")
+    for text in given:
         if text:
             options.setdefault(same_text(text), text)
+    if any(later and not text for text, later in itertools.pairwise(given)):
+        ledger.mend("an empty option between others was skipped", where)
+    if len(options) < sum(map(bool, given)):
+        ledger.mend("options that say the same were kept once", where)
     if not options:
-        raise DataError(f"{where}: no options, expected option_A, option_B and so on.")
+        raise RowError("no options", f"{where}: no options, expected option_A, option_B and so on.")
     if len(options) == 1:
-        raise DataError(f"{where}: a single option ({next(iter(options.values()))!r}), expected at least two.")
+        raise RowError(
+            "a single option", f"{where}: a single option ({next(iter(options.values()))!r}), expected at least two."
+        )
     return tuple(options.values())
 
 
@@ -147,10 +183,13 @@ def _answer_letter(answer: str, options: tuple[str, ...], where: str) -> str:
         return LETTERS[keys.index(same_text(answer))]
     except ValueError:
         listed = ", ".join(repr(option) for option in options)
-        raise DataError(f"{where}: gt_answer {answer!r} is not among the options, expected one of {listed}.") from None
+        raise RowError(
+            "the answer is not among the options",
+            f"{where}: gt_answer {answer!r} is not among the options, expected one of {listed}.",
+        ) from None
 
 
-class _ImageLocator:
+class ImageLocator:
     """Relative image paths → absolute ones that exist inside the root. Remembers folders: rows share few of them."""
 
     def __init__(self, root: Path) -> None:
@@ -158,16 +197,23 @@ class _ImageLocator:
         self._folders: dict[Path, Path] = {}
 
     def __call__(self, relative: str, where: str) -> Path:
+        """The image that a row at ``where`` names; ``RowError`` if it leaves the root or is not there."""
         path = PurePosixPath(relative)
         if path.is_absolute() or ".." in path.parts or "\0" in relative or re.match(r"[A-Za-z]:[\\/]|\\", relative):
-            raise DataError(f"{where}: image_path {relative!r} leaves data_root, expected a relative path inside it.")
+            raise RowError(
+                "image path leaves data_root",
+                f"{where}: image_path {relative!r} leaves data_root, expected a relative path inside it.",
+            )
         absolute = self._folder(self._root / path.parent) / path.name
         if absolute.is_symlink():
             absolute = absolute.resolve()
         if not absolute.is_relative_to(self._root):
-            raise DataError(f"{where}: image_path {relative!r} is a link out of data_root, expected a file inside it.")
+            raise RowError(
+                "image link leaves data_root",
+                f"{where}: image_path {relative!r} is a link out of data_root, expected a file inside it.",
+            )
         if not absolute.is_file():
-            raise DataError(f"{where}: image {relative!r} is missing under data_root, expected a file.")
+            raise RowError("image missing", f"{where}: image {relative!r} is missing under data_root, expected a file.")
         return absolute
 
     def _folder(self, folder: Path) -> Path:

@@ -9,8 +9,10 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
+from kepo_core.data.errors import DataError
 from kepo_core.data.images import check_images
-from kepo_core.data.omnimedvqa import load_raw
+from kepo_core.data.ledger import Ledger
+from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import ensure_phantom
 from kepo_core.data.records import Answer, Question
 from kepo_core.data.splits import fingerprint, image_key, study_split
@@ -35,6 +37,7 @@ class StudyData:
     root: Path
     train: list[Question]
     tests: dict[str, list[Question]]
+    ledger: Ledger  # what was mended and dropped to read all of it
 
     @property
     def test(self) -> list[Question]:
@@ -49,6 +52,7 @@ class StudyData:
     def identity(self) -> dict[str, Any]:
         """Counts and content hashes, for the run's provenance."""
         return {
+            "rows_dropped": {reason: len(rows) for reason, rows in self.ledger.dropped.items()},
             "train_items": len(self.train),
             "test_items": {modality: len(questions) for modality, questions in self.tests.items()},
             "train_sha256": fingerprint(self.train),
@@ -58,6 +62,8 @@ class StudyData:
 
 def load_data(params: Params) -> StudyData:
     """Read, split and sample the questions that ``params`` name, and decode every image of them once.
+
+    Rows that cannot be used are left out and counted in the result's ledger.
 
     Raises:
         ParamError: ``data_root`` is no folder.
@@ -69,16 +75,24 @@ def load_data(params: Params) -> StudyData:
         root = Path(params.data_root).expanduser()
         if not root.is_dir():
             raise ParamError(f"data_root is {params.data_root!r}, expected 'phantom' or an existing folder")
-    train, tests = study_split(
-        load_raw(root),
-        params.train_modality,
-        params.train_items,
-        params.eval_items,
-        params.data_seed,
-        params.split,
-        params.eval_split,
-    )
-    data = StudyData(root, train, tests)
+    ledger = Ledger(strict=False)
+    questions = load_questions(root, ledger)
+    try:
+        train, tests = study_split(
+            questions,
+            params.train_modality,
+            params.train_items,
+            params.eval_items,
+            params.data_seed,
+            params.split,
+            params.eval_split,
+        )
+    except DataError as error:
+        if not ledger.dropped:
+            raise
+        count, first = sum(map(len, ledger.dropped.values())), next(iter(ledger.dropped.values()))[0]
+        raise DataError(f"{error} {count} rows were dropped; the first: {first}") from error
+    data = StudyData(root, train, tests, ledger)
     check_images([*data.train, *data.test])
     return data
 

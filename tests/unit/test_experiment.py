@@ -90,6 +90,16 @@ def test_a_bad_row_is_named(root: Path, changes: dict[str, object], expected: st
     assert first in str(error.value)
 
 
+def test_bad_rows_among_good_ones_are_left_out_and_counted(root: Path) -> None:
+    file = root / "QA_information/Open-access/PhantomVQA-CT.json"
+    rows = json.loads(file.read_text())
+    rows[0]["gt_answer"] = "none of these"
+    file.write_text(json.dumps(rows))
+    data = experiment.load_data(params(root))
+    assert data.identity()["rows_dropped"] == {"the answer is not among the options": 1}
+    assert rows[0]["question_id"] not in {q.id for q in data.test}
+
+
 def test_an_unreadable_image_is_named(root: Path) -> None:
     for path in (root / "Images/PhantomVQA-MRI").iterdir():
         path.write_bytes(path.read_bytes()[:60])

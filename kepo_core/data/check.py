@@ -1,0 +1,76 @@
+"""``kepo data check``: what is in a data set, what was mended to read it, and what was dropped and why."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from kepo_core.data.ledger import Ledger
+from kepo_core.data.loading import layout_of, load_questions
+from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.data.splits import image_key
+
+LAYOUTS = {"raw": "OmniMedVQA's raw release", "medr1": "Med-R1's question files"}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found at ``root``; ``with_images`` is False where there is no folder of pictures at all."""
+
+    root: Path
+    layout: str
+    with_images: bool
+    questions: list[Question]
+    ledger: Ledger
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """By title: what reading came to, and counts per modality."""
+        rows = []
+        for modality in MODALITIES:
+            own = [question for question in self.questions if question.modality == modality]
+            if own:
+                pictures = Counter(image_key(question) for question in own)
+                rows.append(
+                    {
+                        "modality": modality,
+                        "questions": len(own),
+                        "data sets": len({question.dataset for question in own}),
+                        "pictures": len(pictures),
+                        "pictures with several questions": sum(count > 1 for count in pictures.values()),
+                    }
+                    | {f"answer {letter}": sum(q.answer == letter for q in own) for letter in LETTERS[:4]}
+                    | {f"{n} options": sum(len(q.options) == n for q in own) for n in (2, 3, 4)}
+                )
+        return {"What was read, mended and dropped": self.ledger.table(), "Questions": pd.DataFrame(rows)}
+
+    def heading(self) -> str:
+        """The layout and, where no pictures were looked for, that they were not."""
+        pictures = "" if self.with_images else "; there is no Images folder: pictures were not looked for"
+        return f"{self.root}: {LAYOUTS[self.layout]}{pictures}"
+
+    def as_text(self) -> str:
+        """For a terminal."""
+        parts = [f"{title}\n{table.to_string(index=False)}" for title, table in self.tables().items()]
+        return "\n\n".join([self.heading(), *parts])
+
+    def as_html(self) -> str:
+        """A page of its own; every text of the data is escaped."""
+        parts = [
+            f"<h2>{title}</h2>\n{table.to_html(index=False, escape=True)}" for title, table in self.tables().items()
+        ]
+        heading = self.heading().replace("&", "&amp;").replace("<", "&lt;")
+        style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .6em}"
+        return (
+            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Data check</title><style>{style}</style>"
+            f"<h1>Data check</h1><p>{heading}</p>{''.join(parts)}</html>\n"
+        )
+
+
+def check(root: Path, strict: bool = False) -> Checked:
+    """Read everything at ``root``. ``strict`` raises ``DataError`` for the first row that would be dropped."""
+    root = Path(root).expanduser().resolve()
+    ledger = Ledger(strict=strict)
+    layout = layout_of(root)
+    with_images = layout == "raw" or (root / "Images").is_dir()
+    return Checked(root, layout, with_images, load_questions(root, ledger, need_images=with_images), ledger)

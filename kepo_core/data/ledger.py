@@ -1,0 +1,51 @@
+"""What reading a data set came to: how many questions were read, what was mended in them, and what was dropped."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from kepo_core.data.errors import DataError
+
+
+class RowError(DataError):
+    """A row that cannot be used; ``reason`` is what it has in common with others, the message names the row."""
+
+    def __init__(self, reason: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
+@dataclass
+class Ledger:
+    """Counts, by reason, the rows that were mended and dropped. ``strict``: a row to be dropped raises instead."""
+
+    strict: bool = True
+    read: int = 0
+    mended: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason → where
+    dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason → sentences
+
+    def mend(self, reason: str, where: str) -> None:
+        """Note that the row at ``where`` was read differently from how it is written."""
+        self.mended[reason].append(where)
+
+    def drop(self, error: RowError) -> None:
+        """Note that a row was left out; under ``strict`` raise its error."""
+        if self.strict:
+            raise error
+        self.dropped[error.reason].append(str(error))
+
+    def nothing(self, root: object, rows: int) -> DataError:
+        """The error of a data set in which no row can be used; it tells of the first."""
+        if not rows:
+            return DataError(f"data_root {root}: its question files hold no rows, expected at least one.")
+        first = next(iter(self.dropped.values()))[0]
+        return DataError(f"data_root {root}: none of its {rows} rows can be used; the first: {first}")
+
+    def table(self) -> pd.DataFrame:
+        """One row per reason: what was done, why, to how many rows, and the first of them."""
+        rows = [{"rows": "read", "why": "", "how many": self.read, "the first": ""}]
+        for done, reasons in (("mended", self.mended), ("dropped", self.dropped)):
+            for reason, found in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
+                rows.append({"rows": done, "why": reason, "how many": len(found), "the first": found[0]})
+        return pd.DataFrame(rows)

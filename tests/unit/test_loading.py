@@ -1,0 +1,205 @@
+"""Two layouts, recognised; what is mended and dropped is counted; `kepo data check` says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kepo_core.cli import main
+from kepo_core.data.check import check
+from kepo_core.data.errors import DataError
+from kepo_core.data.ledger import Ledger, RowError
+from kepo_core.data.loading import layout_of, load_questions
+from kepo_core.data.medr1 import split_of, split_problem
+from kepo_core.data.omnimedvqa import QA_FOLDER
+
+MEDR1 = Path(__file__).parents[3] / "shared/data/medr1_splits"
+
+# Options on one line ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("problem", "question", "options"),
+    [
+        ("What is seen? A)a cyst, B)a tear", "What is seen?", ("a cyst", "a tear")),
+        ("Is it? A)No., B)Yes", "Is it?", ("No.", "Yes")),
+        ("What? A) Epithelium (RPE), B)Lens", "What?", ("Epithelium (RPE)", "Lens")),
+        ("Which? A)Joint (ACJ OA)., B)Degeneration (AMD), C)Brain (MB), D)x", "Which?",
+         ("Joint (ACJ OA).", "Degeneration (AMD)", "Brain (MB)", "x")),
+        ("Which of B) and C)? A)one, two, B)three", "Which of B) and C)?", ("one, two", "three")),
+        ("Grade (WHO A)? A)I, B)II, C)III", "Grade (WHO A)?", ("I", "II", "III")),
+        ("Out of order? A)x, C)y", "Out of order?", ("x, C)y",)),
+        ("No options", "No options", ()),
+    ],
+)  # fmt: skip
+def test_a_problem_is_split_at_its_marks_alone(problem: str, question: str, options: tuple[str, ...]) -> None:
+    assert split_problem(problem) == (question, options)
+
+
+# Med-R1's files ---------------------------------------------------------------------------------------------------
+
+
+def row(image: str = "Images/Toy/a.png", **fields: object) -> dict[str, object]:
+    return {"image": image, "problem": "What is seen? A)a cyst, B)a tear, C)a mass", "solution": "<answer> B </answer>",
+            **fields}  # fmt: skip
+
+
+@pytest.fixture
+def medr1(tmp_path: Path) -> Path:
+    root = tmp_path / "medr1"
+    (root / "Images/Toy").mkdir(parents=True)
+    Image.new("RGB", (5, 4)).save(root / "Images/Toy/a.png")
+    return root
+
+
+def write(root: Path, name: str, *rows: object) -> None:
+    (root / name).write_text(json.dumps(rows), encoding="utf-8")
+
+
+def test_rows_become_questions_of_their_files_modality_and_split(medr1: Path) -> None:
+    write(medr1, "OCT (Optical Coherence Tomography_test.json", row())
+    write(medr1, "MR (Mag-netic Resonance Imaging)_train.json", row(), row())
+    assert layout_of(medr1) == "medr1"
+    one, two, three = load_questions(medr1)
+    assert (one.modality, split_of(one), two.modality, split_of(three)) == ("MRI", "train", "MRI", "test")
+    assert (one.question, one.options, one.answer) == ("What is seen?", ("a cyst", "a tear", "a mass"), "B")
+    assert one.image == (medr1 / "Images/Toy/a.png").resolve() and one.dataset == "Toy"
+    assert len({one.id, two.id, three.id}) == 3
+
+
+def test_a_file_of_unknown_modality_takes_it_from_its_data_set(medr1: Path) -> None:
+    write(medr1, "unknown_train.json", row(), row("Images/Other/b.png"))
+    write(medr1, "X-Ray_train.json", row())
+    ledger = Ledger(strict=False)
+    questions = load_questions(medr1, ledger)
+    assert [question.modality for question in questions] == ["X-Ray", "X-Ray"]
+    assert [len(found) for found in ledger.mended.values()] == [1] and list(ledger.dropped) == ["unknown modality"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason", "sentence"),
+    [
+        (["no"], "not an object", "X-Ray_train.json, row 2: a list, expected an object"),
+        (row(solution="<answer> D </answer>"), "the answer is not among the options", "is none of the 3 options"),
+        (row(solution="B"), "the answer is not among the options", "expected <answer> A </answer>"),
+        (row(problem="What is seen?"), "fewer than two options", "has not two options"),
+        (row(problem="What? A)same, B)Same."), "fewer than two options", "has not two options"),
+        (row(problem=3.5j.imag), "fewer than two options", "has not two options"),
+        (row(problem=["x"]), "problem is no text", "problem is a list"),
+        (row("Images/Toy/none.png"), "image missing", "is missing under data_root"),
+        (row("Images/../../a.png"), "image path leaves data_root", "leaves data_root"),
+        ({"image": "Images/Toy/a.png", "problem": "What? A)a, B)b"}, "no solution", "solution is missing"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_used_is_dropped_and_counted_or_raises(
+    medr1: Path, broken: object, reason: str, sentence: str
+) -> None:
+    write(medr1, "X-Ray_train.json", row(), broken)
+    ledger = Ledger(strict=False)
+    assert len(load_questions(medr1, ledger)) == 1 == ledger.read
+    assert {why: len(rows) for why, rows in ledger.dropped.items()} == {reason: 1}
+    with pytest.raises(RowError, match=r"X-Ray_train\.json, row 2") as raised:
+        load_questions(medr1)
+    assert sentence in str(raised.value)
+
+
+def test_equal_options_are_kept_once_and_the_answer_moves_along(medr1: Path) -> None:
+    write(medr1, "CT_test.json", row(problem="What? A)Yes, B)no, C)yes., D)maybe", solution="<answer> C </answer>"))
+    ledger = Ledger(strict=False)
+    (question,) = load_questions(medr1, ledger)
+    texts = [option.casefold().rstrip(".") for option in question.options]
+    assert sorted(texts) == ["maybe", "no", "yes"] and texts[question.letters.index(question.answer)] == "yes"
+    assert list(ledger.mended) == ["options that say the same were kept once"]
+
+
+def test_a_data_set_without_a_usable_row_says_why(medr1: Path) -> None:
+    write(medr1, "CT_test.json", row("Images/Toy/none.png"))
+    with pytest.raises(DataError, match=r"none of its 1 rows can be used; the first: CT_test.json, row 1: image"):
+        load_questions(medr1, Ledger(strict=False))
+
+
+# Which layout -----------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_root_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.json").write_text('{"a": 1}')
+    (tmp_path / "broken.json").write_text("[{")
+    with pytest.raises(DataError, match="neither QA_information/Open-access"):
+        layout_of(tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        layout_of(tmp_path / "nowhere")
+    assert main(["data", "check", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("kepo: data_root")
+
+
+def test_json_cut_in_the_middle_is_one_sentence(medr1: Path) -> None:
+    write(medr1, "CT_test.json", row())
+    (medr1 / "MRI_test.json").write_text('[{"image": "Images/Toy/a.png", "prob')
+    with pytest.raises(DataError, match=r"^MRI_test.json: not valid JSON"):
+        load_questions(medr1)
+
+
+# kepo data check --------------------------------------------------------------------------------------------------
+
+
+def raw_row(number: int, **fields: object) -> dict[str, object]:
+    return {
+        "dataset": "Toy", "question_id": f"Toy_{number}", "question_type": "Disease Diagnosis", "question": "What?",
+        "gt_answer": "a cyst", "image_path": "Images/Toy/a.png", "option_A": "nothing", "option_B": "a cyst",
+        "modality_type": "MRI", **fields,
+    }  # fmt: skip
+
+
+def test_the_check_counts_what_was_mended_and_dropped(medr1: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (medr1 / QA_FOLDER).mkdir(parents=True)
+    evil = "<script>alert(1)</script>"
+    rows = [
+        raw_row(1), raw_row(2, gt_answer="A cyst."), raw_row(3, option_C="A Cyst"), raw_row(4, image_path="gone.png"),
+        raw_row(5, modality_type=None, modality="MR (Mag-netic Resonance Imaging)"), raw_row(6, gt_answer=evil),
+        raw_row(7, option_A=None, option_C="a tear"), raw_row(1),
+    ]  # fmt: skip
+    write(medr1 / QA_FOLDER, "Toy.json", *rows)
+    checked = check(medr1)
+    assert checked.layout == "raw" and checked.ledger.read == 5
+    assert {why: len(found) for why, found in checked.ledger.mended.items()} == {
+        "the answer differs from its option in case, spaces or a full stop": 1,
+        "options that say the same were kept once": 1,
+        "modality instead of modality_type": 1,
+        "modality 'MR (Mag-netic Resonance Imaging)' read as MRI": 1,
+        "an empty option between others was skipped": 1,
+    }
+    assert {why: len(found) for why, found in checked.ledger.dropped.items()} == {
+        "image missing": 1, "the answer is not among the options": 1, "question_id used before": 1,
+    }  # fmt: skip
+    page = medr1 / "check.html"
+    assert main(["data", "check", str(medr1), "--html", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert "OmniMedVQA's raw release" in text and "image missing" in text
+    assert evil not in page.read_text() and "&lt;script&gt;" in page.read_text()
+    assert main(["data", "check", str(medr1), "--strict"]) == 2
+    assert "Toy.json, row 4 (Toy_4): image 'gone.png' is missing" in capsys.readouterr().err
+
+
+def test_pictures_that_nobody_gave_are_not_missed(medr1: Path) -> None:
+    write(medr1, "CT_test.json", row("Images/Far/away.png"))
+    for file in (medr1 / "Images/Toy").iterdir():
+        file.unlink()
+    (medr1 / "Images/Toy").rmdir()
+    (medr1 / "Images").rmdir()
+    checked = check(medr1)
+    assert checked.ledger.read == 1 and "pictures were not looked for" in checked.as_text()
+
+
+@pytest.mark.skipif(not MEDR1.is_dir(), reason="no ../shared/data/medr1_splits beside the checkout")
+def test_the_three_published_files() -> None:
+    checked = check(MEDR1)
+    assert checked.ledger.read == 1110 + 848
+    assert {why: len(rows) for why, rows in checked.ledger.dropped.items()} == {"unknown modality": 1}
+    assert all(q.answer in q.letters and 2 <= len(q.options) <= 4 for q in checked.questions)
+    assert {q.modality for q in checked.questions} == {"Microscopy", "OCT"}
+    assert not any(
+        ") " in option[-2:] or option.startswith((",", ")")) for q in checked.questions for option in q.options
+    )
+    tail = [q for q in checked.questions if any("(RPE)" in option for option in q.options)]
+    assert tail and all(len(q.options) == 4 for q in tail)
