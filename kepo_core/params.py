@@ -43,7 +43,11 @@ class Params:
     # -- data
     data_root: str = _p("phantom", '"phantom" (rendered on first use), or a folder in OmniMedVQA\'s raw layout')
     data_seed: int = _p(0, "seed of the rendering, the split and the samples drawn from it", low=0)
-    split: str = _p("image", "what train and test share none of", choices=("image", "question"))
+    split: str = _p(
+        "image",
+        "what train and test share none of; given: as Med-R1's files say",
+        choices=("image", "question", "given"),
+    )
     train_modality: str = _p(
         "MRI",
         "the in-domain modality",

@@ -75,7 +75,9 @@ def split_of(question: Question) -> str:
     """Either "train" or "test": the file that a question of ``load_medr1`` came from."""
     found = _FILE.fullmatch(question.id.rpartition(":")[0])
     if found is None:
-        raise DataError(f"question {question.id} does not come from a *_train.json or *_test.json, expected that.")
+        raise DataError(
+            f"split: question {question.id} does not come from a *_train.json or *_test.json, as 'given' expects."
+        )
     return found["split"]
 
 

@@ -1,17 +1,23 @@
 """Rows → splits and samples that anybody can draw again.
 
 Nothing here depends on the order of the rows or on a random generator's version: who goes where is decided by
-SHA-256 of the seed and the item's own name.
+SHA-256 of the seed and the item's own name. Splits and samples are stratified: within each modality, the question
+types have the same shares in each of them as in the whole, up to rounding.
 """
 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from kepo_core.data.errors import DataError
+from kepo_core.data.medr1 import split_of
 from kepo_core.data.records import MODALITIES, Question
+
+T = TypeVar("T")
 
 FRACTIONS: Mapping[str, float] = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
@@ -32,7 +38,8 @@ def split_by_image(
     """Disjoint splits in which no image occurs twice, with the same fractions of questions in every modality.
 
     ``fractions`` maps split names to shares that sum to 1. All questions of an image go together, so the shares
-    are met up to one image per boundary. Rows keep the order they came in.
+    of a modality are met up to one image per boundary. Images that are asked about alike (the same question types
+    equally often) are spread over the splits in the same shares. Rows keep the order they came in.
     """
     return _split(list(questions), lambda question: str(question.image), image_key, seed, fractions)
 
@@ -44,16 +51,34 @@ def split_by_question(
     return _split(list(questions), lambda question: question.id, lambda question: question.id, seed, fractions)
 
 
+def split_as_given(questions: Iterable[Question], seed: int = 0) -> dict[str, list[Question]]:
+    """As Med-R1 published it: each question in the part that its file names; an image can be in both parts.
+
+    For validation a fifth of the train part is set aside, by image. Raises ``DataError`` for data that came in no
+    given parts.
+    """
+    given: dict[str, list[Question]] = {"train": [], "test": []}
+    for question in questions:
+        given[split_of(question)].append(question)
+    return {**split_by_image(given["train"], seed, {"train": 0.8, "validation": 0.2}), "test": given["test"]}
+
+
 #: The values of the parameter ``split``.
 SPLITS: Mapping[str, Callable[[Iterable[Question], int], dict[str, list[Question]]]] = {
     "image": split_by_image,
     "question": split_by_question,
+    "given": split_as_given,
 }
 
 
+def shuffled(questions: Iterable[Question], seed: int = 0) -> list[Question]:
+    """The questions in a seeded order of which every beginning has the question types in their shares."""
+    return _spread(list(questions), lambda q: (q.modality, q.question_type), lambda q: q.id, seed, "sample")
+
+
 def sample(questions: Iterable[Question], n: int, seed: int = 0) -> list[Question]:
-    """``n`` of the questions, or all when there are fewer, in seeded order; a smaller ``n`` gives a prefix."""
-    return sorted(questions, key=lambda question: (_rank(seed, "sample", question.id), question.id))[:n]
+    """The first ``n`` of `shuffled`, or all when there are fewer."""
+    return shuffled(questions, seed)[:n]
 
 
 def study_split(
@@ -64,12 +89,14 @@ def study_split(
     seed: int = 0,
     split: str = "image",
     eval_split: str = "test",
+    usable: Callable[[Question], bool] = lambda question: True,
 ) -> tuple[list[Question], dict[str, list[Question]]]:
     """The paper's design: train on one modality, test on every modality that the data has.
 
     Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of MODALITIES, at
-    most ``eval_items`` questions of ``eval_split`` ("test" or "validation") per modality. Raises ``DataError`` naming
-    the parameter that leaves one empty.
+    most ``eval_items`` questions of ``eval_split`` ("test" or "validation") per modality: the first of `shuffled`
+    that are ``usable``, which is asked of no others. Raises ``DataError`` naming the parameter that leaves one
+    empty.
     """
     if split not in SPLITS:
         raise DataError(f"split: {split!r} is unknown, expected one of {', '.join(SPLITS)}.")
@@ -81,12 +108,13 @@ def study_split(
         found = ", ".join(m for m in MODALITIES if m in present) or "nothing"
         raise DataError(f"train_modality: the data has no {train_modality!r}, expected one of what it has ({found}).")
     parts = SPLITS[split](questions, seed)
-    train = sample((q for q in parts["train"] if q.modality == train_modality), train_items, seed)
-    tests = {
-        modality: sample((q for q in parts[eval_split] if q.modality == modality), eval_items, seed)
-        for modality in MODALITIES
-        if modality in present
-    }
+
+    def take(part: str, modality: str, n: int) -> list[Question]:
+        order = shuffled((q for q in parts[part] if q.modality == modality), seed)
+        return list(islice(filter(usable, order), n))
+
+    train = take("train", train_modality, train_items)
+    tests = {modality: take(eval_split, modality, eval_items) for modality in MODALITIES if modality in present}
     if not train:
         raise DataError(
             f"train_modality: no {train_modality} questions in the train split, expected more images of it."
@@ -97,6 +125,12 @@ def study_split(
                 f"data_root: no {modality} questions in the {eval_split} split, expected more images of it."
             )
     return train, tests
+
+
+def leaked(train: Iterable[Question], test: Iterable[Question]) -> list[Question]:
+    """Those of ``test`` whose image is in ``train``, too."""
+    known = {question.image for question in train}
+    return [question for question in test if question.image in known]
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
@@ -112,8 +146,28 @@ def fingerprint(questions: Iterable[Question]) -> str:
 
 
 def _rank(seed: int, purpose: str, name: str) -> str:
-    """A uniformly distributed sort key; ``purpose`` keeps sampling independent of splitting."""
+    """A uniformly distributed number in hexadecimal; ``purpose`` keeps sampling independent of splitting."""
     return hashlib.sha256(f"{seed}\n{purpose}\n{name}".encode()).hexdigest()
+
+
+def _spread(
+    items: list[T], stratum_of: Callable[[T], Hashable], name_of: Callable[[T], str], seed: int, purpose: str
+) -> list[T]:
+    """``items`` in seeded order, each stratum's spread evenly over the whole.
+
+    The i-th of a stratum's n comes at (i + u)/n of the way, with u in [0, 1) of the stratum's own, so that a stratum
+    of one can come anywhere.
+    """
+    strata: dict[Hashable, list[tuple[str, str, int]]] = defaultdict(list)
+    for index, item in enumerate(items):
+        name = name_of(item)
+        strata[stratum_of(item)].append((_rank(seed, purpose, name), name, index))
+    placed = []
+    for stratum, members in strata.items():
+        start = int(_rank(seed, f"{purpose} of", repr(stratum))[:13], 16) / 16**13
+        for i, (rank, name, index) in enumerate(sorted(members)):
+            placed.append(((i + start) / len(members), rank, name, index))
+    return [items[index] for *_, index in sorted(placed)]
 
 
 def _split(
@@ -128,14 +182,17 @@ def _split(
     groups: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         groups[group_of(question)].append(question)
-    strata: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for group, members in groups.items():
+
+    def kind_of(group: str) -> tuple[str, ...]:
         # One image asked about under two modality names counts under the first in the alphabet, in any row order.
-        rank = _rank(seed, "split", key_of(members[0]))
-        strata[min(question.modality for question in members)].append((rank, group))
+        return (min(q.modality for q in groups[group]), *sorted(q.question_type for q in groups[group]))
+
+    of_modality: dict[str, list[str]] = defaultdict(list)
+    for group in groups:
+        of_modality[kind_of(group)[0]].append(group)
     home: dict[str, str] = {}
-    for ranked in strata.values():
-        order = [group for _, group in sorted(ranked)]
+    for own in of_modality.values():
+        order = _spread(own, kind_of, lambda group: key_of(groups[group][0]), seed, "split")
         home.update(_fill(order, [len(groups[group]) for group in order], fractions))
     return {name: [q for q in questions if home[group_of(q)] == name] for name in fractions}
 

@@ -14,21 +14,25 @@ from kepo_core.data.splits import (
     FRACTIONS,
     fingerprint,
     image_key,
+    leaked,
     sample,
+    split_as_given,
     split_by_image,
     split_by_question,
     study_split,
 )
 
+TYPES = ("Disease Diagnosis", "Anatomy Identification", "Lesion Grading")
 
-def make(images_per_modality, questions_per_image=3, root="/data"):
-    """Questions in the raw layout's paths, ``{modality: number of images}``."""
+
+def make(images_per_modality, questions_per_image=3, root="/data", types=TYPES[:1]):
+    """Questions in the raw layout's paths, ``{modality: number of images}``; ``types`` in turn."""
     return [
         Question(
             id=f"{modality}_{image}_{k}",
             dataset=modality,
             modality=modality,
-            question_type="Disease Diagnosis",
+            question_type=types[(image * questions_per_image + k) % len(types)],
             question="What is seen?",
             options=("a", "b"),
             answer="A",
@@ -48,11 +52,12 @@ def ids(questions):
 @given(
     sizes=st.dictionaries(st.sampled_from(["MRI", "CT", "OCT"]), st.integers(1, 40), min_size=1),
     per_image=st.integers(1, 5),
+    types=st.integers(1, 3),
     seed=st.integers(0, 1000),
     shuffle=st.randoms(use_true_random=False),
 )
-def test_no_image_is_in_two_splits_and_no_question_is_lost_whatever_the_order(sizes, per_image, seed, shuffle):
-    questions = make(sizes, per_image)
+def test_no_image_is_in_two_splits_and_no_question_is_lost_whatever_the_order(sizes, per_image, types, seed, shuffle):
+    questions = make(sizes, per_image, types=TYPES[:types])
     splits = split_by_image(questions, seed)
     assert sorted(i for part in splits.values() for i in ids(part)) == sorted(ids(questions))
     homes = {}
@@ -82,6 +87,67 @@ def test_which_split_an_image_is_in_is_pinned():
     # Published numbers stand on these splits: a change here changes every one of them.
     assert ids(split_by_image(make({"MRI": 10}, 1), 0)["test"]) == ["MRI_1_0", "MRI_2_0"]
     assert ids(sample(make({"MRI": 10}, 1), 3, 0)) == ["MRI_4_0", "MRI_7_0", "MRI_9_0"]
+    typed = make({"MRI": 12}, 1, types=TYPES)
+    assert ids(split_by_image(typed, 0)["test"]) == ["MRI_1_0", "MRI_11_0"]
+    assert ids(sample(typed, 3, 0)) == ["MRI_4_0", "MRI_11_0", "MRI_9_0"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_question_type_has_its_share_in_every_split_and_sample(seed):
+    # Three kinds of picture, asked about differently; the rarest is asked about twice as often.
+    questions = [
+        *make({"MRI": 200, "CT": 50}, 1, types=TYPES[:1]),
+        *make({"X-Ray": 100}, 2, root="/b", types=TYPES[1:]),
+        *(replace(q, id="y" + q.id, modality="MRI") for q in make({"MRI": 100}, 1, root="/c", types=TYPES[1:2])),
+        *(replace(q, id="z" + q.id, modality="MRI") for q in make({"OCT": 20}, 2, root="/d", types=TYPES[2:])),
+    ]
+    splits = split_by_image(questions, seed)
+    for modality, totals in {"MRI": (200, 100, 40), "CT": (50, 0, 0), "X-Ray": (0, 100, 100)}.items():
+        for name, share in FRACTIONS.items():
+            for kind, total in zip(TYPES, totals, strict=True):
+                n = sum(q.modality == modality and q.question_type == kind for q in splits[name])
+                assert abs(n - share * total) <= 4, (modality, name, kind)
+    mri = [q for q in questions if q.modality == "MRI"]
+    for n in (34, 85, 170):
+        drawn = sample(mri, n, seed)
+        for kind, total in zip(TYPES, (200, 100, 40), strict=True):
+            assert abs(sum(q.question_type == kind for q in drawn) - n * total / 340) <= 1, (n, kind)
+
+
+def test_a_kind_of_one_can_come_into_any_split():
+    homes = set()
+    for seed in range(30):
+        questions = [*make({"MRI": 20}, 1), replace(make({"MRI": 21}, 1)[-1], question_type=TYPES[2])]
+        homes |= {name for name, part in split_by_image(questions, seed).items() if "MRI_20_0" in ids(part)}
+    assert homes == set(FRACTIONS)
+
+
+def test_the_given_split_is_that_of_the_files_and_its_leak_is_seen():
+    def given(part, images):
+        return [replace(q, id=f"MRI_{part}:{n}") for n, q in enumerate(make({"MRI": 50})) if q.image.stem in images]
+
+    train, test = given("train", {str(i) for i in range(40)}), given("test", {"39", "40", "41"})
+    splits = split_as_given([*test, *train], 0)
+    assert ids(splits["test"]) == ids(test) and len(splits["validation"]) == 24
+    assert sorted(ids(splits["train"]) + ids(splits["validation"])) == sorted(ids(train))
+    assert not leaked(splits["train"], splits["validation"])
+    assert leaked(train, test) == [q for q in test if q.image.stem == "39"] != []
+    with pytest.raises(DataError, match=r"split: question MRI_0_0 does not come from a \*_train.json"):
+        split_as_given(make({"MRI": 1}))
+
+
+def test_what_cannot_be_used_is_passed_over_and_nothing_else_is_tried():
+    questions, tried = make({"MRI": 100, "CT": 60}), []
+
+    def usable(question):
+        tried.append(question.id)
+        return question.image.stem not in ("3", "4", "5", "30", "31")
+
+    train, tests = study_split(questions, "MRI", 50, 20, 0, usable=usable)
+    assert len(train) == 50 and {name: len(rows) for name, rows in tests.items()} == {"MRI": 20, "CT": 20}
+    assert len(tried) - 90 == sum(not usable(q) for q in questions if q.id in set(tried)) > 0
+    whole, _ = study_split(questions, "MRI", 60, 20, 0)
+    assert [i for i in ids(whole) if i in set(ids(train))] == ids(train)  # the others in the same order
 
 
 def test_an_image_under_two_modality_names_still_stays_together():
@@ -141,7 +207,7 @@ def test_settings_are_chosen_on_images_of_their_own():
         ({"train_modality": "Ultrasound"}, "train_modality: the data has no 'Ultrasound', expected one of .*MRI, CT"),
         ({"train_items": 0}, "train_items: 0 leaves an empty split"),
         ({"eval_items": -1}, "eval_items: -1 leaves an empty split"),
-        ({"split": "images"}, "split: 'images' is unknown, expected one of image, question"),
+        ({"split": "images"}, "split: 'images' is unknown, expected one of image, question, given"),
         ({"train_modality": "CT"}, "data_root: no CT questions in the test split"),
     ],
 )
