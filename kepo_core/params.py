@@ -41,7 +41,7 @@ class Params:
     """Everything a run depends on. The defaults are ``params/phantom.yaml``, which a test keeps equal to them."""
 
     # -- data
-    data_root: str = _p("phantom", '"phantom" (rendered on first use), or a folder in OmniMedVQA\'s raw layout')
+    data_root: str = _p("phantom", "\"phantom\" (rendered on first use), OmniMedVQA's folder or zip, or Med-R1's files")
     data_seed: int = _p(0, "seed of the rendering, the split and the samples drawn from it", low=0)
     split: str = _p(
         "image",
@@ -58,7 +58,9 @@ class Params:
     eval_split: str = _p(
         "test", "evaluate on test, or on validation while settings are chosen", choices=("test", "validation")
     )
-    image_size: int = _p(0, "0: images as stored; N: squashed to N×N pixels", low=0)
+    items_file: str = _p("", "a run's items.csv: train and evaluate on its items, instead of drawing them")
+    image_size: int = _p(0, "0: images as stored; N: resized to N pixels, as image_fit says", low=0)
+    image_fit: str = _p("squash", "resize to N×N, or the longest side to N", choices=("squash", "longest"))
 
     # -- models
     student: str = _p("embedded:student", "π_θ: embedded:student, a folder or a hub name")
@@ -256,7 +258,7 @@ def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
     if choices := f.metadata["choices"]:
         if value not in choices:
             raise ParamError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-    elif kind is str and not value.strip() and f.name not in ("run_dir", "params_file"):
+    elif kind is str and not value.strip() and f.name not in ("run_dir", "params_file", "items_file"):
         raise ParamError(f"{f.name} must not be empty")
     if kind in (int, float):
         _check_range(f.name, value, f.metadata["low"], f.metadata["high"])

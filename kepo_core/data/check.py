@@ -9,6 +9,7 @@ import pandas as pd
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import layout_of, load_questions
 from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.data.source import Folder, open_source
 from kepo_core.data.splits import image_key
 
 LAYOUTS = {"raw": "OmniMedVQA's raw release", "medr1": "Med-R1's question files"}
@@ -69,8 +70,7 @@ class Checked:
 
 def check(root: Path, strict: bool = False) -> Checked:
     """Read everything at ``root``. ``strict`` raises ``DataError`` for the first row that would be dropped."""
-    root = Path(root).expanduser().resolve()
-    ledger = Ledger(strict=strict)
-    layout = layout_of(root)
-    with_images = layout == "raw" or (root / "Images").is_dir()
-    return Checked(root, layout, with_images, load_questions(root, ledger, need_images=with_images), ledger)
+    source, ledger = open_source(root), Ledger(strict=strict)
+    layout = layout_of(source)
+    with_images = layout == "raw" or not isinstance(source, Folder) or source.has_images
+    return Checked(source.root, layout, with_images, load_questions(source, ledger, need_images=with_images), ledger)

@@ -35,6 +35,10 @@ class Ledger:
             raise error
         self.dropped[error.reason].append(str(error))
 
+    def leave_out(self, reason: str, where: str) -> None:
+        """Note that the row at ``where`` is not meant to be read, strict or not."""
+        self.dropped[reason].append(where)
+
     def nothing(self, root: object, rows: int) -> DataError:
         """The error of a data set in which no row can be used; it tells of the first."""
         if not rows:

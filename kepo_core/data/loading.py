@@ -1,4 +1,4 @@
-"""A folder of questions, in whichever layout it is → typed rows."""
+"""A folder or archive of questions, in whichever layout it is → typed rows."""
 
 import json
 from pathlib import Path
@@ -6,35 +6,45 @@ from pathlib import Path
 from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.medr1 import KEYS, load_medr1
-from kepo_core.data.omnimedvqa import QA_FOLDER, load_raw
+from kepo_core.data.omnimedvqa import load_raw
 from kepo_core.data.records import Question
+from kepo_core.data.source import QA_FOLDER, Source, open_source
 
 
-def layout_of(root: Path) -> str:
+def layout_of(source: Source) -> str:
     """Either "raw" (OmniMedVQA's release) or "medr1" (Med-R1's question files), told from the files themselves.
 
-    Raises ``DataError`` where ``root`` is no folder or holds neither.
+    Raises ``DataError`` where it is neither; it names the place nearby that is, if there is one.
     """
-    if not root.is_dir():
-        raise DataError(f"data_root {root} is not a folder, expected OmniMedVQA's release or Med-R1's question files.")
-    if any((root / QA_FOLDER).glob("*.json")):
+    if source.question_files(QA_FOLDER):
         return "raw"
-    for file in sorted(root.rglob("*.json")):
+    for file in source.question_files():
         try:
-            rows = json.loads(file.read_text(encoding="utf-8-sig"))
-        except (ValueError, OSError):
+            rows = json.loads(source.read(file).decode("utf-8-sig"))
+        except (ValueError, DataError):
             continue  # reading it names what is wrong, if it is one of the files
         if isinstance(rows, list) and rows and isinstance(rows[0], dict) and set(KEYS) <= set(rows[0]):
             return "medr1"
     raise DataError(
-        f"data_root {root}: neither {QA_FOLDER.as_posix()}/*.json (OmniMedVQA's release) nor *_train.json and "
-        f"*_test.json with {', '.join(KEYS)} (Med-R1's files) are in it, expected one of them."
+        f"data_root {source.root}: neither {QA_FOLDER}/*.json (OmniMedVQA's release) nor *_train.json and "
+        f"*_test.json with {', '.join(KEYS)} (Med-R1's files) are in it, expected one of them{_nearby(source.root)}."
     )
 
 
-def load_questions(root: Path, ledger: Ledger | None = None, need_images: bool = True) -> list[Question]:
-    """All questions below ``root``, in either layout; see ``load_raw`` and ``load_medr1``."""
-    root = Path(root).expanduser().resolve()
-    if layout_of(root) == "raw":
-        return load_raw(root, ledger)
-    return load_medr1(root, ledger, need_images)
+def _nearby(root: Path) -> str:
+    inside = next(iter(sorted([*root.glob(f"*/{QA_FOLDER}"), *root.glob("OmniMedVQA*.zip")])), None)
+    above = next((folder for folder in root.parents[:3] if (folder / QA_FOLDER).is_dir()), None)
+    if inside is not None:
+        return f"; did you mean {inside if inside.is_file() else inside.parents[1]}?"
+    return f"; did you mean {above}?" if above is not None else ""
+
+
+def load_questions(root: Path | Source, ledger: Ledger | None = None, need_images: bool = True) -> list[Question]:
+    """All questions of a folder, an archive or an opened source, in either layout.
+
+    See ``load_raw`` and ``load_medr1``.
+    """
+    source = open_source(root) if isinstance(root, Path) else root
+    if layout_of(source) == "raw":
+        return load_raw(source, ledger)
+    return load_medr1(source, ledger, need_images)

@@ -1,20 +1,21 @@
 """The question files that Med-R1 publishes for OmniMedVQA → typed rows.
 
 Layout: ``<modality>_<split>.json`` anywhere below the root, each a list of objects with ``image`` (relative to the
-root), ``problem`` (question and options on one line: ``What is seen? A)a cyst, B)Optic disc (OD).``) and
+release's folder), ``problem`` (question and options on one line: ``What is seen? A)a cyst, B)Optic disc (OD).``) and
 ``solution`` (``<answer> B </answer>``). Source: Lai et al., "Med-R1", arXiv 2503.13939. The pictures are those of
-the raw release.
+the raw release, in whose folder the question files may lie (see ``source.Folder``).
 """
 
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger, RowError
-from kepo_core.data.omnimedvqa import ImageLocator, modality_name, read_rows, same_text, text_of, where_of
+from kepo_core.data.omnimedvqa import modality_name, read_rows, same_text, text_of, where_of
 from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.data.source import Source
 
 _FILE = re.compile(r"(?P<modality>.+)_(?P<split>train|test)")
 _SOLUTION = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
@@ -43,30 +44,33 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
     return question, (*options, rest.strip())
 
 
-def load_medr1(root: Path, ledger: Ledger | None = None, need_images: bool = True) -> list[Question]:
-    """All questions of the files below ``root``, in name order and rows in file order.
+def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool = True) -> list[Question]:
+    """All questions of the files below the root, in name order and rows in file order.
 
     A file's name says the modality of its rows; where it does not (``unknown_train.json``), the modality is that of
     the same data set in other files. ``need_images=False`` takes questions whose pictures are not there. The files
     do not tell question types: they are "". ``ledger`` and errors as in ``omnimedvqa.load_raw``.
     """
     ledger = ledger or Ledger()
-    root = Path(root).expanduser().resolve()
-    files = sorted(file for file in root.rglob("*.json") if _FILE.fullmatch(file.stem))
+    files = [file for file in source.question_files() if _FILE.fullmatch(file.stem)]
     if not files:
-        raise DataError(f"data_root {root}: no *_train.json or *_test.json in it, expected Med-R1's question files.")
-    locate = ImageLocator(root) if need_images else None
-    rows = [(file, index, row) for file in files for index, row in enumerate(read_rows(file))]
+        raise DataError(
+            f"data_root {source.root}: no *_train.json or *_test.json in it, expected Med-R1's question files."
+        )
+    rows = [(file, index, row) for file in files for index, row in enumerate(read_rows(source, file))]
     homes = _modalities_of_datasets(rows)
     questions = []
     for file, index, row in rows:
         where = where_of(file, index, row)
         try:
-            questions.append(_parse_row(row, where, file, f"{file.stem}:{index + 1}", homes, locate, root, ledger))
+            fields = _parse_row(row, where, file, homes, ledger)
+            image = source.locate(text_of(row, "image", where), where, must_exist=need_images)
         except RowError as error:
             ledger.drop(error)
+            continue
+        questions.append(Question(id=f"{file.stem}:{index + 1}", question_type="", image=image, **fields))
     if not questions:
-        raise ledger.nothing(root, len(rows))
+        raise ledger.nothing(source.root, len(rows))
     ledger.read += len(questions)
     return questions
 
@@ -81,7 +85,7 @@ def split_of(question: Question) -> str:
     return found["split"]
 
 
-def _modality_of_file(file: Path) -> str | None:
+def _modality_of_file(file: PurePosixPath) -> str | None:
     found = _FILE.fullmatch(file.stem)
     return modality_name(found["modality"]) if found else None
 
@@ -91,7 +95,7 @@ def _dataset(row: Any) -> str:
     return parts[1] if len(parts) > 2 and parts[0] == "Images" else ""
 
 
-def _modalities_of_datasets(rows: list[tuple[Path, int, Any]]) -> dict[str, set[str]]:
+def _modalities_of_datasets(rows: list[tuple[PurePosixPath, int, Any]]) -> dict[str, set[str]]:
     homes: dict[str, set[str]] = {}
     for file, _, row in rows:
         modality = _modality_of_file(file)
@@ -101,15 +105,9 @@ def _modalities_of_datasets(rows: list[tuple[Path, int, Any]]) -> dict[str, set[
 
 
 def _parse_row(
-    row: Any,
-    where: str,
-    file: Path,
-    name: str,
-    homes: Mapping[str, set[str]],
-    locate: ImageLocator | None,
-    root: Path,
-    ledger: Ledger,
-) -> Question:
+    row: Any, where: str, file: PurePosixPath, homes: Mapping[str, set[str]], ledger: Ledger
+) -> dict[str, Any]:
+    """The fields of a ``Question`` that the row tells."""
     if not isinstance(row, Mapping):
         raise RowError("not an object", f"{where}: a {type(row).__name__}, expected an object with {', '.join(KEYS)}.")
     dataset, modality = _dataset(row), _modality_of_file(file)
@@ -136,14 +134,10 @@ def _parse_row(
             f"{where}: solution {solution!r} is none of the {len(given)} options, expected <answer> A </answer> or so.",
         )
     answer = same_text(given[LETTERS.index(found[1])])
-    path = text_of(row, "image", where)
-    return Question(
-        id=name,
-        dataset=dataset,
-        modality=modality,
-        question_type="",
-        question=question,
-        options=options,
-        answer=LETTERS[[same_text(option) for option in options].index(answer)],
-        image=locate(path, where) if locate is not None else root / path,
-    )
+    return {
+        "dataset": dataset,
+        "modality": modality,
+        "question": question,
+        "options": options,
+        "answer": LETTERS[[same_text(option) for option in options].index(answer)],
+    }

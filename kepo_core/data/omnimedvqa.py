@@ -8,19 +8,18 @@ Source: Hu et al., "OmniMedVQA", CVPR 2024. PhantomVQA is written in the same la
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from functools import cache
+from pathlib import PurePosixPath
 from typing import Any
 
 from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.data.source import QA_FOLDER, Source
 
-__all__ = ["DataError", "ImageLocator", "load_raw", "modality_name", "read_rows", "same_text", "text_of", "where_of"]
-
-QA_FOLDER = Path("QA_information") / "Open-access"
+RESTRICTED_FOLDER = QA_FOLDER.with_name("Restricted-access")
 
 # The release spells one modality in several ways, appends explanations in brackets that may lack their end, and
 # hyphenates inside words; what stands before the bracket, in lower case and without punctuation, identifies it.
@@ -42,6 +41,7 @@ _MODALITY_KEYS = {
 }
 
 
+@cache
 def modality_name(raw: str) -> str | None:
     """The name in MODALITIES that a raw modality string means, or None when it is none of the eight."""
     return _MODALITY_KEYS.get(re.sub(r"[\W_]+", "", raw.partition("(")[0].lower()))
@@ -52,30 +52,29 @@ def same_text(text: str) -> str:
     return " ".join(text.split()).rstrip(". ").casefold()
 
 
-def load_raw(root: Path, ledger: Ledger | None = None) -> list[Question]:
-    """All questions of the release under ``root``, files in name order and rows in file order.
+def load_raw(source: Source, ledger: Ledger | None = None) -> list[Question]:
+    """All questions of the release's open-access part, files in name order and rows in file order.
 
-    Every image must exist (it is not opened here: see ``images.check_images``). Options that are absent, null or
+    Every image must exist (it is not opened here: see ``images.load_image``). Options that are absent, null or
     empty are skipped and the letters close up; options that say the same thing are kept once, since two letters
-    would be right. ``ledger`` counts what was mended, and what was dropped where it is not strict (as it is by
-    default). Raises ``DataError`` for a file that cannot be read and, under a strict ledger, for the first row that
-    breaks the layout.
+    would be right. Rows of restricted sets are counted only: their pictures are not part of the release, and who
+    has them would draw other splits. ``ledger`` counts what was mended, and what was dropped where it is not strict
+    (as it is by default). Raises ``DataError`` for a file that cannot be read and, under a strict ledger, for the
+    first row that breaks the layout.
     """
     ledger = ledger or Ledger()
-    root = Path(root).expanduser().resolve()
-    files = sorted((root / QA_FOLDER).glob("*.json"))
+    files = source.question_files(QA_FOLDER)
     if not files:
-        raise DataError(f"data_root {root}: no {QA_FOLDER.as_posix()}/*.json in it, expected OmniMedVQA's raw layout.")
-    locate = ImageLocator(root)
+        raise DataError(f"data_root {source.root}: no {QA_FOLDER}/*.json in it, expected OmniMedVQA's raw layout.")
     questions: list[Question] = []
     seen: dict[str, str] = {}
     rows = 0
     for file in files:
-        for index, row in enumerate(read_rows(file)):
+        for index, row in enumerate(read_rows(source, file)):
             rows += 1
             where = where_of(file, index, row)
             try:
-                question = _parse_row(row, where, locate, ledger)
+                question = _parse_row(row, where, source, ledger)
                 if question.id in seen:
                     raise RowError(
                         "question_id used before",
@@ -87,31 +86,35 @@ def load_raw(root: Path, ledger: Ledger | None = None) -> list[Question]:
             seen[question.id] = where
             questions.append(question)
     if not questions:
-        raise ledger.nothing(root, rows)
+        raise ledger.nothing(source.root, rows)
+    for file in source.question_files(RESTRICTED_FOLDER):
+        for index, row in enumerate(read_rows(source, file)):
+            ledger.leave_out("restricted: its picture is not part of the release", where_of(file, index, row))
     ledger.read += len(questions)
     return questions
 
 
-def read_rows(file: Path) -> list[Any]:
+def read_rows(source: Source, file: PurePosixPath) -> list[Any]:
     """The rows of a question file. Raises ``DataError`` naming it where it is no JSON list."""
+    content = source.read(file)
     try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+        rows = json.loads(content.decode("utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file.name}: not valid JSON ({error}), expected a list of question objects.") from error
-    except (OSError, RecursionError) as error:
+    except RecursionError as error:
         raise DataError(f"{file.name}: cannot be read ({error}), expected a JSON list of question objects.") from error
     if not isinstance(rows, list):
         raise DataError(f"{file.name}: holds a {type(rows).__name__}, expected a list of question objects.")
     return rows
 
 
-def where_of(file: Path, index: int, row: Any) -> str:
+def where_of(file: PurePosixPath, index: int, row: Any) -> str:
     """How error messages name a row: the file, its position from 1, and its id when it has one."""
     name = row.get("question_id") if isinstance(row, Mapping) else None
     return f"{file.name}, row {index + 1}" + (f" ({name})" if isinstance(name, str) else "")
 
 
-def _parse_row(row: Any, where: str, locate: "ImageLocator", ledger: Ledger) -> Question:
+def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question:
     if not isinstance(row, Mapping):
         raise RowError(
             "not an object",
@@ -141,7 +144,7 @@ def _parse_row(row: Any, where: str, locate: "ImageLocator", ledger: Ledger) -> 
         question=text_of(row, "question", where),
         options=options,
         answer=letter,
-        image=locate(text_of(row, "image_path", where), where),
+        image=source.locate(text_of(row, "image_path", where), where),
     )
 
 
@@ -187,36 +190,3 @@ def _answer_letter(answer: str, options: tuple[str, ...], where: str) -> str:
             "the answer is not among the options",
             f"{where}: gt_answer {answer!r} is not among the options, expected one of {listed}.",
         ) from None
-
-
-class ImageLocator:
-    """Relative image paths → absolute ones that exist inside the root. Remembers folders: rows share few of them."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._folders: dict[Path, Path] = {}
-
-    def __call__(self, relative: str, where: str) -> Path:
-        """The image that a row at ``where`` names; ``RowError`` if it leaves the root or is not there."""
-        path = PurePosixPath(relative)
-        if path.is_absolute() or ".." in path.parts or "\0" in relative or re.match(r"[A-Za-z]:[\\/]|\\", relative):
-            raise RowError(
-                "image path leaves data_root",
-                f"{where}: image_path {relative!r} leaves data_root, expected a relative path inside it.",
-            )
-        absolute = self._folder(self._root / path.parent) / path.name
-        if absolute.is_symlink():
-            absolute = absolute.resolve()
-        if not absolute.is_relative_to(self._root):
-            raise RowError(
-                "image link leaves data_root",
-                f"{where}: image_path {relative!r} is a link out of data_root, expected a file inside it.",
-            )
-        if not absolute.is_file():
-            raise RowError("image missing", f"{where}: image {relative!r} is missing under data_root, expected a file.")
-        return absolute
-
-    def _folder(self, folder: Path) -> Path:
-        if folder not in self._folders:
-            self._folders[folder] = Path(os.path.realpath(folder))
-        return self._folders[folder]

@@ -7,7 +7,6 @@ meaning. :func:`ensure_phantom` writes the whole set once; the loader for real d
 """
 
 import json
-import os
 import shutil
 import tempfile
 import zlib
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kepo_core.data import source
 from kepo_core.data.errors import DataError
 from kepo_core.data.phantom_render import render
 from kepo_core.data.records import LETTERS, MODALITIES
@@ -179,7 +179,7 @@ def ensure_phantom(cache_dir: Path | None = None, seed: int = 0) -> Path:
     ``~/.cache/kepo``. Files: ``Images/PhantomVQA-*/NNNNN.png``,
     ``QA_information/Open-access/PhantomVQA-*.json`` and ``facts.json`` (image path → facts).
     """
-    cache = cache_dir or Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
+    cache = cache_dir or source.cache_dir()
     root = cache / f"phantom-v{VERSION}-seed{seed}"
     if root.exists():
         return root

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kepo_core.data.omnimedvqa import load_raw
+from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import Facts, load_facts
 from kepo_core.data.records import LETTERS, Answer, Question
 from kepo_core.data.splits import image_key, split_by_image
@@ -154,7 +154,6 @@ class Calibration:
             thinking=thinking,
             max_tokens=self.params.eval_max_tokens,
             batch_size=self.params.eval_batch_size,
-            image_size=self.params.image_size,
         )
 
     def _sampled(
@@ -168,7 +167,6 @@ class Calibration:
             thinking=True,
             max_tokens=self.params.max_completion_length,
             batch_size=self.params.eval_batch_size,
-            image_size=self.params.image_size,
             messages=messages,
             temperature=1.0,
         )
@@ -261,7 +259,7 @@ def priors(root: Path, seed: int = 0) -> list[Measured]:
 
     Within one modality, the text of a modality question gives its answer away; such questions are about 1 %.
     """
-    questions = load_raw(root)
+    questions = load_questions(root)
     shown = load_facts(root)
     facts = {question.id: shown[image_key(question)] for question in questions}
     parts = split_by_image(questions, seed)

@@ -7,16 +7,16 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from kepo_core.data.images import load_image
+from kepo_core.data.images import ReadPicture, load_image
 from kepo_core.data.records import Question
 from kepo_core.method.prompts import vqa_messages
 
 
-def to_dataset(questions: Sequence[Question], thinking: bool, image_size: int = 0) -> Dataset:
+def to_dataset(questions: Sequence[Question], thinking: bool, pictures: ReadPicture = load_image) -> Dataset:
     """One row per question, in their order, in the columns that the trainer and its reward functions read.
 
-    ``prompt`` (chat messages of the plain prompt x), ``image`` (PIL, RGB, squashed to ``image_size`` where that is
-    not 0), ``question``, ``options`` (list of texts), ``answer`` (letter), ``id``, ``modality``. Prompts and images
+    ``prompt`` (chat messages of the plain prompt x), ``image`` (PIL, as ``pictures`` reads its
+    path), ``question``, ``options`` (list of texts), ``answer`` (letter), ``id``, ``modality``. Prompts and images
     are made on access: 89,000 rows cost their text and paths only, and the image part of a message stays free of
     the empty ``text`` field that a stored table would give it. Reading a row raises ``DataError`` for a bad image.
     """
@@ -33,7 +33,7 @@ def to_dataset(questions: Sequence[Question], thinking: bool, image_size: int = 
 
     def decode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # A batch asks for the same row once per generation of its group: each picture is decoded once.
-        images: dict[str, Image.Image] = {path: load_image(Path(path), image_size) for path in set(rows["image"])}
+        images: dict[str, Image.Image] = {path: pictures(Path(path)) for path in set(rows["image"])}
         asked = zip(rows["question"], rows["options"], strict=True)
         prompts = [vqa_messages(question, options, thinking) for question, options in asked]
         return rows | {"prompt": prompts, "image": [images[path] for path in rows["image"]]}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from kepo_core.data.images import load_image
+from kepo_core.data.images import ReadPicture, load_image
 from kepo_core.data.records import Answer, Question
 from kepo_core.method.prompts import Messages, vqa_messages
 from kepo_core.method.rewards import score
@@ -25,7 +25,7 @@ def evaluate(
     thinking: bool,
     max_tokens: int,
     batch_size: int,
-    image_size: int = 0,
+    pictures: ReadPicture = load_image,
     messages: Sequence[Messages] | None = None,
     temperature: float = 0.0,
     progress: Progress | None = None,
@@ -45,7 +45,7 @@ def evaluate(
         thinking: which prompt and format; see ``prompts.vqa_messages``.
         max_tokens: most tokens of a completion; one that reaches it without an end-of-text token is not finished.
         batch_size: questions per batch.
-        image_size: 0 for images as stored, else the side they are squashed to.
+        pictures: reads the picture at a path, as RGB.
         messages: another prompt per question, e.g. a hint-aware one.
         temperature: of sampling; 0 decodes greedily.
         progress: told after every batch how far it is.
@@ -56,7 +56,7 @@ def evaluate(
     with _decoding(model, processor, max_tokens, temperature) as stop_tokens:
         for batch in length_batches(_lengths(processor, texts), batch_size):
             asked = [questions[i] for i in batch]
-            completions = _generate(model, processor, [texts[i] for i in batch], asked, image_size)
+            completions = _generate(model, processor, [texts[i] for i in batch], asked, pictures)
             for i, tokens in zip(batch, completions, strict=True):
                 answers[i] = _record(processor, questions[i], tokens, stop_tokens, thinking)
             if progress is not None:
@@ -127,10 +127,10 @@ def _decoding(model: Any, processor: Any, max_tokens: int, temperature: float) -
 
 
 def _generate(
-    model: Any, processor: Any, texts: Sequence[str], questions: Sequence[Question], image_size: int
+    model: Any, processor: Any, texts: Sequence[str], questions: Sequence[Question], pictures: ReadPicture
 ) -> Tensor:
     """Completions (B, T) of the batch, padded behind their ends."""
-    images = [[load_image(question.image, image_size)] for question in questions]
+    images = [[pictures(question.image)] for question in questions]
     inputs = processor(text=list(texts), images=images, padding=True, padding_side="left", return_tensors="pt")
     inputs = inputs.to(model.device)
     output: Tensor = model.generate(**inputs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,20 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from kepo_core.data.errors import DataError
-from kepo_core.data.images import check_images
+from kepo_core.data.images import Decodable, Pictures, load_image
+from kepo_core.data.items import read_items, write_items
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import ensure_phantom
 from kepo_core.data.records import Answer, Question
-from kepo_core.data.splits import fingerprint, image_key, study_split
+from kepo_core.data.source import Source, open_source
+from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.resume import last_checkpoint, trained_steps
 from kepo_core.method.rewards import reward_functions
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
-from kepo_core.params import ParamError, Params
+from kepo_core.params import ParamError, Params, resolve
 from kepo_core.study import diagnosis, statistics
 from kepo_core.study.dataset import to_dataset
 from kepo_core.study.evaluation import Progress, evaluate
@@ -49,9 +52,14 @@ class StudyData:
         """Test question id → image, for statistics that respect shared images."""
         return {question.id: image_key(question) for question in self.test}
 
+    def write_items(self, path: Path) -> None:
+        """Write the file that ``items_file`` reads."""
+        write_items(path, self.train, self.tests)
+
     def identity(self) -> dict[str, Any]:
         """Counts and content hashes, for the run's provenance."""
         return {
+            "test_items_whose_image_is_trained_on": len(leaked(self.train, self.test)),
             "rows_dropped": {reason: len(rows) for reason, rows in self.ledger.dropped.items()},
             "train_items": len(self.train),
             "test_items": {modality: len(questions) for modality, questions in self.tests.items()},
@@ -63,38 +71,46 @@ class StudyData:
 def load_data(params: Params) -> StudyData:
     """Read, split and sample the questions that ``params`` name, and decode every image of them once.
 
-    Rows that cannot be used are left out and counted in the result's ledger.
+    Rows and images that cannot be used are left out and counted in the result's ledger.
 
     Raises:
-        ParamError: ``data_root`` is no folder.
-        DataError: a file, row, image or split that cannot be used, named in one sentence.
+        DataError: a root, file, row or split that cannot be used, named in one sentence.
     """
-    if params.data_root == "phantom":
-        root = ensure_phantom(seed=params.data_seed)
-    else:
-        root = Path(params.data_root).expanduser()
-        if not root.is_dir():
-            raise ParamError(f"data_root is {params.data_root!r}, expected 'phantom' or an existing folder")
-    ledger = Ledger(strict=False)
-    questions = load_questions(root, ledger)
+    root = ensure_phantom(seed=params.data_seed) if params.data_root == "phantom" else resolve(params.data_root)
+    source, ledger = open_source(root), Ledger(strict=False)
+    questions = load_questions(source, ledger)
     try:
-        train, tests = study_split(
-            questions,
-            params.train_modality,
-            params.train_items,
-            params.eval_items,
-            params.data_seed,
-            params.split,
-            params.eval_split,
-        )
+        train, tests = _choose(params, questions, source, ledger)
     except DataError as error:
         if not ledger.dropped:
             raise
         count, first = sum(map(len, ledger.dropped.values())), next(iter(ledger.dropped.values()))[0]
         raise DataError(f"{error} {count} rows were dropped; the first: {first}") from error
-    data = StudyData(root, train, tests, ledger)
-    check_images([*data.train, *data.test])
-    return data
+    return StudyData(source.root, train, tests, ledger)
+
+
+def _choose(
+    params: Params, questions: Sequence[Question], source: Source, ledger: Ledger
+) -> tuple[list[Question], dict[str, list[Question]]]:
+    """Training and test questions whose pictures can be decoded: those of ``items_file``, or newly drawn ones."""
+    if params.items_file:
+        train, tests = read_items(
+            resolve(params.items_file), questions, params.train_modality, params.train_items, params.eval_items
+        )
+        decodable = Decodable(source, Ledger())  # strict: the very same items, or none
+        for question in (*train, *(q for rows in tests.values() for q in rows)):
+            decodable(question)
+        return train, tests
+    return study_split(
+        questions,
+        params.train_modality,
+        params.train_items,
+        params.eval_items,
+        params.data_seed,
+        params.split,
+        params.eval_split,
+        Decodable(source, ledger),
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +173,7 @@ def make_trainer(
         model=models.student,
         reward_funcs=reward_functions(params.thinking),
         args=training_config(params, run.training_dir),
-        train_dataset=to_dataset(data.train, params.thinking, params.image_size),
+        train_dataset=to_dataset(data.train, params.thinking, Pictures(params.image_size, params.image_fit)),
         processing_class=models.processor,
         teacher=models.teacher,
         callbacks=[MetricsWriter(run), *callbacks],
@@ -190,7 +206,7 @@ def evaluate_student(
         thinking=params.thinking,
         max_tokens=params.eval_max_tokens,
         batch_size=params.eval_batch_size,
-        image_size=params.image_size,
+        pictures=partial(load_image, image_size=params.image_size, fit=params.image_fit),
         progress=progress,
     )
 

@@ -42,8 +42,8 @@ MIDDLE = Shape((256, 6, 8, 4, 32, 768), (128, 4, 4, 384))
 LARGE = Shape((512, 8, 8, 4, 64, 1536), (192, 6, 6, 576))
 SIZES = {
     "small": Size("small", SMALL, MIDDLE, 576, 8, 8, 24),
-    "middle": Size("middle", MIDDLE, LARGE, 8_000, 4, 8, 48),
-    "large": Size("large", LARGE, Shape((768, 12, 12, 4, 64, 2304), (256, 6, 8, 768)), 32_000, 2, 8, 64),
+    "middle": Size("middle", MIDDLE, LARGE, 8_000, 8, 8, 32),
+    "large": Size("large", LARGE, Shape((768, 12, 12, 4, 64, 2304), (256, 6, 8, 768)), 32_000, 8, 4, 32),
     # Qwen3-VL-2B and 32B (text and vision shapes as published), pictures of 384×384: 144 tokens.
     "paper": Size(
         "paper",

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from kepo_core.data.images import load_image
-from kepo_core.data.omnimedvqa import load_raw
+from kepo_core.data.images import Pictures, load_image
+from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import write_phantom
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.method.prompts import vqa_messages
@@ -20,7 +20,7 @@ def questions(tmp_path_factory):
     """Fourteen questions about pictures of odd and differing sizes, one of them a JPEG in grey."""
     root = tmp_path_factory.mktemp("phantom")
     write_phantom(root, 0, {"MRI": 2, "CT": 2})
-    rows = load_raw(root)
+    rows = load_questions(root)
     Image.open(rows[0].image).resize((101, 37)).save(rows[0].image)
     Image.open(rows[-1].image).convert("L").resize((48, 90)).save(rows[-1].image, format="JPEG")
     return [*rows[:7], *rows[-7:]]
@@ -171,7 +171,7 @@ def test_image_size_reaches_the_model(model, processor, questions, monkeypatch):
         model, "generate", lambda **inputs: grids.append(inputs["image_grid_thw"].tolist()) or inputs["input_ids"]
     )
     for size in (0, 96):
-        evaluate(model, processor, questions[:1], **SETTINGS | {"image_size": size})
+        evaluate(model, processor, questions[:1], **SETTINGS, pictures=Pictures(size))
     assert grids[0] != grids[1]
     assert grids[1] == [[1, 12, 12]]
 
@@ -225,13 +225,10 @@ def test_a_limit_of_nothing_is_refused(model, processor, questions):
         evaluate(model, processor, questions, **SETTINGS | {"max_tokens": 0})
 
 
-def test_the_dataset_makes_what_training_reads(questions, monkeypatch):
-    dataset = to_dataset(questions, thinking=False, image_size=32)
-    assert len(dataset) == len(questions)
+def test_the_dataset_makes_what_training_reads(questions):
     decoded = []
-    monkeypatch.setattr(
-        "kepo_core.study.dataset.load_image", lambda path, n: decoded.append(path) or load_image(path, n)
-    )
+    dataset = to_dataset(questions, False, lambda path: decoded.append(path) or load_image(path, 32))
+    assert len(dataset) == len(questions)
     row = dataset[0]
     assert set(row) == {"prompt", "image", "question", "options", "answer", "id", "modality"}
     assert (row["image"].mode, row["image"].size) == ("RGB", (32, 32))

@@ -111,7 +111,7 @@ def test_an_empty_split_and_a_wrong_root_are_named(root: Path, tmp_path: Path) -
     (root / "QA_information/Open-access/PhantomVQA-CT.json").unlink()
     with pytest.raises(DataError, match="train_modality"):
         experiment.load_data(params(root, train_modality="CT"))
-    with pytest.raises(ParamError, match="data_root"):
+    with pytest.raises(DataError, match=r"data_root .*nowhere does not exist"):
         experiment.load_data(params(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="QA_information"):
         experiment.load_data(params(tmp_path))

@@ -12,7 +12,7 @@ from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.loading import layout_of, load_questions
 from kepo_core.data.medr1 import split_of, split_problem
-from kepo_core.data.omnimedvqa import QA_FOLDER
+from kepo_core.data.source import QA_FOLDER, open_source
 
 MEDR1 = Path(__file__).parents[3] / "shared/data/medr1_splits"
 
@@ -60,7 +60,7 @@ def write(root: Path, name: str, *rows: object) -> None:
 def test_rows_become_questions_of_their_files_modality_and_split(medr1: Path) -> None:
     write(medr1, "OCT (Optical Coherence Tomography_test.json", row())
     write(medr1, "MR (Mag-netic Resonance Imaging)_train.json", row(), row())
-    assert layout_of(medr1) == "medr1"
+    assert layout_of(open_source(medr1)) == "medr1"
     one, two, three = load_questions(medr1)
     assert (one.modality, split_of(one), two.modality, split_of(three)) == ("MRI", "train", "MRI", "test")
     assert (one.question, one.options, one.answer) == ("What is seen?", ("a cyst", "a tear", "a mass"), "B")
@@ -126,9 +126,16 @@ def test_a_wrong_root_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "notes.json").write_text('{"a": 1}')
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(DataError, match="neither QA_information/Open-access"):
-        layout_of(tmp_path)
-    with pytest.raises(DataError, match="is not a folder"):
-        layout_of(tmp_path / "nowhere")
+        layout_of(open_source(tmp_path))
+    with pytest.raises(DataError, match="does not exist, expected a folder"):
+        load_questions(tmp_path / "nowhere")
+    (tmp_path / "down/OmniMedVQA" / QA_FOLDER).mkdir(parents=True)
+    with pytest.raises(DataError, match=r"did you mean .*down/OmniMedVQA\?\."):
+        load_questions(tmp_path / "down")
+    (tmp_path / "down/OmniMedVQA" / QA_FOLDER / "a.json").write_text("[]")
+    (tmp_path / "down/OmniMedVQA/Images/x").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"did you mean .*down/OmniMedVQA\?\."):
+        load_questions(tmp_path / "down/OmniMedVQA/Images/x")
     assert main(["data", "check", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("kepo: data_root")
 
@@ -160,6 +167,8 @@ def test_the_check_counts_what_was_mended_and_dropped(medr1: Path, capsys: pytes
         raw_row(7, option_A=None, option_C="a tear"), raw_row(1),
     ]  # fmt: skip
     write(medr1 / QA_FOLDER, "Toy.json", *rows)
+    (medr1 / QA_FOLDER).with_name("Restricted-access").mkdir()
+    write((medr1 / QA_FOLDER).with_name("Restricted-access"), "Far.json", raw_row(1, image_path="far/away.png"))
     checked = check(medr1)
     assert checked.layout == "raw" and checked.ledger.read == 5
     assert {why: len(found) for why, found in checked.ledger.mended.items()} == {
@@ -171,6 +180,7 @@ def test_the_check_counts_what_was_mended_and_dropped(medr1: Path, capsys: pytes
     }
     assert {why: len(found) for why, found in checked.ledger.dropped.items()} == {
         "image missing": 1, "the answer is not among the options": 1, "question_id used before": 1,
+        "restricted: its picture is not part of the release": 1,
     }  # fmt: skip
     page = medr1 / "check.html"
     assert main(["data", "check", str(medr1), "--html", str(page)]) == 0

@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from kepo_core.data import omnimedvqa
 from kepo_core.data.errors import DataError
-from kepo_core.data.images import check_images, load_image
+from kepo_core.data.images import Decodable, Pictures, load_image
+from kepo_core.data.ledger import Ledger
 from kepo_core.data.records import MODALITIES
+from kepo_core.data.source import open_source
 
 ROW = {
     "dataset": "Toy",
@@ -40,9 +43,13 @@ def root(tmp_path):
     return root
 
 
+def load_raw(root):
+    return omnimedvqa.load_raw(open_source(root))
+
+
 def load(root, *rows, name="Toy.json"):
     (root / omnimedvqa.QA_FOLDER / name).write_text(json.dumps(rows))
-    return omnimedvqa.load_raw(root)
+    return load_raw(root)
 
 
 def changed(**fields):
@@ -114,7 +121,7 @@ def test_equal_options_are_kept_once(root):
 def test_text_beyond_ascii_and_a_byte_order_mark_are_read(root):
     path = root / omnimedvqa.QA_FOLDER / "Toy.json"
     path.write_text(json.dumps([changed(question="Größe in µm?")], ensure_ascii=False), encoding="utf-8-sig")
-    (question,) = omnimedvqa.load_raw(root)
+    (question,) = load_raw(root)
     assert question.question == "Größe in µm?"
 
 
@@ -191,7 +198,7 @@ def test_links_out_of_the_root_are_refused_and_links_inside_are_followed(root, t
 def test_a_root_that_is_itself_a_link_is_fine(root, tmp_path):
     load(root, ROW)
     (tmp_path / "link").symlink_to(root)
-    assert omnimedvqa.load_raw(tmp_path / "link") == omnimedvqa.load_raw(root)
+    assert load_raw(tmp_path / "link") == load_raw(root)
 
 
 @pytest.mark.parametrize(
@@ -205,13 +212,13 @@ def test_a_root_that_is_itself_a_link_is_fine(root, tmp_path):
 def test_a_broken_file_is_named(root, content, message):
     (root / omnimedvqa.QA_FOLDER / "Broken.json").write_bytes(content)
     with pytest.raises(DataError) as error:
-        omnimedvqa.load_raw(root)
+        load_raw(root)
     assert message in str(error.value)
 
 
 def test_a_wrong_or_empty_root_is_named(root, tmp_path):
-    with pytest.raises(DataError, match=r"data_root .*nowhere: no QA_information/Open-access"):
-        omnimedvqa.load_raw(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"data_root .*: no QA_information/Open-access"):
+        load_raw(tmp_path)
     with pytest.raises(DataError, match=r"data_root .* hold no rows"):
         load(root)
 
@@ -236,10 +243,14 @@ def test_a_truncated_image_is_found_before_training(root, ending):
     path = root / f"Images/Toy/cut.{ending}"
     Image.effect_noise((64, 64), 50).save(path)
     rows = load(root, changed(image_path=f"Images/Toy/cut.{ending}"))
-    assert check_images(rows * 2) == 1
+    assert Decodable(open_source(root), Ledger())(rows[0])
     _truncate(path)
     with pytest.raises(DataError, match=r"^Question Toy_0001: Image .*cut.*cannot be decoded"):
-        check_images(rows)
+        Decodable(open_source(root), Ledger())(rows[0])
+    ledger = Ledger(strict=False)
+    decodable = Decodable(open_source(root), ledger)
+    assert not decodable(rows[0]) and not decodable(rows[0])
+    assert [len(found) for found in ledger.dropped.values()] == [2]
 
 
 def test_a_file_that_is_no_image_or_is_gone_or_too_large_is_named(tmp_path, monkeypatch):
@@ -256,5 +267,36 @@ def test_a_file_that_is_no_image_or_is_gone_or_too_large_is_named(tmp_path, monk
 
 def test_a_decompression_bomb_is_refused_without_decoding(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(DataError, match="bomb"):
+    with pytest.raises(DataError, match=r"^Image .*bomb.png: "):
         load_image(tmp_path / "bomb.png")
+
+
+def test_the_longest_side_is_met_and_the_ratio_kept(tmp_path):
+    for size, met in {(400, 100): (80, 20), (30, 60): (40, 80), (7, 1000): (1, 80)}.items():
+        Image.new("L", size).save(tmp_path / "a.png")
+        assert load_image(tmp_path / "a.png", 80, "longest").size == met
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("png", "uint16"), ("tif", "uint16"), ("tif", "float32")])
+def test_deep_grey_values_are_spread_and_not_cut_off(tmp_path, ending, kind):
+    ramp = np.linspace(300, 4095, 64).reshape(8, 8).astype(kind)
+    Image.fromarray(ramp).save(tmp_path / f"scan.{ending}")
+    pixels = np.asarray(load_image(tmp_path / f"scan.{ending}"))
+    assert pixels.min() == 0 and pixels.max() == 255 and len(np.unique(pixels)) == 64
+    Image.fromarray(np.full((3, 3), 700, kind)).save(tmp_path / f"flat.{ending}")
+    assert not np.asarray(load_image(tmp_path / f"flat.{ending}")).any()
+
+
+def test_a_second_epoch_decodes_nothing_as_far_as_memory_goes(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (10, 10), (i, i, i)).save(path)
+    read = []
+    monkeypatch.setattr(
+        "kepo_core.data.images.load_image", lambda path, *rest: read.append(path) or load_image(path, *rest)
+    )
+    pictures = Pictures(5, budget=3 * 75)
+    for _ in range(3):
+        assert [pictures(path).getpixel((2, 2)) for path in paths] == [(i, i, i) for i in range(4)]
+        assert pictures(paths[0]).size == (5, 5)
+    assert [read.count(path) for path in paths] == [1, 1, 1, 3]

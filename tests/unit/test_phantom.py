@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from kepo_core.data import phantom
-from kepo_core.data.omnimedvqa import load_raw
+from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import CONTRASTS, KINDS, PLACES, TOPICS, Facts
 from kepo_core.data.records import MODALITIES, QUESTION_TYPES
 from kepo_core.study.lessons import Pool
@@ -98,7 +98,7 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_written_set_is_read_by_the_loader_for_real_data(small_set: Path) -> None:
-    questions = load_raw(small_set)
+    questions = load_questions(small_set)
     assert Counter(q.modality for q in questions) == dict.fromkeys(MODALITIES, 6 * phantom.QUESTIONS_PER_IMAGE)
     facts = json.loads((small_set / "facts.json").read_text())
     for q in questions:

@@ -2,12 +2,15 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from kepo_core.data.images import check_images, load_image
-from kepo_core.data.omnimedvqa import load_raw
+from kepo_core.data.images import Decodable, load_image
+from kepo_core.data.ledger import Ledger
+from kepo_core.data.loading import load_questions
+from kepo_core.data.source import open_source
 from kepo_core.data.splits import split_by_image, study_split
 from kepo_core.study.dataset import to_dataset
 from kepo_core.study.evaluation import evaluate
@@ -19,7 +22,7 @@ pytestmark = pytest.mark.skipif(not BCCD.is_dir(), reason="no ../shared/data/bcc
 
 @pytest.fixture(scope="module")
 def questions():
-    return load_raw(BCCD)
+    return load_questions(BCCD)
 
 
 def test_every_row_is_read_and_every_answer_resolved(questions):
@@ -27,7 +30,8 @@ def test_every_row_is_read_and_every_answer_resolved(questions):
     assert {question.modality for question in questions} == {"Microscopy"}
     assert Counter(len(question.options) for question in questions) == {4: 120, 2: 60, 3: 60}
     assert all(question.answer in question.letters for question in questions)
-    assert check_images(questions) == 60
+    decodable = Decodable(open_source(BCCD), Ledger())
+    assert all(decodable(question) for question in questions)
     # The rows whose gt_answer differs from its option in case and full stop: "microscopy." for "Microscopy".
     recognition = [question for question in questions if question.question_type == "Modality Recognition"]
     assert len(recognition) == 60
@@ -61,7 +65,13 @@ def test_a_tiny_model_is_evaluated_on_them(questions, tiny_model, processor, tmp
         load_image(asked[i].image).resize((width, height)).convert("L" if i % 2 else "RGB").save(path)
         asked[i] = replace(asked[i], image=path)
     answers = evaluate(
-        tiny_model(), processor, asked, thinking=thinking, max_tokens=6, batch_size=5, image_size=image_size
+        tiny_model(),
+        processor,
+        asked,
+        thinking=thinking,
+        max_tokens=6,
+        batch_size=5,
+        pictures=partial(load_image, image_size=image_size),
     )
     assert [answer.question_id for answer in answers] == [question.id for question in asked]
     assert all(answer.tokens == 6 or answer.finished for answer in answers)
@@ -69,7 +79,7 @@ def test_a_tiny_model_is_evaluated_on_them(questions, tiny_model, processor, tmp
 
 
 def test_they_make_a_training_set(questions):
-    dataset = to_dataset(questions, thinking=True, image_size=0)
+    dataset = to_dataset(questions, thinking=True)
     assert len(dataset) == 240
     assert dataset[239]["image"].size == (640, 480)
     assert dataset[1]["prompt"][0]["content"][1]["text"].startswith(

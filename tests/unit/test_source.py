@@ -1,0 +1,281 @@
+"""Folders and the untouched archive; what is wrong with them is one sentence, and nothing leaves its root."""
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kepo_core.data import source
+from kepo_core.data.check import check
+from kepo_core.data.errors import DataError
+from kepo_core.data.images import Decodable, load_image
+from kepo_core.data.ledger import Ledger
+from kepo_core.data.loading import load_questions
+from kepo_core.data.source import Archive, open_source
+from kepo_core.params import Params
+from kepo_core.study import experiment
+
+SPACES = "Images/Adam Challenge/A & B..1.PNG"
+
+
+def row(number: int, image: str, modality: str = "MRI", **fields: object) -> dict[str, object]:
+    return {
+        "dataset": "Toy", "question_id": f"Toy_{number:04}", "question_type": "Disease Diagnosis", "question": "What?",
+        "gt_answer": "a cyst", "image_path": image, "option_A": "nothing", "option_B": "a cyst",
+        "modality_type": modality, **fields,
+    }  # fmt: skip
+
+
+def picture(ending: str = "png", grey: int = 7) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (6, 4), (grey, grey, grey)).save(content, {"jpg": "jpeg", "tif": "tiff"}.get(ending, ending))
+    return content.getvalue()
+
+
+def members(count: int = 3) -> dict[str, bytes]:
+    """The release in small, as the archive holds it: in a folder of its own."""
+    files = {f"OmniMedVQA/Images/Toy/{i}.{ending}": picture(ending, i)
+             for i, ending in zip(range(count), ["png", "tif", "bmp", "jpg"] * count, strict=False)}  # fmt: skip
+    rows = [row(i, name.removeprefix("OmniMedVQA/")) for i, name in enumerate(files)]
+    rows.append(row(count, SPACES))
+    return {
+        **files,
+        f"OmniMedVQA/{SPACES}": picture("png", 99),
+        "OmniMedVQA/QA_information/Open-access/Toy.json": json.dumps(rows).encode(),
+        "OmniMedVQA/QA_information/Restricted-access/Far.json": json.dumps([row(9, "far/away.png")]).encode(),
+        "OmniMedVQA/README.md": b"#",
+    }
+
+
+def zipped(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KEPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+# The archive ------------------------------------------------------------------------------------------------------
+
+
+def test_the_archive_is_read_in_place_and_like_the_folder(tmp_path: Path, cache: Path) -> None:
+    archive = zipped(tmp_path / "OmniMedVQA.zip", members())
+    with zipfile.ZipFile(archive) as whole:
+        whole.extractall(tmp_path / "folder")
+    ledgers = [Ledger(), Ledger()]
+    zip_rows, folder_rows = (load_questions(path, ledger) for path, ledger in
+                             zip([archive, tmp_path / "folder/OmniMedVQA"], ledgers, strict=True))  # fmt: skip
+    assert [q.id for q in zip_rows] == [q.id for q in folder_rows] and len(zip_rows) == 4
+    assert ledgers[0].table().equals(ledgers[1].table())
+    assert check(archive).ledger.read == 4
+    assert not cache.exists()  # looking unpacks nothing
+    opened, ledger = open_source(archive), Ledger()
+    decodable = Decodable(opened, ledger)
+    assert decodable(zip_rows[0]) and decodable(zip_rows[3])
+    assert files_in(cache) == ["0.png", "A & B..1.PNG"]  # nothing else, and nothing half
+    assert load_image(zip_rows[3].image).getpixel((0, 0)) == (99, 99, 99)
+    before = zip_rows[0].image.stat().st_mtime_ns
+    opened.fetch(zip_rows[0].image)
+    assert zip_rows[0].image.stat().st_mtime_ns == before
+
+
+def test_another_archive_of_the_same_name_has_its_own_pictures(tmp_path: Path, cache: Path) -> None:
+    first = load_questions(zipped(tmp_path / "a.zip", members()))[0]
+    other = members() | {"OmniMedVQA/Images/Toy/0.png": picture("png", 200)}
+    assert load_questions(zipped(tmp_path / "a.zip", other))[0].image != first.image
+
+
+def test_a_picture_that_cannot_be_unpacked_is_left_out(tmp_path: Path, cache: Path) -> None:
+    path = zipped(tmp_path / "a.zip", {"x.txt": b"", **members()})
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("OmniMedVQA/Images/Toy/0.png")
+    content = bytearray(path.read_bytes())
+    middle = info.header_offset + 30 + len(info.filename) + info.compress_size // 2
+    content[middle : middle + 4] = b"\xff\x00\xff\x00"
+    path.write_bytes(content)
+    questions, ledger = load_questions(path), Ledger(strict=False)
+    assert not Decodable(open_source(path), ledger)(questions[0])
+    (sentence,) = ledger.dropped["image cannot be decoded"]
+    assert "a.zip: its member 'OmniMedVQA/Images/Toy/0.png' cannot be unpacked" in sentence
+    assert not files_in(cache)
+
+
+def test_a_picture_that_the_archive_lacks_is_missed(tmp_path: Path) -> None:
+    files = members()
+    del files["OmniMedVQA/Images/Toy/1.tif"]
+    ledger = Ledger(strict=False)
+    assert len(load_questions(zipped(tmp_path / "a.zip", files), ledger)) == 3
+    assert len(ledger.dropped["image missing"]) == 1
+
+
+def link(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        info = zipfile.ZipInfo("OmniMedVQA/Images/Toy/link.png")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+
+
+def climb(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("OmniMedVQA/../../evil.json", "[]")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "not a whole zip archive"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 no archive"), "not a whole zip archive"),
+        (climb, "its member 'OmniMedVQA/../../evil.json' leaves it"),
+        (link, "its member 'OmniMedVQA/Images/Toy/link.png' is a link"),
+        (lambda path: zipped(path, {"a.txt": b"x"}), "no QA_information/Open-access/*.json in it"),
+    ],
+)
+def test_a_wrong_archive_is_one_sentence(tmp_path: Path, spoil, sentence: str) -> None:
+    path = zipped(tmp_path / "a.zip", members())
+    spoil(path)
+    with pytest.raises(DataError) as error:
+        load_questions(path)
+    assert str(error.value).startswith(f"data_root {path}: ") and sentence in str(error.value)
+
+
+def test_json_cut_in_the_middle_of_an_archive_and_members_too_large_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "OmniMedVQA/QA_information/Open-access/Toy.json"
+    files = members()
+    with pytest.raises(DataError, match=r"^Toy.json: not valid JSON"):
+        load_questions(zipped(tmp_path / "a.zip", files | {name: files[name][:80]}))
+    monkeypatch.setattr(source, "MAX_MEMBER", 100)
+    with pytest.raises(DataError, match=r"b.zip: its member .*Toy.json' unpacks to [\d,]+ bytes, expected at most 100"):
+        load_questions(zipped(tmp_path / "b.zip", files))
+
+
+def test_rows_cannot_reach_out_of_the_archive(tmp_path: Path, cache: Path) -> None:
+    name = "OmniMedVQA/QA_information/Open-access/Toy.json"
+    rows = [row(1, "../../etc/passwd"), row(2, "/etc/passwd"), row(3, "Images/Toy/0.png")]
+    ledger = Ledger(strict=False)
+    (left,) = load_questions(zipped(tmp_path / "a.zip", members() | {name: json.dumps(rows).encode()}), ledger)
+    assert left.id == "Toy_0003" and len(ledger.dropped["image path leaves data_root"]) == 2
+    assert left.image.is_relative_to(cache)
+
+
+# The folder -------------------------------------------------------------------------------------------------------
+
+
+def test_question_files_may_lie_below_the_pictures(tmp_path: Path) -> None:
+    """Med-R1's files in a folder of the release."""
+    (tmp_path / "Images/Toy").mkdir(parents=True)
+    (tmp_path / "Images/Toy/a.png").write_bytes(picture())
+    splits = tmp_path / "Splits/modality"
+    splits.mkdir(parents=True)
+    problem = {"problem": "What? A)a, B)b", "solution": "<answer> A </answer>"}
+    (splits / "CT_test.json").write_text(json.dumps([{"image": "Images/Toy/a.png", **problem}]))
+    (question,) = load_questions(splits)
+    assert question.image == tmp_path / "Images/Toy/a.png"
+
+
+def test_spaces_ampersands_double_dots_and_upper_case_endings_are_names(tmp_path: Path) -> None:
+    with zipfile.ZipFile(zipped(tmp_path / "a.zip", members())) as archive:
+        archive.extractall(tmp_path)
+    questions = load_questions(tmp_path / "OmniMedVQA")
+    assert questions[3].image == tmp_path / "OmniMedVQA" / SPACES
+    assert [load_image(q.image).size for q in questions] == [(6, 4)] * 4  # png, tif, bmp
+
+
+# A study over them ------------------------------------------------------------------------------------------------
+
+
+def study_members() -> dict[str, bytes]:
+    files = {f"Images/Toy/{i}.png": picture("png", i) for i in range(60)}
+    rows = [row(i, name, "MRI" if i < 40 else "CT") for i, name in enumerate(files)]
+    return {**files, "QA_information/Open-access/Toy.json": json.dumps(rows).encode()}
+
+
+def study_params(root: Path, **changes: object) -> Params:
+    return Params.load(overrides={"data_root": str(root), "train_items": 10, "eval_items": 3, **changes})
+
+
+def test_a_study_unpacks_what_it_draws_and_draws_another_for_what_is_broken(tmp_path: Path, cache: Path) -> None:
+    data = experiment.load_data(study_params(zipped(tmp_path / "a.zip", study_members())))
+    assert len(files_in(cache)) == 16 == len({*data.train, *data.test})
+    broken = {f"Images/Toy/{data.train[0].image.name}": b"no picture"}
+    again = experiment.load_data(study_params(zipped(tmp_path / "b.zip", study_members() | broken)))
+    assert [q.id for q in again.train[:9]] == [q.id for q in data.train[1:]] and len(again.train) == 10
+    assert [q.id for q in again.test] == [q.id for q in data.test]
+    assert again.identity()["rows_dropped"] == {"image cannot be decoded": 1}
+
+
+def test_others_get_the_very_same_items(tmp_path: Path, cache: Path) -> None:
+    root = zipped(tmp_path / "a.zip", study_members())
+    data = experiment.load_data(study_params(root, data_seed=5))
+    data.write_items(tmp_path / "items.csv")
+    lines = (tmp_path / "items.csv").read_text().splitlines()
+    assert lines[0] == "part,modality,id,image" and len(lines) == 17
+    assert lines[-1].startswith("eval,CT,Toy_00") and "Images/Toy/" in lines[-1]
+    given = {"items_file": str(tmp_path / "items.csv")}
+    same = experiment.load_data(study_params(root, **given))
+    assert (same.train, same.tests) == (data.train, data.tests)
+    fewer = experiment.load_data(study_params(root, **given, train_items=4, eval_items=1))
+    assert fewer.train == data.train[:4] and {m: len(rows) for m, rows in fewer.tests.items()} == {"MRI": 1, "CT": 1}
+    gone = {name: content for name, content in study_members().items() if not name.endswith(data.train[2].image.name)}
+    with pytest.raises(DataError, match=f"items.csv, line 4: question {data.train[2].id} is not in data_root"):
+        experiment.load_data(study_params(zipped(tmp_path / "b.zip", gone), **given))
+    broken = {f"Images/Toy/{data.train[2].image.name}": b"no picture"}
+    with pytest.raises(DataError, match=f"Question {data.train[2].id}: Image .* cannot be decoded"):
+        experiment.load_data(study_params(zipped(tmp_path / "c.zip", study_members() | broken), **given))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("part,id\ntrain,Toy_0001\ntrain,Toy_0001\neval,Toy_0002\n", "line 3: question Toy_0001 stands there twice"),
+        ("part,id\ntrain,Toy_0050\neval,Toy_0002\n", "line 2: question Toy_0050 is CT, expected train_modality MRI"),
+        ("part,id\ntest,Toy_0001\n", "line 2: part 'test' and id 'Toy_0001', expected train or eval"),
+        ("part,id\ntrain\n", "line 2: part 'train' and id None"),
+        ("part,id\ntrain,Toy_0001\n", "no train or no eval items"),
+        ("", "no train or no eval items"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_wrong_file_of_items_is_one_sentence(tmp_path: Path, cache: Path, text: str | None, sentence: str) -> None:
+    if text is not None:
+        (tmp_path / "i.csv").write_text(text)
+    root = zipped(tmp_path / "a.zip", study_members())
+    with pytest.raises(DataError) as error:
+        experiment.load_data(study_params(root, items_file=str(tmp_path / "i.csv")))
+    assert str(error.value).startswith("items_file ") and sentence in str(error.value)
+
+
+def test_the_released_splits_leak_is_counted(tmp_path: Path, cache: Path) -> None:
+    files = study_members()
+    rows = json.loads(files["QA_information/Open-access/Toy.json"])
+    twice = [*rows, *(r | {"question_id": "again" + str(r["question_id"])} for r in rows)]
+    root = zipped(tmp_path / "a.zip", files | {"QA_information/Open-access/Toy.json": json.dumps(twice).encode()})
+    leaks = {
+        split: experiment.load_data(study_params(root, split=split, train_items=99, eval_items=99)).identity()[
+            "test_items_whose_image_is_trained_on"
+        ]
+        for split in ("image", "question")
+    }
+    assert leaks["image"] == 0 < leaks["question"]
+
+
+def test_the_cache_is_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KEPO_CACHE", str(tmp_path / "here"))
+    assert source.cache_dir() == tmp_path / "here"
+    monkeypatch.delenv("KEPO_CACHE")
+    assert source.cache_dir() == Path("~/.cache/kepo").expanduser()
+    assert isinstance(open_source(zipped(tmp_path / "a.zip", members())), Archive) and os.sep in str(source.cache_dir())
