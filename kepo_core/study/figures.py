@@ -13,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from kepo_core.data.images import load_image
 from kepo_core.data.records import LETTERS, MODALITIES, Question
@@ -155,6 +156,73 @@ def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]
     ax.invert_yaxis()
     ax.set(xlabel="change of accuracy (points), 95 % interval, paired by question (* trained on)")
     ax.grid(visible=False, axis="y")
+    return ax
+
+
+def count_map(table: pd.DataFrame, ax: Axes) -> Axes:
+    """`survey.counts` as a map: one cell per modality and kind, darker for more, with its number."""
+    sns.heatmap(
+        np.log1p(table), annot=table.to_numpy(), fmt=",d", cmap="Blues", cbar=False, linewidths=1, ax=ax,
+        annot_kws={"fontsize": 9},
+    )  # fmt: skip
+    ax.set_xticklabels([textwrap.fill(str(name), 14) for name in table.columns], rotation=0)
+    ax.set_yticklabels(table.index, rotation=0)
+    ax.set(xlabel="", ylabel="")
+    ax.grid(visible=False)
+    return ax
+
+
+def stacked_shares(table: pd.DataFrame, columns: Sequence[str], ax: Axes, *, title: str = "") -> Axes:
+    """Percentages that add up to a whole, one bar per row of ``table``, each part with its name where there is room."""
+    left = np.zeros(len(table))
+    y = np.arange(len(table), dtype=float)
+    for column, colour in zip(columns, sns.color_palette("Blues", len(columns) + 1)[1:], strict=True):
+        values = table[column].to_numpy(float)
+        ax.barh(y, values, left=left, color=colour, edgecolor="white", label=column)
+        for position, value, start in zip(y, values, left, strict=True):
+            if value >= 7:
+                dark = colour[2] < 0.75
+                ax.text(start + value / 2, position, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                        color="white" if dark else "black")  # fmt: skip
+        left += values
+    ax.set_yticks(y, list(table.index))
+    ax.set(xlabel="% of questions", xlim=(0, 100.5), ylim=(len(table) - 0.4, -0.6))
+    ax.grid(visible=False)
+    ax.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(columns), 8))
+    return ax
+
+
+def picture_sizes(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Width against height of `survey.pictures`, logarithmic; squares lie on the line."""
+    names = [m for m in MODALITIES if m in set(table["modality"])]
+    for k, name in enumerate(names):
+        own = table[table["modality"] == name]
+        ax.plot(own["width"], own["height"], linestyle="none", marker="osD^vPX*"[k], markersize=6, alpha=0.6,
+                color=(*_COLOURS, SKY, "#666666")[k], label=name)  # fmt: skip
+    sides = table[["width", "height"]].to_numpy()
+    low, high = sides.min() / 2.1, sides.max() * 2.1
+    ax.plot([low, high], [low, high], color="#BBBBBB", linewidth=1, zorder=0)
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="width (pixels)",
+           ylabel="height (pixels)", title="Pictures")  # fmt: skip
+    ticks = [side for side in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192) if low < side < high]
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(ScalarFormatter())
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def prompt_histogram(lengths: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
+    """How many tokens prompts have, from `survey.prompt_lengths` per kind of prompt."""
+    longest = max(int(table["tokens"].max()) for table in lengths.values())
+    shortest = min(int(table["tokens"].min()) for table in lengths.values())
+    bins = np.linspace(shortest - 0.5, longest + 0.5, min(longest - shortest + 2, 60)).tolist()
+    for k, (name, table) in enumerate(lengths.items()):
+        ax.hist(table["tokens"], bins=bins, histtype="step", linewidth=1.8, color=_COLOURS[k], linestyle=_DASHES[k],
+                label=f"{name}: median {table['tokens'].median():.0f}, longest {table['tokens'].max()}")  # fmt: skip
+    ax.set(xlabel="tokens of the prompt, image included", ylabel="questions", title="Prompts")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08))
     return ax
 
 

@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from bench import MEASURED, Bench, peak_mib
+from reading import measure_both
 from sizes import SIZES, Shape, config_of
 
 TINY = dataclasses.replace(
@@ -39,3 +40,10 @@ def test_the_papers_models_have_their_size() -> None:
         with torch.device("meta"):
             model = Qwen3VLForConditionalGeneration(config_of(shape, SIZES["paper"]))
         assert low < sum(p.numel() for p in model.parameters()) < high
+
+
+@pytest.mark.parametrize("rows", [840, pytest.param(89_000, marks=pytest.mark.slow)])
+def test_a_set_as_large_as_omnimedvqa_is_read_in_seconds(rows: int) -> None:
+    for found in measure_both(rows).values():
+        assert found["rows"] == rows
+        assert found["seconds"] < 20 and found["peak MiB"] < 1000
