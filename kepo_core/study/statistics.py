@@ -42,7 +42,8 @@ def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Int
     centre = p + z**2 / (2 * n)
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    return max(0.0, float((centre - half) / scale)), min(1.0, float((centre + half) / scale))
+    low, high = float((centre - half) / scale), float((centre + half) / scale)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))  # it holds p̂, which rounding at 0 and 1 would deny
 
 
 def design_effect(values: ArrayLike, clusters: Sequence[str]) -> float:

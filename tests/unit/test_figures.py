@@ -10,6 +10,7 @@ from PIL import Image
 
 from kepo_core.data.records import MODALITIES, Question
 from kepo_core.study import figures
+from kepo_core.study.statistics import wilson_interval
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def test_lines_differ_in_more_than_colour(ax):
     figures.curves(metrics, {name: name for name in "abcdef"}, ax)
     assert len({str(line.get_linestyle()) + str(line._dash_pattern) for line in ax.get_lines()}) == 6
     assert len({line.get_color() for line in ax.get_lines()}) == 6
+
+
+def test_an_accuracy_of_one_or_none_can_be_drawn(ax):
+    for n in (300, 268.4, 7):
+        cells = {"MRI": wilson_interval(n, n), "CT": wilson_interval(0, n)}
+        table = pd.DataFrame(
+            {(name, part): [value] for name, (low, high) in cells.items()
+             for part, value in (("accuracy", float(name == "MRI")), ("low", low), ("high", high))}
+        )  # fmt: skip
+        table.columns = pd.MultiIndex.from_tuples(table.columns)
+        figures.accuracies(table, ax)
 
 
 def test_the_four_panels(ax):

@@ -55,6 +55,13 @@ def test_wilson_gives_the_published_values(successes, n, expected):
     assert mirrored == pytest.approx((1 - expected[1], 1 - expected[0]), abs=5e-5)
 
 
+def test_wilson_holds_its_estimate_to_the_last_bit():
+    for n in (*range(1, 400), 17.3, 233.7, 299.999):
+        for successes in (0, n, n / 3):
+            low, high = wilson_interval(successes, n)
+            assert 0 <= low <= successes / n <= high <= 1, (successes, n)
+
+
 def test_wilson_needs_a_count_within_its_total():
     for successes, n in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="expected 0 ≤ successes ≤ n"):
