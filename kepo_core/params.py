@@ -73,7 +73,9 @@ class Params:
     distill: bool = _p(True, "add the gated divergence from the teacher")
     tau: float = _p(1.0, "the gate's threshold τ, between 0 and the largest gate_reward (accuracy 1, total 2)", low=0)
     gate_reward: str = _p("accuracy", "the reward that the gate looks at", choices=("accuracy", "total"))
-    gate_compare: str = _p("ge", "the gate is open where reward ≥ τ (ge) or > τ (gt)", choices=("ge", "gt"))
+    gate_compare: str = _p(
+        "ge", "the gate is open where reward ≥ τ (ge), > τ (gt) or, as a control, < τ (lt)", choices=("ge", "gt", "lt")
+    )
     distill_beta: float = _p(0.0, "0: forward KL(π_T‖π_θ); 1: reverse KL; between: generalised JSD", low=0, high=1)
     distill_coef: float = _p(1.0, "weight of the divergence in the loss", low=0)
     distill_temperature: float = _p(1.0, "softens both distributions in the divergence", low=_TINY)
@@ -89,7 +91,12 @@ class Params:
     rejection_budget: int = _p(5, "B: rounds of hint-aware draws per failing group", low=1)
     injected_per_group: int = _p(1, "m: accepted draws that replace originals; also draws per round", low=1)
     on_exhausted: str = _p("keep", "a group without an accepted draw stays, or is dropped", choices=("keep", "drop"))
-    hint_context: str = _p("hint+answer", "what the hint-aware prompt tells", choices=("hint+answer", "hint", "answer"))
+    hint_context: str = _p(
+        "hint+answer",
+        "what the hint-aware prompt tells; none: retries under the plain prompt",
+        choices=("hint+answer", "hint", "answer", "none"),
+    )
+    hint_source: str = _p("own", "whose hint is told: as a control, another question's", choices=("own", "other"))
     hint_importance: str = _p(
         "none", "off-policy weight of injected sequences in the loss", choices=("none", "truncated")
     )
@@ -109,7 +116,7 @@ class Params:
     prompts_per_step: int = _p(8, "prompts per optimiser step, over all processes", low=1)
     prompts_per_device: int = _p(8, "prompts in one forward pass of one process; the rest is accumulated", low=1)
     num_iterations: int = _p(1, "optimiser steps per rollout", low=1)
-    learning_rate: float = _p(1e-4, "AdamW's step size", low=0)
+    learning_rate: float = _p(3e-4, "AdamW's step size", low=0)
     lr_scheduler: str = _p(
         "constant", "how the learning rate moves", choices=("constant", "constant_with_warmup", "linear", "cosine")
     )

@@ -100,8 +100,10 @@ def expected(scenario: Scenario) -> Account:
         exhausted = False
         if not any(group.originals):  # max_i r(y_i) = 0
             account.counts["explored"] += 1
-            account.hinted.append(group.question)
-            hint = HINTS[group.teacher]
+            hint: str | None = ""
+            if "hint" in scenario.context:  # the answer alone needs no teacher
+                account.hinted.append(group.question)
+                hint = HINTS[group.teacher]
             if hint is None:
                 account.counts["unparsable"] += 1
             else:

@@ -115,12 +115,13 @@ def make_trainer(
     dataset: Any = None,
     trainer_args: dict[str, Any] | None = None,
     rewards: Any = None,
+    no_teacher: bool = False,
     **overrides: Any,
 ) -> ScriptedTrainer:
     """A scripted trainer with a real (random) teacher; ``hints`` replaces what the teacher would write."""
     args = config(output_dir, **overrides)
     teacher = None
-    if args.distill or args.explore:
+    if (args.distill or args.explore) and not no_teacher:
         teacher = Teacher(teacher_model or sharp_model(1), build_processor())
         if hints is not None:
             teacher.hint_rows = []

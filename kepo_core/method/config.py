@@ -11,11 +11,12 @@ from kepo_core.params import ParamError
 
 _CHOICES = {
     "gate_reward": ("accuracy", "total"),
-    "gate_compare": ("ge", "gt"),
+    "gate_compare": ("ge", "gt", "lt"),
     "distill_normalizer": NORMALIZERS,
     "exploration_reward": ("accuracy", "total"),
     "on_exhausted": ("keep", "drop"),
     "hint_context": HINT_CONTEXTS,
+    "hint_source": ("own", "other"),
     "hint_importance": ("none", "truncated"),
     "advantage": ADVANTAGES,
     "ratio_clip": ("ppo", "eq5"),
@@ -46,7 +47,7 @@ class KEPOConfig(GRPOConfig):  # type: ignore[misc]  # trl is not followed by th
     distill: bool = field(default=True, metadata={"help": "Add the gated divergence from the teacher (Eq. 7)."})
     tau: float = field(default=1.0, metadata={"help": "The gate's threshold on gate_reward."})
     gate_reward: str = field(default="accuracy", metadata={"help": "What the gate compares: accuracy or total."})
-    gate_compare: str = field(default="ge", metadata={"help": "ge: reward ≥ τ; gt: reward > τ."})
+    gate_compare: str = field(default="ge", metadata={"help": "ge: reward ≥ τ; gt: reward > τ; lt: reward < τ."})
     distill_beta: float = field(default=0.0, metadata={"help": "0 forward KL(π_T‖π_θ), 1 reverse, between: JSD."})
     distill_coef: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
     distill_temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits in it."})
@@ -56,7 +57,8 @@ class KEPOConfig(GRPOConfig):  # type: ignore[misc]  # trl is not followed by th
     rejection_budget: int = field(default=5, metadata={"help": "B: rounds of hint-aware draws."})
     injected_per_group: int = field(default=1, metadata={"help": "m: draws a round, and at most injected."})
     on_exhausted: str = field(default="keep", metadata={"help": "keep or drop a group that found nothing."})
-    hint_context: str = field(default="hint+answer", metadata={"help": "hint+answer, hint or answer."})
+    hint_context: str = field(default="hint+answer", metadata={"help": "hint+answer, hint, answer or none."})
+    hint_source: str = field(default="own", metadata={"help": "The question's own hint, or another question's."})
     hint_importance: str = field(default="none", metadata={"help": "none, or truncated off-policy weights."})
     hint_max_tokens: int = field(default=32, metadata={"help": "Longest hint, in tokens."})
     advantage: str = field(default="mean", metadata={"help": "mean (Eq. 6), std, or rloo (Eq. 4)."})

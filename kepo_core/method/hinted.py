@@ -116,7 +116,11 @@ def explore_groups(trainer: Any, rows: Sequence[Row], own: Sequence[Completion],
         return Exploration(all_fail_rate=rate)
     first = accelerator.process_index * len(rows)
     by_group = {group: rows[group * size - first] for group in failing if 0 <= group * size - first < len(rows)}
-    sampler = _Sampler(trainer, by_group, rows[0], f"{seed}/{accelerator.process_index}")
+    others = {group: rows[(group * size - first + size) % len(rows)] for group in by_group}
+    alone = any(others[group]["id"] == row["id"] for group, row in by_group.items())
+    if trainer.args.hint_source == "other" and alone:
+        raise ValueError("hint_source is 'other' but a process has one question alone, expected several")
+    sampler = _Sampler(trainer, by_group, others, rows[0], f"{seed}/{accelerator.process_index}")
     results = exploration.explore(
         list(by_group),
         hinter=sampler.hints,
@@ -133,15 +137,21 @@ def explore_groups(trainer: Any, rows: Sequence[Row], own: Sequence[Completion],
 class _Sampler:
     """The three callables of `exploration.explore` for one process's groups."""
 
-    def __init__(self, trainer: Any, by_group: Mapping[int, Row], spare: Row, seed: str) -> None:
-        self._trainer, self._by_group, self._spare, self._seed = trainer, by_group, spare, seed
+    def __init__(
+        self, trainer: Any, by_group: Mapping[int, Row], others: Mapping[int, Row], spare: Row, seed: str
+    ) -> None:
+        self._trainer, self._by_group, self._others = trainer, by_group, others
+        self._spare, self._seed = spare, seed
         self.tokens = 0  # of all draws
 
     def anyone(self, flag: bool) -> bool:
         return bool(largest(self._trainer.accelerator, int(flag)))
 
     def hints(self, groups: Sequence[int]) -> list[str | None]:
-        rows = [self._by_group[group] for group in groups]
+        if not prompts.needs_hint(self._trainer.args.hint_context):
+            return [""] * len(groups)
+        source = self._by_group if self._trainer.args.hint_source == "own" else self._others
+        rows = [source[group] for group in groups]
         padded = rows + [self._spare] * (largest(self._trainer.accelerator, len(rows)) - len(rows))
         seed = random.Random(self._seed).getrandbits(31)
         written = self._trainer.teacher.write_hints(padded, max_tokens=self._trainer.args.hint_max_tokens, seed=seed)

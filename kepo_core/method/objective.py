@@ -91,9 +91,12 @@ def kl_to_reference(logps_BT: Tensor, ref_logps_BT: Tensor) -> Tensor:
 
 
 def gate(rewards_B: Tensor, tau: float, compare: str = "ge") -> Tensor:
-    """I[r_i ≥ τ] of Eq. 7 ("ge"), or I[r_i > τ] as the sentence below it says ("gt"): booleans, (B,)."""
-    _check("compare", compare, ("ge", "gt"))
-    return rewards_B >= tau if compare == "ge" else rewards_B > tau
+    """I[r_i ≥ τ] of Eq. 7 ("ge"), or I[r_i > τ] as the sentence below it says ("gt"): booleans, (B,).
+
+    "lt" is the opposite gate, I[r_i < τ]: guidance where the student fails (as KDRL argues).
+    """
+    _check("compare", compare, ("ge", "gt", "lt"))
+    return {"ge": rewards_B >= tau, "gt": rewards_B > tau, "lt": rewards_B < tau}[compare]
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:

@@ -40,7 +40,14 @@ _CONTEXT_LINE = {
     "hint": "The hint is <hint>{hint}</hint>.",
     "answer": "The ground truth answer is <answer>{answer}</answer>.",
 }
-HINT_CONTEXTS = tuple(_CONTEXT_LINE)
+#: "none" is no context at all: further draws under the plain prompt.
+TOLD_CONTEXTS = tuple(_CONTEXT_LINE)
+HINT_CONTEXTS = (*TOLD_CONTEXTS, "none")
+
+
+def needs_hint(context: str) -> bool:
+    """Whether the hint-aware prompt of this context tells a hint, for which a teacher is needed."""
+    return "hint" in context
 
 
 def render_question(question: str, options: Sequence[str]) -> str:
@@ -68,8 +75,10 @@ def hint_aware_messages(
 ) -> Messages:
     """The student's prompt for y_h ~ π_θ(·|x, h, y) (Eq. 9).
 
-    ``context`` is one of HINT_CONTEXTS; anything else raises ``KeyError``. The replacement is literal, so
-    braces inside a hint stay what they are.
+    ``context`` is one of HINT_CONTEXTS; anything else raises ``KeyError``. "none" is the plain prompt x. The
+    replacement is literal, so braces inside a hint stay what they are.
     """
+    if context == "none":
+        return vqa_messages(question, options, thinking=True)
     line = _CONTEXT_LINE[context].replace("{answer}", answer).replace("{hint}", hint)
     return _user(question, options, HINT_AWARE + line)

@@ -23,6 +23,7 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
 from kepo_core.method.loss import GatedLossTrainer
+from kepo_core.method.prompts import needs_hint
 from kepo_core.method.rewards import RewardFunction, checked_reward, reward_functions
 from kepo_core.method.rollouts import Completion, Rollout, rollout_metrics, write_rollouts
 from kepo_core.method.teacher import Teacher
@@ -64,7 +65,7 @@ class KEPOTrainer(GatedLossTrainer):
         args: a `KEPOConfig`.
         train_dataset: rows with ``prompt`` (messages of the plain prompt x), ``image`` (PIL), ``question``,
             ``options`` (texts), ``answer`` (letter) and ``id``.
-        teacher: π_T, needed unless both parts are off.
+        teacher: π_T, needed to distil and for hints.
         **kwargs: as for GRPOTrainer (``processing_class``, ``eval_dataset``, ``callbacks``, ``peft_config``, …).
 
     Raises:
@@ -110,7 +111,7 @@ class KEPOTrainer(GatedLossTrainer):
         parts = [name for name in ("distill", "explore") if getattr(args, name)]
         if not parts:
             return
-        if teacher is None:
+        if teacher is None and (args.distill or needs_hint(args.hint_context)):
             raise ValueError(f"{parts[0]} is True but teacher is None, expected a Teacher")
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name):

@@ -46,7 +46,7 @@ def _fixed_sentences() -> list[str]:
     pieces: set[str] = set()
     for template in (prompts.THINKING, prompts.NON_THINKING, prompts.HINT_WRITING, prompts.HINT_AWARE):
         pieces |= {p for p in re.split(r"<think>\.\.\.</think>|\{\w+\}", template) if len(p) > 20}
-    for context in prompts.HINT_CONTEXTS:
+    for context in prompts.TOLD_CONTEXTS:
         text = prompts.hint_aware_messages("", [], "{hint}", "{answer}", context)[0]["content"][1]["text"]
         line = text.split(prompts.HINT_AWARE)[1]
         pieces |= {p for p in re.split(r"</?(?:hint|answer)>|\{\w+\}", line) if len(p) > 10}

@@ -20,6 +20,7 @@ from kepo_core.data.records import Answer, Question
 from kepo_core.data.source import Source, open_source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
 from kepo_core.method.config import KEPOConfig
+from kepo_core.method.prompts import needs_hint
 from kepo_core.method.resume import last_checkpoint, trained_steps
 from kepo_core.method.rewards import reward_functions
 from kepo_core.method.teacher import Teacher
@@ -123,11 +124,11 @@ class Models:
 
 
 def load_models(params: Params) -> Models:
-    """Load and check what ``params`` name; the teacher only where distillation or exploration is on."""
+    """Load and check what ``params`` name; the teacher only where there is something for it to do."""
     processor = load_processor(params.student, "student")
     student = load_model(params.student, "student", precision=params.precision)
     teacher = None
-    if params.distill or params.explore:
+    if params.distill or (params.explore and needs_hint(params.hint_context)):
         teacher_processor = load_processor(params.teacher, "teacher")
         check_same_vocabulary(processor, teacher_processor)
         model = load_model(params.teacher, "teacher", trained=False, precision=params.precision)

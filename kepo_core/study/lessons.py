@@ -198,7 +198,7 @@ class Tasks:
             messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
             return self.render(messages), f"<hint>{asked.evidence}</hint>"
         if task == "aware":
-            context = str(self.rng.choice(prompts.HINT_CONTEXTS, p=[0.4, 0.4, 0.2]))
+            context = str(self.rng.choice(prompts.TOLD_CONTEXTS, p=[0.4, 0.4, 0.2]))
             # Half of the hints are about another picture: what a hint says counts, not what is seen.
             if "hint" in context and self.rng.random() < 0.5:
                 asked = self._ask(phantom.draw_facts(self.rng, facts.modality))

@@ -131,6 +131,7 @@ def test_gate_by_hand() -> None:
     assert objective.gate(rewards, 0.0).tolist() == [True, True, True]
     assert objective.gate(rewards, 1.0).tolist() == [False, True, True]
     assert objective.gate(rewards, 1.0, "gt").tolist() == [False, False, True]
+    assert objective.gate(rewards, 1.0, "lt").tolist() == [True, False, False]
     accuracy = T([0.0, 1.0])
     assert torch.equal(objective.gate(accuracy, 0.5), objective.gate(accuracy, 1.0))
 
@@ -292,7 +293,7 @@ def test_signs_descending_the_loss_favours_good_answers_and_approaches_teacher_a
         lambda: objective.importance_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "word"),
         lambda: objective.weighted_advantage(torch.ones(1, 1), torch.ones(1), 0.2, "trpo"),
         lambda: objective.advantages(torch.ones(2), 2, "median"),
-        lambda: objective.gate(torch.ones(1), 1.0, "lt"),
+        lambda: objective.gate(torch.ones(1), 1.0, "le"),
         lambda: objective.distillation_term(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "batch"),
     ],
 )

@@ -99,7 +99,44 @@ def test_hint_context(tmp_path: Path, context: str) -> None:
     score_batch(trainer, 0, 1)
     asked = trainer.calls[1][0]
     assert ("<hint>secret</hint>" in asked) == ("hint" in context)
+    assert trainer.teacher.hint_rows == ([["q0"]] if "hint" in context else [])
     assert ("<answer>A</answer>" in asked) == ("answer" in context)
+
+
+def test_retries_without_a_hint_see_the_plain_prompt_and_need_no_teacher(tmp_path: Path) -> None:
+    def script(text: str, row: dict, before: int, hinted: bool) -> str:
+        assert not hinted
+        return right(row) if row["id"] == "q1" or before == 5 else wrong(row)
+
+    trainer = make_trainer(tmp_path, script, hint_context="none", explore=True, distill=False, no_teacher=True)
+    score_batch(trainer, 0, 1)
+    assert [len(call) for call in trainer.calls] == [8, 1, 1]  # the second retry is right
+    assert {call[0] for call in trainer.calls} == {trainer.calls[0][0]}
+    assert trainer._metrics["train"]["kepo/accepted"] == [1.0] and trainer.teacher is None
+
+
+def test_another_questions_hint_is_told_and_the_own_answer(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: f"of {row['id']}", hint_source="other")
+    score_batch(trainer, 0, 1, 2)
+    assert trainer.teacher.hint_rows == [["q1"]]
+    assert "<hint>of q1</hint> and the ground truth answer is <answer>A</answer>" in trainer.calls[1][0]
+    assert "Question 0?" in trainer.calls[1][0]
+    with pytest.raises(ValueError, match="hint_source is 'other' but a process has one question alone"):
+        score_batch(trainer, 0)
+
+
+def test_the_answer_alone_needs_no_teacher_either(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hint_context="answer", distill=False, no_teacher=True)
+    score_batch(trainer, 0, 1)
+    assert "The ground truth answer is <answer>A</answer>" in trainer.calls[1][0]
+
+
+def test_the_opposite_gate_passes_what_the_gate_does_not(tmp_path: Path) -> None:
+    gates = {}
+    for compare in ("ge", "lt"):
+        trainer = make_trainer(tmp_path / compare, fails_on_0, explore=False, gate_compare=compare)
+        gates[compare] = score_batch(trainer, 0, 1)["kepo_gate"]
+    assert gates["lt"].tolist() == (~gates["ge"]).tolist() and gates["lt"].any() and gates["ge"].any()
 
 
 def test_total_reward_triggers_and_accepts_on_format_alone(tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def test_every_method_parameter_of_a_run_is_a_field_of_the_configuration() -> No
     here, defaults = KEPOConfig.__dataclass_fields__, Params()
     method = ["thinking", "distill", "tau", "gate_reward", "gate_compare", "distill_beta", "distill_coef",
               "distill_temperature", "distill_normalizer", "explore", "exploration_reward", "rejection_budget",
-              "injected_per_group", "on_exhausted", "hint_context", "hint_importance", "hint_max_tokens", "advantage",
-              "ratio_clip", "importance_level", "epsilon", "beta"]  # fmt: skip
+              "injected_per_group", "on_exhausted", "hint_context", "hint_source", "hint_importance", "hint_max_tokens",
+              "advantage", "ratio_clip", "importance_level", "epsilon", "beta"]  # fmt: skip
     assert {name: here[name].default for name in method} == {name: getattr(defaults, name) for name in method}
 
 
