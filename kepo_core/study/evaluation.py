@@ -1,7 +1,12 @@
 """Model + questions → one record per question, decoded and read by the training parser."""
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from kepo_core.data.images import ReadPicture, load_image
-from kepo_core.data.records import Answer, Question
+from kepo_core.data.records import Answer, AnswerOutcome, Question
 from kepo_core.method.prompts import Messages, vqa_messages
 from kepo_core.method.rewards import score
 
@@ -29,6 +34,7 @@ def evaluate(
     messages: Sequence[Messages] | None = None,
     temperature: float = 0.0,
     progress: Progress | None = None,
+    kept: Path | None = None,
 ) -> list[Answer]:
     """Ask ``model`` every question once and score what it says; records come in the order of ``questions``.
 
@@ -49,19 +55,60 @@ def evaluate(
         messages: another prompt per question, e.g. a hint-aware one.
         temperature: of sampling; 0 decodes greedily.
         progress: told after every batch how far it is.
+        kept: a file that keeps the answers as they come. An evaluation that was cut off goes on behind its last whole
+            batch, and as batches are formed before, its records are those of one that was not. Greedy decoding only.
     """
+    if kept is not None and temperature:
+        raise ValueError(f"temperature: {temperature} with kept, expected 0: sampled answers cannot be gone on with.")
     asked_as = messages or [vqa_messages(q.question, q.options, thinking) for q in questions]
     texts = [_prompt_text(processor, prompt) for prompt in asked_as]
+    settings = [thinking, max_tokens, batch_size, texts, [(q.id, q.answer) for q in questions]]
+    file = AnswerFile(kept, settings) if kept is not None else None
     answers: dict[int, Answer] = {}
     with _decoding(model, processor, max_tokens, temperature) as stop_tokens:
         for batch in length_batches(_lengths(processor, texts), batch_size):
+            if file is not None and file.known.keys() >= set(batch):
+                answers |= {i: file.known[i] for i in batch}
+                continue
             asked = [questions[i] for i in batch]
             completions = _generate(model, processor, [texts[i] for i in batch], asked, pictures)
-            for i, tokens in zip(batch, completions, strict=True):
-                answers[i] = _record(processor, questions[i], tokens, stop_tokens, thinking)
+            now = {
+                i: _record(processor, questions[i], tokens, stop_tokens, thinking)
+                for i, tokens in zip(batch, completions, strict=True)
+            }
+            answers |= now
+            if file is not None:
+                file.add(now)
             if progress is not None:
                 progress(len(answers), len(questions))
     return [answers[i] for i in range(len(questions))]
+
+
+class AnswerFile:
+    """Answers by the number of their question, on disk as they come: a line of JSON each, below a line of identity.
+
+    ``known`` holds what an earlier evaluation of the same ``settings`` left, but for a line that it did not finish; a
+    file of other settings is begun anew.
+    """
+
+    def __init__(self, path: Path, settings: Any) -> None:
+        self.path, self.known = path, dict[int, Answer]()
+        identity = json.dumps({"asked": hashlib.sha256(json.dumps(settings).encode()).hexdigest()}) + "\n"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines[1:] if line.endswith("\n")] if lines[:1] == [identity] else []
+        for line in whole:
+            row = json.loads(line)
+            number = row.pop("number")
+            self.known[number] = Answer(**row | {"outcome": AnswerOutcome(row["outcome"])})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join([identity, *whole]), encoding="utf-8")
+
+    def add(self, answers: Mapping[int, Answer]) -> None:
+        """Append ``answers`` and see that they reach the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps({"number": i, **asdict(answer)}) + "\n" for i, answer in answers.items()))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

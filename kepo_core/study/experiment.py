@@ -197,9 +197,12 @@ def train(trainer: KEPOTrainer, run: Run) -> pd.DataFrame:
 
 
 def evaluate_student(
-    params: Params, models: Models, questions: Sequence[Question], progress: Progress | None = None
+    params: Params, models: Models, questions: Sequence[Question], run: Run, name: str, progress: Progress | None = None
 ) -> list[Answer]:
-    """Greedy answers of the student, in its present state, to ``questions``."""
+    """Greedy answers of the student, in its present state, to ``questions``.
+
+    They are kept in the run's folder under ``name`` as they come: a run that is resumed answers the others only.
+    """
     return evaluate(
         models.student,
         models.processor,
@@ -209,6 +212,7 @@ def evaluate_student(
         batch_size=params.eval_batch_size,
         pictures=partial(load_image, image_size=params.image_size, fit=params.image_fit),
         progress=progress,
+        kept=run.evaluation_dir / f"{name}.jsonl",
     )
 
 

@@ -124,6 +124,11 @@ class Run:
         """Where the trainer works; its rollouts come from here however the run ends."""
         return self.path / "training"
 
+    @property
+    def evaluation_dir(self) -> Path:
+        """Where answers are kept as they come, until the run has completed."""
+        return self.path / "evaluation"
+
     def write_table(self, table: str, frame: pd.DataFrame) -> Path:
         """Write ``<table>.parquet`` at once."""
         path = self.path / f"{table}.parquet"
@@ -169,7 +174,7 @@ class Run:
     def conclude(self, state: State, error: str = "") -> None:
         """Gather what training wrote batch by batch into ``rollouts.parquet``, then write the last status.
 
-        A completed run needs its checkpoints no more: they go.
+        A completed run needs its checkpoints and half-done evaluations no more: they go.
         """
         try:
             rollouts = collect_rollouts(self.training_dir)
@@ -183,6 +188,8 @@ class Run:
         extra = {"headline": self.headline or {}, "finished": _utc(time.gmtime())}
         for checkpoint in self.training_dir.glob("checkpoint-*") if state == "completed" else ():
             shutil.rmtree(checkpoint)
+        if state == "completed":
+            shutil.rmtree(self.evaluation_dir, ignore_errors=True)
         self._write_status(state, **old, **extra, **({"error": first_line} if first_line else {}))
 
     def _write_status(self, state: State, **entries: Any) -> None:

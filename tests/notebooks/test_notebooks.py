@@ -121,7 +121,7 @@ def test_what_does_not_fit_stops_with_a_sentence_and_leaves_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["training/checkpoint-2", "model/model.safetensors"])
+@pytest.mark.parametrize("moment", ["evaluation/untrained.jsonl", "training/checkpoint-2", "model/model.safetensors"])
 def test_killed_in_training_or_evaluation_and_resumed_is_never_stopped(smoke_file: Path, moment: str) -> None:
     changes = ["-p", "max_steps", "4", "-p", "save_steps", "1", "-p", "eval_items", "12"]
     whole = run(smoke_file, *changes)

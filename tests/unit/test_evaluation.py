@@ -176,6 +176,33 @@ def test_image_size_reaches_the_model(model, processor, questions, monkeypatch):
     assert grids[1] == [[1, 12, 12]]
 
 
+@pytest.mark.parametrize("torn", [0, 1, 40])
+def test_an_evaluation_that_was_cut_off_goes_on_and_its_records_are_the_same(
+    model, processor, questions, tmp_path, monkeypatch, torn
+):
+    whole = evaluate(model, processor, questions, **SETTINGS)
+    kept = tmp_path / "evaluation/untrained.jsonl"
+
+    def stop(done, total):
+        if done >= 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, processor, questions, **SETTINGS, kept=kept, progress=stop)
+    if torn:  # killed while a batch was being written
+        kept.write_bytes(kept.read_bytes()[:-torn])
+    rows = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: rows.append(len(inputs["input_ids"])) or generate(**inputs))
+    assert evaluate(model, processor, questions, **SETTINGS, kept=kept) == whole
+    assert rows == ([5, 4] if torn else [4])
+    assert evaluate(model, processor, questions, **SETTINGS, kept=kept) == whole and len(rows) == 1 + bool(torn)
+    again = evaluate(model, processor, questions, **SETTINGS | {"max_tokens": 5}, kept=kept)  # something else is asked
+    assert len(again) == 14 and len(rows) == 4 + bool(torn)
+    with pytest.raises(ValueError, match=r"temperature: 0\.5 with kept"):
+        evaluate(model, processor, questions, **SETTINGS, kept=kept, temperature=0.5)
+
+
 def test_progress_is_told_after_every_batch(model, processor, questions):
     told = []
     evaluate(model, processor, questions, **SETTINGS, progress=lambda *state: told.append(state))
