@@ -141,16 +141,33 @@ def accuracy_table(
     for model, given in answers.items():
         cells = {}
         for modality, part in _by_modality(given).items():
-            x = np.array([answer.correct for answer in part], dtype=float)
-            n_effective = len(x) / _deff(x, part, images)
-            low, high = wilson_interval(x.mean() * n_effective, n_effective, confidence)
-            cells[modality] = {"accuracy": float(x.mean()), "low": low, "high": high, "n": len(x)}
+            cells[modality] = _accuracy(part, images, confidence)
         rows[model] = cells
     columns = [m for m in MODALITIES if any(m in cells for cells in rows.values())]
     complete = {
         model: _averages(cells, "accuracy", in_domain) for model, cells in rows.items() if len(cells) == len(columns)
     }
     return _table({model: cells | complete.get(model, {}) for model, cells in rows.items()})
+
+
+def type_table(
+    answers: Mapping[str, Sequence[Answer]], images: Mapping[str, str] | None = None, confidence: float = 0.95
+) -> pd.DataFrame:
+    """Accuracy per question type over all modalities, in the shape and with the intervals of ``accuracy_table``.
+
+    Types in alphabetical order; questions that came without a type are "(not given)". No averages: types are not
+    equally many, and the paper has none over them.
+    """
+    types = sorted({answer.question_type for given in answers.values() for answer in given})
+    rows = {
+        model: {
+            kind or "(not given)": _accuracy(part, images, confidence)
+            for kind in types
+            if (part := [answer for answer in given if answer.question_type == kind])
+        }
+        for model, given in answers.items()
+    }
+    return _table(rows, [kind or "(not given)" for kind in types])
 
 
 def paired_differences(
@@ -267,6 +284,13 @@ def _deff(values: Floats, answers: Sequence[Answer], images: Mapping[str, str] |
     return design_effect(values, [str(images[answer.question_id]) for answer in answers])
 
 
+def _accuracy(part: Sequence[Answer], images: Mapping[str, str] | None, confidence: float) -> dict[str, float]:
+    x = np.array([answer.correct for answer in part], dtype=float)
+    n_effective = len(x) / _deff(x, part, images)
+    low, high = wilson_interval(x.mean() * n_effective, n_effective, confidence)
+    return {"accuracy": float(x.mean()), "low": low, "high": high, "n": len(x)}
+
+
 def _averages(cells: Mapping[str, Mapping[str, float]], value: str, in_domain: str) -> dict[str, dict[str, float]]:
     """The two averages over modalities of ``value``, each with low, high and the number of questions under it."""
     result: dict[str, dict[str, float]] = {}
@@ -278,9 +302,11 @@ def _averages(cells: Mapping[str, Mapping[str, float]], value: str, in_domain: s
     return result
 
 
-def _table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> pd.DataFrame:
+def _table(
+    rows: Mapping[str, Mapping[str, Mapping[str, float]]], order: Sequence[str] = (*MODALITIES, AVG, AVG_OOD)
+) -> pd.DataFrame:
     present = {column for cells in rows.values() for column in cells}
-    columns = [c for c in (*MODALITIES, AVG, AVG_OOD) if c in present]
+    columns = [c for c in order if c in present]
     index = pd.MultiIndex.from_product([columns, ["accuracy", "low", "high", "n"]])
     data = [[cells.get(c, {}).get(part, np.nan) for c, part in index] for cells in rows.values()]
     return pd.DataFrame(data, index=list(rows), columns=index)

@@ -1,5 +1,6 @@
 """Intervals, tests and tables against published values, closed forms and simulated coverage."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from kepo_core.study.statistics import (
     mean_interval,
     outcome_table,
     paired_differences,
+    type_table,
     wilson_interval,
 )
 
@@ -144,6 +146,19 @@ def test_the_table_has_the_papers_columns_and_averages():
     assert row[("Avg. (OOD)", "accuracy")] == pytest.approx(0.4)
     assert row[("Avg. (OOD)", "n")] == 12
     assert row[("Avg.", "low")] < row[("Avg.", "accuracy")] < row[("Avg.", "high")]
+
+
+def test_question_types_have_their_own_table():
+    kinds = {"Lesion Grading": [1, 1, 0], "Disease Diagnosis": [0, 1, 1, 1, 0], "": [1]}
+    given = [replace(answer, question_type=kind) for kind, right in kinds.items() for answer in answers(right, "CT")]
+    table = type_table({"a": given, "b": given[:3]})
+    assert list(table.columns.unique(level=0)) == ["(not given)", "Disease Diagnosis", "Lesion Grading"]
+    assert table.loc["a", ("Disease Diagnosis", "accuracy")] == pytest.approx(0.6)
+    assert table.loc["a", ("Disease Diagnosis", "n")] == 5
+    assert tuple(table.loc["a", [("Lesion Grading", "low"), ("Lesion Grading", "high")]]) == wilson_interval(2, 3)
+    assert np.isnan(table.loc["b", ("Disease Diagnosis", "accuracy")])
+    together = type_table({"a": given}, images={answer.question_id: "one picture" for answer in given})
+    assert together.loc["a", ("Disease Diagnosis", "n")] == 5
 
 
 def test_out_of_domain_means_not_the_training_modality():
