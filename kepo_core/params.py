@@ -69,6 +69,14 @@ class Params:
     # -- prompting
     thinking: bool = _p(True, "prompt for explicit reasoning (Appendix C)")
 
+    # -- method
+    method: str = _p(
+        "kepo",
+        "kepo (GRPO with its two parts off), a baseline, or none: the student as it is",
+        choices=("kepo", "sft", "gkd", "none"),
+    )
+    gkd_lambda: float = _p(1.0, "λ of gkd: 1 on the student's own completions, 0 on the right answers", low=0, high=1)
+
     # -- method: quality-gated distillation (Eq. 7)
     distill: bool = _p(True, "add the gated divergence from the teacher")
     tau: float = _p(1.0, "the gate's threshold τ, between 0 and the largest gate_reward (accuracy 1, total 2)", low=0)
@@ -153,7 +161,12 @@ class Params:
                 f"tau must lie between 0 and {largest}, the largest {self.gate_reward} reward (gate_reward), "
                 f"got {self.tau:g}"
             )
-        if self.explore and not self.thinking:
+        if self.thinking and (self.method == "sft" or (self.method == "gkd" and self.gkd_lambda < 1)):
+            raise ParamError(
+                f"method {self.method} learns from the right answers (gkd with gkd_lambda below 1), which come without "
+                "reasoning: set thinking to False"
+            )
+        if self.method == "kepo" and self.explore and not self.thinking:
             raise ParamError(
                 "explore needs thinking: the paper has no hint-aware prompt without it; set explore to False or "
                 "thinking to True"
@@ -246,10 +259,13 @@ class Params:
 
     @property
     def method_name(self) -> str:
-        """The paper's name of what the switches select, with τ where a gate works: ``kepo-tau1``, ``grpo``."""
+        """The paper's name of what is selected, with τ where a gate works: ``kepo-tau1``, ``grpo``, ``sft-nothink``."""
+        mode = "" if self.thinking else "-nothink"
+        if self.method != "kepo":
+            return {"sft": "sft", "gkd": f"gkd-lambda{self.gkd_lambda:g}", "none": "zero-shot"}[self.method] + mode
         names = {(True, True): "kepo", (True, False): "kepo-ke", (False, True): "explore-only", (False, False): "grpo"}
         name = names[self.distill, self.explore]
-        return name + (f"-tau{self.tau:g}" if self.distill else "") + ("" if self.thinking else "-nothink")
+        return name + (f"-tau{self.tau:g}" if self.distill else "") + mode
 
 
 def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:

@@ -62,6 +62,11 @@ class Teacher:
         let_generate(self._model)
 
     @property
+    def model(self) -> Any:
+        """π_T itself, frozen, as it was given."""
+        return self._model
+
+    @property
     def head(self) -> Any:
         """Its output embedding, with ``weight`` (V, H_T) and ``bias``."""
         return self._model.get_output_embeddings()

@@ -8,8 +8,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
+from kepo_core.baselines.gkd import gkd_trainer
+from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
 from kepo_core.data.errors import DataError
 from kepo_core.data.images import Decodable, Pictures, load_image
 from kepo_core.data.items import read_items, write_items
@@ -123,12 +125,18 @@ class Models:
     teacher: Teacher | None
 
 
+def needs_teacher(params: Params) -> bool:
+    """Whether the method asks π_T anything: to guide, or for hints."""
+    hints = params.explore and needs_hint(params.hint_context)
+    return params.method == "gkd" or (params.method == "kepo" and (params.distill or hints))
+
+
 def load_models(params: Params) -> Models:
     """Load and check what ``params`` name; the teacher only where there is something for it to do."""
     processor = load_processor(params.student, "student")
     student = load_model(params.student, "student", precision=params.precision)
     teacher = None
-    if params.distill or (params.explore and needs_hint(params.hint_context)):
+    if needs_teacher(params):
         teacher_processor = load_processor(params.teacher, "teacher")
         check_same_vocabulary(processor, teacher_processor)
         model = load_model(params.teacher, "teacher", trained=False, precision=params.precision)
@@ -136,61 +144,104 @@ def load_models(params: Params) -> Models:
     return Models(student, processor, teacher)
 
 
-def training_config(params: Params, output_dir: Path, world_size: int = 1) -> KEPOConfig:
-    """`Params` → `KEPOConfig`; batch sizes are in prompts there and in completions here."""
+def _shared_arguments(params: Params, output_dir: Path, world_size: int) -> dict[str, Any]:
+    """What the trainers of all methods are told alike."""
     accumulation, rest = divmod(params.prompts_per_step, params.prompts_per_device * world_size)
     if rest or not accumulation:
         raise ParamError(
             f"prompts_per_step is {params.prompts_per_step}, expected a multiple of prompts_per_device × processes "
             f"= {params.prompts_per_device} × {world_size}"
         )
+    return {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": params.prompts_per_device,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": params.epochs,
+        "max_steps": params.max_steps,
+        "learning_rate": params.learning_rate,
+        "lr_scheduler_type": params.lr_scheduler,
+        "max_grad_norm": params.max_grad_norm,
+        "gradient_checkpointing": params.gradient_checkpointing,
+        "bf16": params.precision == "bf16",
+        "seed": params.seed,
+        "use_cpu": best_device().type == "cpu",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,  # the notebook shows its own progress
+    }
+
+
+def training_config(params: Params, output_dir: Path, world_size: int = 1) -> KEPOConfig:
+    """`Params` → `KEPOConfig`; batch sizes are in prompts there and in completions here."""
+    shared = _shared_arguments(params, output_dir, world_size)
+    shared["per_device_train_batch_size"] *= params.group_size
     # One name, one meaning: except for data_seed, which is the sampler's in transformers and the data set's here.
     ours, theirs = ({field.name for field in fields(kind)} for kind in (Params, KEPOConfig))
-    shared = sorted((ours & theirs) - {"data_seed"})
-    return KEPOConfig(
-        output_dir=str(output_dir),
-        num_generations=params.group_size,
-        per_device_train_batch_size=params.prompts_per_device * params.group_size,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=params.epochs,
-        lr_scheduler_type=params.lr_scheduler,
-        bf16=params.precision == "bf16",
-        use_cpu=best_device().type == "cpu",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=1,
-        save_strategy="steps" if params.save_steps else "no",
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,  # the notebook shows its own progress
-        **{name: getattr(params, name) for name in shared},
-    )
+    named = {name: getattr(params, name) for name in (ours & theirs) - {"data_seed"}}
+    saving = {"save_strategy": "steps" if params.save_steps else "no", "save_total_limit": 1}
+    return KEPOConfig(**shared | named | saving, num_generations=params.group_size)
 
 
 def make_trainer(
     params: Params, run: Run, data: StudyData, models: Models, callbacks: Sequence[TrainerCallback] = ()
-) -> KEPOTrainer:
-    """The trainer for one run; with both parts of KEPO off it is TRL's GRPO."""
-    trainer = KEPOTrainer(
-        model=models.student,
-        reward_funcs=reward_functions(params.thinking),
-        args=training_config(params, run.training_dir),
-        train_dataset=to_dataset(data.train, params.thinking, Pictures(params.image_size, params.image_fit)),
-        processing_class=models.processor,
-        teacher=models.teacher,
-        callbacks=[MetricsWriter(run), *callbacks],
-    )
+) -> Trainer | None:
+    """The trainer of the run's method; None for ``method: none``, which trains nothing.
+
+    KEPO with both parts off is TRL's GRPO. The baselines keep no checkpoints: a run of theirs that is resumed trains
+    from its start.
+    """
+    if params.method == "none":
+        return None
+    callbacks = [MetricsWriter(run), *callbacks]
+    pictures = Pictures(params.image_size, params.image_fit)
+    if params.method == "kepo":
+        trainer: Trainer = KEPOTrainer(
+            model=models.student,
+            reward_funcs=reward_functions(params.thinking),
+            args=training_config(params, run.training_dir),
+            train_dataset=to_dataset(data.train, params.thinking, pictures),
+            processing_class=models.processor,
+            teacher=models.teacher,
+            callbacks=callbacks,
+        )
+    else:
+        trainer = _baseline(params, run, data, models, pictures, callbacks)
     trainer.remove_callback(PrinterCallback)  # prints every logged dictionary whole; they are in metrics.jsonl
     return trainer
 
 
-def train(trainer: KEPOTrainer, run: Run) -> pd.DataFrame:
+def _baseline(
+    params: Params, run: Run, data: StudyData, models: Models, pictures: Pictures, callbacks: list[TrainerCallback]
+) -> Trainer:
+    shared = _shared_arguments(params, run.training_dir, world_size=1)
+    if params.method == "sft":
+        dataset = supervised_dataset(data.train, pictures)
+        return sft_trainer(models.student, models.processor, dataset, shared, callbacks)
+    assert models.teacher is not None
+    arguments = shared | {
+        "beta": params.distill_beta,
+        "max_completion_length": params.max_completion_length,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+    }
+    dataset = to_dataset(data.train, params.thinking, pictures)
+    return gkd_trainer(
+        models.student, models.teacher.model, models.processor, dataset, params.gkd_lambda, arguments, callbacks
+    )
+
+
+def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
     """Train to the end, from the run's newest checkpoint where it has one; the model goes into the run's folder.
 
     What an earlier process logged behind that checkpoint is forgotten first, as it will come again. Returns
-    ``diagnosis.training_table``'s rows.
+    ``diagnosis.training_table``'s rows; without a trainer none.
     """
     checkpoint = last_checkpoint(run.training_dir)
     forget_after(run, trained_steps(checkpoint) if checkpoint else 0)
+    if trainer is None:
+        return diagnosis.training_table([])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(run.path / "model"))
     return diagnosis.read_training(run.path / "metrics.jsonl")
@@ -230,15 +281,17 @@ def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -
         differences: from ``statistics.paired_differences``, trained minus untrained.
         metrics: from ``diagnosis.training_table``.
     """
-    numbers: dict[str, Any] = {"method": params.method_name, "seed": params.seed, "steps": int(metrics["step"].max())}
+    steps = 0 if metrics.empty else int(metrics["step"].max())
+    numbers: dict[str, Any] = {"method": params.method_name, "seed": params.seed, "steps": steps}
     for row in (params.train_modality, statistics.AVG_OOD, statistics.AVG):
         if row in differences.index:
             cell = differences.loc[row].astype(float)
             names = ("before", "after", "difference", "low", "high")
             numbers |= {f"{row} {name}": round(cell[name], 4) for name in names}
             numbers[f"{row} p"] = float(f"{cell['p_value']:.3g}")
-    for name in ("kepo/all_fail_rate", "kepo/gate_rate"):
+    for name in metrics.columns.intersection(["kepo/all_fail_rate", "kepo/gate_rate"]):
         numbers[f"mean {name}"] = round(float(metrics[name].mean()), 4)
-    for name in ("kepo/explored_groups", "kepo/draws", "kepo/accepted", "kepo/rescued_groups"):
+    counted = ["kepo/explored_groups", "kepo/draws", "kepo/accepted", "kepo/rescued_groups"]
+    for name in metrics.columns.intersection(counted, sort=False):
         numbers[f"total {name}"] = int(metrics[name].sum())
     return numbers

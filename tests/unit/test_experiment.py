@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from trl import GRPOConfig
 
@@ -13,9 +14,10 @@ from kepo_core.data.errors import DataError
 from kepo_core.data.records import MODALITIES
 from kepo_core.method.config import KEPOConfig
 from kepo_core.params import ParamError, Params
-from kepo_core.study import experiment
+from kepo_core.study import experiment, statistics
 from kepo_core.study.embedded import build_model, build_processor
 from kepo_core.study.models import save_embedded
+from kepo_core.study.runs import Run
 
 SMOKE = {"train_items": 4, "eval_items": 2}
 
@@ -138,6 +140,34 @@ def test_training_config_says_what_the_parameters_say(tmp_path: Path) -> None:
     assert config.data_seed is None and not config.bf16
     with pytest.raises(ParamError, match="prompts_per_step"):
         experiment.training_config(Params.load(overrides=changed), tmp_path, world_size=2)
+
+
+METHODS = {
+    "sft-nothink": {"method": "sft", "thinking": False},
+    "gkd-lambda0.5-nothink": {"method": "gkd", "gkd_lambda": 0.5, "thinking": False},
+    "gkd-lambda1": {"method": "gkd"},
+    "zero-shot": {"method": "none"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_baseline_trains_on_the_same_items_and_leaves_the_same_files(root: Path, tmp_path: Path, name: str) -> None:
+    small = {"max_steps": 1, "prompts_per_step": 4, "prompts_per_device": 2, "max_completion_length": 4}
+    given = params(root, results_dir=str(tmp_path), eval_max_tokens=4, **small, **METHODS[name])
+    assert given.method_name == name and experiment.needs_teacher(given) == ("gkd" in name)
+    data, models, run = experiment.load_data(given), experiment.load_models(given), Run.allocate(given, owner="test")
+    before = {key: value.clone() for key, value in models.student.state_dict().items()}
+    trainer = experiment.make_trainer(given, run, data, models)
+    metrics = experiment.train(trainer, run)
+    same = all(torch.equal(value, before[key]) for key, value in models.student.state_dict().items())
+    answers = experiment.evaluate_student(given, models, data.test, run, "trained")
+    assert same == metrics.empty == (name == "zero-shot") and len(answers) == 16
+    if trainer is not None:
+        assert (trainer.args.learning_rate, trainer.args.gradient_accumulation_steps) == (given.learning_rate, 2)
+        assert (run.path / "model/model.safetensors").is_file() and metrics["loss"].iloc[0] > 0
+    differences = statistics.paired_differences(answers, answers)
+    headline = experiment.headline(given, differences, metrics)
+    assert headline["steps"] == (0 if name == "zero-shot" else 1) and not any("kepo/" in key for key in headline)
 
 
 def test_every_method_parameter_reaches_the_trainer() -> None:

@@ -180,6 +180,12 @@ def test_choices_are_closed(name):
     bad(f"^{name} must be one of", **{name: "no such choice"})
 
 
+def test_supervision_has_no_reasoning_to_teach():
+    for changes in ({"method": "sft"}, {"method": "gkd", "gkd_lambda": 0.5}):
+        bad("learns from the right answers .* set thinking to False", **changes)
+        Params(**changes, thinking=False)  # exploration is KEPO's alone
+
+
 def test_an_empty_path_is_refused():
     bad("data_root must not be empty", data_root=" ")
 
@@ -199,7 +205,7 @@ def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
     if f.type is bool:
         other = not value
     elif f.metadata["choices"]:
-        other = next(choice for choice in f.metadata["choices"] if choice != value)
+        other = next(choice for choice in f.metadata["choices"] if choice not in (value, "sft"))  # sft does not think
     else:
         other = {str: lambda: value + "x", int: lambda: value + 2, float: lambda: value * 0.5 + 0.03}[f.type]()
     changed = base.replace(**{name: other})
@@ -212,6 +218,9 @@ def test_method_names():
     assert Params(tau=0.5, explore=False).method_name == "kepo-ke-tau0.5"
     assert Params(distill=False).method_name == "explore-only"
     assert Params(distill=False, explore=False).method_name == "grpo"
+    assert Params(method="sft", thinking=False).method_name == "sft-nothink"
+    assert Params(method="gkd", thinking=False, gkd_lambda=0.5).method_name == "gkd-lambda0.5-nothink"
+    assert Params(method="gkd").method_name == "gkd-lambda1" and Params(method="none").method_name == "zero-shot"
 
 
 def test_params_cannot_be_changed_in_place():

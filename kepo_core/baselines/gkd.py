@@ -1,0 +1,66 @@
+"""MM-GKD: generalised knowledge distillation with images, on TRL's DistillationTrainer.
+
+Each generation batch is on-policy with probability λ (the student's own completions), else supervised (the right
+answers); either way the divergence from the teacher's next-token distribution is the whole loss. λ = 1 is TRL's
+DistillationTrainer to the bit, λ = 0 supervised distillation. Source: Agarwal et al., "On-policy distillation of
+language models", 2024, Algorithm 1; the paper's Table 1 has λ = 0, 0.5 and 1.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+
+from kepo_core.baselines.supervised import answer_text
+
+
+class MMGKDTrainer(DistillationTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
+    """DistillationTrainer that takes a part of its batches from the data.
+
+    Args:
+        lmbda: λ in [0, 1], the probability that a generation batch is on-policy.
+        *args, **kwargs: as for DistillationTrainer; rows need ``answer`` (a letter) where λ < 1.
+    """
+
+    def __init__(self, *args: Any, lmbda: float, **kwargs: Any) -> None:
+        if not 0 <= lmbda <= 1:
+            raise ValueError(f"lmbda is {lmbda:g}, expected 0 to 1")
+        super().__init__(*args, **kwargs)
+        self.lmbda = lmbda
+        self._rows: Sequence[Mapping[str, Any]] = ()
+
+    def on_policy(self) -> bool:
+        """Whether this optimiser step's batch is the student's own; the same on all processes."""
+        # Named by seed and step, so that no other random number depends on λ.
+        return random.Random(f"{self.args.seed}/lambda/{self.state.global_step}").random() < self.lmbda
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = inputs
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        return batch
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if self.on_policy():
+            return super()._generate_single_turn(*args, **kwargs)
+        texts = [answer_text(row["answer"]) for row in self._rows]
+        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [[*tokens, self._tokenizer.eos_token_id] for tokens in ids]
+
+
+def gkd_trainer(
+    model: Any,
+    teacher: Any,
+    processor: Any,
+    dataset: Dataset,
+    lmbda: float,
+    arguments: Mapping[str, Any],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> MMGKDTrainer:
+    """An `MMGKDTrainer` over ``to_dataset``'s rows; ``arguments`` are those of ``DistillationConfig``."""
+    args = DistillationConfig(**arguments)
+    return MMGKDTrainer(
+        model, teacher, args, train_dataset=dataset, processing_class=processor, callbacks=list(callbacks), lmbda=lmbda
+    )

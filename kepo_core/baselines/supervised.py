@@ -1,0 +1,50 @@
+"""Supervised fine-tuning on the right answers: TRL's SFTTrainer over the same rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from kepo_core.data.images import ReadPicture, load_image
+from kepo_core.data.records import Question
+from kepo_core.study.dataset import to_dataset
+
+
+def answer_text(letter: str) -> str:
+    """The completion that supervision teaches: the right answer in the non-thinking format of Appendix C."""
+    return f"<answer>{letter}</answer>"
+
+
+def supervised_dataset(questions: Sequence[Question], pictures: ReadPicture = load_image) -> Dataset:
+    """``to_dataset``'s rows for non-thinking prompts with the ``completion`` to be learned, as chat messages."""
+    rows = to_dataset(questions, thinking=False, pictures=pictures)
+    decode = rows.format["format_kwargs"]["transform"]
+
+    def with_target(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        targets = [[{"role": "assistant", "content": answer_text(letter)}] for letter in batch["answer"]]
+        decoded: dict[str, list[Any]] = decode(batch)
+        return decoded | {"completion": targets}
+
+    return rows.with_transform(with_target)
+
+
+def sft_trainer(
+    model: Any,
+    processor: Any,
+    dataset: Dataset,
+    arguments: Mapping[str, Any],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> SFTTrainer:
+    """TRL's SFTTrainer whose loss is the cross entropy of the completions alone (token mean).
+
+    Args:
+        model: the student.
+        processor: its processor.
+        dataset: from ``supervised_dataset``.
+        arguments: of ``SFTConfig``, beside what this method fixes.
+        callbacks: for the trainer.
+    """
+    args = SFTConfig(completion_only_loss=True, max_length=None, remove_unused_columns=False, **arguments)
+    return SFTTrainer(model, args, train_dataset=dataset, processing_class=processor, callbacks=list(callbacks))
