@@ -37,10 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "data":
             return check_data(arguments.path, arguments.strict, arguments.html)
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
+        if arguments.method:
+            overrides = method_overrides(arguments.method, arguments.file, overrides)
         return run_notebook(arguments.notebook, arguments.file, overrides)
     except (ParamError, DataError) as error:
         print(f"kepo: {error}", file=sys.stderr)
         return REFUSED
+
+
+def method_overrides(name: str, file: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a row of the table of methods, under those that are given one by one."""
+    from kepo_core.study.methods import method
+
+    chosen = method(name)
+    return {**chosen.overrides(Params.load(file, {"teacher": overrides.get("teacher")})), **overrides}
 
 
 def parse_value(text: str) -> bool | int | float | str | None:
@@ -226,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("NAME", "VALUE"),
         help="one parameter over the file's; repeatable",
     )
+    run.add_argument("-m", "--method", metavar="NAME", help="a row of the README's table of methods")
     resume = commands.add_parser("resume", help="go on with a run that was interrupted, failed or killed")
     resume.add_argument("run", help="its folder")
     data = commands.add_parser("data", help="look at data").add_subparsers(dest="data_command", required=True)

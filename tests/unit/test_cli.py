@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from papermill.exceptions import PapermillExecutionError
 
-from kepo_core.cli import main, parse_value
+from kepo_core.cli import main, method_overrides, parse_value
 from kepo_core.params import Params
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,13 @@ def write_notebook(folder: Path, *sources: str) -> Path:
 def only_folder(results: Path) -> Path:
     (folder,) = results.iterdir()
     return folder
+
+
+def test_a_row_of_the_table_of_methods_is_a_set_of_parameters_under_the_given_ones() -> None:
+    found = method_overrides("kepo-ke-tau0", None, {"seed": 3})
+    assert found == {"explore": False, "tau": 0.0, "seed": 3}
+    assert method_overrides("teacher", None, {"teacher": "some/model"})["student"] == "some/model"
+    assert main(["run", "notebooks/03_train_kepo.ipynb", "-m", "grop"]) == 2
 
 
 def test_a_run_leaves_a_complete_folder(kepo_run, results):

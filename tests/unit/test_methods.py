@@ -1,0 +1,47 @@
+"""The table of methods: every row of Table 1 once, every row a run of its own, and the README shows it."""
+
+from pathlib import Path
+
+import pytest
+
+from kepo_core.data.records import MODALITIES
+from kepo_core.params import ParamError, Params
+from kepo_core.study.methods import as_markdown, method, methods, paper_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_row_of_table_1_has_its_method_and_no_two_methods_are_the_same_run() -> None:
+    rows = [entry.row for entry in methods().values() if entry.row]
+    assert sorted(rows) == sorted(paper_table().index) and len(rows) == 19
+    base = Params()
+    made = {name: base.replace(**entry.overrides(base)) for name, entry in methods().items()}
+    assert len({params.hash for params in made.values()}) == len(made)
+    assert made["kepo-tau1"].hash == base.hash
+    assert made["teacher"].student == base.teacher
+    for entry in methods().values():
+        if entry.row:
+            assert made[entry.name].thinking == (entry.row[2] == "thinking"), entry.name
+
+
+def test_names_are_those_of_run_folders_where_a_method_has_one() -> None:
+    base = Params()
+    for name in ("zero-shot", "sft-nothink", "grpo", "grpo-nothink", "gkd-lambda0.5-nothink", "kepo-ke-tau0",
+                 "kepo-tau1", "explore-only"):  # fmt: skip
+        assert base.replace(**method(name).overrides(base)).method_name == name
+
+
+def test_the_papers_averages_are_those_of_its_columns() -> None:
+    table = paper_table()
+    assert table.shape == (19, 11)
+    assert (table[list(MODALITIES)].mean(axis=1) - table["Avg."]).abs().max() < 0.02
+    assert (table[list(MODALITIES[1:])].mean(axis=1) - table["Avg. (OOD)"]).abs().max() < 0.02
+
+
+def test_the_readme_shows_the_table() -> None:
+    assert as_markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(ParamError, match=r"there is no method 'grop', expected one of zero-shot-nothink, "):
+        method("grop")
