@@ -92,7 +92,8 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
             raise ValueError(
                 f"{path} does not exist, expected a checkpoint of this trainer, written by as many processes as now"
             )
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device  # "cpu:0" with several processes, which torch.load does not know
+        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
         self._step, self._buffered_inputs = state["step"], state["buffered"]
         self._generation_of_step = state["generation_of_step"]
         for mode, metrics in state["metrics"].items():

@@ -302,7 +302,7 @@ def main(names: list[str]) -> None:
     """Print the tables of the sizes called ``names``."""
     quiet_third_parties()
     for name in names or ["small", "middle", "large"]:
-        table, goals = measure(SIZES[name], 9 if name == "small" else 5)
+        table, goals = measure(SIZES[name], 9 if name == "small" else 4)
         device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
         print(f"\n{name} on {device}\n{table.to_string()}\n\n{goals.to_string()}", flush=True)
 

@@ -46,4 +46,4 @@ def test_the_papers_models_have_their_size() -> None:
 def test_a_set_as_large_as_omnimedvqa_is_read_in_seconds(rows: int) -> None:
     for found in measure_both(rows).values():
         assert found["rows"] == rows
-        assert found["seconds"] < 20 and found["peak MiB"] < 1000
+        assert found["of one core"] < 20 and found["peak MiB"] < 1000  # work, not the clock: others may be busy, too
