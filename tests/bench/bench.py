@@ -22,6 +22,7 @@ from sizes import SIZES, Size, build, dataset_of, processor_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl import DistillationConfig, DistillationTrainer, GRPOTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from kepo_core.method import hinted, objective
 from kepo_core.method.teacher import Teacher, select_rows
@@ -137,6 +138,21 @@ class Bench:
         hidden = self.trainer.teacher.hidden_states(batch, batch["kepo_gate"].nonzero().flatten().tolist())
         with torch.no_grad():
             self.teacher.lm_head(hidden)
+
+    def divergence(self) -> None:
+        """Forward and backward of the divergence alone, at the gated tokens: what no part of GRPO's step has."""
+        mask = self._batch["completion_mask"] * self._batch["kepo_gate"].unsqueeze(1)
+        head, teacher_head = self.student.get_output_embeddings(), self.trainer.teacher.head
+        count, device = int(mask.sum()), mask.device
+        states = torch.randn(count, head.weight.shape[1], device=device, requires_grad=True)
+        teacher_states = torch.randn(
+            count, teacher_head.weight.shape[1], device=device, dtype=teacher_head.weight.dtype
+        )
+        per_token, _ = ChunkedDivergenceFunction.apply(
+            states, head.weight, None, teacher_states, teacher_head.weight, None, 0.0, 1.0
+        )
+        per_token.sum().backward()
+        self.trainer.optimizer.zero_grad()
 
     def plain(self) -> float:
         """The paper read plainly: two student forwards, the teacher on all rows, all logits."""
@@ -264,7 +280,7 @@ def peak_mib(work: Callable[[], object]) -> float:
 
 
 MEASURED = (
-    "kepo", "grpo", "gated_teacher", "grpo_and_distillation", "plain", "scoring", "generation", "explore",
+    "kepo", "grpo", "gated_teacher", "divergence", "grpo_and_distillation", "plain", "scoring", "generation", "explore",
     "explore_one_by_one", "draws", "plain_generations",
 )  # fmt: skip
 
