@@ -76,10 +76,11 @@ def run_notebook(notebook: str | Path, file: str | Path | None, overrides: dict[
         raise ParamError(f"notebook {notebook} does not exist")
     file = file or overrides.get("params_file")
     params = Params.load(file, overrides)
-    from kepo_core.study.runs import Run  # what executes is imported only once the parameters are known to fit
+    from kepo_core.study.provenance import file_digest  # what executes is imported once the parameters are known to fit
+    from kepo_core.study.runs import Run
 
     run = Run.allocate(params, owner="kepo run")
-    run.remember(notebook=_from_root(path))
+    run.remember(notebook=_from_root(path), notebook_sha256=file_digest(path))
     shown = _from_root(run.path)
     print(f"kepo: run folder {shown}", flush=True)
     given = {name: value for name, value in overrides.items() if value is not None}

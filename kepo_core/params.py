@@ -112,6 +112,11 @@ class Params:
 
     # -- method: policy term (Eq. 2-6)
     advantage: str = _p("mean", "r − group mean (Eq. 6), over its std, or Eq. 4", choices=("mean", "std", "rloo"))
+    zero_variance: str = _p(
+        "keep",
+        "groups whose rewards are all equal count in the policy term's mean, or are dropped from it",
+        choices=("keep", "drop"),
+    )
     ratio_clip: str = _p("ppo", "min(w·A, clip(w)·A), or min(w, clip(w))·A as Eq. 5 is printed", choices=("ppo", "eq5"))
     importance_level: str = _p(
         "token", "ratio w per token, or of whole sequences (Eq. 3)", choices=("token", "sequence")
@@ -141,6 +146,8 @@ class Params:
     # -- evaluation
     eval_max_tokens: int = _p(48, "longest completion in evaluation, in tokens", low=1)
     eval_batch_size: int = _p(100, "questions per evaluation batch", low=1)
+    eval_samples: int = _p(1, "answers per question: more than 1 for mean@k, with an eval_temperature", low=1)
+    eval_temperature: float = _p(0.0, "sampling temperature of evaluation; 0: greedy", low=0)
 
     # -- run
     results_dir: str = _p("results", "where run folders are made, from the project's root")
@@ -180,6 +187,11 @@ class Params:
             raise ParamError(
                 f"prompts_per_step must be a multiple of prompts_per_device ({self.prompts_per_device}), "
                 f"got {self.prompts_per_step}"
+            )
+        if self.eval_samples > 1 and not self.eval_temperature:
+            raise ParamError(
+                f"eval_samples is {self.eval_samples} but eval_temperature is 0, and greedy answers are all the same: "
+                "set eval_temperature, to 1 say"
             )
         if self.max_steps == 0:
             raise ParamError("max_steps must be -1 (as epochs say) or at least 1, got 0")

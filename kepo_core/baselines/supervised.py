@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from kepo_core.data.images import ReadPicture, load_image
 from kepo_core.data.records import Question
-from kepo_core.study.dataset import to_dataset
+from kepo_core.method.dataset import to_dataset
 
 
 def answer_text(letter: str) -> str:
@@ -19,15 +19,7 @@ def answer_text(letter: str) -> str:
 
 def supervised_dataset(questions: Sequence[Question], pictures: ReadPicture = load_image) -> Dataset:
     """``to_dataset``'s rows for non-thinking prompts with the ``completion`` to be learned, as chat messages."""
-    rows = to_dataset(questions, thinking=False, pictures=pictures)
-    decode = rows.format["format_kwargs"]["transform"]
-
-    def with_target(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        targets = [[{"role": "assistant", "content": answer_text(letter)}] for letter in batch["answer"]]
-        decoded: dict[str, list[Any]] = decode(batch)
-        return decoded | {"completion": targets}
-
-    return rows.with_transform(with_target)
+    return to_dataset(questions, thinking=False, pictures=pictures, target=answer_text)
 
 
 def sft_trainer(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +29,7 @@ class Checked:
     def tables(self) -> dict[str, pd.DataFrame]:
         """By title: what reading came to, and counts per modality."""
         rows = []
+        most = max((len(question.options) for question in self.questions), default=2)
         for modality in MODALITIES:
             own = [question for question in self.questions if question.modality == modality]
             if own:
@@ -40,8 +42,8 @@ class Checked:
                         "pictures": len(pictures),
                         "pictures with several questions": sum(count > 1 for count in pictures.values()),
                     }
-                    | {f"answer {letter}": sum(q.answer == letter for q in own) for letter in LETTERS[:4]}
-                    | {f"{n} options": sum(len(q.options) == n for q in own) for n in (2, 3, 4)}
+                    | {f"answer {letter}": sum(q.answer == letter for q in own) for letter in LETTERS[:most]}
+                    | {f"{n} options": sum(len(q.options) == n for q in own) for n in range(2, most + 1)}
                 )
         return {"What was read, mended and dropped": self.ledger.table(), "Questions": pd.DataFrame(rows)}
 
@@ -60,11 +62,10 @@ class Checked:
         parts = [
             f"<h2>{title}</h2>\n{table.to_html(index=False, escape=True)}" for title, table in self.tables().items()
         ]
-        heading = self.heading().replace("&", "&amp;").replace("<", "&lt;")
         style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .6em}"
         return (
             f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Data check</title><style>{style}</style>"
-            f"<h1>Data check</h1><p>{heading}</p>{''.join(parts)}</html>\n"
+            f"<h1>Data check</h1><p>{escape(self.heading())}</p>{''.join(parts)}</html>\n"
         )
 
 

@@ -53,7 +53,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One completion of one question, scored. ``letter`` is "" when none could be read."""
+    """One completion of one question, scored. ``letter`` is "" when none could be read.
+
+    ``sample`` counts from 0 where a question is asked more than once.
+    """
 
     question_id: str
     modality: str
@@ -65,3 +68,4 @@ class Answer:
     format_ok: bool
     tokens: int
     finished: bool
+    sample: int = 0

@@ -19,6 +19,7 @@ _CHOICES = {
     "hint_source": ("own", "other"),
     "hint_importance": ("none", "truncated"),
     "advantage": ADVANTAGES,
+    "zero_variance": ("keep", "drop"),
     "ratio_clip": ("ppo", "eq5"),
     "importance_level": ("token", "sequence"),
 }
@@ -62,6 +63,7 @@ class KEPOConfig(GRPOConfig):  # type: ignore[misc]  # trl is not followed by th
     hint_importance: str = field(default="none", metadata={"help": "none, or truncated off-policy weights."})
     hint_max_tokens: int = field(default=32, metadata={"help": "Longest hint, in tokens."})
     advantage: str = field(default="mean", metadata={"help": "mean (Eq. 6), std, or rloo (Eq. 4)."})
+    zero_variance: str = field(default="keep", metadata={"help": "keep or drop groups whose rewards are all equal."})
     ratio_clip: str = field(default="ppo", metadata={"help": "ppo, or eq5 as Eq. 5 is printed."})
     importance_level: str = field(default="token", metadata={"help": "token or sequence."})
     log_rollouts: bool = field(default=True, metadata={"help": "Write every rollout to <output_dir>/rollouts/."})

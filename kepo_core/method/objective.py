@@ -80,6 +80,18 @@ def advantages(rewards_B: Tensor, group_size: int, kind: str = "mean") -> Tensor
     return centred.reshape(-1)
 
 
+def without_equal_groups(advantages_B: Tensor, rewards_B: Tensor, group_size: int) -> Tensor:
+    """Advantages whose mean over all sequences is the mean over groups whose rewards are not all equal, (B,).
+
+    Groups of one reward have advantages of 0 and only dilute the mean: Â is multiplied by groups / differing groups, or
+    left alone where none differs. This is what DAPO (arXiv 2503.14476) drops in its dynamic sampling; other prompts are
+    not drawn in their place, so that all methods see the same ones. ``rewards_B`` fills whole groups of ``group_size``.
+    """
+    groups = rewards_B.view(-1, group_size)
+    differing = (groups.amax(1) > groups.amin(1)).sum()
+    return advantages_B * (len(groups) / differing) if differing else advantages_B
+
+
 def kl_to_reference(logps_BT: Tensor, ref_logps_BT: Tensor) -> Tensor:
     """The estimate of D_KL(π_θ‖π_ref) of Eq. 2 and 7 at each sampled token, (B, T).
 

@@ -202,6 +202,8 @@ class KEPOTrainer(GatedLossTrainer):
         totals = (now.rewards * self.reward_weights.to(now.rewards.device)).sum(1)
         if self.model.training and self.args.advantage == "rloo":
             output["advantages"] = objective.advantages(totals, self.num_generations, "rloo")[local]
+        if self.model.training and self.args.zero_variance == "drop":
+            output["advantages"] = objective.without_equal_groups(output["advantages"], totals, self.num_generations)
         if not now.own:
             return output
         advantages, keep = output["advantages"], self._kept(now)

@@ -12,14 +12,15 @@ from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import Facts, load_facts
 from kepo_core.data.records import LETTERS, Answer, Question
 from kepo_core.data.splits import image_key, split_by_image
+from kepo_core.method.dataset import to_dataset
 from kepo_core.method.prompts import hint_aware_messages
 from kepo_core.params import Params
 from kepo_core.study import experiment
-from kepo_core.study.dataset import to_dataset
 from kepo_core.study.evaluation import evaluate
 from kepo_core.study.experiment import Models, StudyData
+from kepo_core.study.intervals import difference_interval, wilson_interval
 from kepo_core.study.models import load_model
-from kepo_core.study.statistics import difference_interval, mcnemar_exact, wilson_interval
+from kepo_core.study.statistics import mcnemar_exact
 
 TWO_FACT_TYPES = ("Disease Diagnosis", "Lesion Grading")
 
@@ -95,9 +96,13 @@ class Calibration:
         return [*self.accuracy(), *self.sampling(samples), *self.hints(samples), self.thinking()]
 
     def accuracy(self) -> list[Measured]:
-        """The student's accuracy over all test sets, and the teacher's on each."""
+        """The student's accuracy over all test sets, with and without thinking, and the teacher's on each."""
         student, teacher = (self._greedy(m) for m in (self.models.student, self.teacher))
-        rows = [Measured.share("student, greedy", (a.correct for a in student), (0.40, 0.70))]
+        plain = self._greedy(self.models.student, thinking=False)
+        rows = [
+            Measured.share("student, greedy", (a.correct for a in student), (0.40, 0.70)),
+            Measured.share("student, greedy, without thinking", (a.correct for a in plain), (0.40, 0.70)),
+        ]
         for modality in self.data.tests:
             flags = [a.correct for a in teacher if a.modality == modality]
             rows.append(Measured.share(f"teacher, greedy, {modality}", flags, (0.90, 1.0)))
@@ -157,10 +162,10 @@ class Calibration:
         )
 
     def _sampled(
-        self, questions: Sequence[Question], messages: Sequence[list[dict[str, object]]] | None = None
-    ) -> list[Answer]:
-        torch.manual_seed(self.seed)
-        return evaluate(
+        self, questions: Sequence[Question], samples: int, messages: Sequence[list[dict[str, object]]] | None = None
+    ) -> list[list[Answer]]:
+        """``samples`` answers to each question, at temperature 1."""
+        answers = evaluate(
             self.models.student,
             self.models.processor,
             questions,
@@ -169,22 +174,22 @@ class Calibration:
             batch_size=self.params.eval_batch_size,
             messages=messages,
             temperature=1.0,
+            samples=samples,
+            seed=self.seed,
         )
+        return [answers[start : start + samples] for start in range(0, len(answers), samples)]
 
     def _groups(self) -> list[list[Answer]]:
-        size = self.params.group_size
-        answers = self._sampled([q for q in self.data.train[: self.groups] for _ in range(size)])
-        return [answers[start : start + size] for start in range(0, len(answers), size)]
+        return self._sampled(self.data.train[: self.groups], self.params.group_size)
 
     def _hinted(self, questions: Sequence[Question], hints: Sequence[str], context: str, draws: int) -> np.ndarray:
         """(questions, draws) bool: accepted."""
         messages = [
             hint_aware_messages(q.question, q.options, hint, q.answer, context)
             for q, hint in zip(questions, hints, strict=True)
-            for _ in range(draws)
         ]
-        answers = self._sampled([q for q in questions for _ in range(draws)], messages)
-        return np.array([a.correct for a in answers]).reshape(len(questions), draws)
+        answers = self._sampled(questions, draws, messages)
+        return np.array([[a.correct for a in given] for given in answers]).reshape(len(questions), draws)
 
 
 # --- priors: what can be had without looking, or without reading ----------------------------------------------

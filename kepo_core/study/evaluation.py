@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -33,17 +34,19 @@ def evaluate(
     pictures: ReadPicture = load_image,
     messages: Sequence[Messages] | None = None,
     temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
     progress: Progress | None = None,
     kept: Path | None = None,
 ) -> list[Answer]:
-    """Ask ``model`` every question once and score what it says; records come in the order of ``questions``.
+    """Ask ``model`` every question and score what it says; records come in the order of ``questions``.
 
     Decoding has a generation configuration of its own: penalties or sampling that a checkpoint carries do not
     apply. It is greedy unless ``temperature`` says otherwise. The prompt is the training prompt unless ``messages``
     says otherwise. Batches hold questions of similar length, padded on the left,
-    and a row's answer does not depend on its neighbours beyond floating-point rounding. The model is left in the
-    mode (train or eval) and with the configuration it came in. Greedy decoding draws no random number; sampling
-    draws from torch's global generator.
+    and a greedy answer does not depend on its neighbours beyond floating-point rounding. The model is left in the
+    mode (train or eval) and with the configuration it came in, and so is torch's random state: what a batch samples
+    follows from ``seed`` and the batch's number.
 
     Args:
         model: a Qwen3-VL or another image-text model with ``generate``.
@@ -54,38 +57,53 @@ def evaluate(
         pictures: reads the picture at a path, as RGB.
         messages: another prompt per question, e.g. a hint-aware one.
         temperature: of sampling; 0 decodes greedily.
+        samples: answers per question, for mean@k; they follow each other in the records. More than 1 needs a
+            temperature.
+        seed: names what is sampled.
         progress: told after every batch how far it is.
         kept: a file that keeps the answers as they come. An evaluation that was cut off goes on behind its last whole
-            batch, and as batches are formed before, its records are those of one that was not. Greedy decoding only.
+            batch, and as batches are formed before, its records are those of one that was not.
     """
-    if kept is not None and temperature:
-        raise ValueError(f"temperature: {temperature} with kept, expected 0: sampled answers cannot be gone on with.")
+    if samples < 1 or (samples > 1 and not temperature):
+        raise ValueError(f"samples: {samples} at temperature {temperature:g}, expected 1, or more with a temperature.")
     asked_as = messages or [vqa_messages(q.question, q.options, thinking) for q in questions]
     texts = [_prompt_text(processor, prompt) for prompt in asked_as]
-    settings = [thinking, max_tokens, batch_size, texts, [(q.id, q.answer) for q in questions]]
+    lengths = _lengths(processor, texts)
+    settings = [
+        thinking,
+        max_tokens,
+        batch_size,
+        temperature,
+        samples,
+        seed,
+        texts,
+        [(q.id, q.answer) for q in questions],
+    ]
     file = AnswerFile(kept, settings) if kept is not None else None
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}  # by row: question number × samples + sample
     with _decoding(model, processor, max_tokens, temperature) as stop_tokens:
-        for batch in length_batches(_lengths(processor, texts), batch_size):
+        rows = [length for length in lengths for _ in range(samples)]
+        for number, batch in enumerate(length_batches(rows, batch_size)):
             if file is not None and file.known.keys() >= set(batch):
                 answers |= {i: file.known[i] for i in batch}
                 continue
-            asked = [questions[i] for i in batch]
-            completions = _generate(model, processor, [texts[i] for i in batch], asked, pictures)
+            asked = [questions[i // samples] for i in batch]
+            with _seeded(f"{seed}/evaluation/{number}"):
+                completions = _generate(model, processor, [texts[i // samples] for i in batch], asked, pictures)
             now = {
-                i: _record(processor, questions[i], tokens, stop_tokens, thinking)
-                for i, tokens in zip(batch, completions, strict=True)
+                i: _record(processor, question, tokens, stop_tokens, thinking, sample=i % samples)
+                for i, question, tokens in zip(batch, asked, completions, strict=True)
             }
             answers |= now
             if file is not None:
                 file.add(now)
             if progress is not None:
-                progress(len(answers), len(questions))
-    return [answers[i] for i in range(len(questions))]
+                progress(len(answers), len(rows))
+    return [answers[i] for i in range(len(answers))]
 
 
 class AnswerFile:
-    """Answers by the number of their question, on disk as they come: a line of JSON each, below a line of identity.
+    """Answers by the number of their row, on disk as they come: a line of JSON each, below a line of identity.
 
     ``known`` holds what an earlier evaluation of the same ``settings`` left, but for a line that it did not finish; a
     file of other settings is begun anew.
@@ -138,6 +156,14 @@ def _lengths(processor: Any, texts: Sequence[str]) -> list[int]:
 
 
 @contextmanager
+def _seeded(name: str) -> Iterator[None]:
+    """Torch's random state named by ``name`` for a while."""
+    with torch.random.fork_rng():
+        torch.manual_seed(zlib.crc32(name.encode()))
+        yield
+
+
+@contextmanager
 def _decoding(model: Any, processor: Any, max_tokens: int, temperature: float) -> Iterator[list[int]]:
     """Evaluation mode and a plain configuration on ``model`` for a while; yields the stop tokens.
 
@@ -184,7 +210,9 @@ def _generate(
     return output[:, inputs["input_ids"].shape[1] :]
 
 
-def _record(processor: Any, question: Question, tokens: Tensor, stop_tokens: Sequence[int], thinking: bool) -> Answer:
+def _record(
+    processor: Any, question: Question, tokens: Tensor, stop_tokens: Sequence[int], thinking: bool, sample: int
+) -> Answer:
     completion, finished = trim(tokens, stop_tokens)
     text = str(processor.tokenizer.decode(completion, skip_special_tokens=True))
     result = score(text, question.answer, question.letters, thinking=thinking, finished=finished)
@@ -199,4 +227,5 @@ def _record(processor: Any, question: Question, tokens: Tensor, stop_tokens: Seq
         format_ok=result.format_ok,
         tokens=len(completion),
         finished=finished,
+        sample=sample,
     )

@@ -22,6 +22,7 @@ from kepo_core.data.records import Answer, Question
 from kepo_core.data.source import Source, open_source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
 from kepo_core.method.config import KEPOConfig
+from kepo_core.method.dataset import to_dataset
 from kepo_core.method.prompts import needs_hint
 from kepo_core.method.resume import last_checkpoint, trained_steps
 from kepo_core.method.rewards import reward_functions
@@ -29,7 +30,6 @@ from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import ParamError, Params, resolve
 from kepo_core.study import diagnosis, statistics
-from kepo_core.study.dataset import to_dataset
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.metrics import MetricsWriter, forget_after
 from kepo_core.study.models import best_device, check_same_vocabulary, load_model, load_processor
@@ -250,7 +250,7 @@ def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
 def evaluate_student(
     params: Params, models: Models, questions: Sequence[Question], run: Run, name: str, progress: Progress | None = None
 ) -> list[Answer]:
-    """Greedy answers of the student, in its present state, to ``questions``.
+    """The student's answers, in its present state, to ``questions``: greedy, or as ``eval_samples`` says.
 
     They are kept in the run's folder under ``name`` as they come: a run that is resumed answers the others only.
     """
@@ -261,6 +261,9 @@ def evaluate_student(
         thinking=params.thinking,
         max_tokens=params.eval_max_tokens,
         batch_size=params.eval_batch_size,
+        temperature=params.eval_temperature,
+        samples=params.eval_samples,
+        seed=params.seed,
         pictures=partial(load_image, image_size=params.image_size, fit=params.image_fit),
         progress=progress,
         kept=run.evaluation_dir / f"{name}.jsonl",

@@ -15,7 +15,7 @@ from kepo_core.data import phantom
 from kepo_core.data.phantom import TOPICS, Facts
 from kepo_core.data.records import LETTERS, MODALITIES, Answer, Question
 from kepo_core.data.splits import image_key
-from kepo_core.study.statistics import design_effect, wilson_interval
+from kepo_core.study.intervals import design_effect, wilson_interval
 
 _WORDS = {
     "modality": MODALITIES,

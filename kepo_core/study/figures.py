@@ -159,6 +159,31 @@ def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]
     return ax
 
 
+def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_domain: str = MODALITIES[0]) -> None:
+    """A line per method on two axes: our accuracies with their intervals, and the paper's Table 1, which has none.
+
+    ``table`` is ``statistics.accuracy_table``'s, ``paper`` the part "paper" of ``methods.beside_paper``'s. What is
+    compared is the order of methods within each side: the two sides ask different questions of different models.
+    """
+    left, right = axes
+    y = np.arange(len(table), dtype=float)
+    shown = [name for name in (in_domain, AVG_OOD) if name in table.columns.unique(level=0)]
+    for k, name in enumerate(shown):
+        label = f"{name} (trained on)" if name == in_domain else name
+        style = {"color": _COLOURS[k], "marker": _MARKERS[k], "markersize": 6, "linestyle": "none", "label": label}
+        at = y + 0.16 * (2 * k - len(shown) + 1)
+        part = 100 * table[name].to_numpy(dtype=float)
+        left.errorbar(part[:, 0], at, xerr=[part[:, 0] - part[:, 1], part[:, 2] - part[:, 0]], elinewidth=1.4,
+                      capsize=2, **style)  # fmt: skip
+        if name in paper:
+            right.plot(paper[name].to_numpy(dtype=float), at, **style)
+    left.set(xlabel="accuracy (%), 95 % interval", title="Here", xlim=(0, 102), ylim=(len(table) - 0.4, -0.6))
+    left.set_yticks(y, [str(name) for name in table.index])
+    right.set(xlabel="accuracy (%)", title="The paper's Table 1", ylim=left.get_ylim())
+    right.set_yticks(y, ["" if paper.notna().any(axis=1).iloc[i] else "not in it" for i in range(len(table))])
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=2)
+
+
 def count_map(table: pd.DataFrame, ax: Axes) -> Axes:
     """`survey.counts` as a map: one cell per modality and kind, darker for more, with its number."""
     sns.heatmap(

@@ -133,6 +133,12 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._drawn = time.monotonic()
 
 
+def tell_job(name: str, what: str, seconds: float) -> None:
+    """A line on a run among many: found, started, completed, or why it failed."""
+    after = f" after {_minutes(seconds)}" if seconds else ""
+    _print_line(f"{time.strftime('%H:%M:%S')}  {name:<24} {what}{after}")
+
+
 def headline(logs: dict[str, Any]) -> str:
     """The few numbers of a logged step that tell how training fares, as far as the method logs them."""
     parts = {"accuracy": "kepo/accuracy", "format": "kepo/format", "all-fail": "kepo/all_fail_rate",

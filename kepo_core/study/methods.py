@@ -1,5 +1,6 @@
 """The methods that are compared, as data (``methods.yaml``), and the paper's Table 1 beside which they stand."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,6 +48,44 @@ def method(name: str) -> Method:
     if name not in methods():
         raise ParamError(f"there is no method {name!r}, expected one of {', '.join(methods())}")
     return methods()[name]
+
+
+def choose(rows: str, base: Params) -> tuple[dict[str, Params], list[str]]:
+    """The runs that ``rows`` asks for, over ``base``: name → parameters, and the names that were left out.
+
+    ``rows``: names separated by commas; ``table1``, the paper's 19 rows; or ``all``, controls and rivals too. Of the
+    last two, rows of other models on the hub are left out where ``base`` studies the embedded ones: these know nothing
+    of PhantomVQA's fixed sentences, and there may be no network. Raises ``ParamError`` for an unknown name, or
+    parameters that do not fit ``base``.
+    """
+    groups = {"table1": [m for m in methods().values() if m.row], "all": list(methods().values())}
+    named = rows not in groups
+    asked = [method(name.strip()) for name in rows.split(",") if name.strip()] if named else groups[rows]
+    if not asked:
+        raise ParamError(f"rows is {rows!r}, expected table1, all, or names separated by commas")
+    foreign = [m.name for m in asked if "/" in m.parameters.get("student", "")]
+    left_out = foreign if base.student.startswith("embedded:") and not named else []
+    return {m.name: base.replace(**m.overrides(base)) for m in asked if m.name not in left_out}, left_out
+
+
+def table(chosen: Mapping[str, Params]) -> pd.DataFrame:
+    """What ``chosen`` methods are, where they come from, and the hash that ends the names of their run folders."""
+    rows = {name: (methods()[name].what, methods()[name].source, params.hash) for name, params in chosen.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["what", "source", "parameters"])
+
+
+def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
+    """Our accuracies (``statistics.accuracy_table``, rows by method) beside Table 1's, in per cent.
+
+    Columns: (ours or paper, modality or average); the paper's are NaN for methods that it does not have.
+    """
+    values: pd.DataFrame = 100 * ours.xs("accuracy", axis=1, level=1)  # type: ignore[assignment]  # of columns
+    values.columns = pd.MultiIndex.from_product([["ours"], values.columns])
+    table = paper_table()
+    known = {str(name): table.loc[[row]].iloc[0] for name in ours.index if (row := method(str(name)).row)}
+    theirs = pd.DataFrame(known, index=table.columns).T.reindex(ours.index)
+    theirs.columns = pd.MultiIndex.from_product([["paper"], theirs.columns])
+    return values.join(theirs.astype(float))
 
 
 def paper_table() -> pd.DataFrame:

@@ -6,9 +6,11 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import kepo_core
 from kepo_core.params import Params, project_root
 
 #: The packages whose versions can change a number.
@@ -31,7 +33,7 @@ def collect(params: Params) -> dict[str, Any]:
     return {
         "params_hash": params.hash,
         "params_file": params.params_file,
-        "code": code(project_root()),
+        "code": {**code(project_root()), "package": package_digest()},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "seeds": {"seed": params.seed, "data_seed": params.data_seed},
     }
@@ -48,6 +50,25 @@ def code(root: Path) -> dict[str, str]:
         file = root / os.fsdecode(name)
         digest.update(b"\0" + name + b"\0" + (file.read_bytes() if file.is_file() else b""))
     return {"commit": commit, "uncommitted": digest.hexdigest()[:16] if changes or new_files else ""}
+
+
+@cache
+def package_digest() -> str:
+    """What of this package can change a number: its modules, tables and models, as 16 hexadecimal digits.
+
+    Unlike the commit it stays the same when a text or a test changes.
+    """
+    digest, package = hashlib.sha256(), Path(kepo_core.__file__).parent
+    for file in sorted(
+        p for p in package.rglob("*") if p.suffix in (".py", ".yaml", ".json", ".jinja", ".safetensors")
+    ):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as 16 hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def hardware() -> dict[str, Any]:

@@ -10,78 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
 
 from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome, Question
+from kepo_core.study.intervals import design_effect, difference_interval, mean_interval, wilson_interval
 
 AVG = "Avg."
 AVG_OOD = "Avg. (OOD)"
 
-Interval = tuple[float, float]
 Floats = NDArray[np.float64]
 _OUTCOMES = tuple(str(outcome) for outcome in AnswerOutcome)
-
-
-def z_value(confidence: float) -> float:
-    """The two-sided normal quantile, 1.96 for 0.95."""
-    return float(stats.norm.ppf(0.5 + confidence / 2))
-
-
-def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval for a proportion p̂ = successes / n (Wilson 1927).
-
-        (p̂ + z²/2n ± z √(p̂(1-p̂)/n + z²/4n²)) / (1 + z²/n)
-
-    ``n`` may be an effective number and so need not be whole. Raises ``ValueError`` unless 0 ≤ successes ≤ n, n > 0.
-    """
-    if not (n > 0 and 0 <= successes <= n):
-        raise ValueError(f"successes, n: {successes} of {n}, expected 0 ≤ successes ≤ n and n > 0.")
-    z = z_value(confidence)
-    p = successes / n
-    centre = p + z**2 / (2 * n)
-    half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    scale = 1 + z**2 / n
-    low, high = float((centre - half) / scale), float((centre + half) / scale)
-    return max(0.0, min(low, p)), min(1.0, max(high, p))  # it holds p̂, which rounding at 0 and 1 would deny
-
-
-def design_effect(values: ArrayLike, clusters: Sequence[str]) -> float:
-    """How many times the variance of a mean grows because values of one cluster resemble each other; at least 1.
-
-        deff = [ K/(K-1) Σ_k (Σ_{i∈k} (x_i - x̄))² ] / [ n/(n-1) Σ_i (x_i - x̄)² ]
-
-    ``values`` (n,), ``clusters`` (n,) the cluster (image) of each. Both variances are those of the same mean, from
-    the linearised cluster estimator and from independent sampling; n / deff is the effective number of values.
-    1 when all values are equal, or each stands alone; below 1 it is taken as 1, so intervals never shrink by it.
-    """
-    x = np.asarray(values, dtype=float)
-    if len(x) != len(clusters):
-        raise ValueError(f"clusters: {len(clusters)} for {len(x)} values, expected one per value.")
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    n, k = len(x), int(index.max()) + 1
-    centred = x - x.mean()
-    independent = n / max(n - 1, 1) * float(np.sum(centred**2))
-    if independent == 0 or k == 1 or k == n:
-        return 1.0
-    clustered = k / (k - 1) * float(np.sum(np.bincount(index, weights=centred) ** 2))
-    return max(1.0, clustered / independent)
-
-
-def mean_interval(estimates: ArrayLike, intervals: Sequence[Interval]) -> tuple[float, float, float]:
-    """Mean of M independent estimates θ_m with intervals (l_m, u_m) → (mean, low, high).
-
-        low = θ̄ - √(Σ_m (θ_m - l_m)²) / M,   high = θ̄ + √(Σ_m (u_m - θ_m)²) / M
-
-    Source: Zou & Donner 2008, "method of variance estimates recovery". Unlike a normal interval it keeps the
-    asymmetry of its parts and has width even where every estimate is 0 or 1.
-    """
-    theta = np.asarray(estimates, dtype=float)
-    low, high = np.asarray(intervals, dtype=float).T
-    mean = float(theta.mean())
-    down = float(np.sqrt(np.sum((theta - low) ** 2)) / len(theta))
-    up = float(np.sqrt(np.sum((high - theta) ** 2)) / len(theta))
-    return mean, mean - down, mean + up
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +36,46 @@ def mcnemar_exact(before: Sequence[Answer], after: Sequence[Answer]) -> McNemar:
     """Two-sided exact McNemar test of two models on the same questions, paired by question id.
 
     Under H₀ each discordant pair is gained or lost with probability ½, so the p-value is that of a binomial test
-    (1 when there is none). It takes questions as independent; with several to an image it is somewhat too sure.
-    Raises ``ValueError`` unless both answer exactly the same questions, each once.
+    (1 when there is none). It takes questions as independent; with several to an image it is somewhat too sure. Where
+    questions are asked several times, one is gained or lost whose share of right answers rose or fell (a sign test).
+    Raises ``ValueError`` unless both answer exactly the same questions, each as often.
     """
     x, y = _paired(before, after)
-    gained, lost = int(np.sum((y - x) > 0)), int(np.sum((y - x) < 0))
+    _, question = np.unique([answer.question_id for answer in before], return_inverse=True)
+    change = np.bincount(question, weights=y - x)
+    gained, lost = int(np.sum(change > 0)), int(np.sum(change < 0))
     p = float(stats.binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
     return McNemar(gained, lost, p)
 
 
-def difference_interval(gained: float, lost: float, n: float, confidence: float = 0.95) -> Interval:
-    """Interval for the difference of two paired proportions, (gained - lost) / n.
+def bootstrap_difference(
+    before: Sequence[Answer],
+    after: Sequence[Answer],
+    images: Mapping[str, str] | None = None,
+    confidence: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """(difference, low, high) of the average over modalities, after − before, by bootstrap over images.
 
-        d̃ = (g - l)/(n + 2),  ṽ = ((g + l + 2)/(n + 2) - d̃²)/(n + 2),  d̃ ± z √ṽ
-
-    where g and l count discordant pairs. Source: Bonett & Price 2012 (adjusted Wald: one is added to each
-    discordant cell, so it has width even where nothing changed). It is widened to hold the estimate where needed.
+    Whole images with all their questions are drawn with replacement within each modality (percentile interval), so it
+    assumes nothing of how answers to one image resemble each other. ``images``: question id → image; without it every
+    question stands alone. Raises ``ValueError`` unless both answer the same questions.
     """
-    d = (gained - lost) / (n + 2)
-    variance = ((gained + lost + 2) / (n + 2) - d**2) / (n + 2)
-    half = z_value(confidence) * float(np.sqrt(variance))
-    estimate = (gained - lost) / n
-    return max(-1.0, min(d - half, estimate)), min(1.0, max(d + half, estimate))
+    rng = np.random.default_rng(seed)
+    later = {(answer.question_id, answer.sample): answer for answer in after}
+    _paired(before, after)
+    estimates, drawn = [], []
+    for part in _by_modality(before).values():
+        x, y = _paired(part, [later[answer.question_id, answer.sample] for answer in part])
+        _, index = np.unique(_clusters(part, images), return_inverse=True)
+        sums, sizes = np.bincount(index, weights=y - x), np.bincount(index)
+        # How often each image is drawn: a multinomial count is a draw with replacement.
+        times = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=draws)
+        estimates.append(float((y - x).mean()))
+        drawn.append((times @ sums) / (times @ sizes))
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(np.mean(estimates)), float(low), float(high)
 
 
 def accuracy_table(
@@ -134,8 +91,8 @@ def accuracy_table(
     paper, "Avg. (OOD)" that of all but ``in_domain``. A model without answers for a modality that others have gets
     NaN there and in both averages, which would not compare.
     Intervals: Wilson's per modality, with n / deff questions where ``images`` (question id → image) is given, so
-    that questions sharing an image count as what they are; averages combine them by ``mean_interval``. Every
-    answer stays in the denominator, unreadable ones included.
+    that questions sharing an image count as what they are, as do several answers to one question (mean@k); averages
+    combine them by ``mean_interval``. Every answer stays in the denominator, unreadable ones included.
     """
     rows = {}
     for model, given in answers.items():
@@ -186,22 +143,23 @@ def paired_differences(
     both answer the same questions.
     """
     _paired(before, after)
-    later = {answer.question_id: answer for answer in after}
+    later = {(answer.question_id, answer.sample): answer for answer in after}
     rows: dict[str, dict[str, float]] = {}
     parts = _by_modality(before)
     for modality, part in parts.items():
-        match = [later[answer.question_id] for answer in part]
+        match = [later[answer.question_id, answer.sample] for answer in part]
         x, y = _paired(part, match)
         test = mcnemar_exact(part, match)
         deff = _deff(y - x, part, images)
-        low, high = difference_interval(test.gained / deff, test.lost / deff, len(part) / deff, confidence)
+        up, down = float(np.sum(y > x)), float(np.sum(y < x))
+        low, high = difference_interval(up / deff, down / deff, len(part) / deff, confidence)
         rows[modality] = {
             "before": float(x.mean()),
             "after": float(y.mean()),
             "difference": float((y - x).mean()),
             "low": low,
             "high": high,
-            "n": len(part),
+            "n": len({answer.question_id for answer in part}),
             "gained": test.gained,
             "lost": test.lost,
             "p_value": test.p_value,
@@ -209,10 +167,42 @@ def paired_differences(
     for name, cell in _averages(rows, "difference", in_domain).items():
         members = [m for m in parts if name == AVG or m != in_domain]
         pooled = [answer for modality in members for answer in parts[modality]]
-        test = mcnemar_exact(pooled, [later[answer.question_id] for answer in pooled])
+        test = mcnemar_exact(pooled, [later[answer.question_id, answer.sample] for answer in pooled])
         sides = {side: float(np.mean([rows[m][side] for m in members])) for side in ("before", "after")}
         rows[name] = sides | cell | {"gained": test.gained, "lost": test.lost, "p_value": test.p_value}
     return pd.DataFrame.from_dict(rows, orient="index").astype({"n": int, "gained": int, "lost": int})
+
+
+def compare(
+    answers: Mapping[str, Sequence[Answer]],
+    reference: str,
+    images: Mapping[str, str] | None = None,
+    in_domain: str = MODALITIES[0],
+) -> pd.DataFrame:
+    """Every model against the one called ``reference``, for reading: a row each, differences in points.
+
+    The two averages and the in-domain modality with 95 % intervals (``paired_differences``), "Avg." by
+    ``bootstrap_difference`` too, questions gained and lost, and McNemar's exact p over all questions. Without answers
+    of ``reference`` there are no rows.
+    """
+    rows = {}
+    for model, given in answers.items():
+        if model == reference or reference not in answers:
+            continue
+        differences = paired_differences(answers[reference], given, images, in_domain)
+        cells = {
+            name: _points(*differences.loc[name, ["difference", "low", "high"]].astype(float))
+            for name in (in_domain, AVG, AVG_OOD)
+            if name in differences.index
+        }
+        cells[f"{AVG}, bootstrap"] = _points(*bootstrap_difference(answers[reference], given, images))
+        test = mcnemar_exact(answers[reference], given)
+        rows[model] = {**cells, "gained": test.gained, "lost": test.lost, "McNemar p": f"{test.p_value:.2g}"}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _points(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def outcome_table(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
@@ -258,18 +248,18 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _paired(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Floats, Floats]:
-    """Correctness (n,) of both, in the order of ``before``."""
-    first = {answer.question_id: answer for answer in before}
-    second = {answer.question_id: answer for answer in after}
+    """Correctness (n,) of both, in the order of ``before``; several answers to a question pair by their numbers."""
+    first = {(answer.question_id, answer.sample): answer for answer in before}
+    second = {(answer.question_id, answer.sample): answer for answer in after}
     if not before:
         raise ValueError("before: no answers, expected at least one question to compare.")
     if len(first) != len(before) or len(second) != len(after):
-        raise ValueError("before, after: a question occurs twice, expected each once.")
+        raise ValueError("before, after: a question occurs twice, expected each sample of it once.")
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())
-        raise ValueError(f"before, after: {len(odd)} questions occur on one side only (as {odd[0]}), expected none.")
+        raise ValueError(f"before, after: {len(odd)} questions occur on one side only (as {odd[0][0]}), expected none.")
     x = np.array([float(answer.correct) for answer in before])
-    y = np.array([float(second[answer.question_id].correct) for answer in before])
+    y = np.array([float(second[answer.question_id, answer.sample].correct) for answer in before])
     return x, y
 
 
@@ -278,17 +268,20 @@ def _by_modality(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
     return {modality: part for modality, part in groups.items() if part}
 
 
+def _clusters(answers: Sequence[Answer], images: Mapping[str, str] | None) -> list[str]:
+    """What each answer shares with others: its image, or at least its question."""
+    return [answer.question_id if images is None else str(images[answer.question_id]) for answer in answers]
+
+
 def _deff(values: Floats, answers: Sequence[Answer], images: Mapping[str, str] | None) -> float:
-    if images is None:
-        return 1.0
-    return design_effect(values, [str(images[answer.question_id]) for answer in answers])
+    return design_effect(values, _clusters(answers, images))
 
 
 def _accuracy(part: Sequence[Answer], images: Mapping[str, str] | None, confidence: float) -> dict[str, float]:
     x = np.array([answer.correct for answer in part], dtype=float)
     n_effective = len(x) / _deff(x, part, images)
     low, high = wilson_interval(x.mean() * n_effective, n_effective, confidence)
-    return {"accuracy": float(x.mean()), "low": low, "high": high, "n": len(x)}
+    return {"accuracy": float(x.mean()), "low": low, "high": high, "n": len({a.question_id for a in part})}
 
 
 def _averages(cells: Mapping[str, Mapping[str, float]], value: str, in_domain: str) -> dict[str, dict[str, float]]:

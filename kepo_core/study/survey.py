@@ -15,7 +15,8 @@ from kepo_core.data.images import ReadPicture, load_image
 from kepo_core.data.records import LETTERS, MODALITIES, Question
 from kepo_core.data.splits import SPLITS, image_key, leaked
 from kepo_core.method.prompts import vqa_messages
-from kepo_core.study.statistics import chance_levels, wilson_interval
+from kepo_core.study.intervals import wilson_interval
+from kepo_core.study.statistics import chance_levels
 
 
 def counts(questions: Iterable[Question], by: str = "question_type") -> pd.DataFrame:

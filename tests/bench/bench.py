@@ -1,10 +1,9 @@
 """What a step of KEPO costs, against GRPO's, GRPO plus DistillationTrainer's, and a plain reading of the paper.
 
 ``python tests/bench/bench.py [small middle large paper]`` (``make bench``) prints one table per size: medians over
-interleaved repetitions in one process, with quartiles, and ratios as medians over the same repetitions.
-All variants train one student (at learning rate 0, so that
-every repetition does the same work) on the same completions, half of which pass the gate. Generation is measured
-only where exploration is.
+interleaved repetitions in one process, with quartiles, and ratios as medians over the same repetitions. All variants
+train one student (at learning rate 0, so that every repetition does the same work) on the same completions, half of
+which pass the gate. Generation is measured only where exploration is.
 """
 
 import statistics

@@ -17,6 +17,7 @@ import yaml
 
 from kepo_core.cli import main
 from kepo_core.params import Params
+from kepo_core.study import experiment, jobs, methods
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -29,7 +30,7 @@ def cell_sources(path: Path, kind: str = "code") -> list[str]:
 
 
 def test_there_are_notebooks() -> None:
-    assert {path.name[:2] for path in NOTEBOOKS} >= {"00", "01", "03"}
+    assert {path.name[:2] for path in NOTEBOOKS} >= {"00", "01", "02", "03"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -93,6 +94,45 @@ def test_main_job_twice_is_the_same_to_the_bit_and_complete(smoke_file: Path) ->
     logged = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
     assert {"kepo/accuracy", "kepo/gate_rate", "kepo/all_fail_rate", "kepo/loss_distill"} <= logged[0].keys()
     assert logged[0]["step"] == 1 and not any("time" in key for key in logged[0])
+
+
+def test_baselines_run_once_and_stand_beside_the_paper(smoke_file: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+
+    def execute(rows: str) -> str:
+        given = ["-p", "rows", rows, "-p", "compared_with", "zero-shot", "-p", "params_file", str(smoke_file)]
+        command = [sys.executable, "-m", "papermill", "-k", "python3", "notebooks/02_baselines.ipynb"]
+        done = subprocess.run(
+            [*command, str(tmp_path / "out.ipynb"), *given],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        outputs = [out for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+                   for out in cell.get("outputs", [])]  # fmt: skip
+        assert (done.returncode == 0) == (not any(out.output_type == "error" for out in outputs)), done.stderr[-2000:]
+        return "\n".join(out.get("text") or str(out.get("data", out.get("evalue"))) for out in outputs)
+
+    rows = "zero-shot,sft-nothink,gkd-lambda1-nothink"
+    said = execute(rows)
+    assert len(list(results.iterdir())) == 3 and said.count(" completed after ") == 3
+    assert "Avg. (OOD)" in said and "McNemar p" in said and ">64.0<" in said  # the paper's
+    predictions = {path.name.split("Z-")[1][:9]: path / "predictions.parquet" for path in results.iterdir()}
+    assert len(predictions) == 3 and all(path.is_file() for path in predictions.values())
+    again = execute(f"{rows},huatuo-7b-nothink")  # which cannot be had here: the others stand all the same
+    assert again.count(" found") == 3 and again.count(" started") == 1
+    assert "huatuo-7b-nothink failed: " in again and "1 of 4 rows failed" in again and "McNemar p" in again
+
+
+@pytest.mark.slow
+def test_every_row_that_the_package_has_models_for(smoke_file: Path) -> None:
+    base = Params.load(smoke_file)
+    chosen, left_out = methods.choose("all", base)
+    assert sorted(left_out) == ["huatuo-7b-nothink", "qwen-8b", "qwen-8b-nothink"]
+    identity = experiment.load_data(base).identity()
+    runs, failures = jobs.run_all(chosen, identity, jobs.slots())
+    assert not failures and set(runs) == set(chosen)
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="no ../shared/data/bccd_omnimedvqa beside the checkout")

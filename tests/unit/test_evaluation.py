@@ -9,9 +9,9 @@ from kepo_core.data.images import Pictures, load_image
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import write_phantom
 from kepo_core.data.records import AnswerOutcome
+from kepo_core.method.dataset import to_dataset
 from kepo_core.method.prompts import vqa_messages
 from kepo_core.study import evaluation
-from kepo_core.study.dataset import to_dataset
 from kepo_core.study.evaluation import evaluate, length_batches, trim
 
 
@@ -199,8 +199,6 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_its_records_are_the_same(
     assert evaluate(model, processor, questions, **SETTINGS, kept=kept) == whole and len(rows) == 1 + bool(torn)
     again = evaluate(model, processor, questions, **SETTINGS | {"max_tokens": 5}, kept=kept)  # something else is asked
     assert len(again) == 14 and len(rows) == 4 + bool(torn)
-    with pytest.raises(ValueError, match=r"temperature: 0\.5 with kept"):
-        evaluate(model, processor, questions, **SETTINGS, kept=kept, temperature=0.5)
 
 
 def test_progress_is_told_after_every_batch(model, processor, questions):
@@ -224,16 +222,35 @@ def test_trim_keeps_the_end_and_nothing_behind_it():
     assert (completion.tolist(), finished) == ([5, 2], False)
 
 
-def test_sampling_follows_the_global_seed_and_greedy_decoding_does_not(model, processor, questions):
-    def texts(seed, temperature):
-        torch.manual_seed(seed)
-        asked = {"thinking": True, "max_tokens": 6, "batch_size": 4, "temperature": temperature}
-        return [answer.completion for answer in evaluate(model, processor, questions, **asked)]
+def test_samples_follow_their_seed_alone(model, processor, questions, tmp_path):
+    asked = {"thinking": True, "max_tokens": 6, "batch_size": 4, "temperature": 1.0, "samples": 3}
 
-    assert texts(0, 1.0) == texts(0, 1.0) != texts(1, 1.0)
-    assert texts(0, 0.0) == texts(1, 0.0)
+    def records(seed, **more):
+        torch.manual_seed(seed + 10)
+        state = torch.get_rng_state()
+        given = evaluate(model, processor, questions, **asked, seed=seed, **more)
+        assert torch.equal(torch.get_rng_state(), state)
+        return given
+
+    first = records(0)
+    assert [(a.question_id, a.sample) for a in first] == [(q.id, k) for q in questions for k in range(3)]
+    assert len({a.completion for a in first[:3]}) > 1
+    assert evaluate(model, processor, questions, **asked) == first  # whatever was drawn before
+    assert records(1) != first
+
+    def stop(done, total):
+        assert total == 42
+        if done >= 20:
+            raise KeyboardInterrupt
+
+    kept = tmp_path / "untrained.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        records(0, kept=kept, progress=stop)
+    assert records(0, kept=kept) == first  # samples, too, go on as if never stopped
     with pytest.raises(ValueError, match="temperature: -1"):
-        texts(0, -1.0)
+        evaluate(model, processor, questions, **SETTINGS, temperature=-1.0)
+    with pytest.raises(ValueError, match="samples: 3 at temperature 0, expected 1, or more with a temperature"):
+        evaluate(model, processor, questions, **SETTINGS, samples=3)
 
 
 def test_another_prompt_takes_the_place_of_the_training_prompt(model, processor, questions):

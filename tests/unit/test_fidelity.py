@@ -96,6 +96,7 @@ COMPANY: dict[str, dict[str, Any]] = {
     "tau": {"gate_reward": "total"},
     "gate_compare": {"gate_reward": "total"},
     "gate_reward": {"gate_compare": "ge"},
+    "zero_variance": {"explore": False},
 }
 
 

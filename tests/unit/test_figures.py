@@ -10,7 +10,7 @@ from PIL import Image
 
 from kepo_core.data.records import MODALITIES, Question
 from kepo_core.study import figures
-from kepo_core.study.statistics import wilson_interval
+from kepo_core.study.intervals import wilson_interval
 
 
 @pytest.fixture

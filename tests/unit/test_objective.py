@@ -20,6 +20,19 @@ def test_sequence_mean_by_hand_and_with_an_empty_row() -> None:
     assert objective.sequence_mean(values, mask).tolist() == [2.0, 4.0, 0.0]
 
 
+def test_equal_groups_leave_the_mean_of_the_others() -> None:
+    rewards = T([2.0, 0.0, 1.0, 1.0, 0.0, 0.0, 2.0, 1.0])
+    adv = objective.advantages(rewards, 2)
+    kept = objective.without_equal_groups(adv, rewards, 2)
+    assert kept.mean() == pytest.approx(adv[[0, 1, 6, 7]].mean()) and kept.tolist() == (2 * adv).tolist()
+    mask = torch.ones(8, 3)
+    values = torch.randn(8, 3)
+    loss = objective.kepo_loss(values * kept[:, None], mask)  # what the policy term is over the differing rows alone
+    assert loss == pytest.approx(objective.kepo_loss((values * adv[:, None])[[0, 1, 6, 7]], mask[:4]))
+    equal = T([1.0, 1.0, 0.0, 0.0])
+    assert objective.without_equal_groups(objective.advantages(equal, 2), equal, 2).tolist() == [0, 0, 0, 0]
+
+
 # Eq. 3 ------------------------------------------------------------------------------------------------------------
 
 

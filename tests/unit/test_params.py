@@ -152,6 +152,7 @@ def test_rules_between_parameters():
     assert Params(injected_per_group=7).injected_per_group == 7
     bad(r"prompts_per_step must be a multiple of prompts_per_device \(8\), got 12", prompts_per_step=12)
     bad("max_steps must be -1 .* or at least 1", max_steps=0)
+    bad("eval_samples is 3 but eval_temperature is 0", eval_samples=3)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_choices_agree_with_the_modules_that_use_them():
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
 def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
-    base = Params(thinking=True, explore=False, group_size=4, prompts_per_device=2, tau=0.0, injected_per_group=1)
+    base = Params(explore=False, group_size=4, prompts_per_device=2, tau=0.0, injected_per_group=1, eval_temperature=1)
     f, value = FIELDS[name], getattr(base, name)
     if f.type is bool:
         other = not value

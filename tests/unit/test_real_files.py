@@ -12,7 +12,7 @@ from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions
 from kepo_core.data.source import open_source
 from kepo_core.data.splits import split_by_image, study_split
-from kepo_core.study.dataset import to_dataset
+from kepo_core.method.dataset import to_dataset
 from kepo_core.study.evaluation import evaluate
 
 BCCD = Path(__file__).parents[3] / "shared/data/bccd_omnimedvqa"

@@ -8,18 +8,16 @@ import pytest
 from scipy import stats
 
 from kepo_core.data.records import Answer, AnswerOutcome, Question
+from kepo_core.study.intervals import design_effect, difference_interval, mean_interval, wilson_interval
 from kepo_core.study.statistics import (
     accuracy_table,
+    bootstrap_difference,
     chance_levels,
-    design_effect,
-    difference_interval,
     format_table,
     mcnemar_exact,
-    mean_interval,
     outcome_table,
     paired_differences,
     type_table,
-    wilson_interval,
 )
 
 
@@ -284,6 +282,51 @@ def test_the_paired_interval_by_image_agrees_with_a_bootstrap_over_images():
     sums = (after - before).reshape(120, 3).sum(1)
     draws = sums[rng.integers(0, 120, (4000, 120))].sum(1) / 360
     assert (row["low"], row["high"]) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.012)
+
+
+def test_the_bootstrap_draws_whole_images_within_modalities():
+    rng = np.random.default_rng(5)
+    x = {name: _clustered(rng, 80, 3, 0.4, 2.0) for name in ("MRI", "CT")}
+    y = {name: np.maximum(x[name], _clustered(rng, 80, 3, 0.3, 1.0)) for name in x}
+    before, after = ([a for name in x for a in answers(side[name], name)] for side in (x, y))
+    images = {a.question_id: a.question_id[: 3 if a.modality == "MRI" else 2] + str(i // 3)
+              for i, a in enumerate(before)}  # fmt: skip
+    value, low, high = bootstrap_difference(before, after, images)
+    row = paired_differences(before, after, images).loc["Avg."]
+    assert value == pytest.approx(row["difference"])
+    assert (low, high) == pytest.approx((row["low"], row["high"]), abs=0.008)
+    assert bootstrap_difference(before, after, images) == (value, low, high)  # seeded
+    narrow = bootstrap_difference(before, after)
+    assert narrow[2] - narrow[1] < 0.9 * (high - low)
+    assert bootstrap_difference(before, before, images) == (0, 0, 0)
+
+
+def test_several_answers_to_a_question_are_one_question():
+    # Copies of an answer say nothing new: the same interval as of one answer each.
+    x = np.tile([1, 0, 1, 1, 0], 8)
+    once = answers(x)
+    copies = [replace(answer, sample=k) for answer in once for k in range(4)]
+    assert accuracy_table({"m": copies}).loc["m", ("MRI", "n")] == 40
+    one, four = (accuracy_table({"m": given}).loc["m", "MRI"].astype(float) for given in (once, copies))
+    assert (four["accuracy"], four["low"], four["high"]) == pytest.approx(
+        (one["accuracy"], one["low"], one["high"]), abs=0.003
+    )
+    # Answers that vary within a question say more than one each, and less than as many questions.
+    rng = np.random.default_rng(0)
+    share = rng.random(60)
+    varied = [replace(answer, sample=k) for k in range(8) for answer in answers(rng.random(60) < share)]
+    row, as_if = (
+        accuracy_table({"m": given}).loc["m", "MRI"] for given in (varied, answers([a.correct for a in varied]))
+    )
+    assert row["high"] - row["low"] > 1.5 * (as_if["high"] - as_if["low"])
+    # A question is gained whose share of right answers rises, however many of its answers changed.
+    after = [replace(answer, correct=True) for answer in varied]
+    unsure = {a.question_id for a in varied if not a.correct}
+    compared = mcnemar_exact(varied, after)
+    assert (compared.gained, compared.lost) == (len(unsure), 0)
+    assert paired_differences(varied, after).loc["MRI", "n"] == 60
+    with pytest.raises(ValueError, match="expected each sample of it once"):
+        mcnemar_exact(varied, [replace(answer, sample=0) for answer in after])
 
 
 def test_mcnemar_rejects_as_often_as_it_says():

@@ -1,6 +1,6 @@
 """Questions → the dataset that training reads: prompts as messages, images decoded when a row is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,17 @@ from kepo_core.data.records import Question
 from kepo_core.method.prompts import vqa_messages
 
 
-def to_dataset(questions: Sequence[Question], thinking: bool, pictures: ReadPicture = load_image) -> Dataset:
+def to_dataset(
+    questions: Sequence[Question],
+    thinking: bool,
+    pictures: ReadPicture = load_image,
+    target: Callable[[str], str] | None = None,
+) -> Dataset:
     """One row per question, in their order, in the columns that the trainer and its reward functions read.
 
     ``prompt`` (chat messages of the plain prompt x), ``image`` (PIL, as ``pictures`` reads its
-    path), ``question``, ``options`` (list of texts), ``answer`` (letter), ``id``, ``modality``. Prompts and images
+    path), ``question``, ``options`` (list of texts), ``answer`` (letter), ``id``, ``modality``; with ``target`` also
+    ``completion``, the chat message to be learned, which it makes of the letter. Prompts and images
     are made on access: 89,000 rows cost their text and paths only, and the image part of a message stays free of
     the empty ``text`` field that a stored table would give it. Reading a row raises ``DataError`` for a bad image.
     """
@@ -36,6 +42,9 @@ def to_dataset(questions: Sequence[Question], thinking: bool, pictures: ReadPict
         images: dict[str, Image.Image] = {path: pictures(Path(path)) for path in set(rows["image"])}
         asked = zip(rows["question"], rows["options"], strict=True)
         prompts = [vqa_messages(question, options, thinking) for question, options in asked]
-        return rows | {"prompt": prompts, "image": [images[path] for path in rows["image"]]}
+        made: dict[str, list[Any]] = {"prompt": prompts, "image": [images[path] for path in rows["image"]]}
+        if target is not None:
+            made["completion"] = [[{"role": "assistant", "content": target(letter)}] for letter in rows["answer"]]
+        return rows | made
 
     return table.with_transform(decode)

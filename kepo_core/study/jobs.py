@@ -1,0 +1,139 @@
+"""Many runs: each one `kepo run` in a process of its own, several at a time; what has completed already is not run."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import IO, Any
+
+import torch
+
+from kepo_core.params import PLACES, Params, project_root
+from kepo_core.study import shelf
+from kepo_core.study.runs import Run
+
+#: The notebook that trains and evaluates one method.
+NOTEBOOK = "notebooks/03_train_kepo.ipynb"
+
+#: Told of each job: its name, what became of it, and after how many seconds.
+Told = Callable[[str, str, float], None]
+
+
+@dataclass
+class _Job:
+    name: str
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    slot: int
+    started: float
+
+
+def slots(wanted: int = 0) -> list[dict[str, str]]:
+    """The environment of each place where a run can compute: a GPU each, else an equal share of the CPU's cores.
+
+    ``wanted``: how many, at most as many as there are GPUs or cores; 0: all of them.
+    """
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    count = min(wanted or cores, gpus or cores)
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": str(index)} for index in range(count)]
+    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
+
+
+def run_all(
+    wanted: Mapping[str, Params], data: dict[str, Any], places: list[dict[str, str]], told: Told = lambda *_: None
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Every one of ``wanted`` (name → parameters) as a completed run: found on the shelf, gone on with, or run now.
+
+    Args:
+        wanted: what to run; parameters that two names share are run once.
+        data: `StudyData.identity` of the data that all of them share.
+        places: from `slots`.
+        told: hears what was found, started, completed and failed.
+
+    Returns the completed runs and, of the others, why they failed; nothing is tried twice. If this process is
+    interrupted, so are the runs, and the next call goes on with them.
+    """
+    notebook = project_root() / NOTEBOOK
+    waiting: dict[str, str] = {}  # hash → the first name that wants it
+    for name, params in wanted.items():
+        if shelf.completed(params, notebook, data):
+            told(name, "found", 0.0)
+        else:
+            waiting.setdefault(params.hash, name)
+    failures = _run([(name, wanted[name]) for name in waiting.values()], places, told)
+    found = {name: shelf.completed(params, notebook, data) for name, params in wanted.items()}
+    reasons = {wanted[name].hash: reason for name, reason in failures.items()}
+    missing = {
+        name: reasons.get(wanted[name].hash, "it completed on other data") for name, run in found.items() if run is None
+    }
+    if len(missing) == len(wanted):
+        raise RuntimeError(f"none of {len(wanted)} runs completed; the first, {next(iter(missing.items()))}")
+    return {name: run for name, run in found.items() if run is not None}, missing
+
+
+def _run(jobs: list[tuple[str, Params]], places: list[dict[str, str]], told: Told) -> dict[str, str]:
+    """Failures by name."""
+    failures: dict[str, str] = {}
+    running: list[_Job] = []
+    queue = list(reversed(jobs))
+    try:
+        while queue or running:
+            while queue and len(running) < len(places):
+                slot = min(set(range(len(places))) - {job.slot for job in running})
+                name, params = queue.pop()
+                running.append(_start(name, params, slot, places[slot]))
+                told(name, "started", 0.0)
+            time.sleep(0.2)
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                if job.process.returncode:
+                    failures[job.name] = _last_words(job)
+                told(job.name, failures.get(job.name, "completed"), time.monotonic() - job.started)
+                job.output.close()
+    finally:
+        for job in running:  # only where this process is interrupted: they note that they were, too
+            job.process.send_signal(signal.SIGTERM)
+        for job in running:
+            job.process.wait()
+            job.output.close()
+    return failures
+
+
+def _start(name: str, params: Params, slot: int, environment: dict[str, str]) -> _Job:
+    output = tempfile.TemporaryFile()  # noqa: SIM115  # read when the job has ended
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kepo_core.cli", *command(params)],
+        cwd=project_root(),
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C reaches them through us, once
+    )
+    return _Job(name, process, output, slot, time.monotonic())
+
+
+def command(params: Params) -> list[str]:
+    """What ``kepo`` is told to make this run: to go on with one that was broken off, or to begin it."""
+    left = shelf.broken_off(params, project_root() / NOTEBOOK)
+    if left is not None:
+        return ["resume", str(left.path)]
+    base = Params.load(params.params_file)
+    places = set(PLACES) - {"results_dir", "save_steps"}
+    given = [f.name for f in fields(Params) if f.name not in places]
+    changed = [name for name in given if getattr(params, name) != getattr(base, name)]
+    values = [part for name in changed for part in ("-p", name, str(getattr(params, name)))]
+    return ["run", NOTEBOOK, "-f", str(project_root() / params.params_file), *values]
+
+
+def _last_words(job: _Job) -> str:
+    """The sentence with which ``kepo`` ended, or what its process said last."""
+    job.output.seek(0)
+    lines = job.output.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    told = [line for line in lines if line.startswith("kepo: ") and " everything about it is in " not in line]
+    return (told or lines)[-1].removeprefix("kepo: ")

@@ -1,0 +1,227 @@
+"""The shelf of runs and the jobs that fill it: what counts as done, what is gone on with, and what happens at once."""
+
+import stat
+import subprocess
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kepo_core.cli import _parser, method_overrides, parse_value
+from kepo_core.data.records import Answer, AnswerOutcome
+from kepo_core.params import Params
+from kepo_core.study import jobs, provenance, shelf
+from kepo_core.study.experiment import predictions
+from kepo_core.study.methods import methods
+from kepo_core.study.runs import Run
+
+ROOT = Path(__file__).parents[2]
+DATA = {"train_items": 2, "test_items": {"MRI": 1}, "rows_dropped": {}}
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Params:
+    return Params.load(ROOT / "params/smoke.yaml", {"results_dir": str(tmp_path / "results")})
+
+
+@pytest.fixture
+def notebook(tmp_path: Path) -> Path:
+    path = tmp_path / "notebook.ipynb"
+    path.write_text("{}")
+    return path
+
+
+def leave(params: Params, notebook: Path, state: str = "completed", **entries: object) -> Run:
+    """A run folder as `kepo run` leaves it."""
+    run = Run.allocate(params, owner="kepo run")
+    run.remember(**{"data": DATA, "notebook_sha256": provenance.file_digest(notebook), **entries})
+    run.conclude(state)  # type: ignore[arg-type]
+    return run
+
+
+# The shelf -------------------------------------------------------------------------------------------------------
+
+
+def test_a_completed_run_is_found_by_what_made_it(
+    params: Params, notebook: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shelf.completed(params, notebook, DATA) is None
+    leave(params, notebook)
+    newest = leave(params, notebook)
+    leave(params, notebook, "failed")
+    found = shelf.completed(params, notebook, DATA)
+    assert found is not None and found.path == newest.path
+    assert shelf.completed(params.replace(save_steps=7), notebook, DATA) is not None  # a place, not a parameter
+    assert shelf.completed(params.replace(tau=0.0), notebook, DATA) is None
+    assert shelf.completed(params, notebook, {**DATA, "train_items": 3}) is None
+    assert shelf.completed(params.replace(results_dir=f"{params.results_dir}/other"), notebook, DATA) is None
+    monkeypatch.setattr(provenance, "package_digest", lambda: "another package")
+    assert shelf.completed(params, notebook, DATA) is None
+    monkeypatch.undo()
+    notebook.write_text("{ }")
+    assert shelf.completed(params, notebook, DATA) is None
+
+
+def test_what_was_broken_off_is_found_and_what_is_at_work_or_failed_is_not(params: Params, notebook: Path) -> None:
+    leave(params, notebook, "failed")
+    leave(params, notebook)
+    assert shelf.broken_off(params, notebook) is None
+    at_work = Run.allocate(params, owner="kepo run")  # by this very process
+    at_work.remember(notebook_sha256=provenance.file_digest(notebook))
+    assert shelf.broken_off(params, notebook) is None
+    stopped = leave(params, notebook, "interrupted")
+    assert (found := shelf.broken_off(params, notebook)) and found.path == stopped.path
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    killed = Run.allocate(params, owner="kepo run")
+    killed.remember(notebook_sha256=provenance.file_digest(notebook))
+    killed._write_status("running", owner="kepo run", pid=ended.pid, started="")
+    assert (found := shelf.broken_off(params, notebook)) and found.path == killed.path
+
+
+def test_the_digest_is_that_of_code_tables_and_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance.kepo_core, "__file__", str(tmp_path / "__init__.py"))
+    digests = set()
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("b/model.safetensors", ""), ("b/methods.yaml", "x")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        digests.add(provenance.package_digest.__wrapped__())
+    assert len(digests) == 4
+    (tmp_path / "README.md").write_text("words")
+    assert provenance.package_digest.__wrapped__() in digests
+
+
+def test_answers_come_back_as_they_were(params: Params, notebook: Path) -> None:
+    given = Answer("q1", "MRI", "", "<answer>A</answer>", AnswerOutcome.CORRECT, "A", True, True, 5, True)
+    cut = replace(given, question_id="q2", outcome=AnswerOutcome.TRUNCATED, letter="", correct=False, sample=3)
+    run = leave(params, notebook)
+    run.write_table("predictions", predictions({"untrained": [cut, given], "grpo": [given]}))
+    back = shelf.read_answers(run)
+    assert back == {"untrained": [cut, given], "grpo": [given]} and list(back)[-1] == "grpo"
+    assert all(type(value) is type(getattr(cut, name)) for name, value in asdict(back["untrained"][0]).items())
+
+
+# Jobs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_says_every_parameter_that_differs_from_the_file(params: Params) -> None:
+    wanted = [params.replace(**entry.overrides(params)) for entry in methods().values()]
+    wanted += [params.replace(seed=3, learning_rate=1e-5, top_p=0.5, items_file="results/a b/items.csv")]
+    for one in wanted:
+        asked = _parser().parse_args(jobs.command(one))
+        given = {name: parse_value(value) for name, value in asked.parameter}
+        assert Params.load(asked.file, given).hash == one.hash
+    assert method_overrides("grpo", params.params_file, {"seed": 1}) == {"distill": False, "explore": False, "seed": 1}
+
+
+def test_a_run_that_was_broken_off_is_gone_on_with(params: Params) -> None:
+    assert jobs.command(params)[0] == "run"
+    stopped = leave(params, ROOT / jobs.NOTEBOOK, "interrupted")
+    assert jobs.command(params) == ["resume", str(stopped.path)]
+
+
+def test_places_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 8)
+    assert jobs.slots() == [{"OMP_NUM_THREADS": "1"}] * 8
+    assert jobs.slots(3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert jobs.slots(20) == jobs.slots()
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
+    assert jobs.slots() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert jobs.slots(1) == [{"CUDA_VISIBLE_DEVICES": "0"}]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Jobs that run a script in the place of Python: it notes when and where, and does what its τ says."""
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/bash\n"
+        f"cd {tmp_path}; trap 'echo stopped >> $1.log; exit 130' TERM\n"
+        'echo "start $(date +%s%N) $OMP_NUM_THREADS" >> $1.log\n'
+        "case $1 in fails) echo 'kepo: failed, everything about it is in x'; echo 'kepo: no such thing'; exit 1;;\n"
+        "slow) for i in $(seq 100); do sleep 0.1; done;; *) sleep 0.5;; esac\n"
+        'echo "end $(date +%s%N)" >> $1.log\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(jobs.sys, "executable", str(script))
+    monkeypatch.setattr(jobs, "command", lambda params: [])
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: object) -> object:
+        return popen([str(script), names.pop(0)], **options)  # type: ignore[call-overload]
+
+    names: list[str] = []
+    monkeypatch.setattr(jobs.subprocess, "Popen", start)
+    monkeypatch.setattr(jobs, "NAMES", names, raising=False)
+    return tmp_path
+
+
+def go(fake: Path, names: list[str], places: int, params: Params, told: jobs.Told) -> dict[str, str]:
+    jobs.NAMES.extend(names)  # type: ignore[attr-defined]
+    return jobs._run([(name, params) for name in names], [{"OMP_NUM_THREADS": "1"}] * places, told)
+
+
+def times(log: Path) -> list[int]:
+    return [int(line.split()[1]) for line in log.read_text().splitlines()]
+
+
+def test_as_many_at_a_time_as_there_are_places_and_a_failure_stops_no_other(fake: Path, params: Params) -> None:
+    told: list[tuple[str, str]] = []
+    failures = go(fake, ["one", "fails", "two", "three"], 2, params, lambda name, what, _: told.append((name, what)))
+    assert failures == {"fails": "no such thing"}
+    assert [name for name, what in told if what == "started"] == ["one", "fails", "two", "three"]
+    assert ("fails", "no such thing") in told and ("three", "completed") in told
+    assert len(times(fake / "fails.log")) == 1  # nothing is tried twice
+    spans = {name: times(fake / f"{name}.log") for name in ("one", "two", "three")}
+    moments = sorted((moment, +1 if i == 0 else -1) for span in spans.values() for i, moment in enumerate(span))
+    at_once, most = 0, 0
+    for _, change in moments:
+        at_once += change
+        most = max(most, at_once)
+    assert most == 2
+
+
+def test_whoever_is_interrupted_interrupts_its_runs(fake: Path, params: Params) -> None:
+    def told(name: str, what: str, seconds: float) -> None:
+        if name == "quick" and what == "completed":
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        go(fake, ["slow", "quick"], 2, params, told)
+    assert time.monotonic() - started < 5
+    assert (fake / "slow.log").read_text().splitlines()[-1] == "stopped"
+
+
+def test_what_two_names_share_runs_once_and_what_failed_says_why(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = ROOT / jobs.NOTEBOOK
+    leave(params, notebook)
+    asked = []
+
+    def ran(queue: list[tuple[str, Params]], *_: object) -> dict[str, str]:
+        asked.extend(name for name, _ in queue)
+        if queue[0][0] == "new":
+            leave(queue[0][1], notebook)
+        return {"broken": "it broke"}
+
+    monkeypatch.setattr(jobs, "_run", ran)
+    other, broken = params.replace(seed=1), params.replace(seed=2)
+    wanted = {"found": params, "new": other, "same": other.replace(save_steps=3), "broken": broken}
+    runs, failures = jobs.run_all(wanted, DATA, [{}])
+    assert asked == ["new", "broken"]
+    assert set(runs) == {"found", "new", "same"} and runs["new"].path == runs["same"].path
+    assert failures == {"broken": "it broke"}
+    with pytest.raises(RuntimeError, match=r"none of 1 runs completed; the first, \('broken', 'it broke'\)"):
+        jobs.run_all({"broken": broken}, DATA, [{}])
+
+
+def test_time_is_counted_from_start_to_end(params: Params, notebook: Path) -> None:
+    run = leave(params, notebook)
+    run._write_status("completed", started="2026-01-01T00:00:00Z", finished="2026-01-01T00:01:30Z")
+    assert shelf.minutes(run) == 1.5
+    assert pd.Timestamp(run.status["finished"]).tz is not None
