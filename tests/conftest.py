@@ -6,11 +6,11 @@ import pytest
 from transformers import Qwen3VLForConditionalGeneration
 
 from kepo_core.study.embedded import build_model, build_processor
-from kepo_core.study.processor import ImageOnlyQwen3VLProcessor
+from kepo_core.study.processor import ImageOnlyQwenProcessor
 
 
 @pytest.fixture(scope="session")
-def processor() -> ImageOnlyQwen3VLProcessor:
+def processor() -> ImageOnlyQwenProcessor:
     return build_processor()
 
 

@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from kepo_core.data import phantom
 from kepo_core.data.records import LETTERS, MODALITIES
 from kepo_core.method import prompts
-from kepo_core.study.processor import ImageOnlyQwen3VLProcessor
+from kepo_core.study.processor import ImageOnlyQwenProcessor
 
 EMBEDDED_DIR = Path(__file__).parent.parent / "embedded"
 VOCAB_SIZE = 576
@@ -92,7 +92,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_processor() -> ImageOnlyQwen3VLProcessor:
+def build_processor() -> ImageOnlyQwenProcessor:
     """Tokenizer, chat template and an image processor that keeps 64×64 pictures as they are (16 tokens)."""
     side = PATCH * MERGE
     image_processor = Qwen2VLImageProcessorPil(
@@ -103,7 +103,7 @@ def build_processor() -> ImageOnlyQwen3VLProcessor:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    return ImageOnlyQwen3VLProcessor(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE)
+    return ImageOnlyQwenProcessor(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
 def build_config(size: str) -> Qwen3VLConfig:

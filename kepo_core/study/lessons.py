@@ -18,7 +18,7 @@ from kepo_core.data import phantom
 from kepo_core.data.phantom import Asked, Facts
 from kepo_core.data.records import LETTERS, MODALITIES
 from kepo_core.method import prompts
-from kepo_core.study.processor import ImageOnlyQwen3VLProcessor
+from kepo_core.study.processor import ImageOnlyQwenProcessor
 
 FACT_WORDS = {
     "modality": MODALITIES,
@@ -41,7 +41,7 @@ class Pool:
     facts: list[Facts]
 
     @classmethod
-    def draw(cls, processor: ImageOnlyQwen3VLProcessor, count: int, seed: int) -> "Pool":
+    def draw(cls, processor: ImageOnlyQwenProcessor, count: int, seed: int) -> "Pool":
         """``count`` pictures over the eight modalities, from the pre-training stream of ``seed``."""
         rng = np.random.default_rng([zlib.crc32(b"phantom-pretraining"), seed])
         facts = [phantom.draw_facts(rng, MODALITIES[i % len(MODALITIES)]) for i in range(count)]
@@ -162,9 +162,7 @@ class Sequences:
 class Tasks:
     """Draws training sequences of one task: caption, lookup, think, plain, hint or aware."""
 
-    def __init__(
-        self, processor: ImageOnlyQwen3VLProcessor, pool: Pool, habits: Habits, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, processor: ImageOnlyQwenProcessor, pool: Pool, habits: Habits, rng: np.random.Generator) -> None:
         self.tokenizer, self.pool, self.habits, self.rng = processor.tokenizer, pool, habits, rng
         ids = self.tokenizer.convert_tokens_to_ids
         self.weights = {ids(f" ({letter})"): LETTER_WEIGHT for letter in LETTERS}

@@ -22,8 +22,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from kepo_core.params import ParamError
 from kepo_core.study.embedded import EMBEDDED_DIR
-from kepo_core.study.processor import ImageOnlyQwen3VLProcessor
+from kepo_core.study.processor import ImageOnlyQwenProcessor
 
+#: Model types whose own processors need torchvision, though only for videos.
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 EMBEDDED = {"embedded:student": EMBEDDED_DIR / "student", "embedded:teacher": EMBEDDED_DIR / "teacher"}
 
 
@@ -63,12 +65,12 @@ def _torchvision_works() -> bool:
 def load_processor(name: str, parameter: str = "student") -> Any:
     """The processor of a model, with left padding.
 
-    Without a working torchvision a Qwen3-VL checkpoint gets :class:`ImageOnlyQwen3VLProcessor`, put together
+    Without a working torchvision a checkpoint of `QWEN` gets :class:`ImageOnlyQwenProcessor`, put together
     from the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
     """
     source = resolve(name, parameter)
-    if AutoConfig.from_pretrained(source).model_type == "qwen3_vl" and not _torchvision_works():
-        processor: Any = ImageOnlyQwen3VLProcessor(
+    if AutoConfig.from_pretrained(source).model_type in QWEN and not _torchvision_works():
+        processor: Any = ImageOnlyQwenProcessor(
             Qwen2VLImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source)
         )
         processor.chat_template = processor.tokenizer.chat_template

@@ -30,7 +30,7 @@ from kepo_core.study.lessons import (
     fact_labels,
 )
 from kepo_core.study.models import best_device
-from kepo_core.study.processor import ImageOnlyQwen3VLProcessor
+from kepo_core.study.processor import ImageOnlyQwenProcessor
 
 Log = Callable[[str], None]
 Mixture = dict[str, int]  # sequences of each task in one step
@@ -176,7 +176,7 @@ def train_language(
 
 def pretrain(
     recipe: Recipe, seed: int = 0, log: Log = print
-) -> tuple[dict[str, Qwen3VLForConditionalGeneration], ImageOnlyQwen3VLProcessor]:
+) -> tuple[dict[str, Qwen3VLForConditionalGeneration], ImageOnlyQwenProcessor]:
     """Build and train both embedded models from nothing, on a GPU where there is one.
 
     Everything random follows from ``seed``; on one machine the same seed gives the same weights on the CPU.

@@ -1,7 +1,8 @@
-"""A Qwen3-VL processor for images only, for machines without a working torchvision.
+"""A processor of Qwen's image-text models for images only, for machines without a working torchvision.
 
-``Qwen3VLProcessor`` needs torchvision for its *video* half. Where torchvision is missing, or does not match
-torch and breaks on import, this subclass does the image half with the PIL backend. It is not registered with
+``Qwen3VLProcessor`` and its elders need torchvision for their *video* half. Where torchvision is missing, or does not
+match torch and breaks on import, this subclass does the image half, which Qwen2-VL, Qwen2.5-VL and Qwen3-VL share (an
+image is one placeholder token per merged patch), with the PIL backend. It is not registered with
 ``AutoProcessor`` (which would return a bare tokenizer without a word): load it by its own class.
 """
 
@@ -15,7 +16,7 @@ from transformers.processing_utils import ProcessorMixin
 IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 
 
-class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
+class ImageOnlyQwenProcessor(Qwen3VLProcessor):
     """Image processor + tokenizer + chat template; videos are refused by having no processor for them."""
 
     def __init__(
@@ -26,7 +27,7 @@ class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
         **kwargs: Any,
     ) -> None:
         if tokenizer is None:
-            raise ValueError("tokenizer is None, expected the tokenizer of a Qwen3-VL checkpoint")
+            raise ValueError("tokenizer is None, expected the tokenizer of a Qwen-VL checkpoint")
         self.image_token, self.image_token_id = IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.video_token, self.video_token_id = "<|video_pad|>", tokenizer.convert_tokens_to_ids("<|video_pad|>")
         self.vision_start_token, self.vision_end_token = VISION_START, VISION_END

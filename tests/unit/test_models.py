@@ -1,15 +1,29 @@
 """Loading: what is saved comes back, and what does not fit is refused by name."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from kepo_core.data.phantom import GRADES, KINDS, PLACES
-from kepo_core.data.records import LETTERS, MODALITIES
+from kepo_core.data.images import load_image
+from kepo_core.data.loading import load_questions
+from kepo_core.data.phantom import GRADES, KINDS, PLACES, write_phantom
+from kepo_core.data.records import LETTERS, MODALITIES, Question
 from kepo_core.method import prompts
 from kepo_core.params import ParamError
 from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.study.evaluation import evaluate
 from kepo_core.study.models import check_same_vocabulary, load_model, load_processor, resolve, save_embedded
 
 
@@ -48,6 +62,67 @@ def test_a_teacher_is_frozen(tmp_path: Path, tiny_model) -> None:
     teacher = load_model(str(tmp_path), "teacher", trained=False, precision="bf16")
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+def qwen25(folder: Path) -> None:
+    """A random Qwen2.5-VL, the architecture of HuatuoGPT-Vision-7B-Qwen2.5VL, under the embedded tokenizer."""
+    processor = build_processor()
+    tokenizer = processor.tokenizer
+    text = {**TEXT, "num_key_value_heads": 2, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}  # fmt: skip
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64,
+              "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 1, "window_size": 32,
+              "fullatt_block_indexes": [1]}  # fmt: skip
+    tokens = {f"{name}_token_id": getattr(processor, f"{name}_token_id")
+              for name in ("image", "video", "vision_start", "vision_end")}  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
+    save_embedded(Qwen2_5_VLForConditionalGeneration(config), processor, folder)
+
+
+def llava(folder: Path) -> None:
+    """A random LLaVA: another family, whose processor is transformers' own."""
+    tokenizer = build_processor().tokenizer
+    text = {**TEXT, "model_type": "llama", "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}  # fmt: skip
+    vision = {**TEXT, "model_type": "clip_vision_model", "hidden_size": 32, "image_size": 64, "patch_size": 16}
+    config = LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1, tie_word_embeddings=True,
+                         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"))  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": 64, "width": 64}
+    LlavaProcessor(
+        CLIPImageProcessorPil(size=size, crop_size=size), tokenizer, patch_size=16, image_token="<|image_pad|>",
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=build_processor().chat_template,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@pytest.mark.parametrize("save", [qwen25, llava])
+def test_another_family_answers_from_disk(tmp_path: Path, save: Callable[[Path], None]) -> None:
+    torch.manual_seed(0)
+    save(tmp_path / "model")
+    write_phantom(tmp_path / "data", 0, {"MRI": 3})
+    questions = load_questions(tmp_path / "data")[:5]
+    model, processor = load_model(str(tmp_path / "model")), load_processor(str(tmp_path / "model"))
+    asked = {"thinking": False, "max_tokens": 5}
+    together = evaluate(model, processor, questions, **asked, batch_size=5)
+    assert [answer.question_id for answer in together] == [question.id for question in questions]
+    assert together == evaluate(model, processor, questions, **asked, batch_size=1)
+    pictures = (load_image(questions[0].image), Image.new("RGB", (64, 64), "white"))
+    seen, blank = (read(model, processor, questions[0], picture) for picture in pictures)
+    assert not torch.allclose(seen, blank)  # it sees the picture
+
+
+def read(model: Any, processor: Any, question: Question, picture: Image.Image) -> torch.Tensor:
+    """Next-token logits behind the prompt."""
+    messages = prompts.vqa_messages(question.question, question.options, thinking=False)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits[0, -1]
 
 
 @pytest.mark.parametrize("name", ["embedded:pupil", "/no/such/folder", "./nowhere", "a/b/c"])
