@@ -81,7 +81,7 @@ def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
     """
     values: pd.DataFrame = 100 * ours.xs("accuracy", axis=1, level=1)  # type: ignore[assignment]  # of columns
     values.columns = pd.MultiIndex.from_product([["ours"], values.columns])
-    table = paper_table()
+    table = paper_table().drop(columns="teacher")
     known = {str(name): table.loc[[row]].iloc[0] for name in ours.index if (row := method(str(name)).row)}
     theirs = pd.DataFrame(known, index=table.columns).T.reindex(ours.index)
     theirs.columns = pd.MultiIndex.from_product([["paper"], theirs.columns])

@@ -114,15 +114,13 @@ def test_baselines_run_once_and_stand_beside_the_paper(smoke_file: Path, tmp_pat
         assert (done.returncode == 0) == (not any(out.output_type == "error" for out in outputs)), done.stderr[-2000:]
         return "\n".join(out.get("text") or str(out.get("data", out.get("evalue"))) for out in outputs)
 
-    rows = "zero-shot,sft-nothink,gkd-lambda1-nothink"
+    rows = "zero-shot,sft-nothink"
     said = execute(rows)
-    assert len(list(results.iterdir())) == 3 and said.count(" completed after ") == 3
+    assert len(list(results.iterdir())) == 2 and said.count(" completed after ") == 2
     assert "Avg. (OOD)" in said and "McNemar p" in said and ">64.0<" in said  # the paper's
-    predictions = {path.name.split("Z-")[1][:9]: path / "predictions.parquet" for path in results.iterdir()}
-    assert len(predictions) == 3 and all(path.is_file() for path in predictions.values())
     again = execute(f"{rows},huatuo-7b-nothink")  # which cannot be had here: the others stand all the same
-    assert again.count(" found") == 3 and again.count(" started") == 1
-    assert "huatuo-7b-nothink failed: " in again and "1 of 4 rows failed" in again and "McNemar p" in again
+    assert again.count(" found") == 2 and again.count(" started") == 1
+    assert "huatuo-7b-nothink failed: " in again and "1 of 3 rows failed" in again and "McNemar p" in again
 
 
 @pytest.mark.slow

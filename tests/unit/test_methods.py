@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kepo_core.data.records import MODALITIES
+from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
 from kepo_core.params import ParamError, Params
-from kepo_core.study.methods import as_markdown, method, methods, paper_table
+from kepo_core.study.methods import as_markdown, beside_paper, choose, method, methods, paper_table, table
+from kepo_core.study.statistics import accuracy_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +37,32 @@ def test_the_papers_averages_are_those_of_its_columns() -> None:
     assert table.shape == (19, 11)
     assert (table[list(MODALITIES)].mean(axis=1) - table["Avg."]).abs().max() < 0.02
     assert (table[list(MODALITIES[1:])].mean(axis=1) - table["Avg. (OOD)"]).abs().max() < 0.02
+
+
+def test_rows_are_chosen_by_name_or_as_a_whole() -> None:
+    base = Params()
+    chosen, left_out = choose("table1", base)
+    assert len(chosen) == 16 and sorted(left_out) == ["huatuo-7b-nothink", "qwen-8b", "qwen-8b-nothink"]
+    assert len(choose("all", base)[0]) == len(methods()) - 3
+    real = base.replace(student="Qwen/Qwen3-VL-2B-Instruct", teacher="Qwen/Qwen3-VL-32B-Instruct")
+    chosen, left_out = choose("table1", real)
+    assert len(chosen) == 19 and not left_out and chosen["teacher"].student == real.teacher
+    chosen, left_out = choose(" grpo , qwen-8b", base)
+    assert list(chosen) == ["grpo", "qwen-8b"] and not left_out  # whoever names it means it
+    assert list(table(chosen).index) == ["grpo", "qwen-8b"]
+    with pytest.raises(ParamError, match="there is no method 'grop'"):
+        choose("grpo,grop", base)
+    with pytest.raises(ParamError, match="rows is ' , ', expected table1, all, or names"):
+        choose(" , ", base)
+
+
+def test_ours_stand_beside_the_papers() -> None:
+    given = [Answer(f"{m}{i}", m, "", "", AnswerOutcome.CORRECT, "A", i < 3, True, 5, True)
+             for m in MODALITIES for i in range(4)]  # fmt: skip
+    beside = beside_paper(accuracy_table({"grpo": given, "rloo": given}))
+    assert beside.loc["grpo", ("ours", "MRI")] == 75 and beside.loc["grpo", ("paper", "MRI")] == 79
+    assert beside.loc["grpo", ("paper", "Avg. (OOD)")] == 73.67
+    assert beside.loc["rloo", "paper"].isna().all() and beside["ours"].notna().all(axis=None)
 
 
 def test_the_readme_shows_the_table() -> None:
