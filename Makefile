@@ -6,19 +6,21 @@ PYTHON ?= python3
 LAB ?=
 NOTEBOOK ?= notebooks/03_train_kepo.ipynb
 TAU ?= 1
+STUDY ?= params/study-small.yaml
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kepo-installed
 # Bytecode is compiled when a module is first imported, not for the tens of thousands that never are.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
-.PHONY: help install train test test-all faults bench lab lint format lock clean
+.PHONY: help install train study test test-all faults bench lab lint format lock clean
 
 help:
 	@echo "make train      train, explore, distil and evaluate (notebook 03) into a new folder under results/"
 	@echo "make test       linter, type checker, tests (at most 15 minutes on two cores); test-all adds the long ones"
 	@echo "make faults     plant faults into a copy of the package, one by one: every one must make its tests fail"
 	@echo "make bench      what a step costs, against GRPO, GRPO + DistillationTrainer and a plain reading of the paper"
+	@echo "make study      many runs, compared over seeds: STUDY=params/study-small.yaml by default; goes on where it stopped"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make lint       linter and type checker only; format rewrites the sources"
 	@echo "make lock       resolve requirements.lock anew"
@@ -42,6 +44,9 @@ $(STAMP): requirements.lock pyproject.toml | $(BIN)/python
 
 train: $(STAMP)
 	$(BIN)/kepo run $(NOTEBOOK) -p tau $(TAU)
+
+study: $(STAMP)
+	$(BIN)/kepo study run $(STUDY)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
-"""``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on; ``kepo data check`` looks at data.
+"""``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on, ``kepo study run`` makes many runs.
 
-Exit codes of the first two: 0 completed, 1 failed (the folder says why), 2 refused (a parameter or the data do not
-fit; nothing is left behind), 130 interrupted.
+``kepo data check`` looks at data. Exit codes: 0 completed, 1 failed (the folder says why), 2 refused (a parameter or
+the data do not fit; nothing is left behind), 130 interrupted.
 """
 
 import argparse
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return resume_run(arguments.run)
         if arguments.command == "data":
             return check_data(arguments.path, arguments.strict, arguments.html)
+        if arguments.command == "study":
+            return run_study(arguments.file, arguments.slots)
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
         if arguments.method:
             overrides = method_overrides(arguments.method, arguments.file, overrides)
@@ -126,6 +128,35 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     if page:
         write_atomically(Path(page), checked.as_html())
     return COMPLETED
+
+
+def run_study(file: str, slots: int) -> int:
+    """Make the runs of a study file that have not completed yet, several at a time; print what came of all.
+
+    Raises `ParamError` or ``DataError`` before anything runs if the file or the data do not fit.
+    """
+    from kepo_core.study import experiment, jobs, live, shelf, studies
+
+    study = studies.read_study(file)
+    data = experiment.load_data(study.base)
+    places = jobs.slots(slots)
+    print(f"kepo: {len(study.runs)} runs, {len(places)} at a time", flush=True)
+    try:
+        runs, failures = jobs.run_all(study.runs, data.identity(), places, live.tell_job)
+    except KeyboardInterrupt:
+        print("kepo: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    answers: dict[str, dict[int, Any]] = {}
+    for arm, seeds in study.arms.items():
+        for seed in seeds:
+            if (name := f"{arm} seed {seed}") in runs:
+                answers.setdefault(arm, {})[seed] = list(shelf.read_answers(runs[name]).values())[-1]
+    print(f"\n{studies.results_table(answers, data.images, study.base.train_modality).to_string()}")
+    compared = studies.comparison_table(answers, study.compared_with, data.images)
+    print(f"\nagainst {study.compared_with}, in points\n{compared.to_string()}")
+    for name, reason in failures.items():
+        print(f"kepo: {name} failed: {reason}", file=sys.stderr)
+    return FAILED if failures else COMPLETED
 
 
 def _execute_and_conclude(notebook: Path, run: "Run", given: dict[str, Any], *, refusable: bool) -> int:
@@ -245,6 +276,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("path", help="OmniMedVQA's folder or zip, or Med-R1's question files")
     check.add_argument("--strict", action="store_true", help="stop at the first row that would be dropped")
     check.add_argument("--html", metavar="FILE", help="write the tables as a page, too")
+    study = commands.add_parser("study", help="many runs").add_subparsers(dest="study_command", required=True)
+    many = study.add_parser("run", help="make the runs of a study file that have not completed yet")
+    many.add_argument("file", help="a file such as params/study-small.yaml")
+    many.add_argument("--slots", type=int, default=0, help="runs at a time (default: one on each GPU, or each core)")
     listing = commands.add_parser("params", help="print every parameter with its meaning, as a parameter file")
     listing.add_argument("-f", "--file", metavar="PARAMS_FILE", help="show this file's values")
     return parser

@@ -10,7 +10,8 @@ The same parser serves training and evaluation. What counts, in full:
 2. Every closed ``<answer>…</answer>`` in the rest is a field; of nested ones the innermost counts.
 3. A field names a letter if it is nothing but that letter, in either case, with white space or punctuation
    around it (``B``, `` b ``, ``B.``, ``(B)``), or if it is the letter, one of ``. ) :`` and a text that offers no
-   other letter (``B) a type A lesion``; not ``B) or C)``). Several different letters (``A or B``) are ambiguous.
+   other letter (``B) a type A lesion``; not ``B) or C)``). Several different letters (``A or B``) are ambiguous. An
+   option's text without its letter (``a cyst``) is no answer: Appendix C asks for the letter.
 4. All fields name one same letter: that letter was answered; fields without a letter are passed over.
    Different letters, in one field or in several: AMBIGUOUS. No letter, or one that is not among the
    options: MISSING, or TRUNCATED if the completion hit the token limit before any field was closed.

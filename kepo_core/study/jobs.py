@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 
-from kepo_core.params import PLACES, Params, project_root
+from kepo_core.params import PLACES, ParamError, Params, project_root
 from kepo_core.study import shelf
 from kepo_core.study.runs import Run
 
@@ -37,6 +37,8 @@ def slots(wanted: int = 0) -> list[dict[str, str]]:
 
     ``wanted``: how many, at most as many as there are GPUs or cores; 0: all of them.
     """
+    if wanted < 0:
+        raise ParamError(f"slots must be at least 0, got {wanted}")
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     count = min(wanted or cores, gpus or cores)
     if gpus:
@@ -71,8 +73,6 @@ def run_all(
     missing = {
         name: reasons.get(wanted[name].hash, "it completed on other data") for name, run in found.items() if run is None
     }
-    if len(missing) == len(wanted):
-        raise RuntimeError(f"none of {len(wanted)} runs completed; the first, {next(iter(missing.items()))}")
     return {name: run for name, run in found.items() if run is not None}, missing
 
 

@@ -11,7 +11,8 @@ The pictures come from random streams of their own, never from the set that
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,9 +180,27 @@ def pretrain(
 ) -> tuple[dict[str, Qwen3VLForConditionalGeneration], ImageOnlyQwenProcessor]:
     """Build and train both embedded models from nothing, on a GPU where there is one.
 
-    Everything random follows from ``seed``; on one machine the same seed gives the same weights on the CPU.
+    Everything random follows from ``seed``; on one machine the same seed gives the same weights on the CPU, which
+    computes with one thread: sums would be rounded differently with another number of them.
     Returns the models by name ("student", "teacher") and their processor.
     """
+    with _one_thread():
+        return _pretrain(recipe, seed, log)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _pretrain(
+    recipe: Recipe, seed: int, log: Log
+) -> tuple[dict[str, Qwen3VLForConditionalGeneration], ImageOnlyQwenProcessor]:
     processor = build_processor()
     pool = Pool.draw(processor, recipe.pictures, seed)
     log(f"{recipe.pictures} pictures drawn")

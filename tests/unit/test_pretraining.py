@@ -174,7 +174,13 @@ def test_pretraining_is_reproducible_and_the_student_starts_as_its_teacher() -> 
         teacher_phases=((1, {"lookup": 4, "think": 4}),),
         student_phases=((2, {"think": 4, "aware": 4}),),
     )
-    (one, _), (two, _) = (pretrain(recipe, 1, log=lambda text: None) for _ in range(2))
+    threads, built = torch.get_num_threads(), []
+    for number in (1, 3):  # on however many cores
+        torch.set_num_threads(number)
+        built.append(pretrain(recipe, 1, log=lambda text: None)[0])
+        assert torch.get_num_threads() == number
+    torch.set_num_threads(threads)
+    one, two = built
     for name, model in one.items():
         for (key, left), right in zip(model.state_dict().items(), two[name].state_dict().values(), strict=True):
             assert torch.equal(left, right), key

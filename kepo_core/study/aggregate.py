@@ -1,0 +1,175 @@
+"""Many runs → one statement: matrices of scores in, estimates with their intervals out. Pure functions.
+
+Notation: R runs (seeds) of a method, N items (questions), M tasks (modalities). A score is an accuracy in [0, 1] or, of
+one item, 0 or 1. Runs of two methods that share a seed share its prompts and their order, so they are paired by row.
+Whatever is drawn over runs speaks of other seeds of the same pretrained student, unless the rows come from several.
+Source of the interquartile mean, the probability of improvement and the stratified bootstrap: Agarwal et al., "Deep
+reinforcement learning at the edge of the statistical precipice", NeurIPS 2021 (rliable).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value, its interval and the number of runs behind it (of each method, where there are two)."""
+
+    value: float
+    low: float
+    high: float
+    runs: int
+
+    def __str__(self) -> str:
+        if self.runs == 1 and np.isinf(self.low):
+            return f"{100 * self.value:.1f} (one run)"
+        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def mean_over_runs(scores_R: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Mean of R runs' scores with Student's t interval; of a single run nothing is known of others: (-∞, ∞)."""
+    x = np.asarray(scores_R, dtype=float)
+    if x.ndim != 1 or not len(x):
+        raise ValueError(f"scores_R: shape {x.shape}, expected at least one run.")
+    mean = float(x.mean())
+    if len(x) == 1:
+        return Estimate(mean, -np.inf, np.inf, 1)
+    half = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    return Estimate(mean, mean - half, mean + half, len(x))
+
+
+def interquartile_mean(scores_RM: ArrayLike) -> float:
+    """Mean of the middle half of all R·M scores: a quarter is cut from either end (rliable's IQM)."""
+    return float(stats.trim_mean(np.asarray(scores_RM, dtype=float), 0.25, axis=None))
+
+
+def probability_of_improvement(x_RM: ArrayLike, y_SM: ArrayLike) -> float:
+    """How likely a run of the first method beats one of the second on a task drawn at random.
+
+        P(X > Y) = 1/M Σ_m 1/(R·S) Σ_r Σ_s [ 1(x_rm > y_sm) + ½ 1(x_rm = y_sm) ]
+
+    ½ where they are alike. R and S may differ, M may not.
+    """
+    x, y = (np.asarray(scores, dtype=float) for scores in (x_RM, y_SM))
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"x_RM, y_SM: shapes {x.shape} and {y.shape}, expected (runs, tasks) with the same tasks.")
+    above = x[:, None, :] - y[None, :, :]
+    return float(np.mean((above > 0) + 0.5 * (above == 0)))
+
+
+def bootstrap_over_runs(
+    statistic: Callable[..., float], *scores: ArrayLike, confidence: float = 0.95, draws: int = 2000, seed: int = 0
+) -> Estimate:
+    """``statistic`` of one matrix (runs, tasks) or several, with a percentile interval by stratified bootstrap.
+
+    Runs are drawn with replacement within each task and each matrix on its own, as rliable does. With one run in a
+    matrix there is nothing to draw from: raises ``ValueError``.
+    """
+    matrices = [np.asarray(matrix, dtype=float) for matrix in scores]
+    if any(matrix.ndim != 2 or len(matrix) < 2 for matrix in matrices):
+        raise ValueError(f"scores: shapes {[m.shape for m in matrices]}, expected (runs, tasks) with two runs or more.")
+    rng = np.random.default_rng(seed)
+    drawn = [
+        statistic(*(np.take_along_axis(m, rng.integers(0, len(m), m.shape), axis=0) for m in matrices))
+        for _ in range(draws)
+    ]
+    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Estimate(float(statistic(*matrices)), float(low), float(high), min(map(len, matrices)))
+
+
+def difference_over_runs_and_images(
+    before_RN: ArrayLike,
+    after_RN: ArrayLike,
+    images_N: Sequence[str],
+    tasks_N: Sequence[str],
+    confidence: float = 0.95,
+) -> Estimate:
+    """Average over tasks of the paired difference after − before, with an interval over seeds *and* images.
+
+    Row r of both is seed r, column i question i about ``images_N[i]`` in task ``tasks_N[i]``. With θ the estimate and
+    c_rk what image k adds to it in seed r, less its expectation,
+
+        V = V_seeds + V_images − V_cells,   θ ± t √V
+
+    where the three are the sums over pairs of cells (r, k) that share a seed, an image, or both (Cameron, Gelbach &
+    Miller 2011). V is at least the larger of the first two, and t has the degrees of freedom of what V is
+    (Satterthwaite's of the sum). A bootstrap that draws seeds and images at once counts the chance of single answers
+    three times and covers 99 % instead of 95 %. With one run the interval is over images alone, for that seed.
+    """
+    x, y = (np.asarray(scores, dtype=float) for scores in (before_RN, after_RN))
+    if x.shape != y.shape or x.ndim != 2 or not x.shape[1] == len(images_N) == len(tasks_N):
+        raise ValueError(
+            f"before_RN, after_RN: shapes {x.shape} and {y.shape} with {len(images_N)} images and {len(tasks_N)} "
+            "tasks, expected the same runs and items in all."
+        )
+    change, runs, names = y - x, len(x), list(dict.fromkeys(tasks_N))
+    values, of_images, of_cells, of_seeds, images = [], 0.0, 0.0, np.zeros(runs), 0
+    for task in names:
+        own = np.flatnonzero(np.asarray(tasks_N) == task)
+        _, image = np.unique(np.asarray(images_N)[own], return_inverse=True)
+        sums = np.stack([np.bincount(image, weights=row) for row in change[:, own]])  # (R, K)
+        value = float(change[:, own].mean())
+        cells = (sums - value * np.bincount(image)) / (len(own) * len(names) * runs)
+        k = sums.shape[1]
+        correction = k / max(k - 1, 1)
+        of_images += correction * float(np.sum(cells.sum(axis=0) ** 2))
+        of_cells += correction * float(np.sum(cells**2))
+        of_seeds += cells.sum(axis=1)
+        values.append(value)
+        images += k
+    seeds = runs / max(runs - 1, 1) * float(np.sum(of_seeds**2))
+    of_freedom = (float(max(runs - 1, 1)), float(max(images - len(names), 1)))
+    variance, free = max((seeds, of_freedom[0]), (of_images, of_freedom[1]))
+    if seeds + of_images - of_cells > variance:
+        variance = seeds + of_images - of_cells
+        free = variance**2 / (seeds**2 / of_freedom[0] + of_images**2 / of_freedom[1])
+    half = float(stats.t.ppf(0.5 + confidence / 2, free) * np.sqrt(variance))
+    mean = float(np.mean(values))
+    return Estimate(mean, mean - half, mean + half, runs)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given: the i-th smallest of n times (n − i + 1), never falling, at most 1.
+
+    Rejecting those at most α keeps the chance of any false rejection at α (Holm 1979).
+    """
+    n = len(p_values)
+    adjusted, least = [0.0] * n, 0.0
+    for rank, index in enumerate(sorted(range(n), key=lambda i: p_values[i])):
+        least = max(least, min(1.0, (n - rank) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
+
+
+def seeds_needed(deviation: float, difference: float, power: float = 0.8, confidence: float = 0.95) -> int:
+    """How many paired seeds a t-test needs to tell ``difference`` with ``power``, for differences of that deviation.
+
+    The least R ≥ 2 with R ≥ ((t_{1-α/2, R-1} + t_{power, R-1}) · deviation / difference)². Both in the same units.
+    """
+    if deviation < 0 or difference <= 0:
+        raise ValueError(f"deviation, difference: {deviation:g} and {difference:g}, expected ≥ 0 and > 0.")
+    runs = 2
+    while runs < 10_000:
+        t = float(np.sum(stats.t.ppf([0.5 + confidence / 2, power], runs - 1)))
+        if runs >= (t * deviation / difference) ** 2:
+            return runs
+        runs += 1
+    return runs
+
+
+def band(curves_RT: ArrayLike, confidence: float = 0.95) -> Floats:
+    """Mean, low and high, (3, T), of R runs' curves at each of T steps: ``mean_over_runs`` pointwise.
+
+    NaNs (a step that one run did not log) are refused rather than skipped: a mean over fewer runs is another quantity.
+    """
+    curves = np.asarray(curves_RT, dtype=float)
+    if curves.ndim != 2 or np.isnan(curves).any():
+        raise ValueError(f"curves_RT: shape {curves.shape}, expected (runs, steps) without gaps.")
+    points = [mean_over_runs(column, confidence) for column in curves.T]
+    return np.array([[p.value for p in points], [p.low for p in points], [p.high for p in points]])

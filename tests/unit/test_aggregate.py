@@ -1,0 +1,136 @@
+"""Statements over runs: against hand-worked matrices, closed forms and simulated coverage."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kepo_core.study.aggregate import (
+    band,
+    bootstrap_over_runs,
+    difference_over_runs_and_images,
+    holm,
+    interquartile_mean,
+    mean_over_runs,
+    probability_of_improvement,
+    seeds_needed,
+)
+
+
+def test_the_t_interval_by_hand_and_a_single_run_knows_nothing_of_others() -> None:
+    # 1, 2, 3: mean 2, s = 1, t(0.975, 2) = 4.3027 → ± 4.3027/√3
+    estimate = mean_over_runs([1, 2, 3])
+    assert (estimate.value, estimate.runs) == (2, 3)
+    assert (estimate.low, estimate.high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert mean_over_runs([0.5]).low == -np.inf and mean_over_runs([0.5]).high == np.inf
+    with pytest.raises(ValueError, match="at least one run"):
+        mean_over_runs([])
+
+
+def test_the_interquartile_mean_is_that_of_the_middle_half() -> None:
+    scores = [[0, 1, 2, 3], [100, 4, 5, -9]]  # sorted: -9 0 | 1 2 3 4 | 5 100
+    assert interquartile_mean(scores) == 2.5
+    assert interquartile_mean(np.random.default_rng(0).permutation(np.ravel(scores)).reshape(4, 2)) == 2.5
+
+
+def test_the_probability_of_improvement_by_hand() -> None:
+    # Task 1: 2 > 1, 2 = 2, 4 > 1, 4 > 2 → 3.5/4; task 2: all below → 0.
+    assert probability_of_improvement([[2, 0], [4, 0]], [[1, 1], [2, 1]]) == pytest.approx(3.5 / 8)
+    x, y = np.random.default_rng(0).random((2, 5, 3))
+    assert probability_of_improvement(x, x) == 0.5
+    assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1)
+    u = [stats.mannwhitneyu(x[:, m], y[:, m]).statistic / 25 for m in range(3)]
+    assert probability_of_improvement(x, y) == pytest.approx(np.mean(u))
+    with pytest.raises(ValueError, match=r"\(5, 3\) and \(5, 2\), expected"):
+        probability_of_improvement(x, y[:, :2])
+
+
+def test_the_stratified_bootstrap_draws_runs_within_tasks() -> None:
+    # Runs agree within each task: whatever is drawn, each task keeps its score.
+    same = np.tile([0.1, 0.5, 0.9], (4, 1))
+    estimate = bootstrap_over_runs(lambda scores: float(scores.mean()), same)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.5, 0.5, 0.5))
+    # Two runs of one task, 0 and 1: the mean of a draw is 0, ½ or 1 with probability ¼, ½, ¼.
+    estimate = bootstrap_over_runs(lambda scores: float(scores.mean()), [[0.0], [1.0]], confidence=0.4)
+    assert (estimate.low, estimate.high) == (0.5, 0.5)
+    estimate = bootstrap_over_runs(lambda scores: float(scores.mean()), [[0.0], [1.0]], confidence=0.6)
+    assert (estimate.low, estimate.high) == (0, 1)
+    x, y = np.random.default_rng(0).random((2, 6, 4))
+    one, two = (bootstrap_over_runs(probability_of_improvement, x + 0.2, y) for _ in range(2))
+    assert one == two and one.low <= one.value <= one.high and one.runs == 6
+    with pytest.raises(ValueError, match="two runs or more"):
+        bootstrap_over_runs(interquartile_mean, x[:1])
+
+
+def simulate(rng: np.random.Generator, runs: int, truth: float) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
+    """Correctness of two methods on 2 tasks × 80 images × 2 questions; seeds, images and questions vary."""
+    tasks = ["MRI"] * 160 + ["CT"] * 160
+    images = [f"{task}{i // 2}" for i, task in enumerate(tasks)]
+    base = np.repeat(rng.uniform(0.25, 0.65, 160), 2)
+    gain = truth + rng.normal(0, 0.03, (runs, 1)) + np.repeat(rng.normal(0, 0.08, 160), 2)
+    before = rng.random((runs, 320)) < base
+    after = rng.random((runs, 320)) < np.clip(base + gain, 0, 1)
+    return before.astype(float), after.astype(float), images, tasks
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5, 12])
+def test_a_difference_over_seeds_and_images_covers_as_it_says(runs: int) -> None:
+    rng = np.random.default_rng(runs)
+    hits = []
+    for _ in range(1000):
+        estimate = difference_over_runs_and_images(*simulate(rng, runs, 0.1))
+        hits.append(estimate.low <= 0.1 <= estimate.high)
+    assert 0.93 <= np.mean(hits) <= 0.97
+
+
+def test_a_difference_over_seeds_and_images_at_its_limits() -> None:
+    before, after, images, tasks = simulate(np.random.default_rng(1), 4, 0.1)
+    estimate = difference_over_runs_and_images(before, after, images, tasks)
+    by_task = [(after - before)[:, [t == task for t in tasks]].mean() for task in ("MRI", "CT")]
+    assert estimate.value == pytest.approx(np.mean(by_task))
+    assert difference_over_runs_and_images(before, before, images, tasks).high == 0
+    # More seeds of the same questions cannot make the questions more.
+    copies = difference_over_runs_and_images(*(np.repeat(x[:1], 40, axis=0) for x in (before, after)), images, tasks)
+    alone = difference_over_runs_and_images(before[:1], after[:1], images, tasks)
+    assert copies.high - copies.low == pytest.approx(alone.high - alone.low, rel=0.01)
+    # One image a question and no difference between seeds: the plain standard error of a mean.
+    x = np.random.default_rng(0).normal(size=(1, 50))
+    plain = difference_over_runs_and_images(0 * x, x, [str(i) for i in range(50)], ["MRI"] * 50)
+    assert (plain.high - plain.low) / 2 == pytest.approx(stats.t.ppf(0.975, 49) * stats.sem(x[0]))
+    with pytest.raises(ValueError, match="with 320 images and 3 tasks"):
+        difference_over_runs_and_images(before, after, images, ["MRI"] * 3)
+
+
+def test_holm_by_hand() -> None:
+    # Sorted .01 .02 .03 .04: 4·.01, 3·.02, 2·.03 and, as they never fall, .06 once more.
+    assert holm([0.02, 0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.06, 0.04, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def test_holm_keeps_the_chance_of_any_false_rejection() -> None:
+    rng = np.random.default_rng(0)
+    wrong = [min(holm(rng.random(8).tolist())) <= 0.05 for _ in range(2000)]
+    assert np.mean(wrong) < 0.065
+
+
+def test_as_many_seeds_as_are_needed_and_no_fewer() -> None:
+    runs = seeds_needed(1.0, 1.0)
+    rng = np.random.default_rng(0)
+
+    def power(n: int) -> float:
+        found = stats.ttest_1samp(rng.normal(1.0, 1.0, (4000, n)), 0, axis=1).pvalue < 0.05
+        return float(np.mean(found))
+
+    assert runs == 10 and power(runs) > 0.8 and power(runs - 2) < 0.8
+    assert seeds_needed(0.0, 0.1) == 2 and seeds_needed(1.0, 0.5) > seeds_needed(1.0, 1.0)
+    with pytest.raises(ValueError, match="expected ≥ 0 and > 0"):
+        seeds_needed(1, 0)
+
+
+def test_bands_are_means_over_runs_at_each_step() -> None:
+    curves = np.array([[0.1, 0.5], [0.3, 0.5], [0.2, 0.5]])
+    mean, low, high = band(curves)
+    first = mean_over_runs(curves[:, 0])
+    assert (mean[0], low[0], high[0]) == pytest.approx((first.value, first.low, first.high))
+    assert (mean[1], low[1], high[1]) == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="without gaps"):
+        band([[0.1, np.nan], [0.2, 0.3]])

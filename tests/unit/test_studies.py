@@ -1,0 +1,131 @@
+"""Study files: what they make, what they refuse, and the tables over their runs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kepo_core import cli
+from kepo_core.data.records import Answer, AnswerOutcome
+from kepo_core.params import ParamError, Params, project_root
+from kepo_core.study import experiment, jobs, shelf
+from kepo_core.study.aggregate import mean_over_runs
+from kepo_core.study.studies import comparison_table, read_study, results_table
+
+ROOT = Path(__file__).parents[2]
+FILE = """
+params: params/smoke.yaml
+methods: [grpo, kepo-tau1]
+compared_with: {compared_with}
+seeds: [0, 1]
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("study-*.yaml")), ids=lambda p: p.stem)
+def test_the_files_that_come_with_the_package_are_read(path: Path) -> None:
+    study = read_study(path)
+    assert len(study.runs) == len({params.hash for params in study.runs.values()}) > 1
+
+
+def test_methods_times_seeds_times_grid(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, FILE.format(compared_with="grpo")))
+    assert list(study.runs) == ["grpo seed 0", "kepo-tau1 seed 0", "grpo seed 1", "kepo-tau1 seed 1"]
+    assert not study.runs["grpo seed 1"].explore and study.runs["grpo seed 1"].seed == 1
+    assert study.runs["kepo-tau1 seed 0"].hash == Params.load("params/smoke.yaml").hash
+    grid = FILE.format(compared_with="'grpo, tau 0.0, learning_rate 0.0001'")
+    study = read_study(write(tmp_path, grid + "grid: {tau: [0.0, 1.0], learning_rate: [0.0001]}\n"))
+    assert list(study.arms) == [f"{name}, tau {tau}, learning_rate 0.0001" for name in ("grpo", "kepo-tau1")
+                                for tau in (0.0, 1.0)]  # fmt: skip
+    assert study.arms["kepo-tau1, tau 0.0, learning_rate 0.0001"][1].tau == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("seeds: [0, 1]", ""), "study.yaml has no seeds, expected params, methods"),
+        (("seeds: [0, 1]", "seeds: 3"), "seeds in study.yaml is 3, expected a list that is not empty"),
+        (("seeds: [0, 1]", "seeds: [1, 1]"), r"seeds in study.yaml is \[1, 1\], expected a list of different values"),
+        (("seeds: [0, 1]", "seeds: [-1]"), "seed must be at least 0, got -1"),
+        (("seeds: [0, 1]", "seeds: [0]\nrepeats: 3"), "repeats in study.yaml is unknown, expected params, methods"),
+        (("grpo, kepo", "grop, kepo"), "there is no method 'grop'"),
+        (("compared_with: grpo", "compared_with: sft"), "compared_with in study.yaml is 'sft', expected one of grpo"),
+        (("seeds: [0, 1]", "seeds: [0]\ngrid: {taw: [1]}"), "taw is not a parameter; the nearest is tau"),
+        (("seeds: [0, 1]", "seeds: [0]\ngrid: {tau: 1}"), "tau in study.yaml is 1, expected a list of different"),
+        (("seeds: [0, 1]", "seeds: [0]\ngrid: {train_items: [5, 6]}"), "grid in study.yaml has train_items, which all"),
+        (("smoke.yaml", "smog.yaml"), "smog.yaml cannot be read"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_runs(
+    tmp_path: Path, change: tuple[str, str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, FILE.format(compared_with="grpo").replace(*change))
+    with pytest.raises(ParamError, match=sentence):
+        read_study(path)
+    assert cli.main(["study", "run", str(path)]) == cli.REFUSED
+    assert capsys.readouterr().err.startswith("kepo: ")
+
+
+def answered(right: np.ndarray) -> list[Answer]:
+    """Four questions of MRI on two images, four of CT on four."""
+    made = Answer("", "MRI", "", "", AnswerOutcome.CORRECT, "A", True, True, 5, True)
+    return [replace(made, question_id=f"q{i}", modality="MRI" if i < 4 else "CT", correct=bool(value))
+            for i, value in enumerate(right)]  # fmt: skip
+
+
+IMAGES = {f"q{i}": f"MRI{i // 2}" if i < 4 else f"CT{i}" for i in range(8)}
+
+
+def test_tables_over_runs_say_how_sure_they_are() -> None:
+    rng = np.random.default_rng(0)
+    low, high = (rng.random((3, 8)) < p for p in (0.3, 0.8))
+    answers = {"grpo": {s: answered(low[s]) for s in range(3)}, "kepo": {s: answered(high[s]) for s in range(3)},
+               "new": {7: answered(high[0])}}  # fmt: skip
+    table = results_table(answers, IMAGES, "MRI")
+    of_seed = (high[:, :4].mean(1) + high[:, 4:].mean(1)) / 2
+    assert table.loc["kepo", "Avg."] == str(mean_over_runs(of_seed)) and table.loc["kepo", "seeds"] == 3
+    assert table.loc["new", "MRI"] == f"{100 * high[0, :4].mean():.1f} (one run)"
+    compared = comparison_table(answers, "grpo", IMAGES)
+    assert list(compared.index) == ["kepo"]  # the other shares no seed
+    change = of_seed - (low[:, :4].mean(1) + low[:, 4:].mean(1)) / 2
+    assert compared.loc["kepo", "over seeds"] == str(mean_over_runs(change))
+    assert compared.loc["kepo", "p (t, Holm)"] == f"{stats.ttest_1samp(change, 0).pvalue:.2g}"
+    assert compared.loc["kepo", "over seeds and questions"].startswith(f"{100 * change.mean():.1f} [")
+    assert comparison_table(answers, "none", IMAGES).empty
+    with pytest.raises(ValueError, match="answered different questions"):
+        comparison_table({"grpo": answers["grpo"], "kepo": {0: answers["kepo"][0][:3]}}, "grpo", IMAGES)
+
+
+def test_the_command_runs_what_is_missing_and_prints_what_came_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, FILE.format(compared_with="grpo"))
+    asked = []
+
+    def run_all(wanted, data, places, told):
+        asked.append((dict(wanted), places))
+        return {name: name for name in wanted if name != "kepo-tau1 seed 1"}, {"kepo-tau1 seed 1": "it broke"}
+
+    class Data:
+        images = IMAGES
+        identity = staticmethod(lambda: {"train_items": 2})
+
+    monkeypatch.setattr(experiment, "load_data", lambda params: Data)
+    monkeypatch.setattr(jobs, "run_all", run_all)
+    monkeypatch.setattr(shelf, "read_answers", lambda run: {"untrained": [], "trained": answered(np.ones(8))})
+    assert cli.main(["study", "run", str(path), "--slots", "1"]) == cli.FAILED
+    said = capsys.readouterr()
+    assert "4 runs, 1 at a time" in said.out and "against grpo, in points" in said.out
+    assert "kepo: kepo-tau1 seed 1 failed: it broke" in said.err
+    assert len(asked[0][0]) == 4 and len(asked[0][1]) == 1
+    monkeypatch.setattr(jobs, "run_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["study", "run", str(path)]) == cli.INTERRUPTED
+    assert "the same command goes on" in capsys.readouterr().err
+    assert project_root() == ROOT
