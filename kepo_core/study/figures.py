@@ -177,11 +177,11 @@ def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_doma
                       capsize=2, **style)  # fmt: skip
         if name in paper:
             right.plot(paper[name].to_numpy(dtype=float), at, **style)
-    left.set(xlabel="accuracy (%), 95 % interval", title="Here", xlim=(0, 102), ylim=(len(table) - 0.4, -0.6))
+    left.set(xlabel="accuracy (%), 95 % interval", title="Here", xlim=(0, 103), ylim=(len(table) - 0.4, -0.6))
     left.set_yticks(y, [str(name) for name in table.index])
     right.set(xlabel="accuracy (%)", title="The paper's Table 1", ylim=left.get_ylim())
     right.set_yticks(y, ["" if paper.notna().any(axis=1).iloc[i] else "not in it" for i in range(len(table))])
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=2)
+    left.figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 def count_map(table: pd.DataFrame, ax: Axes) -> Axes:

@@ -127,3 +127,22 @@ def test_the_sheet_shows_what_it_is_given_in_that_order(tmp_path):
 
 def test_the_style_can_be_used():
     figures.use_style()
+
+
+def test_ours_and_the_papers_stand_line_by_line():
+    columns = pd.MultiIndex.from_product([["MRI", "Avg. (OOD)"], ["accuracy", "low", "high", "n"]])
+    table = pd.DataFrame([[0.5, 0.4, 0.7, 9, 0.6, 0.5, 0.65, 9], [0.8, 0.7, 0.9, 9, 0.7, 0.6, 0.8, 9]],
+                         index=["grpo", "rloo"], columns=columns)  # fmt: skip
+    paper = pd.DataFrame({"MRI": [79.0, np.nan], "Avg. (OOD)": [73.67, np.nan]}, index=["grpo", "rloo"])
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    figures.beside_paper(table, paper, (left, right))
+    mri, ood = (container.lines[0] for container in left.containers)
+    assert list(mri.get_xdata()) == [50, 80] and list(ood.get_xdata()) == [60, 70]
+    (bars,) = left.containers[0].lines[2]
+    assert [list(ends[:, 0]) for ends in bars.get_segments()] == [pytest.approx([40, 70]), pytest.approx([70, 90])]
+    assert right.get_lines()[0].get_xdata()[0] == 79 and np.isnan(right.get_lines()[0].get_xdata()[1])
+    assert [label.get_text() for label in left.get_yticklabels()] == ["grpo", "rloo"]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["", "not in it"]
+    assert left.get_ylim() == right.get_ylim() and left.get_ylim()[0] > left.get_ylim()[1]  # the first on top
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["MRI (trained on)", "Avg. (OOD)"]

@@ -4,6 +4,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import nbformat
+
 from kepo_core.method.rollouts import GLOSSARY
 from kepo_core.params import Params
 
@@ -25,6 +27,9 @@ def test_every_module_is_in_the_tree_and_every_name_in_the_tree_exists() -> None
 
 def test_parameters_and_files_that_it_mentions_exist() -> None:
     names = {field.name for field in fields(Params)}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        (cell,) = (c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", []))
+        names |= set(re.findall(r"^(\w+) = ", cell.source, flags=re.MULTILINE))
     mentioned = set(re.findall(r"-p (\w+) ", README)) | set(re.findall(r"`(\w+): [\w+]+`", README))
     assert mentioned and mentioned <= names
     for path in re.findall(r"(?:notebooks|params|results/reference|tests)/[\w/*]+\.(?:ipynb|yaml|png|py)", README):
