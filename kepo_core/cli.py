@@ -141,6 +141,7 @@ def run_study(file: str, slots: int) -> int:
     data = experiment.load_data(study.base)
     places = jobs.slots(slots)
     print(f"kepo: {len(study.runs)} runs, {len(places)} at a time", flush=True)
+    signal.signal(signal.SIGTERM, _interrupt)  # its runs are told, too
     try:
         runs, failures = jobs.run_all(study.runs, data.identity(), places, live.tell_job)
     except KeyboardInterrupt:

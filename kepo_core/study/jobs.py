@@ -62,12 +62,17 @@ def run_all(
     """
     notebook = project_root() / NOTEBOOK
     waiting: dict[str, str] = {}  # hash → the first name that wants it
+    failures: dict[str, str] = {}
     for name, params in wanted.items():
         if shelf.completed(params, notebook, data):
             told(name, "found", 0.0)
+        elif elsewhere := shelf.at_work(params, notebook):
+            pid = elsewhere.status["pid"]
+            failures[name] = f"process {pid} is at work on it in {elsewhere.path.name}; ask again when it has ended"
+            told(name, failures[name], 0.0)
         else:
             waiting.setdefault(params.hash, name)
-    failures = _run([(name, wanted[name]) for name in waiting.values()], places, told)
+    failures |= _run([(name, wanted[name]) for name in waiting.values()], places, told)
     found = {name: shelf.completed(params, notebook, data) for name, params in wanted.items()}
     reasons = {wanted[name].hash: reason for name, reason in failures.items()}
     missing = {

@@ -21,11 +21,19 @@ def broken_off(params: Params, notebook: Path) -> Run | None:
     """The newest run of these that was interrupted or killed, and so can be gone on with."""
 
     def left(run: Run) -> bool:
-        status = run.status
-        gone = status["state"] == "running" and not provenance.is_alive(status["pid"])
-        return status["owner"] == "kepo run" and (gone or status["state"] == "interrupted")
+        state = run.status["state"]
+        return run.status["owner"] == "kepo run" and (state == "interrupted" or (state == "running" and _gone(run)))
 
     return _newest(params, notebook, left)
+
+
+def at_work(params: Params, notebook: Path) -> Run | None:
+    """A run of these that another process computes right now."""
+    return _newest(params, notebook, lambda run: run.status["state"] == "running" and not _gone(run))
+
+
+def _gone(run: Run) -> bool:
+    return not provenance.is_alive(run.status["pid"])
 
 
 def _newest(params: Params, notebook: Path, fits: Any, data: dict[str, Any] | None = None) -> Run | None:

@@ -71,6 +71,9 @@ def test_what_was_broken_off_is_found_and_what_is_at_work_or_failed_is_not(param
     at_work = Run.allocate(params, owner="kepo run")  # by this very process
     at_work.remember(notebook_sha256=provenance.file_digest(notebook))
     assert shelf.broken_off(params, notebook) is None
+    assert (found := shelf.at_work(params, notebook)) and found.path == at_work.path
+    at_work.conclude("failed")
+    assert shelf.at_work(params, notebook) is None
     stopped = leave(params, notebook, "interrupted")
     assert (found := shelf.broken_off(params, notebook)) and found.path == stopped.path
     ended = subprocess.Popen(["true"])
@@ -207,9 +210,9 @@ def test_what_two_names_share_runs_once_and_what_failed_says_why(
 
     def ran(queue: list[tuple[str, Params]], *_: object) -> dict[str, str]:
         asked.extend(name for name, _ in queue)
-        if queue[0][0] == "new":
+        if queue and queue[0][0] == "new":
             leave(queue[0][1], notebook)
-        return {"broken": "it broke"}
+        return {"broken": "it broke"} if queue else {}
 
     monkeypatch.setattr(jobs, "_run", ran)
     other, broken = params.replace(seed=1), params.replace(seed=2)
@@ -218,6 +221,11 @@ def test_what_two_names_share_runs_once_and_what_failed_says_why(
     assert asked == ["new", "broken"]
     assert set(runs) == {"found", "new", "same"} and runs["new"].path == runs["same"].path
     assert failures == {"broken": "it broke"}
+    Run.allocate(broken, owner="kepo run").remember(notebook_sha256=provenance.file_digest(notebook))
+    asked.clear()
+    _, failures = jobs.run_all({"broken": broken, "found": params}, DATA, [{}])  # by this very process
+    assert "is at work on it in" in failures["broken"] and not asked
+    shelf.at_work(broken, notebook).conclude("failed")  # type: ignore[union-attr]
     assert jobs.run_all({"broken": broken}, DATA, [{}]) == ({}, {"broken": "it broke"})
 
 
