@@ -78,11 +78,13 @@ def run_notebook(notebook: str | Path, file: str | Path | None, overrides: dict[
         raise ParamError(f"notebook {notebook} does not exist")
     file = file or overrides.get("params_file")
     params = Params.load(file, overrides)
-    from kepo_core.study.provenance import file_digest  # what executes is imported once the parameters are known to fit
+    from kepo_core.study.provenance import (
+        notebook_digest,  # what executes is imported once the parameters are known to fit
+    )
     from kepo_core.study.runs import Run
 
     run = Run.allocate(params, owner="kepo run")
-    run.remember(notebook=_from_root(path), notebook_sha256=file_digest(path))
+    run.remember(notebook=_from_root(path), notebook_sha256=notebook_digest(path))
     shown = _from_root(run.path)
     print(f"kepo: run folder {shown}", flush=True)
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -141,7 +143,8 @@ def run_study(file: str, slots: int) -> int:
     data = experiment.load_data(study.base)
     places = jobs.slots(slots)
     print(f"kepo: {len(study.runs)} runs, {len(places)} at a time", flush=True)
-    signal.signal(signal.SIGTERM, _interrupt)  # its runs are told, too
+    for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # its runs are told, too
+        signal.signal(ending, _interrupt)
     try:
         runs, failures = jobs.run_all(study.runs, data.identity(), places, live.tell_job)
     except KeyboardInterrupt:

@@ -3,18 +3,16 @@
 Notation: R runs (seeds) of a method, N items (questions), M tasks (modalities). A score is an accuracy in [0, 1] or, of
 one item, 0 or 1. Runs of two methods that share a seed share its prompts and their order, so they are paired by row.
 Whatever is drawn over runs speaks of other seeds of the same pretrained student, unless the rows come from several.
-Source of the interquartile mean, the probability of improvement and the stratified bootstrap: Agarwal et al., "Deep
-reinforcement learning at the edge of the statistical precipice", NeurIPS 2021 (rliable).
+Source of the probability of improvement: Agarwal et al., "Deep reinforcement learning at the edge of the statistical
+precipice", NeurIPS 2021 (rliable).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,8 @@ class Estimate:
     def __str__(self) -> str:
         if self.runs == 1 and np.isinf(self.low):
             return f"{100 * self.value:.1f} (one run)"
+        if self.runs > 1 and self.low == self.high:
+            return f"{100 * self.value:.1f} (all runs alike)"
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
@@ -44,11 +44,6 @@ def mean_over_runs(scores_R: ArrayLike, confidence: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, len(x))
 
 
-def interquartile_mean(scores_RM: ArrayLike) -> float:
-    """Mean of the middle half of all R·M scores: a quarter is cut from either end (rliable's IQM)."""
-    return float(stats.trim_mean(np.asarray(scores_RM, dtype=float), 0.25, axis=None))
-
-
 def probability_of_improvement(x_RM: ArrayLike, y_SM: ArrayLike) -> float:
     """How likely a run of the first method beats one of the second on a task drawn at random.
 
@@ -61,26 +56,6 @@ def probability_of_improvement(x_RM: ArrayLike, y_SM: ArrayLike) -> float:
         raise ValueError(f"x_RM, y_SM: shapes {x.shape} and {y.shape}, expected (runs, tasks) with the same tasks.")
     above = x[:, None, :] - y[None, :, :]
     return float(np.mean((above > 0) + 0.5 * (above == 0)))
-
-
-def bootstrap_over_runs(
-    statistic: Callable[..., float], *scores: ArrayLike, confidence: float = 0.95, draws: int = 2000, seed: int = 0
-) -> Estimate:
-    """``statistic`` of one matrix (runs, tasks) or several, with a percentile interval by stratified bootstrap.
-
-    Runs are drawn with replacement within each task and each matrix on its own, as rliable does. With one run in a
-    matrix there is nothing to draw from: raises ``ValueError``.
-    """
-    matrices = [np.asarray(matrix, dtype=float) for matrix in scores]
-    if any(matrix.ndim != 2 or len(matrix) < 2 for matrix in matrices):
-        raise ValueError(f"scores: shapes {[m.shape for m in matrices]}, expected (runs, tasks) with two runs or more.")
-    rng = np.random.default_rng(seed)
-    drawn = [
-        statistic(*(np.take_along_axis(m, rng.integers(0, len(m), m.shape), axis=0) for m in matrices))
-        for _ in range(draws)
-    ]
-    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Estimate(float(statistic(*matrices)), float(low), float(high), min(map(len, matrices)))
 
 
 def difference_over_runs_and_images(
@@ -150,7 +125,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def seeds_needed(deviation: float, difference: float, power: float = 0.8, confidence: float = 0.95) -> int:
     """How many paired seeds a t-test needs to tell ``difference`` with ``power``, for differences of that deviation.
 
-    The least R ≥ 2 with R ≥ ((t_{1-α/2, R-1} + t_{power, R-1}) · deviation / difference)². Both in the same units.
+    The least R from 2 to 10,000 with R ≥ ((t_{1-α/2, R-1} + t_{power, R-1}) · deviation / difference)². Both in the
+    same units.
     """
     if deviation < 0 or difference <= 0:
         raise ValueError(f"deviation, difference: {deviation:g} and {difference:g}, expected ≥ 0 and > 0.")
@@ -161,15 +137,3 @@ def seeds_needed(deviation: float, difference: float, power: float = 0.8, confid
             return runs
         runs += 1
     return runs
-
-
-def band(curves_RT: ArrayLike, confidence: float = 0.95) -> Floats:
-    """Mean, low and high, (3, T), of R runs' curves at each of T steps: ``mean_over_runs`` pointwise.
-
-    NaNs (a step that one run did not log) are refused rather than skipped: a mean over fewer runs is another quantity.
-    """
-    curves = np.asarray(curves_RT, dtype=float)
-    if curves.ndim != 2 or np.isnan(curves).any():
-        raise ValueError(f"curves_RT: shape {curves.shape}, expected (runs, steps) without gaps.")
-    points = [mean_over_runs(column, confidence) for column in curves.T]
-    return np.array([[p.value for p in points], [p.low for p in points], [p.high for p in points]])

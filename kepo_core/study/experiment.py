@@ -243,6 +243,9 @@ def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
     if trainer is None:
         return diagnosis.training_table([])
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step > (trained_steps(checkpoint) if checkpoint else 0):
+        # Answers of a model that was trained before, in another process: this one's may differ, on a GPU say.
+        (run.evaluation_dir / "trained.jsonl").unlink(missing_ok=True)
     trainer.save_model(str(run.path / "model"))
     return diagnosis.read_training(run.path / "metrics.jsonl")
 

@@ -42,7 +42,8 @@ def slots(wanted: int = 0) -> list[dict[str, str]]:
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     count = min(wanted or cores, gpus or cores)
     if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": str(index)} for index in range(count)]
+        allotted = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in allotted.split(",")[:count]]
     return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
 
 
@@ -60,38 +61,45 @@ def run_all(
     Returns the completed runs and, of the others, why they failed; nothing is tried twice. If this process is
     interrupted, so are the runs, and the next call goes on with them.
     """
-    notebook = project_root() / NOTEBOOK
-    waiting: dict[str, str] = {}  # hash → the first name that wants it
+    origin = shelf.origin(project_root() / NOTEBOOK, data)  # as it is now: files may be edited while runs compute
+    runs: dict[str, Run] = {}  # by the parameters' hash
     failures: dict[str, str] = {}
+    commands: dict[str, list[str]] = {}
     for name, params in wanted.items():
-        if shelf.completed(params, notebook, data):
+        if run := shelf.completed(params, origin):
+            runs[params.hash] = run
             told(name, "found", 0.0)
-        elif elsewhere := shelf.at_work(params, notebook):
+        elif elsewhere := shelf.at_work(params, origin):
             pid = elsewhere.status["pid"]
-            failures[name] = f"process {pid} is at work on it in {elsewhere.path.name}; ask again when it has ended"
-            told(name, failures[name], 0.0)
+            failures[params.hash] = f"process {pid} is at work on it in {elsewhere.path}; ask again when it has ended"
+            told(name, failures[params.hash], 0.0)
+        elif params.hash not in {wanted[other].hash for other in commands}:
+            commands[name] = command(params, shelf.broken_off(params, origin))
+    failed = _run(commands, places, told)
+    for name in commands:
+        if name in failed:
+            failures[wanted[name].hash] = failed[name]
+        elif run := shelf.completed(wanted[name], origin):
+            runs[wanted[name].hash] = run
         else:
-            waiting.setdefault(params.hash, name)
-    failures |= _run([(name, wanted[name]) for name in waiting.values()], places, told)
-    found = {name: shelf.completed(params, notebook, data) for name, params in wanted.items()}
-    reasons = {wanted[name].hash: reason for name, reason in failures.items()}
-    missing = {
-        name: reasons.get(wanted[name].hash, "it completed on other data") for name, run in found.items() if run is None
-    }
-    return {name: run for name, run in found.items() if run is not None}, missing
+            failures[wanted[name].hash] = "code, notebook or data were changed before it completed"
+    return (
+        {name: runs[params.hash] for name, params in wanted.items() if params.hash in runs},
+        {name: failures[params.hash] for name, params in wanted.items() if params.hash in failures},
+    )
 
 
-def _run(jobs: list[tuple[str, Params]], places: list[dict[str, str]], told: Told) -> dict[str, str]:
+def _run(commands: Mapping[str, list[str]], places: list[dict[str, str]], told: Told) -> dict[str, str]:
     """Failures by name."""
     failures: dict[str, str] = {}
     running: list[_Job] = []
-    queue = list(reversed(jobs))
+    queue = list(reversed(list(commands.items())))
     try:
         while queue or running:
             while queue and len(running) < len(places):
                 slot = min(set(range(len(places))) - {job.slot for job in running})
-                name, params = queue.pop()
-                running.append(_start(name, params, slot, places[slot]))
+                name, arguments = queue.pop()
+                running.append(_start(name, arguments, slot, places[slot]))
                 told(name, "started", 0.0)
             time.sleep(0.2)
             for job in [job for job in running if job.process.poll() is not None]:
@@ -109,10 +117,10 @@ def _run(jobs: list[tuple[str, Params]], places: list[dict[str, str]], told: Tol
     return failures
 
 
-def _start(name: str, params: Params, slot: int, environment: dict[str, str]) -> _Job:
+def _start(name: str, arguments: list[str], slot: int, environment: dict[str, str]) -> _Job:
     output = tempfile.TemporaryFile()  # noqa: SIM115  # read when the job has ended
     process = subprocess.Popen(
-        [sys.executable, "-m", "kepo_core.cli", *command(params)],
+        [sys.executable, "-m", "kepo_core.cli", *arguments],
         cwd=project_root(),
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
@@ -123,9 +131,8 @@ def _start(name: str, params: Params, slot: int, environment: dict[str, str]) ->
     return _Job(name, process, output, slot, time.monotonic())
 
 
-def command(params: Params) -> list[str]:
+def command(params: Params, left: Run | None) -> list[str]:
     """What ``kepo`` is told to make this run: to go on with one that was broken off, or to begin it."""
-    left = shelf.broken_off(params, project_root() / NOTEBOOK)
     if left is not None:
         return ["resume", str(left.path)]
     base = Params.load(params.params_file)
@@ -138,7 +145,10 @@ def command(params: Params) -> list[str]:
 
 def _last_words(job: _Job) -> str:
     """The sentence with which ``kepo`` ended, or what its process said last."""
+    if job.process.returncode < 0:
+        return f"its process was ended by {signal.Signals(-job.process.returncode).name}"
     job.output.seek(0)
     lines = job.output.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-    told = [line for line in lines if line.startswith("kepo: ") and " everything about it is in " not in line]
+    progress = (" everything about it is in ", "kepo: run folder ", "kepo: going on in ")
+    told = [line for line in lines if line.startswith("kepo: ") and not any(part in line for part in progress)]
     return (told or lines)[-1].removeprefix("kepo: ")

@@ -12,6 +12,8 @@ import yaml
 from kepo_core.params import ParamError, Params
 
 _HERE = Path(__file__).parent
+#: What a method is unless its row says otherwise.
+KEPO: dict[str, Any] = {"method": "kepo", "distill": True, "explore": True, "thinking": True, "tau": 1.0}
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Method:
     row: tuple[str, str, str] | None = None
 
     def overrides(self, base: Params) -> dict[str, Any]:
-        """Its parameters over ``base``: ``student: teacher`` becomes the teacher's name."""
-        given = dict(self.parameters)
+        """Its parameters over ``base``, whatever method that is: ``student: teacher`` becomes the teacher's name."""
+        given = KEPO | self.parameters
         if given.get("student") == "teacher":
             given["student"] = base.teacher
         return given
@@ -58,6 +60,8 @@ def choose(rows: str, base: Params) -> tuple[dict[str, Params], list[str]]:
     of PhantomVQA's fixed sentences, and there may be no network. Raises ``ParamError`` for an unknown name, or
     parameters that do not fit ``base``.
     """
+    if not isinstance(rows, str):
+        raise ParamError(f"rows is {rows!r}, expected table1, all, or names separated by commas")
     groups = {"table1": [m for m in methods().values() if m.row], "all": list(methods().values())}
     named = rows not in groups
     asked = [method(name.strip()) for name in rows.split(",") if name.strip()] if named else groups[rows]

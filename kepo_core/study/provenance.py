@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -66,9 +67,11 @@ def package_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as 16 hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def notebook_digest(path: Path) -> str:
+    """The code of a notebook, without its texts and outputs, as 16 hexadecimal digits."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
 
 
 def hardware() -> dict[str, Any]:
@@ -84,15 +87,25 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine has that number."""
+def birth(pid: int) -> str:
+    """What tells a process from others that get its number later: boot and start time; "" where the system hides it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        # The command's name, in brackets, may hold spaces; the start time is the 20th field behind it.
+        return f"{boot}/{Path(f'/proc/{pid}/stat').read_text(encoding='utf-8').rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return ""
+
+
+def is_alive(pid: int, born: str = "") -> bool:
+    """Whether a process of this machine has that number and, where ``born`` is given, that `birth`."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        return not born or birth(pid) == born
+    return not born or birth(pid) == born
 
 
 def _version(package: str) -> str:

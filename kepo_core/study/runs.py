@@ -61,7 +61,7 @@ class Run:
         run = cls(path, params)
         write_atomically(path / "params.yaml", params.to_yaml())
         write_json(path / "provenance.json", provenance.collect(params))
-        run._write_status("running", owner=owner, pid=os.getpid(), started=_utc(started))
+        run._write_status("running", owner=owner, **_this_process(), started=_utc(started))
         return run
 
     @classmethod
@@ -82,10 +82,13 @@ class Run:
         status = run.status
         if status["state"] == "completed":
             raise ParamError(f"run_dir {path} holds a completed run, and no run is ever overwritten")
-        if status["state"] == "running" and provenance.is_alive(status["pid"]):
+        if status["state"] == "running" and run.is_at_work:
             raise ParamError(f"run_dir {path} is at work in process {status['pid']}, expected a run that has ended")
         started, resumed = status["started"], [*status.get("resumed", []), _utc(time.gmtime())]
-        run._write_status("running", owner="kepo run", pid=os.getpid(), started=started, resumed=resumed)
+        run._write_status("running", owner="kepo run", **_this_process(), started=started, resumed=resumed)
+        made_by = run.provenance["code"]
+        if made_by.get("package") != provenance.package_digest():  # it is a run of neither code alone
+            run.remember(code={**made_by, "package": f"{made_by.get('package')} and {provenance.package_digest()}"})
         return run
 
     @classmethod
@@ -153,6 +156,11 @@ class Run:
         return status
 
     @property
+    def is_at_work(self) -> bool:
+        """Whether the process that makes it still exists."""
+        return provenance.is_alive(self.status["pid"], self.status.get("born", ""))
+
+    @property
     def headline(self) -> dict[str, Any] | None:
         """What `finish` stored, or ``None`` before it."""
         path = self.path / "headline.json"
@@ -184,7 +192,9 @@ class Run:
             state, told = ("failed" if state == "completed" else state), f"{error}; " if error else ""
             error = f"{told}the rollouts could not be gathered: {problem}"
         first_line = error.strip().splitlines()[0] if error.strip() else ""
-        old = {key: value for key, value in self.status.items() if key in ("owner", "pid", "started", "resumed")}
+        old = {
+            key: value for key, value in self.status.items() if key in ("owner", "pid", "born", "started", "resumed")
+        }
         extra = {"headline": self.headline or {}, "finished": _utc(time.gmtime())}
         for checkpoint in self.training_dir.glob("checkpoint-*") if state == "completed" else ():
             shutil.rmtree(checkpoint)
@@ -241,6 +251,10 @@ def _make_new(parent: Path, name: str) -> Path:
             continue
         return path
     raise ParamError(f"results_dir {parent} holds a thousand runs named {name}")
+
+
+def _this_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "born": provenance.birth(os.getpid())}
 
 
 def _utc(moment: time.struct_time) -> str:

@@ -1,6 +1,7 @@
 """The shelf: what the runs of a results folder have computed already, found by parameters, code and data."""
 
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +13,53 @@ from kepo_core.study import provenance
 from kepo_core.study.runs import Run
 
 
-def completed(params: Params, notebook: Path, data: dict[str, Any]) -> Run | None:
-    """The newest run that ``notebook`` completed with ``params``, this code and ``data`` (`StudyData.identity`)."""
-    return _newest(params, notebook, lambda run: run.status["state"] == "completed", data)
+@dataclass(frozen=True)
+class Origin:
+    """What makes a run beside its parameters: this package, the notebook's code, and the data."""
+
+    package: str
+    notebook: str
+    data: Mapping[str, Any]
 
 
-def broken_off(params: Params, notebook: Path) -> Run | None:
+def origin(notebook: Path, data: Mapping[str, Any]) -> Origin:
+    """Of runs that ``notebook`` would make now on ``data`` (`StudyData.identity`)."""
+    return Origin(provenance.package_digest(), provenance.notebook_digest(notebook), data)
+
+
+def completed(params: Params, origin: Origin) -> Run | None:
+    """The newest run of ``params`` and ``origin`` that has completed."""
+    return _newest(params, origin, lambda run: run.status["state"] == "completed" and "data" in run.provenance)
+
+
+def broken_off(params: Params, origin: Origin) -> Run | None:
     """The newest run of these that was interrupted or killed, and so can be gone on with."""
 
     def left(run: Run) -> bool:
         state = run.status["state"]
-        return run.status["owner"] == "kepo run" and (state == "interrupted" or (state == "running" and _gone(run)))
+        ended = state == "interrupted" or (state == "running" and not run.is_at_work)
+        return run.status["owner"] == "kepo run" and ended
 
-    return _newest(params, notebook, left)
+    return _newest(params, origin, left)
 
 
-def at_work(params: Params, notebook: Path) -> Run | None:
+def at_work(params: Params, origin: Origin) -> Run | None:
     """A run of these that another process computes right now."""
-    return _newest(params, notebook, lambda run: run.status["state"] == "running" and not _gone(run))
+    return _newest(params, origin, lambda run: run.status["state"] == "running" and run.is_at_work)
 
 
-def _gone(run: Run) -> bool:
-    return not provenance.is_alive(run.status["pid"])
+def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run | None:
+    """Names begin with the time, so the last of those that end in the parameters' hash is the newest.
 
-
-def _newest(params: Params, notebook: Path, fits: Any, data: dict[str, Any] | None = None) -> Run | None:
-    """Names begin with the time, so the last of those that end in the parameters' hash is the newest."""
+    A run that stopped before it read its data has not recorded any, and goes with all.
+    """
     for path in sorted((project_root() / params.results_dir).glob(f"*-{params.hash}*"), reverse=True):
         if not (path / "status.json").is_file():
             continue
         run = Run.open(path)
-        origin = run.provenance
-        same = (
-            run.params.hash == params.hash
-            and origin["code"].get("package") == provenance.package_digest()
-            and origin.get("notebook_sha256") == provenance.file_digest(notebook)
-            and (data is None or origin.get("data") == data)
-        )
-        if same and fits(run):
+        found = run.provenance
+        made = (found["code"].get("package"), found.get("notebook_sha256"), found.get("data", origin.data))
+        if made == (origin.package, origin.notebook, origin.data) and run.params.hash == params.hash and fits(run):
             return run
     return None
 

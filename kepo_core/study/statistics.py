@@ -274,7 +274,11 @@ def _clusters(answers: Sequence[Answer], images: Mapping[str, str] | None) -> li
 
 
 def _deff(values: Floats, answers: Sequence[Answer], images: Mapping[str, str] | None) -> float:
-    return design_effect(values, _clusters(answers, images))
+    """The design effect; where the values cannot show one, at least several answers to a question count as one."""
+    clusters = _clusters(answers, images)
+    if np.ptp(values) == 0 or len(set(clusters)) == 1:
+        return len(answers) / len({answer.question_id for answer in answers})
+    return design_effect(values, clusters)
 
 
 def _accuracy(part: Sequence[Answer], images: Mapping[str, str] | None, confidence: float) -> dict[str, float]:

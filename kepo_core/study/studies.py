@@ -23,12 +23,19 @@ from scipy import stats
 from kepo_core.data.records import Answer
 from kepo_core.params import ParamError, Params, resolve
 from kepo_core.params_io import read_yaml
-from kepo_core.study.aggregate import difference_over_runs_and_images, holm, mean_over_runs
+from kepo_core.study.aggregate import (
+    difference_over_runs_and_images,
+    holm,
+    mean_over_runs,
+    probability_of_improvement,
+    seeds_needed,
+)
 from kepo_core.study.methods import method
 from kepo_core.study.statistics import AVG, AVG_OOD, accuracy_table
 
 #: What decides which questions are asked; all runs of a study share them.
-DATA = ("data_root", "data_seed", "split", "train_modality", "train_items", "eval_items", "eval_split", "items_file")
+DATA = ("data_root", "data_seed", "split", "train_modality", "train_items", "eval_items", "eval_split", "items_file",
+        "eval_samples")  # fmt: skip
 _KEYS = {"params": str, "methods": list, "compared_with": str, "seeds": list, "grid": dict}
 
 
@@ -71,11 +78,11 @@ def read_study(file: str | Path) -> Study:
             f"grid in {path.name} has {fixed[0]}, which all runs of a study share: set it in {base.params_file}"
         )
     arms: dict[str, dict[int, Params]] = {}
-    for entry in map(method, given["methods"]):
+    for entry in map(method, map(str, given["methods"])):
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
             arm = ", ".join([entry.name, *(f"{name} {value}" for name, value in chosen.items())])
-            changes = {**entry.overrides(base), **chosen}
+            changes = {**entry.overrides(base.replace(**chosen)), **chosen}
             arms[arm] = {seed: base.replace(**changes, seed=seed) for seed in given["seeds"]}
     if given["compared_with"] not in arms:
         raise ParamError(
@@ -106,10 +113,12 @@ def comparison_table(
     """A row per other arm: its difference from ``compared_with`` over the seeds that both have, in points.
 
     ``over seeds and questions``: ``difference_over_runs_and_images``. ``over seeds``: the paired differences of the
-    seeds' averages with Student's t interval and test, p adjusted for the number of rows by Holm.
+    seeds' averages with Student's t interval and test, p adjusted for the number of tests by Holm; no test with one
+    seed, or with equal differences, whose spread cannot be told. ``beats it``: ``probability_of_improvement`` over
+    modalities. ``seeds to tell``: ``seeds_needed`` for a difference as large and as spread as this one.
     """
     rows: dict[str, dict[str, object]] = {}
-    p_values: list[float] = []
+    p_values: dict[str, float] = {}
     for arm, runs in answers.items():
         seeds = [seed for seed in runs if seed in answers.get(compared_with, {})]
         if arm == compared_with or not seeds:
@@ -119,23 +128,23 @@ def comparison_table(
         tasks = [answer.modality for answer in order]
         where = [images[answer.question_id] for answer in order]
         both = difference_over_runs_and_images(before, after, where, tasks, confidence)
-        of_task = [[t == task for t in tasks] for task in dict.fromkeys(tasks)]
-        per_seed = np.mean([(after - before)[:, own].mean(axis=1) for own in of_task], axis=0)
-        alone = mean_over_runs(per_seed, confidence)
-        p_values.append(_t_test(per_seed))
-        rows[arm] = {"seeds": len(seeds), "over seeds and questions": str(both), "over seeds": str(alone)}
-    for row, p in zip(rows.values(), holm(p_values), strict=True):
-        row["p (t, Holm)"] = f"{p:.2g}"
+        own = [[t == task for t in tasks] for task in dict.fromkeys(tasks)]
+        theirs, ours = (np.stack([scores[:, of].mean(axis=1) for of in own], axis=1) for scores in (before, after))
+        per_seed = (ours - theirs).mean(axis=1)
+        spread = float(per_seed.std(ddof=1)) if len(seeds) > 1 else 0.0
+        if spread > 1e-12:
+            p_values[arm] = float(stats.ttest_1samp(per_seed, 0).pvalue)
+        rows[arm] = {
+            "seeds": len(seeds),
+            "over seeds and questions": str(both) if len(seeds) > 1 else f"{both} (questions alone)",
+            "over seeds": str(mean_over_runs(per_seed, confidence)),
+            "p (t, Holm)": "–",
+            "beats it": f"{probability_of_improvement(ours, theirs):.2f}",
+            "seeds to tell": seeds_needed(spread, abs(both.value)) if spread > 1e-12 and both.value else "–",
+        }
+    for arm, p in zip(p_values, holm(list(p_values.values())), strict=True):
+        rows[arm]["p (t, Holm)"] = f"{p:.2g}"
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _t_test(differences: np.ndarray) -> float:
-    """Two-sided, of mean 0; 1 where a single seed cannot tell, 0 or 1 where all differences are equal."""
-    if len(differences) < 2:
-        return 1.0
-    if np.ptp(differences) == 0:
-        return float(differences[0] == 0)
-    return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
 def _matrix(runs: Sequence[Sequence[Answer]], order: Sequence[Answer]) -> np.ndarray:

@@ -5,11 +5,8 @@ import pytest
 from scipy import stats
 
 from kepo_core.study.aggregate import (
-    band,
-    bootstrap_over_runs,
     difference_over_runs_and_images,
     holm,
-    interquartile_mean,
     mean_over_runs,
     probability_of_improvement,
     seeds_needed,
@@ -26,12 +23,6 @@ def test_the_t_interval_by_hand_and_a_single_run_knows_nothing_of_others() -> No
         mean_over_runs([])
 
 
-def test_the_interquartile_mean_is_that_of_the_middle_half() -> None:
-    scores = [[0, 1, 2, 3], [100, 4, 5, -9]]  # sorted: -9 0 | 1 2 3 4 | 5 100
-    assert interquartile_mean(scores) == 2.5
-    assert interquartile_mean(np.random.default_rng(0).permutation(np.ravel(scores)).reshape(4, 2)) == 2.5
-
-
 def test_the_probability_of_improvement_by_hand() -> None:
     # Task 1: 2 > 1, 2 = 2, 4 > 1, 4 > 2 → 3.5/4; task 2: all below → 0.
     assert probability_of_improvement([[2, 0], [4, 0]], [[1, 1], [2, 1]]) == pytest.approx(3.5 / 8)
@@ -42,23 +33,6 @@ def test_the_probability_of_improvement_by_hand() -> None:
     assert probability_of_improvement(x, y) == pytest.approx(np.mean(u))
     with pytest.raises(ValueError, match=r"\(5, 3\) and \(5, 2\), expected"):
         probability_of_improvement(x, y[:, :2])
-
-
-def test_the_stratified_bootstrap_draws_runs_within_tasks() -> None:
-    # Runs agree within each task: whatever is drawn, each task keeps its score.
-    same = np.tile([0.1, 0.5, 0.9], (4, 1))
-    estimate = bootstrap_over_runs(lambda scores: float(scores.mean()), same)
-    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.5, 0.5, 0.5))
-    # Two runs of one task, 0 and 1: the mean of a draw is 0, ½ or 1 with probability ¼, ½, ¼.
-    estimate = bootstrap_over_runs(lambda scores: float(scores.mean()), [[0.0], [1.0]], confidence=0.4)
-    assert (estimate.low, estimate.high) == (0.5, 0.5)
-    estimate = bootstrap_over_runs(lambda scores: float(scores.mean()), [[0.0], [1.0]], confidence=0.6)
-    assert (estimate.low, estimate.high) == (0, 1)
-    x, y = np.random.default_rng(0).random((2, 6, 4))
-    one, two = (bootstrap_over_runs(probability_of_improvement, x + 0.2, y) for _ in range(2))
-    assert one == two and one.low <= one.value <= one.high and one.runs == 6
-    with pytest.raises(ValueError, match="two runs or more"):
-        bootstrap_over_runs(interquartile_mean, x[:1])
 
 
 def simulate(rng: np.random.Generator, runs: int, truth: float) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
@@ -124,13 +98,3 @@ def test_as_many_seeds_as_are_needed_and_no_fewer() -> None:
     assert seeds_needed(0.0, 0.1) == 2 and seeds_needed(1.0, 0.5) > seeds_needed(1.0, 1.0)
     with pytest.raises(ValueError, match="expected ≥ 0 and > 0"):
         seeds_needed(1, 0)
-
-
-def test_bands_are_means_over_runs_at_each_step() -> None:
-    curves = np.array([[0.1, 0.5], [0.3, 0.5], [0.2, 0.5]])
-    mean, low, high = band(curves)
-    first = mean_over_runs(curves[:, 0])
-    assert (mean[0], low[0], high[0]) == pytest.approx((first.value, first.low, first.high))
-    assert (mean[1], low[1], high[1]) == (0.5, 0.5, 0.5)
-    with pytest.raises(ValueError, match="without gaps"):
-        band([[0.1, np.nan], [0.2, 0.3]])

@@ -13,6 +13,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from kepo_core.cli import main, method_overrides, parse_value
 from kepo_core.params import Params
+from kepo_core.study import provenance
 
 ROOT = Path(__file__).parents[2]
 
@@ -226,13 +227,24 @@ def test_a_run_at_work_is_not_resumed(kepo_run, results, capsys):
     kepo_run(READ, OPEN, WORK, ONCE, FINISH)
     folder = only_folder(results)
     status = json.loads((folder / "status.json").read_text())
-    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid()}))
+    born = provenance.birth(os.getpid())
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid(), "born": born}))
     assert main(["resume", str(folder)]) == 2
     assert f"is at work in process {os.getpid()}" in capsys.readouterr().err
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
     (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": done.pid}))
     assert main(["resume", str(folder)]) == 0  # it was killed
+
+
+@pytest.mark.skipif(not provenance.birth(os.getpid()), reason="the system does not tell when processes began")
+def test_a_number_that_another_process_has_got_since_is_no_run_at_work(kepo_run, results):
+    kepo_run(READ, OPEN, WORK, ONCE, FINISH)
+    folder = only_folder(results)
+    status = json.loads((folder / "status.json").read_text())
+    assert status["born"] and provenance.birth(os.getpid()) == provenance.birth(os.getpid())
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid(), "born": "x/1"}))
+    assert main(["resume", str(folder)]) == 0
 
 
 def test_what_no_command_made_is_not_resumed(tmp_path, results, capsys):

@@ -20,6 +20,8 @@ def test_every_row_of_table_1_has_its_method_and_no_two_methods_are_the_same_run
     assert len({params.hash for params in made.values()}) == len(made)
     assert made["kepo-tau1"].hash == base.hash
     assert made["teacher"].student == base.teacher
+    other = base.replace(explore=False, tau=0.0, thinking=False)  # a row is what its name says, over any file
+    assert other.replace(**method("kepo-tau1").overrides(other)).hash == base.hash
     for entry in methods().values():
         if entry.row:
             assert made[entry.name].thinking == (entry.row[2] == "thinking"), entry.name

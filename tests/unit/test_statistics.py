@@ -311,6 +311,13 @@ def test_several_answers_to_a_question_are_one_question():
     assert (four["accuracy"], four["low"], four["high"]) == pytest.approx(
         (one["accuracy"], one["low"], one["high"]), abs=0.003
     )
+    # Nor where all agree, or where there is one question alone.
+    for same in ([1] * 40, [0]):
+        one, four = (accuracy_table({"m": given}).loc["m", "MRI"].astype(float).tolist() for given in (
+            answers(same), [replace(answer, sample=k) for answer in answers(same) for k in range(4)]))  # fmt: skip
+        assert four == pytest.approx(one)
+    unchanged = [paired_differences(given, given).loc["MRI", "high"] for given in (once, copies)]
+    assert unchanged[0] == pytest.approx(unchanged[1], rel=0.02)
     # Answers that vary within a question say more than one each, and less than as many questions.
     rng = np.random.default_rng(0)
     share = rng.random(60)

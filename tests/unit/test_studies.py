@@ -55,6 +55,11 @@ def test_methods_times_seeds_times_grid(tmp_path: Path) -> None:
         (("seeds: [0, 1]", "seeds: [1, 1]"), r"seeds in study.yaml is \[1, 1\], expected a list of different values"),
         (("seeds: [0, 1]", "seeds: [-1]"), "seed must be at least 0, got -1"),
         (("seeds: [0, 1]", "seeds: [0]\nrepeats: 3"), "repeats in study.yaml is unknown, expected params, methods"),
+        (
+            ("seeds: [0, 1]", "seeds: [0]\ngrid: {eval_samples: [1, 4]}"),
+            "grid in study.yaml has eval_samples, which all",
+        ),
+        (("methods: [grpo", "methods: [[grpo]"), r"there is no method \"\['grpo'\]\""),
         (("grpo, kepo", "grop, kepo"), "there is no method 'grop'"),
         (("compared_with: grpo", "compared_with: sft"), "compared_with in study.yaml is 'sft', expected one of grpo"),
         (("seeds: [0, 1]", "seeds: [0]\ngrid: {taw: [1]}"), "taw is not a parameter; the nearest is tau"),
@@ -98,6 +103,12 @@ def test_tables_over_runs_say_how_sure_they_are() -> None:
     assert compared.loc["kepo", "over seeds"] == str(mean_over_runs(change))
     assert compared.loc["kepo", "p (t, Holm)"] == f"{stats.ttest_1samp(change, 0).pvalue:.2g}"
     assert compared.loc["kepo", "over seeds and questions"].startswith(f"{100 * change.mean():.1f} [")
+    shifted = {s: answered(high[0]) for s in range(3)}  # the same in every seed
+    few = comparison_table({"a": {0: answers["grpo"][0]}, "b": {0: answers["kepo"][0]}}, "a", IMAGES).loc["b"]
+    assert few["p (t, Holm)"] == "–" and few["over seeds"].endswith("(one run)")
+    assert few["over seeds and questions"].endswith("(questions alone)")
+    alike = comparison_table({"a": shifted, "b": {s: answered(1 - high[0]) for s in range(3)}}, "a", IMAGES).loc["b"]
+    assert alike["p (t, Holm)"] == "–" and "alike" in alike["over seeds"] and alike["seeds to tell"] == "–"
     assert comparison_table(answers, "none", IMAGES).empty
     with pytest.raises(ValueError, match="answered different questions"):
         comparison_table({"grpo": answers["grpo"], "kepo": {0: answers["kepo"][0][:3]}}, "grpo", IMAGES)
