@@ -140,12 +140,13 @@ def run_study(file: str, slots: int) -> int:
     from kepo_core.study import experiment, jobs, live, shelf, studies
 
     study = studies.read_study(file)
-    data = experiment.load_data(study.base)
     places = jobs.slots(slots)
     print(f"kepo: {len(study.runs)} runs, {len(places)} at a time", flush=True)
     for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # its runs are told, too
-        signal.signal(ending, _interrupt)
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, _interrupt)
     try:
+        data = experiment.load_data(study.base)
         runs, failures = jobs.run_all(study.runs, data.identity(), places, live.tell_job)
     except KeyboardInterrupt:
         print("kepo: interrupted; the same command goes on where it stopped", file=sys.stderr)
