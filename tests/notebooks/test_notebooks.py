@@ -17,7 +17,6 @@ import yaml
 
 from kepo_core.cli import main
 from kepo_core.params import Params
-from kepo_core.study import experiment, jobs, methods
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -121,16 +120,6 @@ def test_baselines_run_once_and_stand_beside_the_paper(smoke_file: Path, tmp_pat
     again = execute("zero-shot")
     assert again.count(" found") == 1 and " started" not in again
     assert len(list(results.glob("*-zero-shot-????????"))) == 1
-
-
-@pytest.mark.slow
-def test_every_row_that_the_package_has_models_for(smoke_file: Path) -> None:
-    base = Params.load(smoke_file)
-    chosen, left_out = methods.choose("all", base)
-    assert sorted(left_out) == ["huatuo-7b-nothink", "qwen-8b", "qwen-8b-nothink"]
-    identity = experiment.load_data(base).identity()
-    runs, failures = jobs.run_all(chosen, identity, jobs.slots())
-    assert not failures and set(runs) == set(chosen)
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="no ../shared/data/bccd_omnimedvqa beside the checkout")

@@ -3,10 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from kepo_core.data import phantom
 from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
 from kepo_core.params import ParamError, Params
+from kepo_core.study import experiment
+from kepo_core.study.experiment import StudyData
 from kepo_core.study.methods import as_markdown, beside_paper, choose, method, methods, paper_table, table
+from kepo_core.study.runs import Run
 from kepo_core.study.statistics import accuracy_table
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +79,36 @@ def test_the_readme_shows_the_table() -> None:
 def test_an_unknown_method_is_named() -> None:
     with pytest.raises(ParamError, match=r"there is no method 'grop', expected one of zero-shot-nothink, "):
         method("grop")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, StudyData]:
+    """Four questions to train on, two of each modality to answer."""
+    root = tmp_path_factory.mktemp("study")
+    phantom.write_phantom(root / "data", 0, dict.fromkeys(MODALITIES, 8))
+    sizes = {"train_items": 4, "eval_items": 2, "group_size": 2, "prompts_per_step": 2, "prompts_per_device": 2,
+             "max_steps": 1, "save_steps": 0, "rejection_budget": 2}  # fmt: skip
+    base = Params(data_root=str(root / "data"), results_dir=str(root / "results"), **sizes)
+    return base, experiment.load_data(base)
+
+
+@pytest.mark.parametrize("name", [n for n, m in methods().items() if "/" not in m.parameters.get("student", "")])
+def test_every_row_that_the_package_has_models_for_trains_and_answers(
+    smoke: tuple[Params, StudyData], name: str
+) -> None:
+    base, data = smoke
+    params = base.replace(**method(name).overrides(base))
+    run = Run.allocate(params)
+    models = experiment.load_models(params)
+    trainer = experiment.make_trainer(params, run, data, models)
+    before = {key: value.clone() for key, value in models.student.state_dict().items()}
+    metrics = experiment.train(trainer, run)
+    answers = experiment.evaluate_student(params, models, data.test, run, "trained")
+    assert [a.question_id for a in answers] == [q.id for q in data.test] and len(answers) == 16
+    assert all(("<think>" in a.completion) == params.thinking for a in answers if a.format_ok)
+    if params.method == "none":
+        assert trainer is None and metrics.empty
+    else:
+        changed = any(not torch.equal(value, before[key]) for key, value in models.student.state_dict().items())
+        # Advantages of groups whose rewards are all equal are 0: where nothing else teaches, nothing may be learned.
+        assert len(metrics) == 1 and (changed or not (params.distill or params.method != "kepo"))
