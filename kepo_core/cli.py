@@ -5,24 +5,15 @@ the data do not fit; nothing is left behind), 130 interrupted.
 """
 
 import argparse
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from kepo_core.data.errors import DataError
-from kepo_core.params import ParamError, Params, project_root, resolve
-
-if TYPE_CHECKING:
-    from kepo_core.study.runs import Run
-
-COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-
-#: Errors that a notebook raises before it computes anything, because what it was given does not fit.
-_INPUT_ERRORS = ("ParamError", "DataError")
+from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
+from kepo_core.params import ParamError, Params, resolve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(Params.load(arguments.file).to_yaml(), end="")
             return COMPLETED
         if arguments.command == "resume":
+            from kepo_core.study.execution import resume_run
+
             return resume_run(arguments.run)
         if arguments.command == "data":
             return check_data(arguments.path, arguments.strict, arguments.html)
@@ -68,53 +61,18 @@ def parse_value(text: str) -> bool | int | float | str | None:
     return text
 
 
-def run_notebook(notebook: str | Path, file: str | Path | None, overrides: dict[str, Any]) -> int:
-    """Validate, allocate the folder, execute, render, write the status; print the folder. Returns the exit code.
+def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> int:
+    """Check path and parameters, then execute the notebook into a new run folder. Returns the exit code.
 
-    Raises `ParamError` before anything is written if a parameter or the notebook's path is wrong.
+    Raises `ParamError` before anything is written if one of them is wrong.
     """
     path = resolve(notebook)
     if not path.is_file():
         raise ParamError(f"notebook {notebook} does not exist")
-    file = file or overrides.get("params_file")
-    params = Params.load(file, overrides)
-    from kepo_core.study.provenance import (
-        notebook_digest,  # what executes is imported once the parameters are known to fit
-    )
-    from kepo_core.study.runs import Run
+    params = Params.load(file or overrides.get("params_file"), overrides)
+    from kepo_core.study import execution  # imported once the parameters are known to fit: it takes a second
 
-    run = Run.allocate(params, owner="kepo run")
-    run.remember(notebook=_from_root(path), notebook_sha256=notebook_digest(path))
-    shown = _from_root(run.path)
-    print(f"kepo: run folder {shown}", flush=True)
-    given = {name: value for name, value in overrides.items() if value is not None}
-    given |= {"params_file": params.params_file, "run_dir": shown}
-    code = _execute_and_conclude(path, run, given, refusable=True)
-    if code == REFUSED:
-        shutil.rmtree(run.path)
-    else:
-        print(f"kepo: {run.status['state']}, everything about it is in {shown}", flush=True)
-    return code
-
-
-def resume_run(folder: str) -> int:
-    """Execute the notebook of a run that ended early once more; training goes on from its newest checkpoint.
-
-    Raises `ParamError` if ``folder`` holds no such run.
-    """
-    from kepo_core.study.runs import Run
-
-    run = Run.open(folder)
-    notebook = run.provenance.get("notebook")
-    if not notebook or not resolve(notebook).is_file():
-        raise ParamError(f"run_dir {folder} does not say which notebook made it, expected a folder of `kepo run`")
-    run = Run.reopen(folder)
-    shown = _from_root(run.path)
-    print(f"kepo: going on in {shown}", flush=True)
-    given = {"params_file": f"{shown}/params.yaml", "run_dir": shown}
-    code = _execute_and_conclude(resolve(notebook), run, given, refusable=False)
-    print(f"kepo: {run.status['state']}, everything about it is in {shown}", flush=True)
-    return code
+    return execution.run_notebook(path, params, overrides)
 
 
 def check_data(path: str, strict: bool, page: str | None) -> int:
@@ -137,14 +95,14 @@ def run_study(file: str, slots: int) -> int:
 
     Raises `ParamError` or ``DataError`` before anything runs if the file or the data do not fit.
     """
-    from kepo_core.study import experiment, jobs, live, shelf, studies
+    from kepo_core.study import execution, experiment, jobs, live, shelf, studies
 
     study = studies.read_study(file)
     places = jobs.slots(slots)
     print(f"kepo: {len(study.runs)} runs, {len(places)} at a time", flush=True)
     for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # its runs are told, too
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(ending, _interrupt)
+            signal.signal(ending, execution.interrupt)
     try:
         data = experiment.load_data(study.base)
         runs, failures = jobs.run_all(study.runs, data.identity(), places, live.tell_job)
@@ -162,100 +120,6 @@ def run_study(file: str, slots: int) -> int:
     for name, reason in failures.items():
         print(f"kepo: {name} failed: {reason}", file=sys.stderr)
     return FAILED if failures else COMPLETED
-
-
-def _execute_and_conclude(notebook: Path, run: "Run", given: dict[str, Any], *, refusable: bool) -> int:
-    """Execute, then turn what happened into report, status and exit code.
-
-    ``refusable``: parameters or data that do not fit end in REFUSED and no status, if nothing was computed yet.
-    """
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    try:
-        _execute(notebook, run.path / "notebook.ipynb", given)
-    except KeyboardInterrupt:
-        return _conclude(run, "interrupted", "stopped by the user", INTERRUPTED)
-    except PapermillExecutionError as error:
-        sentence = error.evalue.strip() or error.ename
-        if refusable and error.ename in _INPUT_ERRORS and not (run.path / "metrics.jsonl").exists():
-            print(f"kepo: {sentence}", file=sys.stderr)
-            return REFUSED
-        return _conclude(run, "failed", f"{error.ename}: {sentence}", FAILED)
-    except DeadKernelError:
-        return _conclude(run, "failed", "the notebook's process died, for want of memory perhaps", FAILED)
-    except BaseException as error:  # not foreseen: the folder says so, and the traceback is shown
-        run.fail(error)
-        raise
-    if run.headline is None:
-        return _conclude(run, "failed", "the notebook ended before run.finish(headline)", FAILED)
-    return _conclude(run, "completed", "", COMPLETED)
-
-
-def _conclude(run: "Run", state: Any, error: str, code: int) -> int:
-    """Render what there is, then write the status, which comes last whatever happens to the report."""
-    from kepo_core.study.report import write_report
-
-    try:
-        if (run.path / "notebook.ipynb").is_file():
-            write_report(run, state, error)
-    except (ValueError, OSError) as problem:
-        state, code = ("failed", FAILED) if state == "completed" else (state, code)
-        error = f"{error}; " * bool(error) + f"the report could not be rendered: {problem}"
-    finally:
-        run.conclude(state, error)
-    if error:
-        print(f"kepo: {run.status['error']}", file=sys.stderr)
-    return code
-
-
-def _execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
-    """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes."""
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-    from papermill import execute_notebook
-
-    sockets = tempfile.TemporaryDirectory(prefix="kepo-")  # of this run alone: runs at the same time must not meet
-
-    class ThisInterpreter(AsyncKernelManager):
-        """No installed kernel is looked up, so none of another environment is found; sockets need no free port."""
-
-        if sys.platform != "win32":
-            transport = "ipc"
-            ip = f"{sockets.name}/kernel"
-        kernel_spec = KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-            display_name="Python 3",
-            language="python",
-        )
-
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        execute_notebook(
-            _from_root(notebook),
-            str(output),
-            parameters=given,
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=ThisInterpreter,
-            coalesce_streams=True,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        sockets.cleanup()
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _from_root(path: Path) -> str:
-    """A path as the run folder may keep it: from the project's root where it lies below it."""
-    root = project_root()
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def _parser() -> argparse.ArgumentParser:
