@@ -95,7 +95,7 @@ def run_study(file: str, slots: int) -> int:
 
     Raises `ParamError` or ``DataError`` before anything runs if the file or the data do not fit.
     """
-    from kepo_core.study import execution, experiment, jobs, live, shelf, studies
+    from kepo_core.study import execution, experiment, jobs, live, studies
 
     study = studies.read_study(file)
     places = jobs.slots(slots)
@@ -109,14 +109,7 @@ def run_study(file: str, slots: int) -> int:
     except KeyboardInterrupt:
         print("kepo: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
-    answers: dict[str, dict[int, Any]] = {}
-    for arm, seeds in study.arms.items():
-        for seed in seeds:
-            if (name := f"{arm} seed {seed}") in runs:
-                answers.setdefault(arm, {})[seed] = list(shelf.read_answers(runs[name]).values())[-1]
-    print(f"\n{studies.results_table(answers, data.images, study.base.train_modality).to_string()}")
-    compared = studies.comparison_table(answers, study.compared_with, data.images)
-    print(f"\nagainst {study.compared_with}, in points\n{compared.to_string()}")
+    print(f"\n{studies.as_text(study, runs, data.images)}")
     for name, reason in failures.items():
         print(f"kepo: {name} failed: {reason}", file=sys.stderr)
     return FAILED if failures else COMPLETED

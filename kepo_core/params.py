@@ -149,6 +149,9 @@ class Params:
     eval_samples: int = _p(1, "answers per question: more than 1 for mean@k, with an eval_temperature", low=1)
     eval_temperature: float = _p(0.0, "sampling temperature of evaluation; 0: greedy", low=0)
 
+    curve_steps: int = _p(0, "optimiser steps between evaluations on the way; 0: none", low=0)
+    curve_items: int = _p(100, "test questions per modality in each of these, at most", low=1)
+
     # -- run
     results_dir: str = _p("results", "where run folders are made, from the project's root")
     run_dir: str = _p("", "the run's folder; empty: a new one is made")

@@ -1,7 +1,7 @@
 """From parameters to the parts of one experiment: data, models, trainer, evaluation. Notebooks call these."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from kepo_core.method.rewards import reward_functions
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import ParamError, Params, resolve
-from kepo_core.study import diagnosis, statistics
+from kepo_core.study import curves, diagnosis, statistics
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.metrics import MetricsWriter, forget_after
 from kepo_core.study.models import best_device, check_same_vocabulary, load_model, load_processor
@@ -195,6 +195,10 @@ def make_trainer(
     if params.method == "none":
         return None
     callbacks = [MetricsWriter(run), *callbacks]
+    if params.curve_steps:
+        questions = curves.asked(data.tests, params.curve_items)
+        ask = partial(evaluate_student, params, models, questions)
+        callbacks.append(curves.CurveWriter(ask, run.evaluation_dir, params.curve_steps))
     pictures = Pictures(params.image_size, params.image_fit)
     if params.method == "kepo":
         trainer: Trainer = KEPOTrainer(
@@ -239,11 +243,13 @@ def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
     ``diagnosis.training_table``'s rows; without a trainer none.
     """
     checkpoint = last_checkpoint(run.training_dir)
-    forget_after(run, trained_steps(checkpoint) if checkpoint else 0)
+    done = trained_steps(checkpoint) if checkpoint else 0
+    forget_after(run, done)
+    curves.forget_after(run.evaluation_dir, done)
     if trainer is None:
         return diagnosis.training_table([])
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step > (trained_steps(checkpoint) if checkpoint else 0):
+    if trainer.state.global_step > done:
         # Answers of a model that was trained before, in another process: this one's may differ, on a GPU say.
         (run.evaluation_dir / "trained.jsonl").unlink(missing_ok=True)
     trainer.save_model(str(run.path / "model"))
@@ -251,11 +257,15 @@ def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
 
 
 def evaluate_student(
-    params: Params, models: Models, questions: Sequence[Question], run: Run, name: str, progress: Progress | None = None
+    params: Params,
+    models: Models,
+    questions: Sequence[Question],
+    kept: Path | None = None,
+    progress: Progress | None = None,
 ) -> list[Answer]:
     """The student's answers, in its present state, to ``questions``: greedy, or as ``eval_samples`` says.
 
-    They are kept in the run's folder under ``name`` as they come: a run that is resumed answers the others only.
+    In the file ``kept`` they are kept as they come: a run that is resumed answers the others only.
     """
     return evaluate(
         models.student,
@@ -269,14 +279,8 @@ def evaluate_student(
         seed=params.seed,
         pictures=partial(load_image, image_size=params.image_size, fit=params.image_fit),
         progress=progress,
-        kept=run.evaluation_dir / f"{name}.jsonl",
+        kept=kept,
     )
-
-
-def predictions(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
-    """One row per model and question, for ``predictions.parquet``."""
-    rows = [{"model": model, **asdict(answer)} for model, given in answers.items() for answer in given]
-    return pd.DataFrame(rows).astype({"outcome": str})
 
 
 def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -> dict[str, Any]:

@@ -100,6 +100,22 @@ def training_panels(metrics: pd.DataFrame, axes: Any) -> None:
         curves(metrics, names, ax, smooth=smooth, title=title, rate=rate)
 
 
+def accuracy_curves(bands: Mapping[str, Mapping[str, pd.DataFrame]], axes: Any) -> None:
+    """Accuracy over training with 95 % bands, a panel for each part of the test set, from ``curves.bands``."""
+    for (part, frames), ax in zip(bands.items(), np.asarray(axes, dtype=object).ravel(), strict=True):
+        for k, (label, frame) in enumerate(frames.items()):
+            colour, dash = _COLOURS[k % len(_COLOURS)], _DASHES[k % len(_DASHES)]
+            low, high = 100 * frame["low"].clip(0, 1), 100 * frame["high"].clip(0, 1)
+            ax.fill_between(frame["step"], low, high, color=colour, alpha=0.15, linewidth=0)
+            ax.plot(
+                frame["step"], 100 * frame["accuracy"], color=colour, linestyle=dash,
+                marker=_MARKERS[k % len(_MARKERS)], markersize=4, linewidth=1.8, label=label,
+            )  # fmt: skip
+        ax.set(xlabel="step", ylabel="accuracy (%), 95 % band", title=part)
+        if frames:
+            ax.legend(loc="best", handlelength=3)
+
+
 def accuracies(
     table: pd.DataFrame, ax: Axes, *, chance: Mapping[str, float] | None = None, in_domain: str = MODALITIES[0]
 ) -> Axes:

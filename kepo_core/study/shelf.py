@@ -1,15 +1,16 @@
 """The shelf: what the runs of a results folder have computed already, found by parameters, code and data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from kepo_core.data.records import Answer, AnswerOutcome
+from kepo_core.data.records import Answer
 from kepo_core.params import Params, project_root
 from kepo_core.study import provenance
+from kepo_core.study.answers import from_table
 from kepo_core.study.runs import Run
 
 
@@ -66,13 +67,13 @@ def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run 
 
 def read_answers(run: Run) -> dict[str, list[Answer]]:
     """A run's ``predictions.parquet``: model → its answers, in order; the last model is the one that came of it."""
-    table = pd.read_parquet(run.path / "predictions.parquet")
-    names = [field.name for field in fields(Answer)]
-    answers: dict[str, list[Answer]] = {}
-    for row in table.to_dict("records"):
-        row["outcome"] = AnswerOutcome(row["outcome"])
-        answers.setdefault(str(row["model"]), []).append(Answer(**{str(name): row[name] for name in names}))
-    return answers
+    return from_table(pd.read_parquet(run.path / "predictions.parquet"))
+
+
+def read_curve(run: Run) -> dict[int, list[Answer]]:
+    """A run's ``curve.parquet``: optimiser step → the answers after it; empty where ``curve_steps`` asked for none."""
+    path = run.path / "curve.parquet"
+    return from_table(pd.read_parquet(path), "step") if path.exists() else {}
 
 
 def minutes(run: Run) -> float:

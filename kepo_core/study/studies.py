@@ -5,8 +5,11 @@ params: params/phantom.yaml        # all that is not said here
 methods: [grpo, kepo-tau1]         # names from the table of methods
 compared_with: grpo                # the one that all others are compared with
 seeds: [0, 1, 2]
+set: {curve_steps: 10}             # optional: of all runs, over the parameter file
 grid:                              # optional: every combination of these values, for every method
   learning_rate: [0.0001, 0.0003]
+students:                          # optional: several pretrained students, each with its teacher
+  - {student: "models/seed1/student", teacher: "models/seed1/teacher"}
 ```
 """
 
@@ -18,25 +21,33 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from kepo_core.data.records import Answer
 from kepo_core.params import ParamError, Params, resolve
 from kepo_core.params_io import read_yaml
+from kepo_core.study import shelf
 from kepo_core.study.aggregate import (
-    difference_over_runs_and_images,
     holm,
+    interquartile_mean,
     mean_over_runs,
+    mean_over_runs_and_images,
     probability_of_improvement,
     seeds_needed,
 )
+from kepo_core.study.answers import correctness
+from kepo_core.study.claims import Outcome, claims_table
 from kepo_core.study.methods import method
+from kepo_core.study.runs import Run
 from kepo_core.study.statistics import AVG, AVG_OOD, accuracy_table
 
 #: What decides which questions are asked; all runs of a study share them.
 DATA = ("data_root", "data_seed", "split", "train_modality", "train_items", "eval_items", "eval_split", "items_file",
         "eval_samples")  # fmt: skip
-_KEYS = {"params": str, "methods": list, "compared_with": str, "seeds": list, "grid": dict}
+_NEEDED = {"params": str, "methods": list, "compared_with": str, "seeds": list}
+_KEYS = {**_NEEDED, "set": dict, "grid": dict, "students": list}
+
+#: A run within its arm: the number of the pretrained student it begins from, and its seed.
+Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -45,13 +56,18 @@ class Study:
 
     base: Params
     compared_with: str
-    arms: dict[str, dict[int, Params]] = field(default_factory=dict)  # name → seed → parameters
+    arms: dict[str, dict[Key, Params]] = field(default_factory=dict)  # name → (student, seed) → parameters
 
     @property
     def runs(self) -> dict[str, Params]:
-        """Every run by its name, "ARM seed N": all arms of one seed before the next, so that early tables compare."""
-        seeds = dict.fromkeys(seed for runs in self.arms.values() for seed in runs)
-        return {f"{arm} seed {seed}": runs[seed] for seed in seeds for arm, runs in self.arms.items()}
+        """Every run by its name: all arms of one seed before the next, so that early tables compare."""
+        keys = dict.fromkeys(key for runs in self.arms.values() for key in runs)
+        return {self.name(arm, key): runs[key] for key in keys for arm, runs in self.arms.items()}
+
+    def name(self, arm: str, key: Key) -> str:
+        """What a run is called: its arm and seed, and its student where there are several."""
+        several = len({key[0] for runs in self.arms.values() for key in runs}) > 1
+        return f"{arm} seed {key[1]}" + (f" of student {key[0] + 1}" if several else "")
 
 
 def read_study(file: str | Path) -> Study:
@@ -62,28 +78,27 @@ def read_study(file: str | Path) -> Study:
     path = resolve(file)
     given = read_yaml(path)
     for name, kind in _KEYS.items():
-        if name not in given and name != "grid":
-            raise ParamError(f"{path.name} has no {name}, expected {', '.join(_KEYS)} (grid may be left out)")
+        if name not in given and name in _NEEDED:
+            raise ParamError(f"{path.name} has no {name}, expected {', '.join(_NEEDED)}")
         if name in given and (not isinstance(given[name], kind) or not given[name]):
             raise ParamError(f"{name} in {path.name} is {given[name]!r}, expected a {kind.__name__} that is not empty")
     if unknown := sorted(set(given) - set(_KEYS)):
         raise ParamError(f"{unknown[0]} in {path.name} is unknown, expected {', '.join(_KEYS)}")
-    base = Params.load(given["params"])
+    base = Params.load(given["params"], given.get("set"))
     grid: Mapping[str, Any] = given.get("grid", {})
-    for name, values in {"seeds": given["seeds"], "methods": given["methods"], **grid}.items():
+    students: list[dict[str, Any]] = given.get("students", [{}])
+    lists: dict[str, Any] = {name: given[name] for name in ("seeds", "methods", "students") if name in given}
+    for name, values in (lists | dict(grid)).items():
         if not isinstance(values, list) or not values or len(set(map(repr, values))) < len(values):
             raise ParamError(f"{name} in {path.name} is {values!r}, expected a list of different values")
     if fixed := [name for name in grid if name in (*DATA, "seed", "run_dir", "params_file", "results_dir")]:
         raise ParamError(
             f"grid in {path.name} has {fixed[0]}, which all runs of a study share: set it in {base.params_file}"
         )
-    arms: dict[str, dict[int, Params]] = {}
-    for entry in map(method, map(str, given["methods"])):
-        for values in itertools.product(*grid.values()):
-            chosen = dict(zip(grid, values, strict=True))
-            arm = ", ".join([entry.name, *(f"{name} {value}" for name, value in chosen.items())])
-            changes = {**entry.overrides(base.replace(**chosen)), **chosen}
-            arms[arm] = {seed: base.replace(**changes, seed=seed) for seed in given["seeds"]}
+    for number, pair in enumerate(students):
+        if not isinstance(pair, dict) or set(pair) - {"student", "teacher"}:
+            raise ParamError(f"students in {path.name}: entry {number + 1} is {pair!r}, expected student and teacher")
+    arms = _arms(base, list(map(str, given["methods"])), given["seeds"], grid, students)
     if given["compared_with"] not in arms:
         raise ParamError(
             f"compared_with in {path.name} is {given['compared_with']!r}, expected one of {', '.join(arms)}"
@@ -91,69 +106,123 @@ def read_study(file: str | Path) -> Study:
     return Study(base, given["compared_with"], arms)
 
 
-Answers = Mapping[str, Mapping[int, Sequence[Answer]]]  # arm → seed → what the trained model answered
+def _arms(
+    base: Params,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    grid: Mapping[str, Any],
+    students: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[Key, Params]]:
+    arms: dict[str, dict[Key, Params]] = {}
+    for entry, values in itertools.product(map(method, methods), itertools.product(*grid.values())):
+        chosen = dict(zip(grid, values, strict=True))
+        arm = arms.setdefault(", ".join([entry.name, *(f"{name} {value}" for name, value in chosen.items())]), {})
+        for (number, pair), seed in itertools.product(enumerate(students), seeds):
+            own = base.replace(**pair, **chosen, seed=seed)
+            arm[number, seed] = own.replace(**{**entry.overrides(own), **chosen})
+    return arms
+
+
+Answers = Mapping[str, Mapping[Key, Sequence[Answer]]]  # arm → run → what the trained model answered
 
 
 def results_table(answers: Answers, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
-    """A row per arm, in per cent: in-domain accuracy and both averages, means over seeds with Student's t interval.
+    """A row per arm, in per cent: in-domain accuracy, both averages and ``interquartile_mean`` over modalities.
 
-    The interval is that of other seeds of the same pretrained student on these very questions.
+    Means over seeds with Student's t interval: that of other seeds of the same pretrained student on these very
+    questions. With several students their means are what counts, and the interval is that of other students.
     """
     rows: dict[str, dict[str, object]] = {}
     for arm, runs in answers.items():
-        table = accuracy_table({str(seed): given for seed, given in runs.items()}, images, in_domain)
-        names = [name for name in (in_domain, AVG, AVG_OOD) if name in table.columns.unique(level=0)]
-        rows[arm] = {"seeds": len(runs), **{name: str(mean_over_runs(table[name]["accuracy"])) for name in names}}
+        table = accuracy_table({str(key): given for key, given in runs.items()}, images, in_domain)
+        accuracies = table.xs("accuracy", axis=1, level=1)
+        names = [name for name in (in_domain, AVG, AVG_OOD) if name in accuracies]
+        per_student = _by_student(accuracies.to_numpy(float), list(runs))
+        columns = list(accuracies.columns)
+        cells = {name: str(mean_over_runs(per_student[:, columns.index(name)])) for name in names}
+        modalities = [i for i, name in enumerate(columns) if name not in (AVG, AVG_OOD)]
+        rows[arm] = {"runs": len(runs), **cells, "IQM": str(interquartile_mean(per_student[:, modalities]))}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def comparison_table(
     answers: Answers, compared_with: str, images: Mapping[str, str], confidence: float = 0.95
 ) -> pd.DataFrame:
-    """A row per other arm: its difference from ``compared_with`` over the seeds that both have, in points.
+    """A row per other arm: its difference from ``compared_with`` over the runs that both have, in points.
 
-    ``over seeds and questions``: ``difference_over_runs_and_images``. ``over seeds``: the paired differences of the
-    seeds' averages with Student's t interval and test, p adjusted for the number of tests by Holm; no test with one
-    seed, or with equal differences, whose spread cannot be told. ``beats it``: ``probability_of_improvement`` over
-    modalities. ``seeds to tell``: ``seeds_needed`` for a difference as large and as spread as this one.
+    ``over runs and questions``: ``mean_over_runs_and_images``. ``over runs``: the paired differences of the runs'
+    averages (of the students' means, with several students) with Student's t interval and test, p adjusted for the
+    number of tests by Holm; no test with one run, or with equal differences, whose spread cannot be told. ``beats it``:
+    ``probability_of_improvement`` over modalities. ``runs to tell``: ``seeds_needed`` for a difference as large and as
+    spread as this one.
     """
     rows: dict[str, dict[str, object]] = {}
     p_values: dict[str, float] = {}
     for arm, runs in answers.items():
-        seeds = [seed for seed in runs if seed in answers.get(compared_with, {})]
-        if arm == compared_with or not seeds:
+        keys = [key for key in runs if key in answers.get(compared_with, {})]
+        if arm == compared_with or not keys:
             continue
-        order = answers[compared_with][seeds[0]]
-        before, after = (_matrix([answers[name][seed] for seed in seeds], order) for name in (compared_with, arm))
+        order = answers[compared_with][keys[0]]
+        before, after = (_matrix([answers[name][key] for key in keys], order) for name in (compared_with, arm))
         tasks = [answer.modality for answer in order]
         where = [images[answer.question_id] for answer in order]
-        both = difference_over_runs_and_images(before, after, where, tasks, confidence)
+        both = mean_over_runs_and_images(after - before, where, tasks, confidence, [key[0] for key in keys])
         own = [[t == task for t in tasks] for task in dict.fromkeys(tasks)]
-        theirs, ours = (np.stack([scores[:, of].mean(axis=1) for of in own], axis=1) for scores in (before, after))
-        per_seed = (ours - theirs).mean(axis=1)
-        spread = float(per_seed.std(ddof=1)) if len(seeds) > 1 else 0.0
-        if spread > 1e-12:
-            p_values[arm] = float(stats.ttest_1samp(per_seed, 0).pvalue)
+        by_task = (np.stack([scores[:, of].mean(axis=1) for of in own], axis=1) for scores in (before, after))
+        theirs, ours = (_by_student(scores, keys) for scores in by_task)
+        change = (ours - theirs).mean(axis=1)
+        over_runs = mean_over_runs(change, confidence)
+        if not np.isnan(over_runs.p):
+            p_values[arm] = over_runs.p
+        deviation = float(change.std(ddof=1)) if len(change) > 1 else 0.0
         rows[arm] = {
-            "seeds": len(seeds),
-            "over seeds and questions": str(both) if len(seeds) > 1 else f"{both} (questions alone)",
-            "over seeds": str(mean_over_runs(per_seed, confidence)),
+            "runs": len(keys),
+            "over runs and questions": str(both) if len(keys) > 1 else f"{both} (questions alone)",
+            "over runs": str(over_runs),
             "p (t, Holm)": "–",
             "beats it": f"{probability_of_improvement(ours, theirs):.2f}",
-            "seeds to tell": seeds_needed(spread, abs(both.value)) if spread > 1e-12 and both.value else "–",
+            "runs to tell": seeds_needed(deviation, abs(both.value)) if deviation > 1e-12 and both.value else "–",
         }
     for arm, p in zip(p_values, holm(list(p_values.values())), strict=True):
         rows[arm]["p (t, Holm)"] = f"{p:.2g}"
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def as_text(study: Study, runs: Mapping[str, Run], images: Mapping[str, str]) -> str:
+    """What came of a study's completed runs (by name), for reading: accuracies, differences, the paper's claims."""
+    outcomes: dict[str, dict[Key, Outcome]] = {}
+    for arm, keys in study.arms.items():
+        for key in keys:
+            if run := runs.get(study.name(arm, key)):
+                answers = list(shelf.read_answers(run).values())[-1]
+                outcomes.setdefault(arm, {})[key] = Outcome(answers, shelf.read_curve(run))
+    answers_of = {arm: {key: outcome.answers for key, outcome in found.items()} for arm, found in outcomes.items()}
+    in_domain, students = study.base.train_modality, {key[0] for keys in study.arms.values() for key in keys}
+    speaks_of = "other seeds of the one pretrained student, not of other students"
+    if len(students) > 1:
+        speaks_of = f"other students like these {len(students)}"
+    lines = [
+        f"Accuracy in per cent; intervals over runs speak of {speaks_of}.",
+        results_table(answers_of, images, in_domain).to_string(),
+        f"\nAgainst {study.compared_with}, in points",
+        comparison_table(answers_of, study.compared_with, images).to_string(),
+    ]
+    table = claims_table(outcomes, images, in_domain)
+    if not table.empty:
+        lines += ["\nThe paper's claims, out of distribution", table.to_string(index=False)]
+    return "\n".join(lines)
+
+
+def _by_student(values_RM: np.ndarray, keys: Sequence[Key]) -> np.ndarray:
+    """Rows averaged over the runs of each student, where there are several; else the rows as they are."""
+    students = np.array([key[0] for key in keys])
+    if len(set(students)) < 2:
+        return values_RM
+    return np.stack([values_RM[students == student].mean(axis=0) for student in sorted(set(students))])
+
+
 def _matrix(runs: Sequence[Sequence[Answer]], order: Sequence[Answer]) -> np.ndarray:
     """Correctness (runs, items) in the order of ``order``'s questions and samples."""
-    rows = []
-    for given in runs:
-        by_question = {(answer.question_id, answer.sample): float(answer.correct) for answer in given}
-        keys = [(answer.question_id, answer.sample) for answer in order]
-        if by_question.keys() != set(keys):
-            raise ValueError("answers: two runs answered different questions, expected the same ones of all.")
-        rows.append([by_question[key] for key in keys])
-    return np.array(rows)
+    if any(len(given) != len(order) for given in runs):
+        raise ValueError("answers: two runs answered different questions, expected the same ones of all.")
+    return np.stack([correctness(given, order) for given in runs])

@@ -5,9 +5,10 @@ import pytest
 from scipy import stats
 
 from kepo_core.study.aggregate import (
-    difference_over_runs_and_images,
     holm,
+    interquartile_mean,
     mean_over_runs,
+    mean_over_runs_and_images,
     probability_of_improvement,
     seeds_needed,
 )
@@ -51,27 +52,28 @@ def test_a_difference_over_seeds_and_images_covers_as_it_says(runs: int) -> None
     rng = np.random.default_rng(runs)
     hits = []
     for _ in range(1000):
-        estimate = difference_over_runs_and_images(*simulate(rng, runs, 0.1))
+        before, after, images, tasks = simulate(rng, runs, 0.1)
+        estimate = mean_over_runs_and_images(after - before, images, tasks)
         hits.append(estimate.low <= 0.1 <= estimate.high)
     assert 0.93 <= np.mean(hits) <= 0.97
 
 
 def test_a_difference_over_seeds_and_images_at_its_limits() -> None:
     before, after, images, tasks = simulate(np.random.default_rng(1), 4, 0.1)
-    estimate = difference_over_runs_and_images(before, after, images, tasks)
+    estimate = mean_over_runs_and_images(after - before, images, tasks)
     by_task = [(after - before)[:, [t == task for t in tasks]].mean() for task in ("MRI", "CT")]
     assert estimate.value == pytest.approx(np.mean(by_task))
-    assert difference_over_runs_and_images(before, before, images, tasks).high == 0
+    assert mean_over_runs_and_images(before - before, images, tasks).high == 0
     # More seeds of the same questions cannot make the questions more.
-    copies = difference_over_runs_and_images(*(np.repeat(x[:1], 40, axis=0) for x in (before, after)), images, tasks)
-    alone = difference_over_runs_and_images(before[:1], after[:1], images, tasks)
+    copies = mean_over_runs_and_images(np.repeat((after - before)[:1], 40, axis=0), images, tasks)
+    alone = mean_over_runs_and_images((after - before)[:1], images, tasks)
     assert copies.high - copies.low == pytest.approx(alone.high - alone.low, rel=0.01)
     # One image a question and no difference between seeds: the plain standard error of a mean.
     x = np.random.default_rng(0).normal(size=(1, 50))
-    plain = difference_over_runs_and_images(0 * x, x, [str(i) for i in range(50)], ["MRI"] * 50)
+    plain = mean_over_runs_and_images(x, [str(i) for i in range(50)], ["MRI"] * 50)
     assert (plain.high - plain.low) / 2 == pytest.approx(stats.t.ppf(0.975, 49) * stats.sem(x[0]))
     with pytest.raises(ValueError, match="with 320 images and 3 tasks"):
-        difference_over_runs_and_images(before, after, images, ["MRI"] * 3)
+        mean_over_runs_and_images(after - before, images, ["MRI"] * 3)
 
 
 def test_holm_by_hand() -> None:
@@ -98,3 +100,52 @@ def test_as_many_seeds_as_are_needed_and_no_fewer() -> None:
     assert seeds_needed(0.0, 0.1) == 2 and seeds_needed(1.0, 0.5) > seeds_needed(1.0, 1.0)
     with pytest.raises(ValueError, match="expected ≥ 0 and > 0"):
         seeds_needed(1, 0)
+
+
+def test_the_interquartile_mean_by_hand() -> None:
+    # 2 runs × 4 tasks, 1 to 8: two are cut off at each end, 3 4 5 6 remain.
+    estimate = interquartile_mean([[1, 3, 5, 7], [2, 4, 6, 8]])
+    assert estimate.value == 4.5 and interquartile_mean([[1, 3, 5, 7], [2, 4, 6, 8000]]).value == 4.5
+    # Left out whole: without the first run 4 and 6 remain, without the second 3 and 5 → √(1/2 · 2 · 0.5²) = 0.5.
+    assert estimate.high - estimate.value == pytest.approx(stats.t.ppf(0.975, 1) * 0.5)
+    assert interquartile_mean([[1, 3, 5, 7]]).high == np.inf
+    with pytest.raises(ValueError, match=r"scores_RM: shape \(3,\)"):
+        interquartile_mean([1, 2, 3])
+
+
+@pytest.mark.parametrize("runs", [2, 3, 10])
+def test_the_interquartile_mean_covers_as_it_says(runs: int) -> None:
+    rng = np.random.default_rng(runs)
+
+    def draw() -> np.ndarray:  # runs are good or bad in all tasks together
+        return rng.normal(0, 0.03, (runs, 1)) + rng.normal(0, 0.03, (runs, 8)) + np.linspace(0.4, 0.9, 8)
+
+    found = [interquartile_mean(draw()) for _ in range(1000)]
+    assert 0.93 <= np.mean([e.low <= 0.65 <= e.high for e in found]) <= 0.97
+
+
+def test_several_students_count_as_many_runs_not_their_seeds() -> None:
+    rng = np.random.default_rng(0)
+    tasks, images = ["MRI"] * 60 + ["CT"] * 60, [str(i) for i in range(120)]
+    hits = {"students": [], "seeds": []}
+    for _ in range(1000):
+        # Five students, three seeds each; the gain is a student's own.
+        students = np.repeat(range(5), 3)
+        gain = 0.1 + np.repeat(rng.normal(0, 0.1, 5), 3)[:, None] + rng.normal(0, 0.05, 120)
+        values = rng.normal(gain, 0.5)
+        for name, who in (("students", students), ("seeds", None)):
+            estimate = mean_over_runs_and_images(values, images, tasks, students_R=who)
+            hits[name].append(estimate.low <= 0.1 <= estimate.high)
+    assert 0.93 <= np.mean(hits["students"]) <= 0.97 and np.mean(hits["seeds"]) < 0.85
+    one = mean_over_runs_and_images(values, images, tasks, students_R=["a"] * 15)
+    assert one == mean_over_runs_and_images(values, images, tasks)
+    with pytest.raises(ValueError, match="students_R: 2 for 15 runs"):
+        mean_over_runs_and_images(values, images, tasks, students_R=["a", "b"])
+
+
+def test_p_values_are_those_of_the_intervals() -> None:
+    x = np.random.default_rng(0).normal(0.3, 1, 20)
+    assert mean_over_runs(x).p == pytest.approx(stats.ttest_1samp(x, 0).pvalue)
+    assert np.isnan(mean_over_runs([1, 1]).p)
+    estimate = mean_over_runs_and_images(x[None], [str(i) for i in range(20)], ["MRI"] * 20)
+    assert estimate.p == pytest.approx(stats.ttest_1samp(x, 0).pvalue)

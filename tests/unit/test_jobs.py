@@ -14,7 +14,7 @@ from kepo_core.cli import _parser, parse_value
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.params import ParamError, Params
 from kepo_core.study import jobs, provenance, shelf
-from kepo_core.study.experiment import predictions
+from kepo_core.study.answers import to_table
 from kepo_core.study.methods import methods
 from kepo_core.study.runs import Run
 
@@ -111,7 +111,7 @@ def test_answers_come_back_as_they_were(params: Params, notebook: Path) -> None:
     given = Answer("q1", "MRI", "", "<answer>A</answer>", AnswerOutcome.CORRECT, "A", True, True, 5, True)
     cut = replace(given, question_id="q2", outcome=AnswerOutcome.TRUNCATED, letter="", correct=False, sample=3)
     run = leave(params, notebook)
-    run.write_table("predictions", predictions({"untrained": [cut, given], "grpo": [given]}))
+    run.write_table("predictions", to_table({"untrained": [cut, given], "grpo": [given]}))
     back = shelf.read_answers(run)
     assert back == {"untrained": [cut, given], "grpo": [given]} and list(back)[-1] == "grpo"
     assert all(type(value) is type(getattr(cut, name)) for name, value in asdict(back["untrained"][0]).items())

@@ -44,7 +44,7 @@ def test_methods_times_seeds_times_grid(tmp_path: Path) -> None:
     study = read_study(write(tmp_path, grid + "grid: {tau: [0.0, 1.0], learning_rate: [0.0001]}\n"))
     assert list(study.arms) == [f"{name}, tau {tau}, learning_rate 0.0001" for name in ("grpo", "kepo-tau1")
                                 for tau in (0.0, 1.0)]  # fmt: skip
-    assert study.arms["kepo-tau1, tau 0.0, learning_rate 0.0001"][1].tau == 0
+    assert study.arms["kepo-tau1, tau 0.0, learning_rate 0.0001"][0, 1].tau == 0
 
 
 @pytest.mark.parametrize(
@@ -91,27 +91,60 @@ IMAGES = {f"q{i}": f"MRI{i // 2}" if i < 4 else f"CT{i}" for i in range(8)}
 def test_tables_over_runs_say_how_sure_they_are() -> None:
     rng = np.random.default_rng(0)
     low, high = (rng.random((3, 8)) < p for p in (0.3, 0.8))
-    answers = {"grpo": {s: answered(low[s]) for s in range(3)}, "kepo": {s: answered(high[s]) for s in range(3)},
-               "new": {7: answered(high[0])}}  # fmt: skip
+    answers = {"grpo": {(0, s): answered(low[s]) for s in range(3)}, "new": {(0, 7): answered(high[0])},
+               "kepo": {(0, s): answered(high[s]) for s in range(3)}}  # fmt: skip
     table = results_table(answers, IMAGES, "MRI")
     of_seed = (high[:, :4].mean(1) + high[:, 4:].mean(1)) / 2
-    assert table.loc["kepo", "Avg."] == str(mean_over_runs(of_seed)) and table.loc["kepo", "seeds"] == 3
+    assert table.loc["kepo", "Avg."] == str(mean_over_runs(of_seed)) and table.loc["kepo", "runs"] == 3
     assert table.loc["new", "MRI"] == f"{100 * high[0, :4].mean():.1f} (one run)"
     compared = comparison_table(answers, "grpo", IMAGES)
     assert list(compared.index) == ["kepo"]  # the other shares no seed
     change = of_seed - (low[:, :4].mean(1) + low[:, 4:].mean(1)) / 2
-    assert compared.loc["kepo", "over seeds"] == str(mean_over_runs(change))
+    assert compared.loc["kepo", "over runs"] == str(mean_over_runs(change))
     assert compared.loc["kepo", "p (t, Holm)"] == f"{stats.ttest_1samp(change, 0).pvalue:.2g}"
-    assert compared.loc["kepo", "over seeds and questions"].startswith(f"{100 * change.mean():.1f} [")
-    shifted = {s: answered(high[0]) for s in range(3)}  # the same in every seed
-    few = comparison_table({"a": {0: answers["grpo"][0]}, "b": {0: answers["kepo"][0]}}, "a", IMAGES).loc["b"]
-    assert few["p (t, Holm)"] == "–" and few["over seeds"].endswith("(one run)")
-    assert few["over seeds and questions"].endswith("(questions alone)")
-    alike = comparison_table({"a": shifted, "b": {s: answered(1 - high[0]) for s in range(3)}}, "a", IMAGES).loc["b"]
-    assert alike["p (t, Holm)"] == "–" and "alike" in alike["over seeds"] and alike["seeds to tell"] == "–"
+    assert compared.loc["kepo", "over runs and questions"].startswith(f"{100 * change.mean():.1f} [")
+    shifted = {(0, s): answered(high[0]) for s in range(3)}  # the same in every seed
+    one = {name: {(0, 0): answers[name][0, 0]} for name in ("grpo", "kepo")}
+    few = comparison_table(one, "grpo", IMAGES).loc["kepo"]
+    assert few["p (t, Holm)"] == "–" and few["over runs"].endswith("(one run)")
+    assert few["over runs and questions"].endswith("(questions alone)")
+    opposite = {(0, s): answered(1 - high[0]) for s in range(3)}
+    alike = comparison_table({"a": shifted, "b": opposite}, "a", IMAGES).loc["b"]
+    assert alike["p (t, Holm)"] == "–" and "alike" in alike["over runs"] and alike["runs to tell"] == "–"
     assert comparison_table(answers, "none", IMAGES).empty
     with pytest.raises(ValueError, match="answered different questions"):
-        comparison_table({"grpo": answers["grpo"], "kepo": {0: answers["kepo"][0][:3]}}, "grpo", IMAGES)
+        comparison_table({"grpo": answers["grpo"], "kepo": {(0, 0): answers["kepo"][0, 0][:3]}}, "grpo", IMAGES)
+
+
+def test_runs_of_several_students_are_pooled_over_students() -> None:
+    rng = np.random.default_rng(1)
+    low, high = (rng.random((4, 8)) < p for p in (0.3, 0.8))
+    keys = [(0, 0), (0, 1), (1, 0), (2, 5)]  # two runs of the first student, one of each other
+    answers = {name: {key: answered(x) for key, x in zip(keys, given, strict=True)}
+               for name, given in {"grpo": low, "kepo": high}.items()}  # fmt: skip
+    of_run = (high[:, :4].mean(1) + high[:, 4:].mean(1)) / 2
+    of_student = [of_run[:2].mean(), of_run[2], of_run[3]]
+    table = results_table(answers, IMAGES, "MRI")
+    assert table.loc["kepo", "Avg."] == str(mean_over_runs(of_student)) and table.loc["kepo", "runs"] == 4
+    change = np.array(of_student) - [x.mean() for x in np.split((low[:, :4].mean(1) + low[:, 4:].mean(1)) / 2, [2, 3])]
+    assert comparison_table(answers, "grpo", IMAGES).loc["kepo", "over runs"] == str(mean_over_runs(change))
+
+
+def test_every_student_is_combined_with_every_seed_and_keeps_its_teacher(tmp_path: Path) -> None:
+    text = (
+        FILE.format(compared_with="grpo")
+        + """set: {curve_steps: 2}
+students:
+  - {student: "embedded:student", teacher: "embedded:teacher"}
+  - {student: "models/seed1/student", teacher: "models/seed1/teacher"}
+"""
+    )
+    study = read_study(write(tmp_path, text.replace("methods: [grpo, kepo-tau1]", "methods: [grpo, teacher]")))
+    assert "grpo seed 1 of student 2" in study.runs and len(study.runs) == 8
+    assert study.runs["teacher seed 0 of student 2"].student == "models/seed1/teacher"
+    assert {params.curve_steps for params in study.runs.values()} == {2}
+    with pytest.raises(ParamError, match=r"students in study.yaml: entry 1 is 'a', expected student and teacher"):
+        read_study(write(tmp_path, FILE.format(compared_with="grpo") + "students: [a]\n"))
 
 
 def test_the_command_runs_what_is_missing_and_prints_what_came_of_all(
@@ -131,9 +164,10 @@ def test_the_command_runs_what_is_missing_and_prints_what_came_of_all(
     monkeypatch.setattr(experiment, "load_data", lambda params: Data)
     monkeypatch.setattr(jobs, "run_all", run_all)
     monkeypatch.setattr(shelf, "read_answers", lambda run: {"untrained": [], "trained": answered(np.ones(8))})
+    monkeypatch.setattr(shelf, "read_curve", lambda run: {})
     assert cli.main(["study", "run", str(path), "--slots", "1"]) == cli.FAILED
     said = capsys.readouterr()
-    assert "4 runs, 1 at a time" in said.out and "against grpo, in points" in said.out
+    assert "4 runs, 1 at a time" in said.out and "Against grpo, in points" in said.out
     assert "kepo: kepo-tau1 seed 1 failed: it broke" in said.err
     assert len(asked[0][0]) == 4 and len(asked[0][1]) == 1
     monkeypatch.setattr(jobs, "run_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
