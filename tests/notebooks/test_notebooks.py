@@ -80,12 +80,15 @@ def run(smoke_file: Path, *parameters: str) -> Path:
 
 
 def test_main_job_twice_is_the_same_to_the_bit_and_complete(smoke_file: Path) -> None:
-    one, two = run(smoke_file, "-p", "tau", "1"), run(smoke_file, "-p", "tau", "1")
+    one = run(smoke_file, "-p", "tau", "1")
+    two = run(smoke_file, "-p", "tau", "1", "-p", "curve_steps", "1")  # asking on the way changes nothing
     for name in ("metrics.jsonl", "rollouts.parquet", "predictions.parquet", "model/model.safetensors"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     names = "params.yaml provenance.json timings.jsonl headline.json notebook.ipynb report.html status.json figures"
     assert all((one / name).exists() for name in names.split())
     assert json.loads((one / "status.json").read_text())["state"] == "completed"
+    curve = pd.read_parquet(two / "curve.parquet")
+    assert curve.groupby("step").size().to_dict() == {0: 32, 1: 32, 2: 32} and not (one / "curve.parquet").exists()
     rollouts, predictions = pd.read_parquet(one / "rollouts.parquet"), pd.read_parquet(one / "predictions.parquet")
     assert (rollouts.replaced | rollouts.injected | ~rollouts.replaced).all() and len(rollouts) >= 2 * 4 * 4
     assert sorted(predictions.model.unique()) == ["kepo-tau1", "untrained"]
@@ -150,7 +153,7 @@ def test_what_does_not_fit_stops_with_a_sentence_and_leaves_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["evaluation/untrained.jsonl", "training/checkpoint-2", "model/model.safetensors"])
 def test_killed_in_training_or_evaluation_and_resumed_is_never_stopped(smoke_file: Path, moment: str) -> None:
-    changes = ["-p", "max_steps", "4", "-p", "save_steps", "1", "-p", "eval_items", "12"]
+    changes = ["-p", "max_steps", "4", "-p", "save_steps", "1", "-p", "eval_items", "12", "-p", "curve_steps", "1"]
     whole = run(smoke_file, *changes)
     command = [sys.executable, "-m", "kepo_core.cli", "run", "notebooks/03_train_kepo.ipynb", "-f", str(smoke_file)]
     started = set(whole.parent.iterdir())
@@ -164,7 +167,8 @@ def test_killed_in_training_or_evaluation_and_resumed_is_never_stopped(smoke_fil
     (folder,) = set(whole.parent.iterdir()) - started
     assert json.loads((folder / "status.json").read_text())["state"] == "running"  # nobody was left to say otherwise
     assert main(["resume", str(folder)]) == 0
-    for name in ("metrics.jsonl", "rollouts.parquet", "predictions.parquet", "model/model.safetensors"):
+    tables = ("metrics.jsonl", "rollouts.parquet", "predictions.parquet", "curve.parquet")
+    for name in (*tables, "model/model.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     assert len((folder / "timings.jsonl").read_text().splitlines()) == len(
         (whole / "timings.jsonl").read_text().splitlines()

@@ -160,7 +160,7 @@ def test_a_baseline_trains_on_the_same_items_and_leaves_the_same_files(root: Pat
     trainer = experiment.make_trainer(given, run, data, models)
     metrics = experiment.train(trainer, run)
     same = all(torch.equal(value, before[key]) for key, value in models.student.state_dict().items())
-    answers = experiment.evaluate_student(given, models, data.test, run, "trained")
+    answers = experiment.evaluate_student(given, models, data.test)
     assert same == metrics.empty == (name == "zero-shot") and len(answers) == 16
     if trainer is not None:
         assert (trainer.args.learning_rate, trainer.args.gradient_accumulation_steps) == (given.learning_rate, 2)

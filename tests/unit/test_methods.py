@@ -103,7 +103,7 @@ def test_every_row_that_the_package_has_models_for_trains_and_answers(
     trainer = experiment.make_trainer(params, run, data, models)
     before = {key: value.clone() for key, value in models.student.state_dict().items()}
     metrics = experiment.train(trainer, run)
-    answers = experiment.evaluate_student(params, models, data.test, run, "trained")
+    answers = experiment.evaluate_student(params, models, data.test)
     assert [a.question_id for a in answers] == [q.id for q in data.test] and len(answers) == 16
     assert all(("<think>" in a.completion) == params.thinking for a in answers if a.format_ok)
     if params.method == "none":
