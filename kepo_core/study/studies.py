@@ -188,26 +188,41 @@ def comparison_table(
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def as_text(study: Study, runs: Mapping[str, Run], images: Mapping[str, str]) -> str:
-    """What came of a study's completed runs (by name), for reading: accuracies, differences, the paper's claims."""
-    outcomes: dict[str, dict[Key, Outcome]] = {}
+def outcomes(study: Study, runs: Mapping[str, Run]) -> dict[str, dict[Key, Outcome]]:
+    """What the completed ``runs`` (by name) left: arm → run → answers and curve. Arms without any are left out."""
+    found: dict[str, dict[Key, Outcome]] = {}
     for arm, keys in study.arms.items():
         for key in keys:
             if run := runs.get(study.name(arm, key)):
                 answers = list(shelf.read_answers(run).values())[-1]
-                outcomes.setdefault(arm, {})[key] = Outcome(answers, shelf.read_curve(run))
-    answers_of = {arm: {key: outcome.answers for key, outcome in found.items()} for arm, found in outcomes.items()}
-    in_domain, students = study.base.train_modality, {key[0] for keys in study.arms.values() for key in keys}
-    speaks_of = "other seeds of the one pretrained student, not of other students"
+                found.setdefault(arm, {})[key] = Outcome(answers, shelf.read_curve(run))
+    return found
+
+
+def answers_of(found: Mapping[str, Mapping[Key, Outcome]]) -> dict[str, dict[Key, Sequence[Answer]]]:
+    """The trained models' answers alone."""
+    return {arm: {key: outcome.answers for key, outcome in runs.items()} for arm, runs in found.items()}
+
+
+def spoken_of(study: Study) -> str:
+    """Whom the intervals over runs speak of."""
+    students = {key[0] for keys in study.arms.values() for key in keys}
     if len(students) > 1:
-        speaks_of = f"other students like these {len(students)}"
+        return f"other students like these {len(students)}"
+    return "other seeds of the one pretrained student, not of other students"
+
+
+def as_text(study: Study, runs: Mapping[str, Run], images: Mapping[str, str]) -> str:
+    """What came of a study's completed runs (by name), for reading: accuracies, differences, the paper's claims."""
+    found, in_domain = outcomes(study, runs), study.base.train_modality
+    answers = answers_of(found)
     lines = [
-        f"Accuracy in per cent; intervals over runs speak of {speaks_of}.",
-        results_table(answers_of, images, in_domain).to_string(),
+        f"Accuracy in per cent; intervals over runs speak of {spoken_of(study)}.",
+        results_table(answers, images, in_domain).to_string(),
         f"\nAgainst {study.compared_with}, in points",
-        comparison_table(answers_of, study.compared_with, images).to_string(),
+        comparison_table(answers, study.compared_with, images).to_string(),
     ]
-    table = claims_table(outcomes, images, in_domain)
+    table = claims_table(found, images, in_domain)
     if not table.empty:
         lines += ["\nThe paper's claims, out of distribution", table.to_string(index=False)]
     return "\n".join(lines)
