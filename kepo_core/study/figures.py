@@ -175,6 +175,22 @@ def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]
     return ax
 
 
+def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str) -> Axes:
+    """A line per arm: its difference from another in domain and out of it, from ``studies.differences``."""
+    y, parts = np.arange(len(table), dtype=float), list(table.columns.unique(level=0))
+    for k, part in enumerate(parts):
+        values, low, high = (100 * table[part][name].to_numpy(float) for name in ("difference", "low", "high"))
+        ax.errorbar(
+            values, y + 0.16 * (2 * k - len(parts) + 1), xerr=[values - low, high - values], label=part,
+            linestyle="none", color=_COLOURS[k], marker=_MARKERS[k], markersize=6, elinewidth=1.4, capsize=2.5,
+        )  # fmt: skip
+    ax.axvline(0, color="#8C8C8C", linewidth=1.2, zorder=1)
+    ax.set_yticks(y, [textwrap.fill(str(name), 44) for name in table.index])
+    ax.set(xlabel=f"points more than {compared_with}, 95 % interval", ylim=(len(table) - 0.4, -0.6))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts))
+    return ax
+
+
 def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_domain: str = MODALITIES[0]) -> None:
     """A line per method on two axes: our accuracies with their intervals, and the paper's Table 1, which has none.
 

@@ -188,6 +188,30 @@ def comparison_table(
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def differences(answers: Answers, compared_with: str, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
+    """A row per other arm: its difference from ``compared_with`` in domain and out of it, by the runs that both have.
+
+    Columns: (``in_domain`` or "Avg. (OOD)", one of ``difference``, ``low``, ``high``), as shares in [-1, 1];
+    ``mean_over_runs_and_images``.
+    """
+    rows: dict[str, dict[tuple[str, str], float]] = {}
+    for arm, runs in answers.items():
+        keys = [key for key in runs if key in answers.get(compared_with, {})]
+        if arm == compared_with or not keys:
+            continue
+        for part in (in_domain, AVG_OOD):
+            order = [a for a in runs[keys[0]] if (a.modality == in_domain) == (part == in_domain)]
+            if order:
+                change = [
+                    correctness(runs[key], order) - correctness(answers[compared_with][key], order) for key in keys
+                ]
+                where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
+                e = mean_over_runs_and_images(np.stack(change), where, tasks, students_R=[key[0] for key in keys])
+                cells = {(part, "difference"): e.value, (part, "low"): e.low, (part, "high"): e.high}
+                rows.setdefault(arm, {}).update(cells)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def outcomes(study: Study, runs: Mapping[str, Run]) -> dict[str, dict[Key, Outcome]]:
     """What the completed ``runs`` (by name) left: arm → run → answers and curve. Arms without any are left out."""
     found: dict[str, dict[Key, Outcome]] = {}
