@@ -93,13 +93,13 @@ class RolloutBrowser(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
 
     def _filtered(self, _: Any = None) -> None:
         """Offer the steps that have groups of the chosen kind, and show the first."""
-        self.step.options = list(dict.fromkeys(map(self._step_of, self._shown)))
+        _offer(self.step, list(dict.fromkeys(map(self._step_of, self._shown))))
         self._stepped()
 
     def _stepped(self, _: Any = None) -> None:
         """Offer the groups of the chosen step, and show the first."""
         own = [i for i in self._shown if self._step_of(i) == self.step.value]
-        self.group.options = [(f"{k}: {self._groups[i]['id'].iloc[0]}", i) for k, i in enumerate(own, start=1)]
+        _offer(self.group, [(f"{k}: {self._groups[i]['id'].iloc[0]}", i) for k, i in enumerate(own, start=1)])
         self._show()
 
     def _move(self, by: int) -> None:
@@ -119,6 +119,12 @@ class RolloutBrowser(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         self.place.value = f"{at + 1} of {len(shown)}"
         card = gallery.card(group, self._by_id[str(group["id"].iloc[0])], self._facts)
         self.card.value = f"<style>{gallery.STYLE}</style>\n{card}"
+
+
+def _offer(control: widgets.Dropdown, options: list[Any]) -> None:
+    """New options, the first of them chosen; one that had none before would choose none."""
+    control.options = options
+    control.index = 0 if options else None
 
 
 def browse(run: Run | str | Path, data: StudyData | None = None) -> RolloutBrowser:
