@@ -21,7 +21,7 @@ from kepo_core.data.splits import image_key
 from kepo_core.method.exploration import GroupOutcome
 
 STYLE = """
-.kepo-card { border: 1px solid #999; border-radius: 6px; padding: .75rem 1rem; margin: 0 0 1rem; }
+.kepo-card { border: 1px solid #999; border-radius: 6px; padding: .75rem 1rem; margin: 0 0 1rem; line-height: 1.45; }
 .kepo-question { display: flex; flex-wrap: wrap; gap: 0 1rem; }
 .kepo-question > * { flex: 1 1 16rem; min-width: 0; }
 .kepo-question > .kepo-picture { flex: 0 0 auto; }
