@@ -21,7 +21,7 @@ help:
 	@echo "make faults     plant faults into a copy of the package, one by one: every one must make its tests fail"
 	@echo "make bench      what a step costs, against GRPO, GRPO + DistillationTrainer and a plain reading of the paper"
 	@echo "make study      many runs, compared over seeds: STUDY=params/study-small.yaml by default; goes on where it stopped"
-	@echo "make lab        JupyterLab on notebooks/"
+	@echo "make lab        JupyterLab on a start page that leads through the notebooks"
 	@echo "make lint       linter and type checker only; format rewrites the sources"
 	@echo "make lock       resolve requirements.lock anew"
 	@echo "make clean      remove the environment and the caches; results stay"
@@ -69,8 +69,10 @@ faults: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py
 
+# The settings below notebooks/.jupyter show Markdown as pages, the start page first; your own settings come before them.
 lab: $(STAMP)
-	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(LAB)
+	JUPYTER_PREFER_ENV_PATH=1 JUPYTER_CONFIG_PATH="$(CURDIR)/notebooks/.jupyter:$$JUPYTER_CONFIG_PATH" \
+		$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/README.md $(LAB)
 
 lock: $(STAMP)
 	$(PIP) uv

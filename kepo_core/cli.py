@@ -1,7 +1,7 @@
 """``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on, ``kepo study run`` makes many runs.
 
-``kepo data check`` looks at data. Exit codes: 0 completed, 1 failed (the folder says why), 2 refused (a parameter or
-the data do not fit; nothing is left behind), 130 interrupted.
+``kepo data check`` looks at data, ``kepo report`` renders pages of runs. Exit codes: 0 completed, 1 failed (the folder
+says why), 2 refused (a parameter or the data do not fit; nothing is left behind), 130 interrupted.
 """
 
 import argparse
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return resume_run(arguments.run)
         if arguments.command == "data":
             return check_data(arguments.path, arguments.strict, arguments.html)
+        if arguments.command == "report":
+            return write_reports(arguments.run, arguments.index)
         if arguments.command == "study":
             return run_study(arguments.file, arguments.slots)
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
@@ -90,6 +92,22 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     return COMPLETED
 
 
+def write_reports(runs: Sequence[str], results: str | None) -> int:
+    """Render the reports of ``runs`` anew; without any, the index of all runs in ``results``. Prints what it wrote.
+
+    Raises `ParamError` where there is nothing to render.
+    """
+    from kepo_core.study.index import write_index
+    from kepo_core.study.report import write_report
+    from kepo_core.study.runs import Run
+
+    for run in [Run.open(resolve(path)) for path in runs]:
+        print(f"kepo: wrote {write_report(run, run.status['state'], run.status.get('error', ''))}")
+    if results is not None or not runs:
+        print(f"kepo: wrote {write_index(resolve(results or Params.load().results_dir))}")
+    return COMPLETED
+
+
 def run_study(file: str, slots: int) -> int:
     """Make the runs of a study file that have not completed yet, several at a time; print what came of all.
 
@@ -142,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     many = study.add_parser("run", help="make the runs of a study file that have not completed yet")
     many.add_argument("file", help="a file such as params/study-small.yaml")
     many.add_argument("--slots", type=int, default=0, help="runs at a time (default: one on each GPU, or each core)")
+    report = commands.add_parser("report", help="render a run's report.html anew; without runs, the index of all runs")
+    report.add_argument("run", nargs="*", help="run folders")
+    report.add_argument(
+        "--index", metavar="RESULTS", nargs="?", const="", help="the index of this folder (default: results)"
+    )
     listing = commands.add_parser("params", help="print every parameter with its meaning, as a parameter file")
     listing.add_argument("-f", "--file", metavar="PARAMS_FILE", help="show this file's values")
     return parser

@@ -38,19 +38,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ParamError(f"params_file {path} cannot be read: {error.strerror}") from error
+    return parse_yaml(text, path.name)
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """The names and values of ``text``, which is the file ``name`` or a part of it; `ParamError` as `read_yaml`."""
     loader = _StrictLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise ParamError(f"params_file {path.name} must hold one `name: value` per line")
-        names = [str(key.value) for key, _ in node.value]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ParamError(f"{repeated[0]} stands twice in {path.name}")
-        return {str(name): value for name, value in loader.construct_mapping(node, deep=True).items()}
+            raise ParamError(f"params_file {name} must hold one `name: value` per line")
+        keys = [str(key.value) for key, _ in node.value]
+        if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ParamError(f"{repeated[0]} stands twice in {name}")
+        return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
     except yaml.YAMLError as error:
-        raise ParamError(f"params_file {path.name} is not YAML: {' '.join(str(error).split())}") from error
+        raise ParamError(f"params_file {name} is not YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()
 

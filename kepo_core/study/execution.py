@@ -15,6 +15,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.params import ParamError, Params, project_root, resolve
+from kepo_core.study.index import write_index
 from kepo_core.study.provenance import notebook_digest
 from kepo_core.study.report import write_report
 from kepo_core.study.runs import Run
@@ -86,7 +87,10 @@ def _execute_and_conclude(notebook: Path, run: Run, given: dict[str, Any], *, re
 
 
 def _conclude(run: Run, state: Any, error: str, code: int) -> int:
-    """Render what there is, then write the status, which comes last whatever happens to the report."""
+    """Render what there is, then write the status, which comes last whatever happens to the report.
+
+    The index of all runs is brought up to date behind it.
+    """
     try:
         if (run.path / "notebook.ipynb").is_file():
             write_report(run, state, error)
@@ -97,6 +101,11 @@ def _conclude(run: Run, state: Any, error: str, code: int) -> int:
         run.conclude(state, error)
     if error:
         print(f"kepo: {run.status['error']}", file=sys.stderr)
+    if run.path.parent == project_root() / run.params.results_dir:  # a run_dir of the user's may lie anywhere
+        try:
+            write_index(run.path.parent)
+        except (ParamError, OSError) as problem:
+            print(f"kepo: the index of runs was not written: {problem}", file=sys.stderr)
     return code
 
 

@@ -212,7 +212,7 @@ class Run:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write the whole text or nothing: readers never see half a file."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write one index
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,14 @@ BCCD = ROOT.parent / "shared/data/bccd_omnimedvqa"
 
 def cell_sources(path: Path, kind: str = "code") -> list[str]:
     return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def test_the_start_page_leads_to_every_notebook() -> None:
+    page = (ROOT / "notebooks/README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[(.+?)\]\(\1\)", page, re.M) == [path.name for path in NOTEBOOKS]
+    assert "LabApp.default_url=/lab/tree/notebooks/README.md" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    settings = json.loads((ROOT / "notebooks/.jupyter/labconfig/default_setting_overrides.json").read_text())
+    assert settings["@jupyterlab/docmanager-extension:plugin"]["defaultViewers"] == {"markdown": "Markdown Preview"}
 
 
 def test_there_are_notebooks() -> None:
@@ -73,9 +82,9 @@ def test_nbval(path: Path, smoke_file: Path) -> None:
 def run(smoke_file: Path, *parameters: str) -> Path:
     """Notebook 03 as the command line runs it; returns the new run folder."""
     results = smoke_file.parent / "results"
-    before = set(results.iterdir()) if results.exists() else set()
+    before = set(results.glob("*/"))
     assert main(["run", "notebooks/03_train_kepo.ipynb", "-f", str(smoke_file), *parameters]) == 0
-    (folder,) = set(results.iterdir()) - before
+    (folder,) = set(results.glob("*/")) - before
     return folder
 
 
@@ -156,15 +165,15 @@ def test_killed_in_training_or_evaluation_and_resumed_is_never_stopped(smoke_fil
     changes = ["-p", "max_steps", "4", "-p", "save_steps", "1", "-p", "eval_items", "12", "-p", "curve_steps", "1"]
     whole = run(smoke_file, *changes)
     command = [sys.executable, "-m", "kepo_core.cli", "run", "notebooks/03_train_kepo.ipynb", "-f", str(smoke_file)]
-    started = set(whole.parent.iterdir())
+    started = set(whole.parent.glob("*/"))
     process = subprocess.Popen([*command, *changes], cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 300
-    while not any((folder / moment).exists() for folder in set(whole.parent.iterdir()) - started):
+    while not any((folder / moment).exists() for folder in set(whole.parent.glob("*/")) - started):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)  # the command and its kernel
     process.wait()
-    (folder,) = set(whole.parent.iterdir()) - started
+    (folder,) = set(whole.parent.glob("*/")) - started
     assert json.loads((folder / "status.json").read_text())["state"] == "running"  # nobody was left to say otherwise
     assert main(["resume", str(folder)]) == 0
     tables = ("metrics.jsonl", "rollouts.parquet", "predictions.parquet", "curve.parquet")

@@ -14,6 +14,7 @@ from papermill.exceptions import PapermillExecutionError
 from kepo_core.cli import main, method_overrides, parse_value
 from kepo_core.params import Params
 from kepo_core.study import provenance
+from kepo_core.study.runs import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +52,7 @@ def write_notebook(folder: Path, *sources: str) -> Path:
 
 
 def only_folder(results: Path) -> Path:
-    (folder,) = results.iterdir()
+    (folder,) = results.glob("*/")
     return folder
 
 
@@ -82,6 +83,7 @@ def test_a_run_leaves_a_complete_folder(kepo_run, results):
     page = (folder / "report.html").read_text()
     assert "training at 0.0" in page
     assert "<script" not in page
+    assert f'href="./{folder.name}/report.html"' in (results / "index.html").read_text()
 
 
 def test_a_failing_notebook_leaves_a_folder_that_says_so(kepo_run, results):
@@ -111,7 +113,7 @@ def test_an_input_error_keeps_the_folder_once_training_began(kepo_run, results, 
     monkeypatch.setattr("kepo_core.study.execution._execute", execute)
     code, _, err = kepo_run()
     assert code == (1 if began else 2)
-    assert len(list(results.iterdir())) == began
+    assert len(list(results.glob("*/"))) == began
     assert "late" in err
     if began:
         assert json.loads((only_folder(results) / "status.json").read_text())["error"] == "ParamError: late"
@@ -248,8 +250,6 @@ def test_a_number_that_another_process_has_got_since_is_no_run_at_work(kepo_run,
 
 
 def test_what_no_command_made_is_not_resumed(tmp_path, results, capsys):
-    from kepo_core.study.runs import Run
-
     assert main(["resume", str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err
     run = Run.allocate(Params(results_dir=str(results)))
@@ -264,3 +264,63 @@ def test_data_that_have_gone_since_leave_the_folder_and_say_so(kepo_run, results
     folder = only_folder(results)
     assert main(["resume", str(folder)]) == 1
     assert json.loads((folder / "status.json").read_text())["error"] == "DataError: qa.json has gone"
+
+
+# Pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """Runs complete without a process: their notebooks are taken for executed."""
+
+    def execute(notebook, output, given):
+        output.write_bytes(notebook.read_bytes())
+        Run.open(given["run_dir"]).finish({})
+
+    monkeypatch.setattr("kepo_core.study.execution._execute", execute)
+
+
+def test_a_runs_page_is_rendered_again_and_is_the_same(no_kernel, kepo_run, results, capsys):
+    kepo_run(READ, OPEN, FINISH)
+    folder = only_folder(results)
+    once = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"kepo: wrote {folder / 'report.html'}\n"
+    assert (folder / "report.html").read_bytes() == once
+    (folder / "notebook.ipynb").write_text("{")
+    assert main(["report", str(folder)]) == 2
+    assert "notebook.ipynb cannot be read as a notebook" in capsys.readouterr().err
+    (folder / "notebook.ipynb").unlink()
+    assert main(["report", str(folder)]) == 2
+    assert "has no notebook.ipynb, expected a run of `kepo run`" in capsys.readouterr().err
+    assert (folder / "report.html").read_bytes() == once
+
+
+def test_what_is_no_run_has_no_report(tmp_path, capsys):
+    assert main(["report", "params/study-small.yaml"]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    assert main(["report", "--index", str(tmp_path / "nowhere")]) == 2
+    assert "is no folder, expected the one that holds run folders" in capsys.readouterr().err
+
+
+def test_the_index_is_written_alone_and_never_over_somebody_elses(no_kernel, kepo_run, results, capsys):
+    kepo_run(READ, OPEN, FINISH)
+    index = results / "index.html"
+    index.unlink()
+    assert main(["report", "--index", str(results)]) == 0
+    assert only_folder(results).name in index.read_text()
+    index.write_text("my own page")
+    assert main(["report", "--index", str(results)]) == 2
+    assert "was not written by `kepo report`" in capsys.readouterr().err
+    code, _, err = kepo_run(READ, OPEN, FINISH)
+    assert code == 0, "the run is none the worse"
+    assert "the index of runs was not written: " in err
+    assert index.read_text() == "my own page"
+
+
+def test_a_folder_of_the_users_gets_no_index(no_kernel, kepo_run, results, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert kepo_run(READ, OPEN, FINISH, parameters=("-p", "run_dir", str(tmp_path / "mine/run")))[0] == 0
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["run"]
+    assert not results.exists()

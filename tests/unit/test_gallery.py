@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from kepo_core.data.phantom import Facts
 from kepo_core.data.records import Question
+from kepo_core.data.splits import image_key
 from kepo_core.method.rollouts import Rollout
 from kepo_core.study.gallery import show_rollouts
 from kepo_core.study.report import clean_html
@@ -56,8 +58,7 @@ def test_nothing_that_was_written_becomes_markup(question):
     row = replace(PLAIN, id=EVIL, completion=EVIL, hint=EVIL, exploration="rescued", outcome=EVIL)
     page = Reader(show_rollouts(frame(row), [evil]).data)
     assert page.open == []
-    assert {tag for tag, _ in page.tags} <= {"style", "div", "table", "thead", "tbody", "tr", "th", "td", "b", "p",
-                                            "ul", "li", "span", "img"}  # fmt: skip
+    assert {tag for tag, _ in page.tags} <= {"style", "div", "b", "p", "ul", "ol", "li", "span", "img"}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert sum(tag == "b" for tag, _ in page.tags) == 1
     assert "".join(page.text).count(EVIL) == 7  # id and modality, question, option, hint, outcome, completion
@@ -72,12 +73,13 @@ def test_what_happened_is_said_in_words(question):
                 accuracy=0.0, reward=0.0, advantage=-0.5, gate=False, finished=False),
     ]  # fmt: skip
     page = show_rollouts(frame(*rows), [question]).data
-    lines = page.split("<tr")[-3:]  # the card's last table
+    lines = page.split("<li")[-3:]  # of the card's last list
     injected, cut, old = lines
     assert "drawn with the hint" in injected
     assert "gate open" in injected
     assert "✓ correct" in injected
-    assert "+0.50" in injected
+    assert "✓ format" in injected
+    assert "reward 2, advantage +0.50" in injected
     for words in ("✗ truncated", "✗ format", "gate shut", "cut at the limit", "-0.50"):
         assert words in cut
     for words in ("the old one", "replaced, not trained on", "–", "✗ wrong"):
@@ -103,6 +105,16 @@ def test_the_report_keeps_picture_marks_and_text(question):
     assert "<script" not in kept
     assert nh3.clean_text(EVIL)[:5] == "&lt;s"
     assert "&lt;script&gt;" in kept
+
+
+def test_the_facts_of_the_picture_stand_there_where_they_are_known(question):
+    known = {image_key(question): Facts("MRI", "ring", "upper left", "small", "two", "dark")}
+    page = show_rollouts(frame(PLAIN), [question], facts=known).data
+    assert "Facts: modality MRI; kind ring; place upper left; size small; number two; contrast dark; diag" in page
+    for unknown in (None, {}, {"another": known[image_key(question)]}):
+        assert "Facts" not in show_rollouts(frame(PLAIN), [question], facts=unknown).data
+    evil = {image_key(question): replace(known[image_key(question)], place=EVIL)}
+    assert EVIL in "".join(Reader(show_rollouts(frame(PLAIN), [question], facts=evil).data).text)
 
 
 def groups(kinds):
