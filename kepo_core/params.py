@@ -7,8 +7,6 @@ what was expected and where the value came from. This module imports nothing of 
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kepo_core.params_io import ParamError as ParamError  # callers import it from here
-from kepo_core.params_io import parameter_cell_names, read_yaml, yaml_scalar
+from kepo_core.params_io import parameter_cell_names, read_yaml, short_hash, yaml_scalar
 
 #: Parameters that say where things lie and how often, not what is computed: they leave the hash alone.
 PLACES = ("results_dir", "run_dir", "params_file", "save_steps")
@@ -266,8 +264,7 @@ class Params:
     @property
     def hash(self) -> str:
         """Eight hexadecimal digits over everything that can change a result (`PLACES` are left out)."""
-        values = {name: value for name, value in self.to_dict().items() if name not in PLACES}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        return short_hash({name: value for name, value in self.to_dict().items() if name not in PLACES})
 
     @property
     def method_name(self) -> str:
@@ -278,6 +275,12 @@ class Params:
         names = {(True, True): "kepo", (True, False): "kepo-ke", (False, True): "explore-only", (False, False): "grpo"}
         name = names[self.distill, self.explore]
         return name + (f"-tau{self.tau:g}" if self.distill else "") + mode
+
+
+def checked(name: str, value: Any) -> Any:
+    """``value`` as the parameter ``name`` takes it; `ParamError` if there is none of that name, or it does not fit."""
+    _known([name])
+    return _checked(next(f for f in dataclasses.fields(Params) if f.name == name), value)
 
 
 def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:

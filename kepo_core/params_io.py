@@ -1,9 +1,11 @@
 """How parameters are read and written: strict YAML, and the parameter cells of a notebook."""
 
 import ast
+import hashlib
+import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,11 @@ def yaml_scalar(value: bool | int | float | str) -> str:
     style = '"' if isinstance(value, str) else None
     text: str = yaml.safe_dump(value, default_style=style, allow_unicode=True, width=math.inf)
     return text.removesuffix("...\n").rstrip("\n")
+
+
+def short_hash(values: Mapping[str, bool | int | float | str]) -> str:
+    """Eight hexadecimal digits over names and values, in whatever order they come."""
+    return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def parameter_cell_names(cells: Iterable[str]) -> set[str]:

@@ -1,9 +1,13 @@
 """A notebook executed into a run folder by papermill, and what its end means for folder and exit code."""
 
+import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +25,8 @@ from kepo_core.study.runs import Run
 
 #: Errors that a notebook raises before it computes anything, because what it was given does not fit.
 _INPUT_ERRORS = ("ParamError", "DataError")
+#: Seconds between two signs of life; after ``runs.SILENCE`` without one, other machines take a run for killed.
+_SIGN_OF_LIFE = 30.0
 
 
 def run_notebook(notebook: Path, params: Params, overrides: dict[str, Any]) -> int:
@@ -34,12 +40,7 @@ def run_notebook(notebook: Path, params: Params, overrides: dict[str, Any]) -> i
     print(f"kepo: run folder {shown}", flush=True)
     given = {name: value for name, value in overrides.items() if value is not None}
     given |= {"params_file": params.params_file, "run_dir": shown}
-    code = _execute_and_conclude(notebook, run, given, refusable=True)
-    if code == REFUSED:
-        shutil.rmtree(run.path)
-    else:
-        print(f"kepo: {run.status['state']}, everything about it is in {shown}", flush=True)
-    return code
+    return _make(notebook, run, given, refusable=True)
 
 
 def resume_run(folder: str) -> int:
@@ -55,9 +56,51 @@ def resume_run(folder: str) -> int:
     shown = _from_root(run.path)
     print(f"kepo: going on in {shown}", flush=True)
     given = {"params_file": f"{shown}/params.yaml", "run_dir": shown}
-    code = _execute_and_conclude(resolve(notebook), run, given, refusable=False)
-    print(f"kepo: {run.status['state']}, everything about it is in {shown}", flush=True)
+    return _make(resolve(notebook), run, given, refusable=False)
+
+
+def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -> int:
+    """Execute and conclude, then say how it ended and what to do next. Returns the exit code.
+
+    Where even the status cannot be written (a full disk, a folder that was deleted), none that looks like an end is.
+    """
+    shown = _from_root(run.path)
+    go_on = f"`kepo resume {shown}` goes on with it"
+    try:
+        with _signs_of_life(run):
+            code = _execute_and_conclude(notebook, run, given, refusable=refusable)
+        if code == REFUSED:
+            shutil.rmtree(run.path)
+        else:
+            state, next_step = run.status["state"], "" if code == COMPLETED else f"; {go_on}"
+            print(f"kepo: {state}, everything about it is in {shown}{next_step}", flush=True)
+    except KeyboardInterrupt:  # once more, while the folder was concluded
+        print(f"kepo: interrupted before its status was written; {go_on}", file=sys.stderr)
+        return INTERRUPTED
+    except (OSError, ParamError) as problem:
+        if (run.path / "status.json").is_file():
+            print(f"kepo: its status could not be written ({problem}): make room, then {go_on}", file=sys.stderr)
+        else:
+            print(f"kepo: {shown} was deleted or moved while the run was made: start it anew", file=sys.stderr)
+        return FAILED
     return code
+
+
+@contextmanager
+def _signs_of_life(run: Run) -> Iterator[None]:
+    """Touches the run's status now and then: other machines see that somebody is at work (`Run.worker`)."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(_SIGN_OF_LIFE):
+            with suppress(OSError):  # the folder was deleted, or a shared disk is away for a moment
+                os.utime(run.path / "status.json")
+
+    threading.Thread(target=touch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _execute_and_conclude(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -> int:
@@ -77,6 +120,8 @@ def _execute_and_conclude(notebook: Path, run: Run, given: dict[str, Any], *, re
         return _conclude(run, "failed", f"{error.ename}: {sentence}", FAILED)
     except DeadKernelError:
         return _conclude(run, "failed", "the notebook's process died, for want of memory perhaps", FAILED)
+    except OSError as error:  # papermill could not write the notebook
+        return _conclude(run, "failed", f"the notebook could not be written: {error}", FAILED)
     except BaseException as error:  # not foreseen: the folder says so, and the traceback is shown
         run.fail(error)
         raise
