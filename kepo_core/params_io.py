@@ -38,8 +38,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The names and values of a parameter file; `ParamError` where it is missing, no flat mapping or repeats a name."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ParamError(f"params_file {path} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ParamError(f"params_file {path} cannot be read: {reason}") from error
     loader = _StrictLoader(text)
     try:
         node = loader.get_single_node()

@@ -18,7 +18,7 @@ from papermill import execute_notebook
 from papermill.exceptions import PapermillExecutionError
 
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
-from kepo_core.params import ParamError, Params, project_root, resolve
+from kepo_core.params import ParamError, Params, from_root, resolve
 from kepo_core.study.provenance import notebook_digest
 from kepo_core.study.report import write_report
 from kepo_core.study.runs import Run
@@ -35,8 +35,8 @@ def run_notebook(notebook: Path, params: Params, overrides: dict[str, Any]) -> i
     ``params`` are ``overrides`` over their parameter file, checked.
     """
     run = Run.allocate(params, owner="kepo run")
-    run.remember(notebook=_from_root(notebook), notebook_sha256=notebook_digest(notebook))
-    shown = _from_root(run.path)
+    run.remember(notebook=from_root(notebook), notebook_sha256=notebook_digest(notebook))
+    shown = from_root(run.path)
     print(f"kepo: run folder {shown}", flush=True)
     given = {name: value for name, value in overrides.items() if value is not None}
     given |= {"params_file": params.params_file, "run_dir": shown}
@@ -53,7 +53,7 @@ def resume_run(folder: str) -> int:
     if not notebook or not resolve(notebook).is_file():
         raise ParamError(f"run_dir {folder} does not say which notebook made it, expected a folder of `kepo run`")
     run = Run.reopen(folder)
-    shown = _from_root(run.path)
+    shown = from_root(run.path)
     print(f"kepo: going on in {shown}", flush=True)
     given = {"params_file": f"{shown}/params.yaml", "run_dir": shown}
     return _make(resolve(notebook), run, given, refusable=False)
@@ -64,7 +64,7 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
 
     Where even the status cannot be written (a full disk, a folder that was deleted), none that looks like an end is.
     """
-    shown = _from_root(run.path)
+    shown = from_root(run.path)
     go_on = f"`kepo resume {shown}` goes on with it"
     try:
         with _signs_of_life(run):
@@ -164,7 +164,7 @@ def _execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         execute_notebook(
-            _from_root(notebook),
+            from_root(notebook),
             str(output),
             parameters=given,
             kernel_name="python3",
@@ -183,9 +183,3 @@ def _execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
 def interrupt(signum: int, frame: object) -> NoReturn:
     """A signal handler: end as Ctrl-C does."""
     raise KeyboardInterrupt
-
-
-def _from_root(path: Path) -> str:
-    """A path as the run folder may keep it: from the project's root where it lies below it."""
-    root = project_root()
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)

@@ -7,12 +7,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
 
-from kepo_core.params import PLACES, ParamError, Params, project_root
+from kepo_core.params import ParamError, Params, project_root
 from kepo_core.study import shelf
 from kepo_core.study.runs import Run
 
@@ -136,17 +136,7 @@ def command(params: Params, left: Run | None) -> list[str]:
     """What ``kepo`` is told to make this run: to go on with one that was broken off, or to begin it."""
     if left is not None:
         return ["resume", str(left.path)]
-    return ["run", NOTEBOOK, *as_arguments(params)]
-
-
-def as_arguments(params: Params) -> list[str]:
-    """``-f FILE -p NAME VALUE …``: what ``kepo run`` is told for ``params``, over the file that they came from."""
-    base = Params.load(params.params_file)
-    places = set(PLACES) - {"results_dir", "save_steps"}
-    given = [f.name for f in fields(Params) if f.name not in places]
-    changed = [name for name in given if getattr(params, name) != getattr(base, name)]
-    values = [part for name in changed for part in ("-p", name, str(getattr(params, name)))]
-    return ["-f", params.params_file, *values]
+    return ["run", NOTEBOOK, *params.to_arguments()]
 
 
 def _last_words(job: _Job) -> str:

@@ -30,7 +30,7 @@ from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import PLACES, ParamError, Params, project_root
 from kepo_core.params_io import read_yaml, short_hash
 from kepo_core.study import checksums, provenance
-from kepo_core.study.files import in_place_of, read_json
+from kepo_core.study.files import in_place_of, in_turn, read_json
 from kepo_core.study.files import json_line as json_line  # callers import these three from here
 from kepo_core.study.files import write_atomically as write_atomically
 from kepo_core.study.files import write_json as write_json
@@ -87,18 +87,19 @@ class Run:
         Raises `ParamError` if it has completed, if its process is still at work, or if its parameters were edited.
         """
         run = cls.open(path)
-        status, state = run.status, run.state
-        if state == "completed":
-            raise ParamError(f"run_dir {path} holds a completed run, and no run is ever overwritten")
-        if state == "running":
-            raise ParamError(f"run_dir {path} is at work in {run.worker}, expected a run that has ended")
-        if run.is_edited:
-            raise ParamError(
-                f"params.yaml in {path} was edited since the run began: put it back, or start a new run with "
-                f"kepo run {run.provenance.get('notebook', 'NOTEBOOK')} -f {path}/params.yaml"
-            )
-        started, resumed = status["started"], [*status.get("resumed", []), _utc(time.gmtime())]
-        run._write_status("running", owner="kepo run", **_this_process(), started=started, resumed=resumed)
+        with in_turn(run.path / "params.yaml"):
+            status, state = run.status, run.state
+            if state == "completed":
+                raise ParamError(f"run_dir {path} holds a completed run, and no run is ever overwritten")
+            if state == "running":
+                raise ParamError(f"run_dir {path} is at work in {run.worker}, expected a run that has ended")
+            if run.is_edited:
+                raise ParamError(
+                    f"params.yaml in {path} was edited since the run began: put it back, or start a new run with "
+                    f"kepo run {run.provenance.get('notebook', 'NOTEBOOK')} -f {path}/params.yaml"
+                )
+            started, resumed = status["started"], [*status.get("resumed", []), _utc(time.gmtime())]
+            run._write_status("running", owner="kepo run", **_this_process(), started=started, resumed=resumed)
         made_by = run.provenance["code"]
         if made_by.get("package") != provenance.package_digest():  # it is a run of neither code alone
             run.remember(code={**made_by, "package": f"{made_by.get('package')} and {provenance.package_digest()}"})
