@@ -131,7 +131,10 @@ def _execute_and_conclude(notebook: Path, run: Run, given: dict[str, Any], *, re
 
 
 def _conclude(run: Run, state: Any, error: str, code: int) -> int:
-    """Render what there is, then write the status, which comes last whatever happens to the report."""
+    """Render what there is, then write the status, which comes last whatever happens to the report.
+
+    Returns ``code``, or FAILED if the run could not be concluded as ``state``.
+    """
     try:
         if (run.path / "notebook.ipynb").is_file():
             write_report(run, state, error)
@@ -140,8 +143,12 @@ def _conclude(run: Run, state: Any, error: str, code: int) -> int:
         error = f"{error}; " * bool(error) + f"the report could not be rendered: {problem}"
     finally:
         run.conclude(state, error)
-    if error:
-        print(f"kepo: {run.status['error']}", file=sys.stderr)
+    status = run.status
+    if status["state"] != state:  # the end itself failed, on a full disk say: no page may say that it completed
+        (run.path / "report.html").unlink(missing_ok=True)
+        code = FAILED
+    if "error" in status:
+        print(f"kepo: {status['error']}", file=sys.stderr)
     return code
 
 

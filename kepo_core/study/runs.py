@@ -284,7 +284,7 @@ def _make_new(params: Params, started: time.struct_time) -> Path:
     """A folder that did not exist before: ``run_dir``, or a named one; a second of the same second gets a suffix."""
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', started)}-{params.method_name}-{params.hash}"
     first = project_root() / (params.run_dir or f"{params.results_dir}/{name}")
-    numbered = [first.with_name(f"{name}-{number}") for number in range(2, 1000) if not params.run_dir]
+    numbered = (first.with_name(f"{name}-{number}") for number in range(2, 1000) if not params.run_dir)
     try:
         first.parent.mkdir(parents=True, exist_ok=True)
         for path in (first, *numbered):
