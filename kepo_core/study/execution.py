@@ -75,9 +75,11 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
             state, next_step = run.status["state"], "" if code == COMPLETED else f"; {go_on}"
             print(f"kepo: {state}, everything about it is in {shown}{next_step}", flush=True)
     except KeyboardInterrupt:  # once more, while the folder was concluded
+        _withdraw_report(run)
         print(f"kepo: interrupted before its status was written; {go_on}", file=sys.stderr)
         return INTERRUPTED
     except (OSError, ParamError) as problem:
+        _withdraw_report(run)
         if (run.path / "status.json").is_file():
             print(f"kepo: its status could not be written ({problem}): make room, then {go_on}", file=sys.stderr)
         else:
@@ -144,12 +146,18 @@ def _conclude(run: Run, state: Any, error: str, code: int) -> int:
     finally:
         run.conclude(state, error)
     status = run.status
-    if status["state"] != state:  # the end itself failed, on a full disk say: no page may say that it completed
-        (run.path / "report.html").unlink(missing_ok=True)
+    if status["state"] != state:  # the end itself failed, on a full disk say
+        _withdraw_report(run)
         code = FAILED
     if "error" in status:
         print(f"kepo: {status['error']}", file=sys.stderr)
     return code
+
+
+def _withdraw_report(run: Run) -> None:
+    """It says an end that the run did not come to."""
+    with suppress(OSError):  # where nothing can be written, perhaps nothing can be deleted
+        (run.path / "report.html").unlink(missing_ok=True)
 
 
 def _execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
