@@ -1,10 +1,12 @@
 """``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on, ``kepo study run`` makes many runs.
 
-``kepo data check`` looks at data, ``kepo report`` renders pages of runs. Exit codes: 0 completed, 1 failed (the folder
-says why), 2 refused (a parameter or the data do not fit; nothing is left behind), 130 interrupted.
+``kepo data check`` looks at data, ``kepo runs`` at what has been run, ``kepo report`` renders pages of it. Exit codes:
+0 completed, 1 failed (the folder says why; or ``kepo runs verify`` found something), 2 refused (a parameter or the data
+do not fit; nothing is left behind), 130 interrupted.
 """
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,7 +15,10 @@ from typing import Any
 
 from kepo_core.data.errors import DataError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
-from kepo_core.params import ParamError, Params, resolve
+from kepo_core.params import ParamError, Params, checked, resolve
+
+#: What `runs.Run.state` says, and of folders that cannot be read.
+_STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return write_reports(arguments.run, arguments.index)
         if arguments.command == "study":
             return run_study(arguments.file, arguments.slots)
+        if arguments.command == "runs":
+            return look_at_runs(arguments)
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
         if arguments.method:
             overrides = method_overrides(arguments.method, arguments.file, overrides)
@@ -83,7 +90,7 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     Raises ``DataError`` if the data cannot be read at all or, under ``strict``, for the first row that cannot.
     """
     from kepo_core.data.check import check
-    from kepo_core.study.runs import write_atomically
+    from kepo_core.study.files import write_atomically
 
     checked = check(Path(path), strict)
     print(checked.as_text())
@@ -133,6 +140,30 @@ def run_study(file: str, slots: int) -> int:
     return FAILED if failures else COMPLETED
 
 
+def look_at_runs(arguments: argparse.Namespace) -> int:
+    """``kepo runs``: list, show or compare run folders, or verify them, which fails where there is any finding.
+
+    Raises `ParamError` for a name that is not that of one run, and for a parameter that there is not.
+    """
+    from kepo_core.study import listing, verification
+
+    results, code = resolve(arguments.results), COMPLETED
+    if arguments.action == "show":
+        text = listing.show(listing.find(arguments.run, results))
+    elif arguments.action == "compare":
+        text = listing.comparison([listing.find(name, results) for name in arguments.run])
+    elif arguments.action == "verify":
+        paths = [listing.find(name, results) for name in arguments.run] or listing.folders(results)
+        text, sound = verification.report(paths)
+        code = COMPLETED if sound else FAILED
+    else:
+        values = {name: checked(name, parse_value(value)) for name, value in arguments.parameter}
+        rows = listing.overview(results, arguments.state, arguments.method, values)
+        text = json.dumps(rows, indent=2, ensure_ascii=False) if arguments.json else listing.as_text(rows)
+    print("".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text))
+    return code
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kepo", description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -165,9 +196,29 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--index", metavar="RESULTS", nargs="?", const="", help="the index of this folder (default: results)"
     )
+    _add_runs(commands.add_parser("runs", help="list the runs of a results folder, show, compare or verify them"))
     listing = commands.add_parser("params", help="print every parameter with its meaning, as a parameter file")
     listing.add_argument("-f", "--file", metavar="PARAMS_FILE", help="show this file's values")
     return parser
+
+
+def _add_runs(runs: argparse.ArgumentParser) -> None:
+    runs.set_defaults(action="list", results="results", state=None, method=None, parameter=[], json=False)
+    actions = runs.add_subparsers(dest="action")
+    found = actions.add_parser("list", help="a row per run, the newest first (`kepo runs` alone does the same)")
+    found.add_argument("--state", choices=_STATES, help="only runs in this state; killed: no process is at work on it")
+    found.add_argument("--method", metavar="NAME", help="only runs of this method, as in the folder's name")
+    found.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                       help="only runs with this value of a parameter; repeatable")  # fmt: skip
+    found.add_argument("--json", action="store_true", help="as JSON, with accuracies in [0, 1]")
+    show = actions.add_parser("show", help="all about one run: what came of it, from what, and how to repeat it")
+    show.add_argument("run", help="a folder's name, its beginning or end (the parameters' hash, say), or its path")
+    compare = actions.add_parser("compare", help="what differs between runs, and their accuracies against the first's")
+    compare.add_argument("run", nargs="+", help="as for show")
+    verify = actions.add_parser("verify", help="find folders that are torn, edited or orphaned; exit code 1 if any is")
+    verify.add_argument("run", nargs="*", help="as for show (default: all)")
+    for action in (found, show, compare, verify):
+        action.add_argument("--results", default="results", metavar="DIR", help="where the runs are (default: results)")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 Names are flat, so that ``papermill -p`` reaches each of them. There is one declaration per parameter, in `Params`:
 default, meaning, choices and range. Whatever does not fit it raises `ParamError`, a sentence that names the parameter,
-what was expected and where the value came from. This module imports nothing of the package.
+what was expected and where the value came from. It imports nothing of the package but two helpers.
 """
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -16,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from kepo_core.params_io import ParamError as ParamError  # callers import it from here
-from kepo_core.params_io import parameter_cell_names, read_yaml, yaml_scalar
+from kepo_core.params_io import ParamError as ParamError  # callers import these from here
+from kepo_core.params_io import parameter_cell_names, read_yaml, short_hash, yaml_scalar
+from kepo_core.paths import from_root as from_root
+from kepo_core.paths import project_root as project_root
+from kepo_core.paths import resolve as resolve
 
 #: Parameters that say where things lie and how often, not what is computed: they leave the hash alone.
 PLACES = ("results_dir", "run_dir", "params_file", "save_steps")
@@ -216,9 +217,7 @@ class Params:
                 raise ParamError(f"{name} belongs to one run and cannot stand in {path.name}")
             if value is None:
                 raise ParamError(f"{name} in {path.name} has no value; leave the line out for the default")
-        root = project_root()
-        shown = path.relative_to(root) if path.is_relative_to(root) else path
-        return cls(**{**values, **given, "params_file": str(shown)})
+        return cls(**{**values, **given, "params_file": from_root(path)})
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
@@ -266,11 +265,16 @@ class Params:
             lines += [f"# {f.metadata['doc']}{choices}", f"{f.name}: {yaml_scalar(getattr(self, f.name))}"]
         return "\n".join(lines) + "\n"
 
+    def to_arguments(self) -> list[str]:
+        """``-f FILE -p NAME VALUE …`` as ``kepo run`` takes them: the file they came from, and what differs from it."""
+        base = Params.load(self.params_file).to_dict() | {"run_dir": self.run_dir, "params_file": self.params_file}
+        differing = {name: str(value) for name, value in self.to_dict().items() if value != base[name]}
+        return ["-f", self.params_file, *(part for item in differing.items() for part in ("-p", *item))]
+
     @property
     def hash(self) -> str:
         """Eight hexadecimal digits over everything that can change a result (`PLACES` are left out)."""
-        values = {name: value for name, value in self.to_dict().items() if name not in PLACES}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        return short_hash({name: value for name, value in self.to_dict().items() if name not in PLACES})
 
     @property
     def method_name(self) -> str:
@@ -281,6 +285,12 @@ class Params:
         names = {(True, True): "kepo", (True, False): "kepo-ke", (False, True): "explore-only", (False, False): "grpo"}
         name = names[self.distill, self.explore]
         return name + (f"-tau{self.tau:g}" if self.distill else "") + mode
+
+
+def checked(name: str, value: Any) -> Any:
+    """``value`` as the parameter ``name`` takes it; `ParamError` if there is none of that name, or it does not fit."""
+    _known([name])
+    return _checked(next(f for f in dataclasses.fields(Params) if f.name == name), value)
 
 
 def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
@@ -319,27 +329,6 @@ def _known(names: Iterable[str], where: str = "") -> None:
             near = difflib.get_close_matches(str(name), declared, n=1, cutoff=0.5)
             nearest = f"; the nearest is {near[0]}" if near else "; `kepo params` lists them all"
             raise ParamError(f"{name}{where} is not a parameter{nearest}")
-
-
-def project_root() -> Path:
-    """The checkout's top folder: the nearest one above the working directory, else above this file.
-
-    It is known by its ``notebooks/`` and ``params/phantom.yaml``. An installed package without either falls back to the
-    working directory, so results land where the user stands.
-    """
-    for start in (Path.cwd(), Path(__file__).resolve().parent):
-        for folder in (start, *start.parents):
-            if (folder / "params" / "phantom.yaml").is_file() and (folder / "notebooks").is_dir():
-                return folder
-    return Path.cwd()
-
-
-def resolve(path: str | Path) -> Path:
-    """A path as the user means it: absolute, from the working directory, else from the project's root."""
-    path = Path(path).expanduser()
-    if path.is_absolute() or path.exists():
-        return path.absolute()
-    return project_root() / path
 
 
 def default_params_file() -> Path:

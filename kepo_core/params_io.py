@@ -1,9 +1,11 @@
 """How parameters are read and written: strict YAML, and the parameter cells of a notebook."""
 
 import ast
+import hashlib
+import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The names and values of a parameter file; `ParamError` where it is missing, no flat mapping or repeats a name."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ParamError(f"params_file {path} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ParamError(f"params_file {path} cannot be read: {reason}") from error
     return parse_yaml(text, path.name)
 
 
@@ -65,6 +68,11 @@ def yaml_scalar(value: bool | int | float | str) -> str:
     style = '"' if isinstance(value, str) else None
     text: str = yaml.safe_dump(value, default_style=style, allow_unicode=True, width=math.inf)
     return text.removesuffix("...\n").rstrip("\n")
+
+
+def short_hash(values: Mapping[str, bool | int | float | str]) -> str:
+    """Eight hexadecimal digits over names and values, in whatever order they come."""
+    return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def parameter_cell_names(cells: Iterable[str]) -> set[str]:

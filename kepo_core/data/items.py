@@ -20,6 +20,16 @@ def write_items(path: Path, train: Sequence[Question], tests: Mapping[str, Seque
             writer.writerows((part, q.modality, q.id, image_key(q)) for q in questions)
 
 
+def read_images(path: Path) -> dict[str, str]:
+    """Question id → image of the evaluated items that ``path`` names; empty if it cannot be read."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return {}
+    return {row["id"]: row["image"] for row in rows if row.get("part") == "eval" and row.get("id") and row.get("image")}
+
+
 def read_items(
     path: Path, questions: Sequence[Question], train_modality: str, train_items: int, eval_items: int
 ) -> tuple[list[Question], dict[str, list[Question]]]:

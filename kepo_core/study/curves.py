@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from kepo_core.data.records import Answer, Question
 from kepo_core.study.aggregate import mean_over_runs_and_images
 from kepo_core.study.answers import Curve, correctness, from_table, to_table
+from kepo_core.study.files import in_place_of
 from kepo_core.study.statistics import AVG_OOD
 
 
@@ -35,9 +36,9 @@ class CurveWriter(TrainerCallback):  # type: ignore[misc]  # transformers is not
         """Ask the student as it is after this optimiser step."""
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = self._folder / "step.partial"
-            to_table({state.global_step: self._ask()}, "step").to_parquet(partial, index=False)
-            partial.replace(self._folder / f"step-{state.global_step}.parquet")
+            answers = to_table({state.global_step: self._ask()}, "step")
+            with in_place_of(self._folder / f"step-{state.global_step}.parquet") as partial:
+                answers.to_parquet(partial, index=False)
 
 
 def forget_after(folder: Path, step: int) -> None:

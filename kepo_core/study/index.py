@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from kepo_core.params import ParamError
 from kepo_core.study import pages
-from kepo_core.study.runs import write_atomically
+from kepo_core.study.files import write_atomically
 from kepo_core.study.statistics import AVG, AVG_OOD
 from kepo_core.study.summary import Accuracy, Summary, summarize
 

@@ -7,12 +7,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
 
-from kepo_core.params import PLACES, ParamError, Params, project_root
+from kepo_core.params import ParamError, Params, project_root
 from kepo_core.study import shelf
 from kepo_core.study.runs import Run
 
@@ -70,8 +70,9 @@ def run_all(
             runs[params.hash] = run
             told(name, "found", 0.0)
         elif elsewhere := shelf.at_work(params, origin):
-            pid = elsewhere.status["pid"]
-            failures[params.hash] = f"process {pid} is at work on it in {elsewhere.path}; ask again when it has ended"
+            failures[params.hash] = (
+                f"{elsewhere.worker} is at work on it in {elsewhere.path}; ask again when it has ended"
+            )
             told(name, failures[params.hash], 0.0)
         elif params.hash not in {wanted[other].hash for other in commands}:
             commands[name] = command(params, shelf.broken_off(params, origin))
@@ -135,12 +136,7 @@ def command(params: Params, left: Run | None) -> list[str]:
     """What ``kepo`` is told to make this run: to go on with one that was broken off, or to begin it."""
     if left is not None:
         return ["resume", str(left.path)]
-    base = Params.load(params.params_file)
-    places = set(PLACES) - {"results_dir", "save_steps"}
-    given = [f.name for f in fields(Params) if f.name not in places]
-    changed = [name for name in given if getattr(params, name) != getattr(base, name)]
-    values = [part for name in changed for part in ("-p", name, str(getattr(params, name)))]
-    return ["run", NOTEBOOK, "-f", str(project_root() / params.params_file), *values]
+    return ["run", NOTEBOOK, *params.to_arguments()]
 
 
 def _last_words(job: _Job) -> str:

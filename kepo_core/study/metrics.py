@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kepo_core.study.runs import Run, json_line, write_atomically
+from kepo_core.study.files import json_line, write_atomically
+from kepo_core.study.runs import Run
 
 
 def is_timing(name: str) -> bool:

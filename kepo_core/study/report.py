@@ -16,8 +16,9 @@ import nh3
 from nbconvert import HTMLExporter
 
 from kepo_core.params import ParamError, Params
-from kepo_core.study import gallery, pages
-from kepo_core.study.runs import Run, write_atomically
+from kepo_core.study import checksums, gallery, pages
+from kepo_core.study.files import write_atomically
+from kepo_core.study.runs import Run
 from kepo_core.study.summary import accuracies, changed_parameters
 
 _TAGS = nh3.ALLOWED_TAGS | {"tfoot"}
@@ -140,6 +141,7 @@ def write_report(run: Run, state: str, error: str = "") -> Path:
         raise ParamError(f"{run.path} has no notebook.ipynb, expected a run of `kepo run`: others keep their own")
     path = run.path / "report.html"
     write_atomically(path, render(notebook, run.path.name, _head(run, state, error)))
+    checksums.refresh(run.path, path.name)
     return path
 
 

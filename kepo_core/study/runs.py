@@ -10,30 +10,36 @@ stores the headline numbers. The last thing written is always ``status.json``:
   writes ``failed`` (a later `Run.finish` of the mended notebook overrules it). A kernel cannot save its own notebook,
   so there is no ``notebook.ipynb`` and no ``report.html`` then.
 
-A status that stays ``running`` although its process is gone means that the run was killed from outside.
+A status that stays ``running`` although its process is gone means that the run was killed from outside. For other
+machines to know, the command touches ``status.json`` as long as it is at work.
+
+A completed run has ``SHA256SUMS`` of all its files but ``status.json``: whatever is changed later shows.
 """
 
-import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import pandas as pd
 
 from kepo_core.method.rollouts import collect_rollouts
-from kepo_core.params import ParamError, Params, project_root
-from kepo_core.study import provenance
+from kepo_core.params import PLACES, ParamError, Params, project_root
+from kepo_core.params_io import read_yaml, short_hash
+from kepo_core.study import checksums, provenance
+from kepo_core.study.files import in_place_of, in_turn, read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Owner = Literal["kepo run", "notebook"]
 State = Literal["running", "completed", "failed", "interrupted"]
+
+#: Seconds without a sign of life after which a run of another machine counts as killed.
+SILENCE = 600
 
 
 @dataclass(frozen=True)
@@ -47,21 +53,20 @@ class Run:
     def allocate(cls, params: Params, *, owner: Owner = "notebook") -> Self:
         """Make a new folder for ``params``: ``params.run_dir`` where it is set, else a named one in ``results_dir``.
 
-        Raises `ParamError` if ``run_dir`` exists already.
+        Raises `ParamError` if ``run_dir`` exists already, or if nothing can be written there; then nothing is left.
         """
         started = time.gmtime()
-        if params.run_dir:
-            path = project_root() / params.run_dir
-            if path.exists():
-                raise ParamError(f"run_dir {params.run_dir} exists already, and no run is ever overwritten")
-            path.mkdir(parents=True)
-        else:
-            name = f"{time.strftime('%Y%m%dT%H%M%SZ', started)}-{params.method_name}-{params.hash}"
-            path = _make_new(project_root() / params.results_dir, name)
+        path = _make_new(params, started)
         run = cls(path, params)
-        write_atomically(path / "params.yaml", params.to_yaml())
-        write_json(path / "provenance.json", provenance.collect(params))
-        run._write_status("running", owner=owner, **_this_process(), started=_utc(started))
+        try:
+            write_atomically(path / "params.yaml", params.to_yaml())
+            write_json(path / "provenance.json", provenance.collect(params))
+            run._write_status("running", owner=owner, **_this_process(), started=_utc(started))
+        except BaseException as error:
+            shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise ParamError(f"results_dir {path.parent} cannot be written: {error.strerror}") from error
+            raise
         return run
 
     @classmethod
@@ -76,16 +81,22 @@ class Run:
     def reopen(cls, path: str | Path) -> Self:
         """A run that ended early, set running again by the ``kepo`` command.
 
-        Raises `ParamError` if it has completed, or if its process is still at work.
+        Raises `ParamError` if it has completed, if its process is still at work, or if its parameters were edited.
         """
         run = cls.open(path)
-        status = run.status
-        if status["state"] == "completed":
-            raise ParamError(f"run_dir {path} holds a completed run, and no run is ever overwritten")
-        if status["state"] == "running" and run.is_at_work:
-            raise ParamError(f"run_dir {path} is at work in process {status['pid']}, expected a run that has ended")
-        started, resumed = status["started"], [*status.get("resumed", []), _utc(time.gmtime())]
-        run._write_status("running", owner="kepo run", **_this_process(), started=started, resumed=resumed)
+        with in_turn(run.path / "params.yaml"):
+            status, state = run.status, run.state
+            if state == "completed":
+                raise ParamError(f"run_dir {path} holds a completed run, and no run is ever overwritten")
+            if state == "running":
+                raise ParamError(f"run_dir {path} is at work in {run.worker}, expected a run that has ended")
+            if run.is_edited:
+                raise ParamError(
+                    f"params.yaml in {path} was edited since the run began: put it back, or start a new run with "
+                    f"kepo run {run.provenance.get('notebook', 'NOTEBOOK')} -f {path}/params.yaml"
+                )
+            started, resumed = status["started"], [*status.get("resumed", []), _utc(time.gmtime())]
+            run._write_status("running", owner="kepo run", **_this_process(), started=started, resumed=resumed)
         made_by = run.provenance["code"]
         if made_by.get("package") != provenance.package_digest():  # it is a run of neither code alone
             run.remember(code={**made_by, "package": f"{made_by.get('package')} and {provenance.package_digest()}"})
@@ -118,9 +129,8 @@ class Run:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """``provenance.json`` as it is now."""
-        found: dict[str, Any] = json.loads((self.path / "provenance.json").read_text(encoding="utf-8"))
-        return found
+        """``provenance.json`` as it is now; `ParamError` if it cannot be read."""
+        return read_json(self.path / "provenance.json")
 
     @property
     def training_dir(self) -> Path:
@@ -135,9 +145,8 @@ class Run:
     def write_table(self, table: str, frame: pd.DataFrame) -> Path:
         """Write ``<table>.parquet`` at once."""
         path = self.path / f"{table}.parquet"
-        partial = path.with_suffix(".partial")
-        frame.to_parquet(partial, index=False)
-        partial.replace(path)
+        with in_place_of(path) as partial:
+            frame.to_parquet(partial, index=False)
         return path
 
     def save_figure(self, name: str, figure: "Figure") -> Path:
@@ -151,14 +160,67 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """``status.json`` as it is now."""
-        status: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        return status
+        """``status.json`` as it is now; `ParamError` if it cannot be read."""
+        found = read_json(path := self.path / "status.json")
+        kinds = [type(found.get(name)) for name in ("owner", "pid", "started")]
+        if found.get("state") not in get_args(State) or kinds != [str, int, str]:
+            raise ParamError(
+                f"{path} is no status, expected owner, pid, started and one of {', '.join(get_args(State))}"
+            )
+        return found
+
+    @property
+    def state(self) -> str:
+        """The status's state, or ``killed`` where that says running and nobody is at work."""
+        killed = self.status["state"] == "running" and not self.is_at_work
+        state: str = self.status["state"]  # read again: it may have ended in between
+        return "killed" if killed and state == "running" else state
 
     @property
     def is_at_work(self) -> bool:
-        """Whether the process that makes it still exists."""
-        return provenance.is_alive(self.status["pid"], self.status.get("born", ""))
+        """Whether the process that makes it still exists, as far as can be told."""
+        return bool(self.worker)
+
+    @property
+    def worker(self) -> str:
+        """Who makes it, in words; "" where nobody does any more.
+
+        Processes of this machine are looked up. Of others, and of this one before it was started anew, the age of
+        ``status.json`` tells: `SILENCE`.
+        """
+        status = self.status
+        pid, born, here = status["pid"], str(status.get("born", "")), provenance.machine()
+        if not born or not here or born.rpartition("/")[0] == here:
+            return f"process {pid}" if provenance.is_alive(pid, born) else ""
+        silent = time.time() - (self.path / "status.json").stat().st_mtime
+        if silent >= SILENCE:
+            return ""
+        return (
+            "a process of another machine, or of this one before it was restarted (its last sign of life is "
+            f"{max(0, silent) / 60:.0f} minutes old, and after {SILENCE // 60} it counts as killed)"
+        )
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether ``params.yaml`` no longer holds the parameters that the run began with.
+
+        Its values count as they stand there, too: a package that has got new parameters since edits nothing.
+        """
+        written = read_yaml(self.path / "params.yaml")
+        as_written = short_hash({name: value for name, value in written.items() if name not in PLACES})
+        return self.provenance.get("params_hash") not in (self.params.hash, as_written)
+
+    @property
+    def leftovers(self) -> list[Path]:
+        """What serves to go on with a run, and goes when it has completed: checkpoints and half-done evaluations."""
+        training = self.training_dir
+        found = [*sorted(training.glob("checkpoint-*")), training / ".partial", self.evaluation_dir]
+        return [path for path in found if path.exists()]
+
+    @property
+    def unsealed(self) -> list[Path]:
+        """What ``SHA256SUMS`` leaves out: the status, which is written after it, and `leftovers`."""
+        return [self.path / "status.json", *self.leftovers]
 
     @property
     def headline(self) -> dict[str, Any] | None:
@@ -166,8 +228,7 @@ class Run:
         path = self.path / "headline.json"
         if not path.is_file():
             return None
-        headline: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return headline
+        return read_json(path)
 
     def finish(self, headline: Mapping[str, Any]) -> None:
         """The notebook's last act: store its headline numbers; in a bare run this also completes the status."""
@@ -182,25 +243,31 @@ class Run:
     def conclude(self, state: State, error: str = "") -> None:
         """Gather what training wrote batch by batch into ``rollouts.parquet``, then write the last status.
 
-        A completed run needs its checkpoints and half-done evaluations no more: they go.
+        A completed run gets its ``SHA256SUMS`` before that, and loses its `leftovers` after it: if it is killed in
+        between, it can still be gone on with.
         """
+        what = "the rollouts could not be gathered"
         try:
             rollouts = collect_rollouts(self.training_dir)
             if not rollouts.empty:
                 self.write_table("rollouts", rollouts)
+            if state == "completed":
+                what = f"{checksums.NAME} could not be written"
+                found = checksums.digests(self.path, self.unsealed)
+                write_atomically(self.path / checksums.NAME, checksums.to_text(found))
         except (OSError, ValueError) as problem:  # a process that was killed can leave half a file
             state, told = ("failed" if state == "completed" else state), f"{error}; " if error else ""
-            error = f"{told}the rollouts could not be gathered: {problem}"
+            error = f"{told}{what}: {problem}"
+        if state != "completed":
+            (self.path / checksums.NAME).unlink(missing_ok=True)  # a notebook can fail after it had completed
         first_line = error.strip().splitlines()[0] if error.strip() else ""
         old = {
             key: value for key, value in self.status.items() if key in ("owner", "pid", "born", "started", "resumed")
         }
         extra = {"headline": self.headline or {}, "finished": _utc(time.gmtime())}
-        for checkpoint in self.training_dir.glob("checkpoint-*") if state == "completed" else ():
-            shutil.rmtree(checkpoint)
-        if state == "completed":
-            shutil.rmtree(self.evaluation_dir, ignore_errors=True)
         self._write_status(state, **old, **extra, **({"error": first_line} if first_line else {}))
+        for folder in self.leftovers if state == "completed" else ():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _write_status(self, state: State, **entries: Any) -> None:
         write_json(self.path / "status.json", {"state": state, **entries})
@@ -210,47 +277,24 @@ class Run:
         write_json(self.path / "provenance.json", {**self.provenance, **entries})
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write the whole text or nothing: readers never see half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write one index
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Readable JSON, written atomically; numbers that are not finite become null."""
-    write_atomically(path, json.dumps(_plain(data), indent=2, ensure_ascii=False) + "\n")
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    """One line of JSON; numbers that are not finite become null."""
-    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Plain Python data: scalars of numpy and torch by their ``item``, non-finite numbers as ``None``."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if not isinstance(value, str | int | float | None):
-        if not callable(item := getattr(value, "item", None)):
-            raise TypeError(f"{value!r} is no plain data and cannot be written as JSON")
-        value = item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _make_new(parent: Path, name: str) -> Path:
-    """A folder that did not exist before; a second run within the same second gets a suffix."""
-    parent.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 1000):
-        path = parent / (name if number == 1 else f"{name}-{number}")
-        try:
-            path.mkdir()
-        except FileExistsError:
-            continue
-        return path
-    raise ParamError(f"results_dir {parent} holds a thousand runs named {name}")
+def _make_new(params: Params, started: time.struct_time) -> Path:
+    """A folder that did not exist before: ``run_dir``, or a named one; a second of the same second gets a suffix."""
+    name = f"{time.strftime('%Y%m%dT%H%M%SZ', started)}-{params.method_name}-{params.hash}"
+    first = project_root() / (params.run_dir or f"{params.results_dir}/{name}")
+    numbered = (first.with_name(f"{name}-{number}") for number in range(2, 1000) if not params.run_dir)
+    try:
+        first.parent.mkdir(parents=True, exist_ok=True)
+        for path in (first, *numbered):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return path
+    except OSError as error:
+        raise ParamError(f"results_dir {first.parent} cannot be written: {error.strerror}") from error
+    if params.run_dir:
+        raise ParamError(f"run_dir {params.run_dir} exists already, and no run is ever overwritten")
+    raise ParamError(f"results_dir {first.parent} holds a thousand runs named {name}")
 
 
 def _this_process() -> dict[str, Any]:

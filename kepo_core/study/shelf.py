@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kepo_core.data.records import Answer
-from kepo_core.params import Params, project_root
+from kepo_core.params import ParamError, Params, project_root
 from kepo_core.study import provenance
 from kepo_core.study.answers import from_table
 from kepo_core.study.runs import Run
@@ -30,38 +30,35 @@ def origin(notebook: Path, data: Mapping[str, Any]) -> Origin:
 
 def completed(params: Params, origin: Origin) -> Run | None:
     """The newest run of ``params`` and ``origin`` that has completed."""
-    return _newest(params, origin, lambda run: run.status["state"] == "completed" and "data" in run.provenance)
+    return _newest(params, origin, lambda run: run.state == "completed" and "data" in run.provenance)
 
 
 def broken_off(params: Params, origin: Origin) -> Run | None:
     """The newest run of these that was interrupted or killed, and so can be gone on with."""
-
-    def left(run: Run) -> bool:
-        state = run.status["state"]
-        ended = state == "interrupted" or (state == "running" and not run.is_at_work)
-        return run.status["owner"] == "kepo run" and ended
-
-    return _newest(params, origin, left)
+    left = ("interrupted", "killed")
+    return _newest(params, origin, lambda run: run.state in left and run.status["owner"] == "kepo run")
 
 
 def at_work(params: Params, origin: Origin) -> Run | None:
     """A run of these that another process computes right now."""
-    return _newest(params, origin, lambda run: run.status["state"] == "running" and run.is_at_work)
+    return _newest(params, origin, lambda run: run.state == "running")
 
 
 def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run | None:
     """Names begin with the time, so the last of those that end in the parameters' hash is the newest.
 
-    A run that stopped before it read its data has not recorded any, and goes with all.
+    A run that stopped before it read its data has not recorded any, and goes with all. A folder that cannot be read
+    is none of them (`kepo runs verify` speaks of those).
     """
     for path in sorted((project_root() / params.results_dir).glob(f"*-{params.hash}*"), reverse=True):
-        if not (path / "status.json").is_file():
+        try:
+            run = Run.open(path)
+            found = run.provenance
+            made = (found["code"].get("package"), found.get("notebook_sha256"), found.get("data", origin.data))
+            if made == (origin.package, origin.notebook, origin.data) and run.params.hash == params.hash and fits(run):
+                return run
+        except (ParamError, KeyError):
             continue
-        run = Run.open(path)
-        found = run.provenance
-        made = (found["code"].get("package"), found.get("notebook_sha256"), found.get("data", origin.data))
-        if made == (origin.package, origin.notebook, origin.data) and run.params.hash == params.hash and fits(run):
-            return run
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from kepo_core.params import PLACES, ParamError, Params
 from kepo_core.params_io import parse_yaml
-from kepo_core.study import provenance
+from kepo_core.study.runs import Run
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ def summarize(folder: Path) -> Summary:
         status, made = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("status", "provenance"))
         changed = changed_parameters((folder / "params.yaml").read_text("utf-8"))
         headline = status.get("headline") or {}
-        state, error = status["state"], status.get("error", "")
-        if state == "running" and not provenance.is_alive(status["pid"], status.get("born", "")):
-            state, error = "killed", "its process is gone"
+        state = Run(folder, Params()).state
+        error = "its process is gone" if state == "killed" else status.get("error", "")
         return Summary(
             name=folder.name,
             state=str(state),

@@ -73,7 +73,7 @@ def test_a_run_leaves_a_complete_folder(kepo_run, results):
     assert status["state"] == "completed"
     assert status["headline"] == {"tau": 0.0, "python": sys.executable}
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("headline.json", "metrics.jsonl", "notebook.ipynb", "params.yaml", "provenance.json"),
+        *("SHA256SUMS", "headline.json", "metrics.jsonl", "notebook.ipynb", "params.yaml", "provenance.json"),
         *("report.html", "status.json"),
     ]
     assert Params.load(folder / "params.yaml").tau == 0.0
@@ -245,7 +245,8 @@ def test_a_number_that_another_process_has_got_since_is_no_run_at_work(kepo_run,
     folder = only_folder(results)
     status = json.loads((folder / "status.json").read_text())
     assert status["born"] and provenance.birth(os.getpid()) == provenance.birth(os.getpid())
-    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid(), "born": "x/1"}))
+    born = f"{provenance.machine()}/1"
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid(), "born": born}))
     assert main(["resume", str(folder)]) == 0
 
 

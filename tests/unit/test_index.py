@@ -11,8 +11,9 @@ import pytest
 
 from kepo_core.params import Params
 from kepo_core.study import index
+from kepo_core.study.files import write_json
 from kepo_core.study.index import write_index
-from kepo_core.study.runs import Run, write_json
+from kepo_core.study.runs import Run
 from kepo_core.study.summary import accuracies, changed_parameters, summarize
 
 EVIL = "<script>document.title='owned'<img src=x onerror=\"document.title='owned'\">"
@@ -77,7 +78,10 @@ def test_folders_that_are_broken_or_killed_or_none_are_told_apart(results):
     killed = make(results, "killed", report=False)
     gone = subprocess.Popen(["true"])
     gone.wait()
-    write_json(killed / "status.json", {"state": "running", "pid": gone.pid, "started": "2026-01-02T03:04:05Z"})
+    write_json(
+        killed / "status.json",
+        {"state": "running", "owner": "kepo run", "pid": gone.pid, "started": "2026-01-02T03:04:05Z"},
+    )
     for name, text in {"half": "{", "list": "[]", "empty": "{}"}.items():
         (results / name).mkdir()
         (results / name / "status.json").write_text(text)

@@ -238,6 +238,8 @@ def test_what_two_names_share_runs_once_and_what_failed_says_why(
 
 def test_time_is_counted_from_start_to_end(params: Params, notebook: Path) -> None:
     run = leave(params, notebook)
-    run._write_status("completed", started="2026-01-01T00:00:00Z", finished="2026-01-01T00:01:30Z")
+    run._write_status(
+        "completed", owner="kepo run", pid=1, started="2026-01-01T00:00:00Z", finished="2026-01-01T00:01:30Z"
+    )
     assert shelf.minutes(run) == 1.5
     assert pd.Timestamp(run.status["finished"]).tz is not None

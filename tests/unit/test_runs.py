@@ -13,8 +13,9 @@ from transformers import TrainerControl, TrainerState
 from kepo_core.method.rollouts import Rollout, write_rollouts
 from kepo_core.params import ParamError, Params
 from kepo_core.study import provenance
+from kepo_core.study.files import json_line, write_atomically, write_json
 from kepo_core.study.metrics import MetricsWriter, is_timing
-from kepo_core.study.runs import Run, json_line, write_atomically, write_json
+from kepo_core.study.runs import Run
 
 
 @pytest.fixture

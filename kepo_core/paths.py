@@ -1,0 +1,30 @@
+"""Where the project lies, and how paths are meant and shown."""
+
+from pathlib import Path
+
+
+def project_root() -> Path:
+    """The checkout's top folder: the nearest one above the working directory, else above this file.
+
+    It is known by its ``notebooks/`` and ``params/phantom.yaml``. An installed package without either falls back to the
+    working directory, so results land where the user stands.
+    """
+    for start in (Path.cwd(), Path(__file__).resolve().parent):
+        for folder in (start, *start.parents):
+            if (folder / "params" / "phantom.yaml").is_file() and (folder / "notebooks").is_dir():
+                return folder
+    return Path.cwd()
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as the user means it: absolute, from the working directory, else from the project's root."""
+    path = Path(path).expanduser()
+    if path.is_absolute() or path.exists():
+        return path.absolute()
+    return project_root() / path
+
+
+def from_root(path: Path) -> str:
+    """A path as files and messages show it: from the project's root where it lies below it."""
+    root = project_root()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)

@@ -1,0 +1,80 @@
+"""Files that are whole or not there at all, and JSON that any reader takes."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+if sys.platform != "win32":
+    import fcntl
+
+from kepo_core.params import ParamError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write the whole text or nothing: readers never see half a file."""
+    with in_place_of(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of ``path``; on a full disk, say, it goes again."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write one index
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Processes that enter with the same file come one after another: the second sees what the first has written.
+
+    Not on Windows, nor on disks that know no locks.
+    """
+    with path.open("r+b") as file:  # a shared disk locks nothing that is opened for reading alone
+        if sys.platform != "win32":
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; `ParamError` naming the file that holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ParamError(f"{path} cannot be read: {reason}") from error
+    if not isinstance(found, dict):
+        raise ParamError(f"{path} holds {found!r}, expected a JSON object")
+    return found
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Readable JSON, written atomically; numbers that are not finite become null."""
+    write_atomically(path, json.dumps(_plain(data), indent=2, ensure_ascii=False) + "\n")
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """One line of JSON; numbers that are not finite become null."""
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Plain Python data: scalars of numpy and torch by their ``item``, non-finite numbers as ``None``."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if not isinstance(value, str | int | float | None):
+        if not callable(item := getattr(value, "item", None)):
+            raise TypeError(f"{value!r} is no plain data and cannot be written as JSON")
+        value = item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
