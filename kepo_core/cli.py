@@ -9,11 +9,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kepo_core.data.errors import DataError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.params import ParamError, Params, resolve
+
+if TYPE_CHECKING:
+    from kepo_core.study import jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "data":
             return check_data(arguments.path, arguments.strict, arguments.html)
         if arguments.command == "study":
-            return run_study(arguments.file, arguments.slots)
+            return run_study(arguments.file, arguments.slots, arguments.cluster)
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
         if arguments.method:
             overrides = method_overrides(arguments.method, arguments.file, overrides)
@@ -90,22 +93,24 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     return COMPLETED
 
 
-def run_study(file: str, slots: int) -> int:
+def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
     """Make the runs of a study file that have not completed yet, several at a time; print what came of all.
 
-    Raises `ParamError` or ``DataError`` before anything runs if the file or the data do not fit.
+    They compute on this machine, or on the cluster that ``cluster_file`` describes. Raises `ParamError` or
+    ``DataError`` before anything runs if a file or the data do not fit.
     """
-    from kepo_core.study import execution, experiment, jobs, live, shelf, studies
+    from kepo_core.study import board, execution, experiment, jobs, shelf, studies
 
     study = studies.read_study(file)
-    places = jobs.slots(slots)
-    print(f"kepo: {len(study.runs)} runs, {len(places)} at a time", flush=True)
+    places = jobs.Here(slots) if cluster_file is None else _cluster(cluster_file, study.base.results_dir, slots)
+    print(f"kepo: {len(study.runs)} runs, {places.count} at a time", flush=True)
     for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # its runs are told, too
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
             signal.signal(ending, execution.interrupt)
     try:
         data = experiment.load_data(study.base)
-        runs, failures = jobs.run_all(study.runs, data.identity(), places, live.tell_job)
+        with board.Board(places.count) as shown:
+            runs, failures = jobs.run_all(study.runs, data.identity(), places, shown)
     except KeyboardInterrupt:
         print("kepo: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
@@ -120,6 +125,12 @@ def run_study(file: str, slots: int) -> int:
     for name, reason in failures.items():
         print(f"kepo: {name} failed: {reason}", file=sys.stderr)
     return FAILED if failures else COMPLETED
+
+
+def _cluster(file: str, results_dir: str, slots: int) -> "jobs.Places":
+    from kepo_core.study.cluster import Cluster  # submitit is wanted by nobody else
+
+    return Cluster(file, results_dir, slots)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     many = study.add_parser("run", help="make the runs of a study file that have not completed yet")
     many.add_argument("file", help="a file such as params/study-small.yaml")
     many.add_argument("--slots", type=int, default=0, help="runs at a time (default: one on each GPU, or each core)")
+    many.add_argument("--cluster", metavar="FILE", help="hand the runs to a cluster: a file such as params/slurm.yaml")
     listing = commands.add_parser("params", help="print every parameter with its meaning, as a parameter file")
     listing.add_argument("-f", "--file", metavar="PARAMS_FILE", help="show this file's values")
     return parser

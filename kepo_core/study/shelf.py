@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kepo_core.data.records import Answer, AnswerOutcome
-from kepo_core.params import Params, project_root
+from kepo_core.params import ParamError, Params, project_root
 from kepo_core.study import provenance
 from kepo_core.study.runs import Run
 
@@ -48,19 +48,30 @@ def at_work(params: Params, origin: Origin) -> Run | None:
     return _newest(params, origin, lambda run: run.status["state"] == "running" and run.is_at_work)
 
 
+def failed(run: Run) -> str:
+    """Why a run failed; "" if it did not, or if its folder has gone."""
+    try:
+        status = run.status
+    except OSError:
+        return ""
+    return str(status.get("error") or "it failed") if status["state"] == "failed" else ""
+
+
 def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run | None:
     """Names begin with the time, so the last of those that end in the parameters' hash is the newest.
 
-    A run that stopped before it read its data has not recorded any, and goes with all.
+    A run that stopped before it read its data has not recorded any, and goes with all. Folders that cannot be read,
+    being torn or deleted at this moment, hold no run.
     """
     for path in sorted((project_root() / params.results_dir).glob(f"*-{params.hash}*"), reverse=True):
-        if not (path / "status.json").is_file():
+        try:
+            run = Run.open(path)
+            found = run.provenance
+            made = (found["code"].get("package"), found.get("notebook_sha256"), found.get("data", origin.data))
+            if made == (origin.package, origin.notebook, origin.data) and run.params.hash == params.hash and fits(run):
+                return run
+        except (ParamError, OSError, ValueError, KeyError):
             continue
-        run = Run.open(path)
-        found = run.provenance
-        made = (found["code"].get("package"), found.get("notebook_sha256"), found.get("data", origin.data))
-        if made == (origin.package, origin.notebook, origin.data) and run.params.hash == params.hash and fits(run):
-            return run
     return None
 
 
