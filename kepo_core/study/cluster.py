@@ -133,11 +133,8 @@ class _Submitted:
             return None
         self._done_since = self._done_since or time.monotonic()
         if self._job.paths.result_pickle.exists():
-            try:
-                code = self._job.result()
-            except submitit.core.utils.UncompletedJobError as error:
-                return f"its job {self._job.job_id} failed: {jobs.last_words(str(error))}"
-            return jobs.last_words(self.output()) if code else ""
+            well = self._job.exception() is None and self._job.result() == COMPLETED
+            return "" if well else jobs.last_words(self.output())
         if time.monotonic() - self._done_since < _LATE:
             return None
         return f"its job {self._job.job_id} ended without a result ({self._job.state}), see {self._job.paths.stdout}"

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
-import torch
 from filelock import FileLock, Timeout
 
 from kepo_core.params import PLACES, ParamError, Params, project_root
@@ -233,6 +232,8 @@ def slots(wanted: int = 0) -> list[dict[str, str]]:
     """
     if wanted < 0:
         raise ParamError(f"slots must be at least 0, got {wanted}")
+    import torch  # takes seconds, and jobs on a cluster's nodes do not need it
+
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     count = min(wanted or cores, gpus or cores)
     if gpus:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 from kepo_core.cli import _parser, parse_value
 from kepo_core.data.records import Answer, AnswerOutcome
@@ -158,14 +159,14 @@ def test_a_run_that_was_broken_off_is_gone_on_with(params: Params) -> None:
 
 
 def test_places_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(jobs.os, "cpu_count", lambda: 8)
     assert jobs.slots() == [{"OMP_NUM_THREADS": "1"}] * 8
     assert jobs.slots(3) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert jobs.slots(20) == jobs.slots()
     with pytest.raises(ParamError, match="slots must be at least 0, got -1"):
         jobs.slots(-1)
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert jobs.slots() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     assert jobs.slots(1) == [{"CUDA_VISIBLE_DEVICES": "0"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a1")  # what this process was allotted, and nothing else
