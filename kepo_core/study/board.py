@@ -90,7 +90,7 @@ class Board:
 
     def __exit__(self, *_: object) -> None:
         if self._kind == "terminal":
-            self._screen.update(self._table(self._jobs), refresh=True)
+            self._screen.update(self._table(self._jobs, wrapped=True), refresh=True)
             self._screen.stop()
 
     def __call__(self, jobs: Sequence[Job]) -> None:
@@ -112,13 +112,22 @@ class Board:
         else:
             self._handle.update(HTML(self._page(jobs)))
 
-    def _table(self, shown: Sequence[Job]) -> Table:
+    def _table(self, shown: Sequence[Job], wrapped: bool = False) -> Table:
+        """A row is one line while the table is renewed; ``wrapped``: as many as its texts need."""
         table = Table(caption=summary(self._jobs, self._places), caption_justify="left", box=None, pad_edge=False)
-        for name in _COLUMNS:
-            figures, width = name in ("passed", "left"), {"progress": 20, "state": 9}.get(name)
-            table.add_column(name, justify="right" if figures else "left", overflow="fold", min_width=width)
+        room = self._console.width - 2 * (len(_COLUMNS) - 1)
+        state, passed, left, progress = 9, 7, 6, 14  # the last at least: "training 30/75"
+        name = min(max((len(job.name) for job in shown), default=0), max(room - state - passed - left - progress, 10))
+        widths = (name, state, max(room - name - state - passed - left, progress), passed, left)
+        for column, width in zip(_COLUMNS, widths, strict=True):
+            side: Literal["left", "right"] = "right" if column in ("passed", "left") else "left"
+            cut: Literal["fold", "ellipsis"] = "fold" if wrapped else "ellipsis"
+            table.add_column(column, justify=side, width=width, no_wrap=not wrapped, overflow=cut)
         for job in shown:
-            table.add_row(*(Text(cell, style=_STYLES.get(job.state, "")) for cell in row(job)))
+            cells = [Text(cell, style=_STYLES.get(job.state, "")) for cell in row(job)]
+            if not wrapped and len(job.name) > name:  # what tells runs apart stands at the end
+                cells[0] = Text(f"{plain(job.name)[: name - 9]}…{plain(job.name)[-8:]}", style=cells[0].style)
+            table.add_row(*cells)
         if hidden := len(self._jobs) - len(shown):
             table.add_row(Text(f"… and {hidden} more", style="dim"))
         return table

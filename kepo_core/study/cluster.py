@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+import submitit.helpers
 
 from kepo_core.exit_codes import COMPLETED, INTERRUPTED
 from kepo_core.params import ParamError, Params, project_root, resolve
@@ -66,7 +67,8 @@ class Cluster:
     def start(self, params: Params, origin: shelf.Origin, left: Run | None) -> jobs.Started:
         """Hand a run over; `jobs.NotStarted` if the cluster refuses it."""
         try:
-            job = self._executor.submit(work, params, origin, self._threads)
+            with submitit.helpers.clean_env():  # the command itself may stand in a job of Slurm
+                job = self._executor.submit(work, params, origin, self._threads)
         except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedSubmissionError) as error:
             raise jobs.NotStarted(f"the cluster refused it: {' '.join(str(error).split())}") from error
         return _Submitted(job, self._local)
