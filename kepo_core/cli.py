@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kepo_core.data.errors import DataError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
@@ -19,6 +19,9 @@ from kepo_core.params import ParamError, Params, checked, resolve
 
 #: What `runs.Run.state` says, and of folders that cannot be read.
 _STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")
+
+if TYPE_CHECKING:
+    from kepo_core.study import jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "report":
             return write_reports(arguments.run, arguments.index)
         if arguments.command == "study":
-            return run_study(arguments.file, arguments.slots)
+            return run_study(arguments.file, arguments.slots, arguments.cluster)
         if arguments.command == "runs":
             return look_at_runs(arguments)
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
@@ -115,22 +118,24 @@ def write_reports(runs: Sequence[str], results: str | None) -> int:
     return COMPLETED
 
 
-def run_study(file: str, slots: int) -> int:
+def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
     """Make the runs of a study file that have not completed yet, several at a time; print what came of all.
 
-    Raises `ParamError` or ``DataError`` before anything runs if the file or the data do not fit.
+    They compute on this machine, or on the cluster that ``cluster_file`` describes. Raises `ParamError` or
+    ``DataError`` before anything runs if a file or the data do not fit.
     """
-    from kepo_core.study import execution, experiment, jobs, live, studies
+    from kepo_core.study import board, execution, experiment, jobs, studies
 
     study = studies.read_study(file)
-    places = jobs.slots(slots)
-    print(f"kepo: {len(study.runs)} runs, {len(places)} at a time", flush=True)
+    places = jobs.Here(slots) if cluster_file is None else _cluster(cluster_file, study.base.results_dir, slots)
+    print(f"kepo: {len(study.runs)} runs, {places.count} at a time", flush=True)
     for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # its runs are told, too
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
             signal.signal(ending, execution.interrupt)
     try:
         data = experiment.load_data(study.base)
-        runs, failures = jobs.run_all(study.runs, data.identity(), places, live.tell_job)
+        with board.Board(places.count) as shown:
+            runs, failures = jobs.run_all(study.runs, data.identity(), places, shown)
     except KeyboardInterrupt:
         print("kepo: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
@@ -138,6 +143,12 @@ def run_study(file: str, slots: int) -> int:
     for name, reason in failures.items():
         print(f"kepo: {name} failed: {reason}", file=sys.stderr)
     return FAILED if failures else COMPLETED
+
+
+def _cluster(file: str, results_dir: str, slots: int) -> "jobs.Places":
+    from kepo_core.study.cluster import Cluster  # submitit is wanted by nobody else
+
+    return Cluster(file, results_dir, slots)
 
 
 def look_at_runs(arguments: argparse.Namespace) -> int:
@@ -191,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     many = study.add_parser("run", help="make the runs of a study file that have not completed yet")
     many.add_argument("file", help="a file such as params/study-small.yaml")
     many.add_argument("--slots", type=int, default=0, help="runs at a time (default: one on each GPU, or each core)")
+    many.add_argument("--cluster", metavar="FILE", help="hand the runs to a cluster: a file such as params/slurm.yaml")
     report = commands.add_parser("report", help="render a run's report.html anew; without runs, the index of all runs")
     report.add_argument("run", nargs="*", help="run folders")
     report.add_argument(

@@ -198,10 +198,12 @@ def _execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
             stderr_file=sys.stderr,
         )
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if signal.getsignal(signal.SIGTERM) is interrupt:  # else it was sent, and the folder is told now
+            signal.signal(signal.SIGTERM, previous)
         sockets.cleanup()
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    """A signal handler: end as Ctrl-C does."""
+    """A signal handler: end as Ctrl-C does. Once is enough, so that what is written then is written whole."""
+    signal.signal(signum, signal.SIG_IGN)
     raise KeyboardInterrupt

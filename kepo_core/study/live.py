@@ -6,9 +6,11 @@ A headless run (papermill, a terminal) keeps every output it is given, so there 
 
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -22,6 +24,8 @@ from kepo_core.study.diagnosis import training_table
 
 LINES = 15
 _BAR = 24  # characters
+#: A line of `ProgressBar`, for `read_progress`.
+_LINE = re.compile(r"(\S.*?) +[█░]+ (\d+)/(\d+)  \d+:\d\d(?:, (\d+:\d\d) left)?")
 
 
 def watched() -> bool:
@@ -77,8 +81,27 @@ class ProgressBar:
 
     def _state(self, done: int, total: int, note: str) -> str:
         passed = self._clock() - self._start
-        left = f", {_minutes(passed * (total - done) / done)} left" if 0 < done < total else ""
-        return f"{done}/{total}  {_minutes(passed)}{left}" + (f"  {note}" if note else "")
+        left = f", {minutes(passed * (total - done) / done)} left" if 0 < done < total else ""
+        return f"{done}/{total}  {minutes(passed)}{left}" + (f"  {note}" if note else "")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a task is: ``done`` of ``total`` pieces; ``left`` as minutes and seconds, "" where that is not known."""
+
+    label: str
+    done: int
+    total: int
+    left: str
+
+
+def read_progress(output: str) -> Progress | None:
+    """What the last line of a `ProgressBar` in ``output`` says; ``None`` before the first."""
+    for line in reversed(output.splitlines()):
+        if found := _LINE.match(line):
+            label, done, total, left = found.groups(default="")
+            return Progress(label, int(done), int(total), left)
+    return None
 
 
 class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
@@ -133,12 +156,6 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._drawn = time.monotonic()
 
 
-def tell_job(name: str, what: str, seconds: float) -> None:
-    """A line on a run among many: found, started, completed, or why it failed."""
-    after = f" after {_minutes(seconds)}" if seconds else ""
-    _print_line(f"{time.strftime('%H:%M:%S')}  {name:<24} {what}{after}")
-
-
 def headline(logs: dict[str, Any]) -> str:
     """The few numbers of a logged step that tell how training fares, as far as the method logs them."""
     parts = {"accuracy": "kepo/accuracy", "format": "kepo/format", "all-fail": "kepo/all_fail_rate",
@@ -146,7 +163,8 @@ def headline(logs: dict[str, Any]) -> str:
     return "  ".join(f"{label} {float(logs[name]):.2f}" for label, name in parts.items() if name in logs)
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """Seconds as minutes and seconds: ``3:07``."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 

@@ -44,11 +44,20 @@ def at_work(params: Params, origin: Origin) -> Run | None:
     return _newest(params, origin, lambda run: run.state == "running")
 
 
+def failed(run: Run) -> str:
+    """Why a run failed; "" if it did not, or if its folder has gone."""
+    try:
+        status = run.status
+    except ParamError:
+        return ""
+    return str(status.get("error") or "it failed") if status["state"] == "failed" else ""
+
+
 def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run | None:
     """Names begin with the time, so the last of those that end in the parameters' hash is the newest.
 
-    A run that stopped before it read its data has not recorded any, and goes with all. A folder that cannot be read
-    is none of them (`kepo runs verify` speaks of those).
+    A run that stopped before it read its data has not recorded any, and goes with all. Folders that cannot be read,
+    being torn or deleted at this moment, hold no run (`kepo runs verify` speaks of those).
     """
     for path in sorted((project_root() / params.results_dir).glob(f"*-{params.hash}*"), reverse=True):
         try:
@@ -57,7 +66,7 @@ def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run 
             made = (found["code"].get("package"), found.get("notebook_sha256"), found.get("data", origin.data))
             if made == (origin.package, origin.notebook, origin.data) and run.params.hash == params.hash and fits(run):
                 return run
-        except (ParamError, KeyError):
+        except (ParamError, OSError, ValueError, KeyError):
             continue
     return None
 

@@ -78,10 +78,8 @@ def test_folders_that_are_broken_or_killed_or_none_are_told_apart(results):
     killed = make(results, "killed", report=False)
     gone = subprocess.Popen(["true"])
     gone.wait()
-    write_json(
-        killed / "status.json",
-        {"state": "running", "owner": "kepo run", "pid": gone.pid, "started": "2026-01-02T03:04:05Z"},
-    )
+    ended = {"state": "running", "owner": "kepo run", "pid": gone.pid, "started": "2026-01-02T03:04:05Z"}
+    write_json(killed / "status.json", ended)
     for name, text in {"half": "{", "list": "[]", "empty": "{}"}.items():
         (results / name).mkdir()
         (results / name / "status.json").write_text(text)

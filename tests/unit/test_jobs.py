@@ -1,14 +1,20 @@
 """The shelf of runs and the jobs that fill it: what counts as done, what is gone on with, and what happens at once."""
 
 import json
+import os
+import shutil
 import stat
 import subprocess
+import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 from kepo_core.cli import _parser, parse_value
 from kepo_core.data.records import Answer, AnswerOutcome
@@ -120,6 +126,20 @@ def test_answers_come_back_as_they_were(params: Params, notebook: Path) -> None:
 # Jobs ------------------------------------------------------------------------------------------------------------
 
 
+class Places:
+    """Places whose runs have ended when they are first looked at, having done what ``ends`` says for their hash."""
+
+    pause = 0.0
+
+    def __init__(self, ends: dict[str, Callable[[], str]], count: int = 1) -> None:
+        self.ends, self.count, self.asked = ends, count, {}
+
+    def start(self, params: Params, origin: shelf.Origin, left: Run | None) -> jobs.Started:
+        assert params.hash not in self.asked, "tried twice"
+        self.asked[params.hash] = jobs.command(params, left)
+        return SimpleNamespace(ended=self.ends.get(params.hash, str), output=str, stop=lambda: None, wait=lambda: None)
+
+
 def test_a_job_says_every_parameter_that_differs_from_the_file(params: Params) -> None:
     wanted = [params.replace(**entry.overrides(params)) for entry in methods().values()]
     wanted += [params.replace(seed=3, learning_rate=1e-5, top_p=0.5, items_file="results/a b/items.csv")]
@@ -129,24 +149,24 @@ def test_a_job_says_every_parameter_that_differs_from_the_file(params: Params) -
         assert Params.load(asked.file, given).hash == one.hash
 
 
-def test_a_run_that_was_broken_off_is_gone_on_with(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_broken_off_is_gone_on_with(params: Params) -> None:
     stopped = leave(params, ROOT / jobs.NOTEBOOK, "interrupted")
-    asked = []
-    monkeypatch.setattr(jobs, "_run", lambda commands, *_: asked.append(dict(commands)) or {})
-    _, failures = jobs.run_all({"one": params, "two": params.replace(seed=1)}, DATA, [{}])
-    assert asked[0]["one"] == ["resume", str(stopped.path)] and asked[0]["two"][0] == "run"
+    places = Places({})
+    _, failures = jobs.run_all({"one": params, "two": params.replace(seed=1)}, DATA, places)
+    assert places.asked[params.hash] == ["resume", str(stopped.path)]
+    assert places.asked[params.replace(seed=1).hash][0] == "run"
     assert failures == dict.fromkeys(("one", "two"), "code, notebook or data were changed before it completed")
 
 
 def test_places_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(jobs.os, "cpu_count", lambda: 8)
     assert jobs.slots() == [{"OMP_NUM_THREADS": "1"}] * 8
     assert jobs.slots(3) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert jobs.slots(20) == jobs.slots()
     with pytest.raises(ParamError, match="slots must be at least 0, got -1"):
         jobs.slots(-1)
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert jobs.slots() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     assert jobs.slots(1) == [{"CUDA_VISIBLE_DEVICES": "0"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a1")  # what this process was allotted, and nothing else
@@ -168,11 +188,20 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(jobs.sys, "executable", str(script))
+    monkeypatch.setattr(jobs, "command", lambda params, left: [params.student])
+    monkeypatch.setattr(jobs, "slots", lambda wanted: [{"OMP_NUM_THREADS": "1"}] * wanted)
+
+    def completed(params: Params, origin: shelf.Origin) -> Path | None:
+        log = tmp_path / f"{params.student}.log"
+        return log if log.is_file() and "end" in log.read_text() else None
+
+    monkeypatch.setattr(shelf, "completed", completed)
     return tmp_path
 
 
-def go(names: list[str], places: int, told: jobs.Told) -> dict[str, str]:
-    return jobs._run({name: [name] for name in names}, [{"OMP_NUM_THREADS": "1"}] * places, told)
+def go(fake: Path, names: list[str], places: int, show: jobs.Show) -> dict[str, str]:
+    wanted = {name: Params(student=name, results_dir=str(fake / "results")) for name in names}
+    return jobs.run_all(wanted, DATA, jobs.Here(places), show)[1]
 
 
 def times(log: Path) -> list[int]:
@@ -180,12 +209,15 @@ def times(log: Path) -> list[int]:
 
 
 def test_as_many_at_a_time_as_there_are_places_and_a_failure_stops_no_other(fake: Path) -> None:
-    told: list[tuple[str, str]] = []
+    started: dict[str, None] = {}
+
+    def show(all_jobs: Sequence[jobs.Job]) -> None:
+        started.update(dict.fromkeys(job.name for job in all_jobs if job.state == "running"))
+
     names = ["one", "fails", "two", "raises", "three", "killed"]
-    failures = go(names, 2, lambda name, what, _: told.append((name, what)))
+    failures = go(fake, names, 2, show)
     assert failures == {"fails": "no such thing", "raises": "KeyError: 7", "killed": "its process was ended by SIGKILL"}
-    assert [name for name, what in told if what == "started"] == names
-    assert ("fails", "no such thing") in told and ("three", "completed") in told
+    assert list(started) == names
     assert len(times(fake / "fails.log")) == 1  # nothing is tried twice
     spans = {name: times(fake / f"{name}.log") for name in ("one", "two", "three")}
     moments = sorted((moment, +1 if i == 0 else -1) for span in spans.values() for i, moment in enumerate(span))
@@ -197,43 +229,113 @@ def test_as_many_at_a_time_as_there_are_places_and_a_failure_stops_no_other(fake
 
 
 def test_whoever_is_interrupted_interrupts_its_runs(fake: Path) -> None:
-    def told(name: str, what: str, seconds: float) -> None:
-        if name == "quick" and what == "completed":
+    def show(all_jobs: Sequence[jobs.Job]) -> None:
+        if any(job.state == "completed" for job in all_jobs):
             raise KeyboardInterrupt
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        go(["slow", "quick"], 2, told)
+        go(fake, ["slow", "quick"], 2, show)
     assert time.monotonic() - started < 5
     assert (fake / "slow.log").read_text().splitlines()[-1] == "stopped"
+    slow = Params(student="slow", results_dir=str(fake / "results"))
+    assert jobs._claimed(jobs.Job("slow", slow))  # nobody has it any more
 
 
-def test_what_two_names_share_runs_once_and_what_failed_says_why(
-    params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_two_names_share_runs_once_and_what_failed_says_why(params: Params) -> None:
     notebook = ROOT / jobs.NOTEBOOK
     leave(params, notebook)
-    asked = []
-
-    def ran(commands: dict[str, list[str]], *_: object) -> dict[str, str]:
-        asked.extend(commands)
-        if "new" in commands:
-            leave(other, notebook)
-        return {"broken": "it broke"} if "broken" in commands else {}
-
-    monkeypatch.setattr(jobs, "_run", ran)
     other, broken = params.replace(seed=1), params.replace(seed=2)
+
+    def end_well() -> str:
+        leave(other, notebook)
+        return ""
+
+    places = Places({other.hash: end_well, broken.hash: lambda: "it broke"})
     wanted = {"found": params, "new": other, "same": other.replace(save_steps=3), "broken": broken}
-    runs, failures = jobs.run_all(wanted, DATA, [{}])
-    assert asked == ["new", "broken"]
+    runs, failures = jobs.run_all(wanted, DATA, places)
+    assert list(places.asked) == [other.hash, broken.hash]
     assert set(runs) == {"found", "new", "same"} and runs["new"].path == runs["same"].path
     assert failures == {"broken": "it broke"}
-    Run.allocate(broken, owner="kepo run").remember(notebook_sha256=provenance.notebook_digest(notebook))
-    asked.clear()
-    _, failures = jobs.run_all({"broken": broken, "found": params}, DATA, [{}])  # by this very process
-    assert "is at work on it in" in failures["broken"] and not asked
-    shelf.at_work(broken, shelf.origin(notebook, DATA)).conclude("failed")  # type: ignore[union-attr]
-    assert jobs.run_all({"broken": broken}, DATA, [{}]) == ({}, {"broken": "it broke"})
+    assert jobs.run_all(wanted, DATA, again := Places({broken.hash: lambda: "it broke"}))[1] == failures
+    assert list(again.asked) == [broken.hash]  # and what has completed is not run
+
+    class Full(Places):
+        def start(self, *_: object) -> jobs.Started:
+            raise jobs.NotStarted("no room")
+
+    assert jobs.run_all({"broken": broken}, DATA, Full({})) == ({}, {"broken": "no room"})
+
+
+# Two studies at once ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "state", "note"),
+    [
+        ("completed", "found", ""),
+        ("failed", "failed", "in another process: out of luck"),
+        ("interrupted", "failed", "ours"),  # taken over
+        ("deleted", "failed", "ours"),
+    ],
+)
+def test_a_run_at_work_elsewhere_is_waited_for(
+    params: Params, monkeypatch: pytest.MonkeyPatch, end: str, state: str, note: str
+) -> None:
+    monkeypatch.setattr(jobs, "_LOOK_EVERY", 0.0)
+    theirs = Run.allocate(params, owner="kepo run")  # by this very process, which is alive
+    theirs.remember(data=DATA, notebook_sha256=provenance.notebook_digest(ROOT / jobs.NOTEBOOK))
+    other = params.replace(seed=1)
+    seen: list[list[tuple[str, str]]] = []
+    places = Places(dict.fromkeys((params.hash, other.hash), lambda: "ours"))
+
+    def show(all_jobs: Sequence[jobs.Job]) -> None:
+        seen.append([(job.state, job.note) for job in all_jobs])
+        if len(seen) == 4:
+            shutil.rmtree(theirs.path) if end == "deleted" else theirs.conclude(end, "out of luck")  # type: ignore[arg-type]
+
+    jobs.run_all({"theirs": params, "other": other}, DATA, places, show)
+    waits = ("elsewhere", f"process {os.getpid()} is at work on it in {theirs.path.name}")
+    assert [rows[0] for rows in seen[:4]] == [waits] * 4
+    assert seen[3][1] == ("failed", "ours")  # the others went on
+    assert seen[-1][0] == (state, note)
+    assert (params.hash in places.asked) == (note == "ours")
+    if end == "interrupted":
+        assert places.asked[params.hash] == ["resume", str(theirs.path)]
+
+
+def test_two_studies_share_the_work_instead_of_doing_it_twice(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_LOOK_EVERY", 0.0)
+    holder = (  # another process, as it starts the run: it has no folder yet
+        "import sys; from kepo_core.params import Params; from kepo_core.study import jobs\n"
+        f"job = jobs.Job('x', Params.load('params/smoke.yaml', {{'results_dir': {params.results_dir!r}}}))\n"
+        "assert jobs._claimed(job); print('claimed', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, **pipes) as study:  # type: ignore[call-overload]
+        assert study.stdout.readline() == "claimed\n"
+        seen: list[tuple[str, str]] = []
+        places = Places({params.hash: lambda: "ours"})
+
+        def show(all_jobs: Sequence[jobs.Job]) -> None:
+            seen.append((all_jobs[0].state, all_jobs[0].note))
+            if len(seen) == 5:
+                assert not places.asked
+                study.kill()  # a lock dies with its process
+                study.wait()
+
+        jobs.run_all({"x": params}, DATA, places, show)
+    assert seen[:5] == [("elsewhere", "another study is at work on it")] * 5
+    assert seen[-1] == ("failed", "ours") and list(places.asked) == [params.hash]
+
+
+def test_folders_that_cannot_be_read_hold_no_run(params: Params, notebook: Path) -> None:
+    whole = leave(params, notebook)
+    for name, text in (("status.json", "{"), ("params.yaml", "taw: 1\n"), ("provenance.json", "{}")):
+        (leave(params, notebook).path / name).write_text(text)
+    (leave(params, notebook).path / "provenance.json").unlink()
+    found = shelf.completed(params, shelf.origin(notebook, DATA))
+    assert found is not None and found.path == whole.path
 
 
 def test_time_is_counted_from_start_to_end(params: Params, notebook: Path) -> None:

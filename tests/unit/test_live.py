@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from kepo_core.study import live
-from kepo_core.study.live import LINES, LiveTraining, ProgressBar, headline, watched
+from kepo_core.study.live import LINES, LiveTraining, Progress, ProgressBar, headline, read_progress, watched
 
 
 class Clock:
@@ -41,6 +41,18 @@ def test_a_line_tells_how_far_and_how_long():
     clock.now += 65
     bar(100, 100)
     assert lines[1].endswith("100/100  2:05")
+
+
+@pytest.mark.parametrize("label", ["training", "trained on it", "a label longer than its column"])
+def test_what_a_bar_writes_is_read_back(label):
+    clock, lines = Clock(), ["kepo: run folder x"]
+    bar = ProgressBar(label, live=False, write=lines.append, clock=clock)
+    assert read_progress("\n".join(lines)) is None
+    for done, left in ((25, "3:00"), (50, "1:00"), (100, "")):
+        clock.now = 100.0 + {25: 60, 50: 60, 100: 70}[done]
+        bar(done, 100, "accuracy 0.50  gate 1/3  0:01, 0:02 left")
+        lines.append("a warning that stands behind 3/4  1:00")
+        assert read_progress("\n".join(lines)) == Progress(label, done, 100, left)
 
 
 class Display:

@@ -153,7 +153,7 @@ def test_the_command_runs_what_is_missing_and_prints_what_came_of_all(
     path = write(tmp_path, FILE.format(compared_with="grpo"))
     asked = []
 
-    def run_all(wanted, data, places, told):
+    def run_all(wanted, data, places, show):
         asked.append((dict(wanted), places))
         return {name: name for name in wanted if name != "kepo-tau1 seed 1"}, {"kepo-tau1 seed 1": "it broke"}
 
@@ -169,7 +169,7 @@ def test_the_command_runs_what_is_missing_and_prints_what_came_of_all(
     said = capsys.readouterr()
     assert "4 runs, 1 at a time" in said.out and "Against grpo, in points" in said.out
     assert "kepo: kepo-tau1 seed 1 failed: it broke" in said.err
-    assert len(asked[0][0]) == 4 and len(asked[0][1]) == 1
+    assert len(asked[0][0]) == 4 and asked[0][1].count == 1
     monkeypatch.setattr(jobs, "run_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["study", "run", str(path)]) == cli.INTERRUPTED
     assert "the same command goes on" in capsys.readouterr().err

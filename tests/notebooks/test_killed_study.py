@@ -1,0 +1,66 @@
+"""A study that is killed at random moments, against one that never stopped: notebook 03, with seconds of training."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SEED = 20  # of the moments
+PARAMS = (ROOT / "params/smoke.yaml").read_text().replace("max_steps: 2", "max_steps: 4\nsave_steps: 1")
+STUDY = "params: {params}\nmethods: [zero-shot, grpo]\ncompared_with: grpo\nseeds: [0]\n"
+
+
+def begin(folder: Path) -> subprocess.Popen[str]:
+    """`kepo study run` with results in ``folder``, as from a terminal of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "params.yaml").write_text(f"{PARAMS}results_dir: {folder}/results\n")
+    (folder / "study.yaml").write_text(STUDY.format(params=folder / "params.yaml"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "kepo_core.cli", "study", "run", str(folder / "study.yaml"), "--slots", "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=hears_interrupts,
+    )
+
+
+def hears_interrupts() -> None:  # a job in the background inherits that SIGINT is ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def tables(said: str) -> str:
+    return said.partition("\n\n")[2]
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_three_random_moments_ends_with_the_same_tables(tmp_path: Path) -> None:
+    started = time.monotonic()
+    whole = begin(tmp_path / "whole")
+    expected = tables(whole.communicate()[0])
+    took = time.monotonic() - started
+    assert whole.returncode == 0 and "against grpo, in points" in expected
+    moments, log = random.Random(SEED), []
+    for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):  # after the first, its run computes on
+        study, moment = begin(tmp_path / "killed"), moments.uniform(0.2, 0.7) * took
+        try:
+            said = study.communicate(timeout=moment)[0]
+        except subprocess.TimeoutExpired:
+            study.send_signal(sent)
+            said = study.communicate()[0]
+        log.append(f"--- {sent.name} after {moment:.1f} of {took:.1f} s: {study.returncode}\n{said}")
+    study = begin(tmp_path / "killed")
+    said = study.communicate()[0]
+    told = "\n".join([*log, said])
+    assert study.returncode == 0 and tables(said) == expected, told
+    states = [json.loads(path.read_text())["state"] for path in (tmp_path / "killed/results").glob("*/status.json")]
+    assert states == ["completed"] * 2, told  # nothing was made twice, and nothing was left half-done
+    print(told)
