@@ -31,7 +31,7 @@ STYLE = """
     --muted: #b5b5b5; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 0; }
-main { max-width: 64rem; margin: 0 auto; padding: 1rem 1.5rem 4rem; }
+main { max-width: 72rem; margin: 0 auto; padding: 1rem 1.5rem 4rem; }
 h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; }
 h2 { font-size: 1.35rem; margin-top: 2rem; }
