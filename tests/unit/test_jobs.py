@@ -291,7 +291,9 @@ def test_a_run_at_work_elsewhere_is_waited_for(
 
     def show(all_jobs: Sequence[jobs.Job]) -> None:
         seen.append([(job.state, job.note) for job in all_jobs])
+        assert len(seen) < 100, "it waits for ever"
         if len(seen) == 4:
+            assert jobs._claimed(jobs.Job("of another study", params))  # whoever waits lets others have it
             shutil.rmtree(theirs.path) if end == "deleted" else theirs.conclude(end, "out of luck")  # type: ignore[arg-type]
 
     jobs.run_all({"theirs": params, "other": other}, DATA, places, show)
@@ -319,6 +321,7 @@ def test_two_studies_share_the_work_instead_of_doing_it_twice(params: Params, mo
 
         def show(all_jobs: Sequence[jobs.Job]) -> None:
             seen.append((all_jobs[0].state, all_jobs[0].note))
+            assert len(seen) < 100, "it waits for ever"
             if len(seen) == 5:
                 assert not places.asked
                 study.kill()  # a lock dies with its process
