@@ -1,7 +1,7 @@
 """A study file → runs: methods × values × seeds over one parameter file, and the table that says what came of them.
 
 ```yaml
-params: params/phantom.yaml        # all that is not said here
+params: params/phantom.yaml        # optional: all that is not said here (without it: $KEPO_PARAMS, else this file)
 methods: [grpo, kepo-tau1]         # names from the table of methods
 compared_with: grpo                # the one that all others are compared with
 seeds: [0, 1, 2]
@@ -43,8 +43,8 @@ from kepo_core.study.statistics import AVG, AVG_OOD, accuracy_table
 #: What decides which questions are asked; all runs of a study share them.
 DATA = ("data_root", "data_seed", "split", "train_modality", "train_items", "eval_items", "eval_split", "items_file",
         "eval_samples")  # fmt: skip
-_NEEDED = {"params": str, "methods": list, "compared_with": str, "seeds": list}
-_KEYS = {**_NEEDED, "set": dict, "grid": dict, "students": list}
+_NEEDED = {"methods": list, "compared_with": str, "seeds": list}
+_KEYS = {"params": str, **_NEEDED, "set": dict, "grid": dict, "students": list}
 
 #: A run within its arm: the number of the pretrained student it begins from, and its seed.
 Key = tuple[int, int]
@@ -84,7 +84,7 @@ def read_study(file: str | Path) -> Study:
             raise ParamError(f"{name} in {path.name} is {given[name]!r}, expected a {kind.__name__} that is not empty")
     if unknown := sorted(set(given) - set(_KEYS)):
         raise ParamError(f"{unknown[0]} in {path.name} is unknown, expected {', '.join(_KEYS)}")
-    base = Params.load(given["params"], given.get("set"))
+    base = Params.load(given.get("params"), given.get("set"))
     grid: Mapping[str, Any] = given.get("grid", {})
     students: list[dict[str, Any]] = given.get("students", [{}])
     lists: dict[str, Any] = {name: given[name] for name in ("seeds", "methods", "students") if name in given}

@@ -50,7 +50,7 @@ def test_methods_times_seeds_times_grid(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (("seeds: [0, 1]", ""), "study.yaml has no seeds, expected params, methods"),
+        (("seeds: [0, 1]", ""), "study.yaml has no seeds, expected methods"),
         (("seeds: [0, 1]", "seeds: 3"), "seeds in study.yaml is 3, expected a list that is not empty"),
         (("seeds: [0, 1]", "seeds: [1, 1]"), r"seeds in study.yaml is \[1, 1\], expected a list of different values"),
         (("seeds: [0, 1]", "seeds: [-1]"), "seed must be at least 0, got -1"),
