@@ -56,6 +56,17 @@ def name(shown):
     return found
 
 
+def walk(shown):
+    """The groups from here on, by the button; a step's number is that of its card."""
+    seen = [name(shown)]
+    for _ in GROUPS:
+        if not shown.next.disabled:
+            shown.next.click()
+            seen.append(name(shown))
+            assert str(shown.step.value) == shown.card.value.split("<b>Step ")[1][0]
+    return seen
+
+
 def test_the_first_group_is_shown_as_the_report_shows_it(shown, questions):
     assert (name(shown), shown.place.value, shown.step.value) == ("right", "1 of 5", 1)
     frame = pd.DataFrame(map(asdict, rollouts()))
@@ -65,13 +76,8 @@ def test_the_first_group_is_shown_as_the_report_shows_it(shown, questions):
 
 
 def test_next_and_previous_go_over_the_borders_of_steps_and_stop_at_the_ends(shown):
-    seen = [name(shown)]
     assert shown.previous.disabled
-    while not shown.next.disabled:
-        shown.next.click()
-        seen.append(name(shown))
-        assert str(shown.step.value) == shown.card.value.split("<b>Step ")[1][0]
-    assert seen == list(GROUPS)
+    assert walk(shown) == list(GROUPS)
     assert (shown.place.value, shown.step.value, shown.group.value) == ("5 of 5", 3, 4)
     shown.previous.click()
     shown.previous.click()
@@ -107,11 +113,7 @@ def test_a_step_and_a_group_are_chosen(shown):
 def test_a_kind_of_groups_is_chosen(shown, kind, groups):
     shown.filter.value = "not in the exact format"  # elsewhere
     shown.filter.value = kind
-    seen = [name(shown)]
-    while not shown.next.disabled:
-        shown.next.click()
-        seen.append(name(shown))
-    assert seen == (groups or [None])
+    assert walk(shown) == (groups or [None])
     assert f"{kind} ({len(groups)})" in [label for label, _ in shown.filter.options]
     if not groups:
         assert (shown.place.value, shown.previous.disabled, shown.group.value) == ("no such group", True, None)
