@@ -41,22 +41,33 @@ def tables(said: str) -> str:
     return said.partition("\n\n")[2]
 
 
+def kill(folder: Path, sent: signal.Signals, seconds: float) -> str:
+    """Begin, send a signal so long after a run was started, and return what was said."""
+    study = begin(folder)
+    assert study.stdout is not None
+    said = []
+    for line in study.stdout:
+        said.append(line)
+        if line.rstrip().endswith(" started"):
+            break
+    time.sleep(seconds)
+    assert study.poll() is None, "".join(said)
+    study.send_signal(sent)
+    said.append(study.communicate()[0])
+    assert study.returncode == (-signal.SIGKILL if sent is signal.SIGKILL else 130), "".join(said)
+    return f"--- {sent.name} {seconds:.1f} s after a run was started\n{''.join(said)}"
+
+
 @pytest.mark.slow
 def test_a_study_killed_at_three_random_moments_ends_with_the_same_tables(tmp_path: Path) -> None:
     started = time.monotonic()
     whole = begin(tmp_path / "whole")
     expected = tables(whole.communicate()[0])
-    took = time.monotonic() - started
+    a_run = (time.monotonic() - started) / 2
     assert whole.returncode == 0 and "against grpo, in points" in expected
-    moments, log = random.Random(SEED), []
-    for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):  # after the first, its run computes on
-        study, moment = begin(tmp_path / "killed"), moments.uniform(0.2, 0.7) * took
-        try:
-            said = study.communicate(timeout=moment)[0]
-        except subprocess.TimeoutExpired:
-            study.send_signal(sent)
-            said = study.communicate()[0]
-        log.append(f"--- {sent.name} after {moment:.1f} of {took:.1f} s: {study.returncode}\n{said}")
+    moments = random.Random(SEED)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)  # after the last, its run computes on and is waited for
+    log = [kill(tmp_path / "killed", sent, moments.uniform(0.1, 0.5) * a_run) for sent in signals]
     study = begin(tmp_path / "killed")
     said = study.communicate()[0]
     told = "\n".join([*log, said])
