@@ -13,6 +13,9 @@ STAMP := $(VENV)/.kepo-installed
 # Bytecode is compiled when a module is first imported, not for the tens of thousands that never are.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
+# As many tests at a time as there are cores, of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 .PHONY: help install train study test test-all faults bench lab lint format lock clean
 
 help:
@@ -58,10 +61,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: lint
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 faults: $(STAMP)
 	$(BIN)/python tests/planted_faults.py

@@ -15,7 +15,7 @@ from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.params import PLACES, ParamError, Params
 from kepo_core.params_io import short_hash
 from kepo_core.study import checksums, listing, provenance, verification
-from kepo_core.study.experiment import predictions
+from kepo_core.study.answers import to_table
 from kepo_core.study.runs import Run
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def leave(params: Params, right: int = 6, state: str = "completed", test: str = 
         (run.path / name).parent.mkdir(exist_ok=True, parents=True)
         (run.path / name).write_text("words")
     given = [answer(question, question < right) for question in range(8)]
-    run.write_table("predictions", predictions({"untrained": [answer(q, False) for q in range(8)], "kepo": given}))
+    run.write_table("predictions", to_table({"untrained": [answer(q, False) for q in range(8)], "kepo": given}))
     run.finish(HEADLINE)
     run.conclude(state, "" if state == "completed" else "out of luck")  # type: ignore[arg-type]
     return run
