@@ -180,7 +180,7 @@ def comparison_table(
             "over runs and questions": str(both) if len(keys) > 1 else f"{both} (questions alone)",
             "over runs": str(over_runs),
             "p (t, Holm)": "–",
-            "beats it": f"{probability_of_improvement(ours, theirs):.2f}",
+            "beats it (%)": str(probability_of_improvement(ours, theirs, confidence)),
             "runs to tell": seeds_needed(deviation, abs(both.value)) if deviation > 1e-12 and both.value else "–",
         }
     for arm, p in zip(p_values, holm(list(p_values.values())), strict=True):

@@ -26,14 +26,29 @@ def test_the_t_interval_by_hand_and_a_single_run_knows_nothing_of_others() -> No
 
 def test_the_probability_of_improvement_by_hand() -> None:
     # Task 1: 2 > 1, 2 = 2, 4 > 1, 4 > 2 → 3.5/4; task 2: all below → 0.
-    assert probability_of_improvement([[2, 0], [4, 0]], [[1, 1], [2, 1]]) == pytest.approx(3.5 / 8)
+    assert probability_of_improvement([[2, 0], [4, 0]], [[1, 1], [2, 1]]).value == pytest.approx(3.5 / 8)
     x, y = np.random.default_rng(0).random((2, 5, 3))
-    assert probability_of_improvement(x, x) == 0.5
-    assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1)
+    assert probability_of_improvement(x, x).value == 0.5
+    there, back = probability_of_improvement(x, y), probability_of_improvement(y, x)
+    assert (there.value + back.value, there.low + back.high, there.p) == pytest.approx((1, 1, back.p))
     u = [stats.mannwhitneyu(x[:, m], y[:, m]).statistic / 25 for m in range(3)]
-    assert probability_of_improvement(x, y) == pytest.approx(np.mean(u))
+    assert there.value == pytest.approx(np.mean(u))
+    assert probability_of_improvement(x + 1, y).high == 1 and probability_of_improvement(x + 1, y).low == 0
+    assert probability_of_improvement(x[:1], y).low == 0
     with pytest.raises(ValueError, match=r"\(5, 3\) and \(5, 2\), expected"):
         probability_of_improvement(x, y[:, :2])
+
+
+def test_the_probability_of_improvement_covers_as_it_says() -> None:
+    rng, hits = np.random.default_rng(0), []
+
+    def draw(level: float) -> np.ndarray:  # runs are good or bad in all tasks together
+        return level + rng.normal(0, 0.7, (8, 1)) + rng.normal(0, 0.7, (8, 8))
+
+    for _ in range(1000):
+        estimate = probability_of_improvement(draw(0.6), draw(0.0))
+        hits.append(estimate.low <= stats.norm.cdf(0.6 / 0.7 / 2) <= estimate.high)
+    assert 0.93 <= np.mean(hits) <= 0.98
 
 
 def simulate(rng: np.random.Generator, runs: int, truth: float) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
