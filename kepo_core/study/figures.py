@@ -6,34 +6,46 @@ neighbour by its marker or dash as well.
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from kepo_core.data.images import load_image
 from kepo_core.data.records import LETTERS, MODALITIES, Question
 from kepo_core.study.diagnosis import ACCEPTANCE
+from kepo_core.study.files import in_place_of
 from kepo_core.study.statistics import AVG, AVG_OOD
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",
 )  # fmt: skip
-_COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, BLACK)
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-_MARKERS = ("o", "s", "D", "^", "v", "P")
+COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, BLACK, SKY, "#7F7F7F")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (4, 1, 1, 1)))
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 
 
 def use_style() -> None:
     """The look of all figures: called once by a notebook."""
-    sns.set_theme(context="notebook", style="ticks", palette=list(_COLOURS), rc={"axes.grid": True,
+    sns.set_theme(context="notebook", style="ticks", palette=list(COLOURS), rc={"axes.grid": True,
         "grid.color": "#E5E5E5", "axes.spines.right": False, "axes.spines.top": False, "legend.frameon": False,
         "axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
         "legend.fontsize": 9, "figure.dpi": 100})  # fmt: skip
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write ``name.png`` and ``name.svg`` into ``folder``, which is made; the same picture gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, made in (("png", {"Software": None}), ("svg", {"Date": None})):
+        with plt.rc_context({"svg.hashsalt": name}), in_place_of(folder / f"{name}.{kind}") as partial:
+            figure.savefig(partial, format=kind, dpi=150, bbox_inches="tight", metadata=made)
 
 
 def curves(
@@ -53,10 +65,10 @@ def curves(
     for k, (metric, label) in enumerate(drawn):
         part = metrics[["step", metric]].dropna()
         line = part[metric].rolling(smooth, center=True, min_periods=1).mean()
-        colour = _COLOURS[k % len(_COLOURS)]
+        colour = COLOURS[k % len(COLOURS)]
         if smooth > 1:
             ax.plot(part["step"], part[metric], color=colour, alpha=0.25, linewidth=0.8)
-        ax.plot(part["step"], line, color=colour, linestyle=_DASHES[k % len(_DASHES)], linewidth=1.8, label=label)
+        ax.plot(part["step"], line, color=colour, linestyle=DASHES[k % len(DASHES)], linewidth=1.8, label=label)
     ax.set(xlabel="step", title=title)
     if rate:
         ax.set_ylim(-0.03, 1.03)
@@ -104,16 +116,18 @@ def accuracy_curves(bands: Mapping[str, Mapping[str, pd.DataFrame]], axes: Any) 
     """Accuracy over training with 95 % bands, a panel for each part of the test set, from ``curves.bands``."""
     for (part, frames), ax in zip(bands.items(), np.asarray(axes, dtype=object).ravel(), strict=True):
         for k, (label, frame) in enumerate(frames.items()):
-            colour, dash = _COLOURS[k % len(_COLOURS)], _DASHES[k % len(_DASHES)]
+            colour, dash = COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)]
             low, high = 100 * frame["low"].clip(0, 1), 100 * frame["high"].clip(0, 1)
             ax.fill_between(frame["step"], low, high, color=colour, alpha=0.15, linewidth=0)
             ax.plot(
                 frame["step"], 100 * frame["accuracy"], color=colour, linestyle=dash,
-                marker=_MARKERS[k % len(_MARKERS)], markersize=4, linewidth=1.8, label=label,
+                marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.8, label=label,
             )  # fmt: skip
         ax.set(xlabel="step", ylabel="accuracy (%), 95 % band", title=part)
-        if frames:
-            ax.legend(loc="best", handlelength=3)
+    drawn = next((a for a in np.asarray(axes, dtype=object).ravel() if a.lines), None)
+    if drawn is not None:  # one legend, beside the last panel
+        handles, labels = drawn.get_legend_handles_labels()
+        ax.legend(handles, labels, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=3)
 
 
 def accuracies(
@@ -133,7 +147,7 @@ def accuracies(
         )
         ax.errorbar(
             x + shifts[k], values, yerr=[values - low, high - values], label=str(model), linestyle="none",
-            color=_COLOURS[k % len(_COLOURS)], marker=_MARKERS[k % len(_MARKERS)], markersize=5.5,
+            color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)], markersize=5.5,
             elinewidth=1.4, capsize=2.5,
         )  # fmt: skip
     for position, column in zip(x, columns, strict=True):
@@ -182,7 +196,7 @@ def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str) -> Axes:
         values, low, high = (100 * table[part][name].to_numpy(float) for name in ("difference", "low", "high"))
         ax.errorbar(
             values, y + 0.16 * (2 * k - len(parts) + 1), xerr=[values - low, high - values], label=part,
-            linestyle="none", color=_COLOURS[k], marker=_MARKERS[k], markersize=6, elinewidth=1.4, capsize=2.5,
+            linestyle="none", color=COLOURS[k], marker=MARKERS[k], markersize=6, elinewidth=1.4, capsize=2.5,
         )  # fmt: skip
     ax.axvline(0, color="#8C8C8C", linewidth=1.2, zorder=1)
     ax.set_yticks(y, [textwrap.fill(str(name), 44) for name in table.index])
@@ -202,7 +216,7 @@ def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_doma
     shown = [name for name in (in_domain, AVG_OOD) if name in table.columns.unique(level=0)]
     for k, name in enumerate(shown):
         label = f"{name} (trained on)" if name == in_domain else name
-        style = {"color": _COLOURS[k], "marker": _MARKERS[k], "markersize": 6, "linestyle": "none", "label": label}
+        style = {"color": COLOURS[k], "marker": MARKERS[k], "markersize": 6, "linestyle": "none", "label": label}
         at = y + 0.16 * (2 * k - len(shown) + 1)
         part = 100 * table[name].to_numpy(dtype=float)
         left.errorbar(part[:, 0], at, xerr=[part[:, 0] - part[:, 1], part[:, 2] - part[:, 0]], elinewidth=1.4,
@@ -255,7 +269,7 @@ def picture_sizes(table: pd.DataFrame, ax: Axes) -> Axes:
     for k, name in enumerate(names):
         own = table[table["modality"] == name]
         ax.plot(own["width"], own["height"], linestyle="none", marker="osD^vPX*"[k], markersize=6, alpha=0.6,
-                color=(*_COLOURS, SKY, "#666666")[k], label=name)  # fmt: skip
+                color=(*COLOURS, SKY, "#666666")[k], label=name)  # fmt: skip
     sides = table[["width", "height"]].to_numpy()
     low, high = sides.min() / 2.1, sides.max() * 2.1
     ax.plot([low, high], [low, high], color="#BBBBBB", linewidth=1, zorder=0)
@@ -276,7 +290,7 @@ def prompt_histogram(lengths: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     shortest = min(int(table["tokens"].min()) for table in lengths.values())
     bins = np.linspace(shortest - 0.5, longest + 0.5, min(longest - shortest + 2, 60)).tolist()
     for k, (name, table) in enumerate(lengths.items()):
-        ax.hist(table["tokens"], bins=bins, histtype="step", linewidth=1.8, color=_COLOURS[k], linestyle=_DASHES[k],
+        ax.hist(table["tokens"], bins=bins, histtype="step", linewidth=1.8, color=COLOURS[k], linestyle=DASHES[k],
                 label=f"{name}: median {table['tokens'].median():.0f}, longest {table['tokens'].max()}")  # fmt: skip
     ax.set(xlabel="tokens of the prompt, image included", ylabel="questions", title="Prompts")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08))

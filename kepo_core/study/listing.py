@@ -33,9 +33,13 @@ def is_run_folder(path: Path) -> bool:
 
 
 def folders(results: Path) -> list[Path]:
-    """The folders of a results folder in the order of their names, without hidden ones and ``reference``."""
+    """The folders of a results folder in the order of their names, but for hidden ones, ``reference``, ``figures``."""
     there = sorted(results.iterdir()) if results.is_dir() else []
-    return [path for path in there if path.is_dir() and path.name != "reference" and not path.name.startswith(".")]
+    return [
+        path
+        for path in there
+        if path.is_dir() and path.name not in ("reference", "figures") and not path.name.startswith(".")
+    ]
 
 
 def find(name: str, results: Path) -> Path:

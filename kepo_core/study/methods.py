@@ -104,6 +104,22 @@ def paper_table() -> pd.DataFrame:
     return table.drop(columns=["category"]).rename(columns={"avg": "Avg.", "avg_ood": "Avg. (OOD)"})
 
 
+def released_curves() -> pd.DataFrame:
+    """What the authors' released notebook prints of four runs: columns run, step, modality, accuracy_percent.
+
+    Five epochs, 300 questions per modality, every ten steps; KEPO itself is not among them. Runs are called as what
+    they are here (its KDPO is GRPO with distillation, KEPO-KE).
+    """
+    names = {
+        "Qwen3-VL-2B-GRPO-MRI-600-think": "GRPO",
+        "Qwen3-VL-2B-KDPO-MRI-600-think-tau-0": "KEPO-KE τ = 0",
+        "Qwen3-VL-2B-KDPO-MRI-600-think-tau-0-235b-a22b": "KEPO-KE τ = 0, teacher 235B",
+        "Qwen3-VL-2B-KDPO-MRI-600-think-tau-1": "KEPO-KE τ = 1",
+    }
+    table = pd.read_csv(_HERE / "released_curves.csv")
+    return table.assign(run=table["run"].map(names))
+
+
 def as_markdown() -> str:
     """The table of methods as the README shows it."""
     lines = ["| name | what | source | parameters |", "|---|---|---|---|"]

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kepo_core.data.records import Answer
+from kepo_core.data.records import MODALITIES, Answer
 from kepo_core.params import ParamError, Params, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.study import shelf
 from kepo_core.study.aggregate import (
+    Estimate,
     holm,
     interquartile_mean,
     mean_over_runs,
@@ -202,14 +203,53 @@ def differences(answers: Answers, compared_with: str, images: Mapping[str, str],
         for part in (in_domain, AVG_OOD):
             order = [a for a in runs[keys[0]] if (a.modality == in_domain) == (part == in_domain)]
             if order:
-                change = [
-                    correctness(runs[key], order) - correctness(answers[compared_with][key], order) for key in keys
-                ]
-                where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
-                e = mean_over_runs_and_images(np.stack(change), where, tasks, students_R=[key[0] for key in keys])
+                before = answers[compared_with]
+                change = [correctness(runs[key], order) - correctness(before[key], order) for key in keys]
+                e = _estimate(change, order, keys, images)
                 cells = {(part, "difference"): e.value, (part, "low"): e.low, (part, "high"): e.high}
                 rows.setdefault(arm, {}).update(cells)
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def accuracies(answers: Answers, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
+    """``statistics.accuracy_table`` over several runs: a row per arm, intervals over runs and questions together.
+
+    Columns are pairs (modality or average, one of ``accuracy``, ``low``, ``high``), in [0, 1] but for the intervals,
+    which may reach beyond.
+    """
+    rows: dict[str, dict[tuple[str, str], float]] = {}
+    for arm, runs in answers.items():
+        everything = next(iter(runs.values()))
+        present = [m for m in MODALITIES if any(a.modality == m for a in everything)]
+        parts = {m: [m] for m in present} | {AVG: present, AVG_OOD: [m for m in present if m != in_domain]}
+        for part, modalities in parts.items():
+            order = [a for a in everything if a.modality in modalities]
+            if order:
+                e = _estimate([correctness(given, order) for given in runs.values()], order, list(runs), images)
+                cells = {(part, "accuracy"): e.value, (part, "low"): e.low, (part, "high"): e.high}
+                rows.setdefault(arm, {}).update(cells)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def changes(answers: Answers, before: Sequence[Answer], images: Mapping[str, str]) -> pd.DataFrame:
+    """What training changed: `differences` from the untrained student's answers ``before``, per modality."""
+    rows: dict[str, dict[tuple[str, str], float]] = {}
+    for arm, runs in answers.items():
+        for modality in [m for m in MODALITIES if any(a.modality == m for a in before)]:
+            order = [a for a in before if a.modality == modality]
+            first = correctness(before, order)
+            e = _estimate([correctness(given, order) - first for given in runs.values()], order, list(runs), images)
+            cells = {(modality, "difference"): e.value, (modality, "low"): e.low, (modality, "high"): e.high}
+            rows.setdefault(arm, {}).update(cells)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _estimate(
+    values: Sequence[np.ndarray], order: Sequence[Answer], keys: Sequence[Key], images: Mapping[str, str]
+) -> Estimate:
+    """Of runs' ``values`` (items,) about the questions of ``order``, over runs (students, with several) and images."""
+    where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
+    return mean_over_runs_and_images(np.stack(values), where, tasks, students_R=[key[0] for key in keys])
 
 
 def outcomes(study: Study, runs: Mapping[str, Run]) -> dict[str, dict[Key, Outcome]]:

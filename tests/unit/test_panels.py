@@ -1,0 +1,93 @@
+"""Figures over runs: what is drawn is what the tables say."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from kepo_core.study import figures, panels
+from kepo_core.study.methods import released_curves
+
+
+@pytest.fixture
+def axes():
+    return Figure(figsize=(12, 5)).subplots(1, 2)
+
+
+def test_the_released_runs_end_where_their_notebook_says(axes) -> None:
+    panels.released_curves(released_curves(), axes)
+    ends = {line.get_label(): line.get_ydata()[-1] for line in axes[1].lines}
+    assert ends == pytest.approx({"GRPO": 76.9, "KEPO-KE τ = 0": 77.2, "KEPO-KE τ = 0, teacher 235B": 76.9,
+                                  "KEPO-KE τ = 1": 76.5}, abs=0.06)  # fmt: skip
+    assert all(len(line.get_xdata()) == 19 for ax in axes for line in ax.lines)
+
+
+def test_a_metric_is_a_mean_over_runs_with_their_range(axes) -> None:
+    made = [pd.DataFrame({"step": [1, 2], "kepo/gate_rate": values}) for values in ([0.2, 0.4], [0.4, 0.8])]
+    runs = {"sft": [pd.DataFrame({"step": [1], "loss": [1.0]})], "kepo": made}
+    panels.metric_over_runs(runs, "kepo/gate_rate", axes[0])
+    (line,) = axes[0].lines
+    assert line.get_label() == "kepo" and line.get_ydata() == pytest.approx([0.3, 0.6])
+    low, high = (f(axes[0].collections[0].get_paths()[0].vertices[:, 1]) for f in (np.min, np.max))
+    assert (low, high) == (0.2, 0.8)
+    panels.metric_over_runs({"sft": []}, "kepo/gate_rate", axes[1])
+    assert axes[1].texts[0].get_text() == "in none of these runs"
+
+
+def rollouts() -> pd.DataFrame:
+    row = {"step": 1, "group": 0, "row": 0, "outcome": "wrong", "advantage": -0.5, "gate": False, "injected": False,
+           "replaced": False, "exploration": "", "draws": 0}  # fmt: skip
+    rescued = {**row, "group": 1, "exploration": "rescued", "draws": 3}
+    return pd.DataFrame([
+        row,
+        {**row, "row": 1, "outcome": "correct", "advantage": 0.5, "gate": True},
+        {**rescued, "row": 2, "outcome": "missing"},
+        {**rescued, "row": 3, "outcome": "correct", "advantage": 0.5, "gate": True, "injected": True},
+        {**rescued, "row": 3, "advantage": np.nan, "replaced": True},
+    ])  # fmt: skip
+
+
+def test_a_step_shows_every_rollout_that_is_trained_on_and_no_other(axes) -> None:
+    panels.step_map(rollouts(), axes[0])
+    texts = [text.get_text() for text in axes[0].texts if text.get_text()]
+    assert texts == ["-0.50", "+0.50", "-0.50", "▲ +0.50", "all failed: rescued, draws: 3"]
+    framed = [patch for patch in axes[0].patches if not patch.get_fill()]
+    assert [tuple(np.round(patch.get_xy(), 2)) for patch in framed] == [(0.56, -0.44), (0.56, 0.56)]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()][:3] == ["correct", "wrong", "missing"]
+
+
+def test_outcomes_add_up_without_injected_rollouts(axes) -> None:
+    panels.outcomes_over_training(pd.concat([rollouts(), rollouts().assign(step=2)]), axes[0])
+    tops = [collection.get_paths()[0].vertices[:, 1].max() for collection in axes[0].collections]
+    assert tops == pytest.approx([25, 75, 100])  # of four own ones: one right, two wrong, one unreadable
+
+
+def test_what_cannot_be_told_from_no_change_is_in_brackets(axes) -> None:
+    columns = pd.MultiIndex.from_product([["MRI", "CT"], ["difference", "low", "high"]])
+    table = pd.DataFrame([[0.2, 0.1, 0.3, -0.02, -0.08, 0.04]], index=["kepo"], columns=columns)
+    panels.change_map(table, axes[0])
+    assert [text.get_text() for text in axes[0].texts] == ["+20 ± 10", "(-2 ± 6)"]
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["MRI*", "CT"]
+
+
+def test_accuracy_curves_and_gains_draw_their_tables(axes) -> None:
+    frame = pd.DataFrame({"step": [0, 5], "accuracy": [0.5, 0.75], "low": [0.4, 0.7], "high": [0.6, 1.2]})
+    figures.accuracy_curves({"MRI": {"kepo": frame}, "Avg. (OOD)": {}}, axes)
+    assert axes[0].lines[0].get_ydata().tolist() == [50, 75] and not axes[1].lines
+    assert axes[0].collections[0].get_paths()[0].vertices[:, 1].max() == 100
+    columns = pd.MultiIndex.from_product([["MRI", "Avg. (OOD)"], ["difference", "low", "high"]])
+    table = pd.DataFrame([[0.1, 0.0, 0.2, -0.1, -0.2, 0.0]], index=["kepo"], columns=columns)
+    ax = figures.gains(table, Figure().subplots(), compared_with="grpo")
+    assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() in "os"] == [[10], [-10]]
+
+
+def test_a_figure_is_saved_the_same_every_time(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        figure = Figure()
+        panels.step_map(rollouts(), figure.subplots())
+        figures.save(figure, tmp_path / folder, "step")
+    for name in ("step.png", "step.svg"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert len(list((tmp_path / "one").iterdir())) == 2
