@@ -19,6 +19,8 @@ from kepo_core.study.embedded import build_model, build_processor
 from kepo_core.study.models import save_embedded
 from kepo_core.study.runs import Run
 
+pytestmark = pytest.mark.xdist_group("experiment")  # one process: what its tests share takes long to make
+
 SMOKE = {"train_items": 4, "eval_items": 2}
 
 

@@ -15,6 +15,8 @@ from kepo_core.params import Params
 from kepo_core.study import curves, experiment, hint_probe
 from kepo_core.study.starts import gain_by_start, starts_of
 
+pytestmark = pytest.mark.xdist_group("hint_probe")  # one process: what its tests share takes long to make
+
 
 @pytest.mark.parametrize(
     ("hint", "letter", "named"),

@@ -14,6 +14,8 @@ from kepo_core.study.methods import as_markdown, beside_paper, choose, method, m
 from kepo_core.study.runs import Run
 from kepo_core.study.statistics import accuracy_table
 
+pytestmark = pytest.mark.xdist_group("methods")  # one process: what its tests share takes long to make
+
 ROOT = Path(__file__).parents[2]
 
 

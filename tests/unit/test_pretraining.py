@@ -25,6 +25,8 @@ from kepo_core.study.lessons import (
 )
 from kepo_core.study.pretraining import Recipe, pretrain
 
+pytestmark = pytest.mark.xdist_group("pretraining")  # one process: what its tests share takes long to make
+
 TOPICS = {topic.name: topic for topic in phantom.TOPICS}
 
 
