@@ -98,8 +98,8 @@ def mean_over_runs_and_images(
     counts the chance of single answers three times and covers 99 %. With one run the interval is over images alone, for
     that run.
 
-    ``students_R`` says which pretrained student each run began from: where there are several, runs of one student count
-    as one run in V, and the interval speaks of other students, else of other seeds of the same one.
+    ``students_R`` says which pretrained student each run began from: where there are several, the mean over the runs of
+    a student counts as one run, and the interval speaks of other students, else of other seeds of the same one.
     """
     x = np.asarray(values_RN, dtype=float)
     if x.ndim != 2 or not x.size or not x.shape[1] == len(images_N) == len(tasks_N):
@@ -109,19 +109,18 @@ def mean_over_runs_and_images(
         )
     if students_R is not None and len(students_R) != len(x):
         raise ValueError(f"students_R: {len(students_R)} for {len(x)} runs, expected one per run.")
-    units_R: Sequence[Hashable] = range(len(x))
-    if students_R is not None and len(set(students_R)) > 1:
-        units_R = students_R
-    _, of_run = np.unique([str(unit) for unit in units_R], return_inverse=True)
-    units, names = int(of_run.max()) + 1, list(dict.fromkeys(tasks_N))
+    runs = len(x)
+    if students_R is not None and len(set(students_R)) > 1:  # one row per student from here on
+        who = np.array([str(student) for student in students_R])
+        x = np.stack([x[who == student].mean(axis=0) for student in dict.fromkeys(who)])
+    units, names = len(x), list(dict.fromkeys(tasks_N))
     values, of_images, of_cells, of_units, images = [], 0.0, 0.0, np.zeros(units), 0
     for task in names:
         own = np.flatnonzero(np.asarray(tasks_N) == task)
         _, image = np.unique(np.asarray(images_N)[own], return_inverse=True)
         value = float(x[:, own].mean())
-        parts = np.stack([np.bincount(image, weights=row) for row in x[:, own] - value])  # (R, K)
-        cells = np.zeros((units, parts.shape[1]))
-        np.add.at(cells, of_run, parts / (len(own) * len(names) * len(x)))
+        sums = np.stack([np.bincount(image, weights=row) for row in x[:, own] - value])  # (R, K)
+        cells = sums / (len(own) * len(names) * units)
         k = cells.shape[1]
         correction = k / max(k - 1, 1)
         of_images += correction * float(np.sum(cells.sum(axis=0) ** 2))
@@ -135,7 +134,7 @@ def mean_over_runs_and_images(
     if seeds + of_images - of_cells > variance:
         variance = seeds + of_images - of_cells
         free = variance**2 / (seeds**2 / of_freedom[0] + of_images**2 / of_freedom[1])
-    return _by_t(float(np.mean(values)), float(np.sqrt(variance)), free, len(x), confidence)
+    return _by_t(float(np.mean(values)), float(np.sqrt(variance)), free, runs, confidence)
 
 
 def interquartile_mean(scores_RM: ArrayLike, confidence: float = 0.95) -> Estimate:
@@ -160,8 +159,9 @@ def interquartile_mean(scores_RM: ArrayLike, confidence: float = 0.95) -> Estima
 
 def _by_t(value: float, error: float, freedom: float, runs: int, confidence: float) -> Estimate:
     """Value ± t · error, and the two-sided test that it is 0; no test where no spread can be seen."""
+    error = error if error > 1e-12 else 0.0  # equal values, whose mean is rounded
     half = float(stats.t.ppf(0.5 + confidence / 2, freedom) * error)
-    p = float(2 * stats.t.sf(abs(value) / error, freedom)) if error > 1e-12 else np.nan
+    p = float(2 * stats.t.sf(abs(value) / error, freedom)) if error else np.nan
     return Estimate(value, value - half, value + half, runs, p)
 
 

@@ -1,7 +1,7 @@
 """The paper's claims, put to the test on a study's runs: estimate, interval, verdict (``claims.yaml``)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from kepo_core.study.answers import Curve, correctness
 METRICS = {
     "final": "accuracy of the trained model",
     "early": "mean accuracy over the first third of training",
+    "throughout": "mean accuracy over all of training",
     "late change": "mean accuracy over the last third of training less that over the middle third",
 }
 _MARGIN = 0.01  # what "does not help" leaves room for
@@ -47,10 +48,13 @@ def claims() -> tuple[Claim, ...]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run left: the trained model's answers to all test questions, and its curve (empty without one)."""
+    """What one run left: the trained model's answers to all test questions, its curve (empty without one), and the
+    untrained student's answers (empty where nothing was trained).
+    """
 
     answers: Sequence[Answer]
     curve: Curve
+    before: Sequence[Answer] = ()
 
 
 Outcomes = Mapping[str, Mapping[tuple[int, int], Outcome]]  # method → (student, seed) → what that run left
@@ -62,8 +66,8 @@ def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) 
     Runs are paired by student and seed. ``points``: the difference with a 95 % interval over runs and images
     (``mean_over_runs_and_images``), out of distribution: averaged over all modalities but ``in_domain``. ``p (Holm)``:
     that it is 0 (or the margin), adjusted for the number of claims in the table. ``verdict``, at an adjusted p of 0.05:
-    *held*, *not held* where the opposite is shown, else *cannot be told*. With a single run all this is about questions
-    alone.
+    *held*, *not held* where the opposite is shown, else *cannot be told*, as where a claim is about degrading and the
+    other method does not degrade. With a single run all this is about questions alone.
     """
     found: dict[Claim, Estimate] = {}
     for claim in claims():
@@ -99,19 +103,24 @@ def _estimate(claim: Claim, outcomes: Outcomes, images: Mapping[str, str], in_do
     ours, theirs = outcomes.get(claim.of, {}), outcomes.get(claim.against, {})
     keys = [key for key in ours if key in theirs]
     if claim.metric != "final":
-        keys = [key for key in keys if len(ours[key].curve) > 2 and len(theirs[key].curve) > 2]
+        keys = [key for key in keys if all(thirds(run.curve) for run in (ours[key], theirs[key]))]
     if not keys:
         return None
     first = ours[keys[0]]
     order = [a for a in (first.curve[0] if claim.metric != "final" else first.answers) if a.modality != in_domain]
-    change = np.stack([score(ours[k], claim.metric, order) - score(theirs[k], claim.metric, order) for k in keys])
+    if not order:
+        return None
+    scores = [np.stack([score(side[key], claim.metric, order) for key in keys]) for side in (ours, theirs)]
+    change = scores[0] - scores[1]
     where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
     who = [key[0] for key in keys]
     estimate = mean_over_runs_and_images(change, where, tasks, students_R=who)
+    if claim.metric == "late change" and mean_over_runs_and_images(scores[1], where, tasks, students_R=who).value >= 0:
+        return replace(estimate, p=np.nan)  # what does not degrade cannot degrade more: a slow learner would always win
     if claim.expected != "not above":
         return estimate
     shifted = mean_over_runs_and_images(change - _MARGIN, where, tasks, students_R=who)
-    return Estimate(estimate.value, estimate.low, estimate.high, estimate.runs, shifted.p)
+    return replace(estimate, p=shifted.p)
 
 
 def score(outcome: Outcome, metric: str, order: Sequence[Answer]) -> NDArray[np.float64]:
@@ -121,16 +130,22 @@ def score(outcome: Outcome, metric: str, order: Sequence[Answer]) -> NDArray[np.
     """
     if metric == "final":
         return correctness(outcome.answers, order)
-    steps = sorted(step for step in outcome.curve if step > 0)
-    last = steps[-1]
+    first, middle, last = thirds(outcome.curve) or ([], [], [])
+    if not first:
+        raise ValueError("curve: a third of training has no step at which questions were asked, expected one in each.")
 
-    def mean(low: float, high: float) -> NDArray[np.float64]:
-        """Over the steps in (low, high] of training; where none is asked there, over the one nearest to its end."""
-        inside = [step for step in steps if low * last < step <= high * last]
-        chosen = inside or [min(steps, key=lambda step: abs(step - high * last))]
-        values: NDArray[np.float64] = np.stack([correctness(outcome.curve[step], order) for step in chosen]).mean(
-            axis=0
-        )
-        return values
+    def mean(steps: Sequence[int]) -> NDArray[np.float64]:
+        right = [correctness(outcome.curve[step], order) for step in steps]
+        return np.asarray(np.mean(right, axis=0), dtype=np.float64)
 
-    return mean(0, 1 / 3) if metric == "early" else mean(2 / 3, 1) - mean(1 / 3, 2 / 3)
+    if metric == "late change":
+        return mean(last) - mean(middle)
+    return mean(first if metric == "early" else [*first, *middle, *last])
+
+
+def thirds(curve: Curve) -> tuple[list[int], list[int], list[int]] | None:
+    """The steps of the first, middle and last third of training; ``None`` unless something was asked in each."""
+    last = max(curve, default=0)
+    steps = sorted(step for step in curve if step > 0)
+    parts = [[step for step in steps if k * last < 3 * step <= (k + 1) * last] for k in range(3)]
+    return (parts[0], parts[1], parts[2]) if all(parts) else None

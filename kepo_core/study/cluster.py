@@ -44,6 +44,8 @@ class Cluster:
 
         ``slots`` are used instead of the file's, if there are any.
         """
+        if slots < 0:
+            raise ParamError(f"slots must be at least 0, got {slots}")
         path = resolve(file)
         given = read_yaml(path)
         self._local = given.get("cluster") == "local"
@@ -105,18 +107,19 @@ def work(params: Params, origin: shelf.Origin, threads: int) -> int:
         if process is not None and len(heard) == 1:
             process.terminate()
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(signum, end)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited by the processes below: Slurm sends it to all of a job
     if not heard:
         process = subprocess.Popen(
-            [sys.executable, "-m", "kepo_core.cli", *arguments],
+            # Slurm sends SIGUSR2 to all processes of a job; what is ignored here is ignored by all below.
+            ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "sh", sys.executable, "-m", "kepo_core.cli", *arguments],
             cwd=project_root(),
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    signal.signal(signal.SIGUSR2, end)
+        if heard:  # while it was started
+            process.terminate()
     code = process.wait() if process is not None else INTERRUPTED
     if heard:
         print(f"kepo: the cluster stopped it ({heard[0]}); the same command goes on with it", flush=True)

@@ -71,9 +71,9 @@ def collect(
 
 
 def bands(
-    runs: Mapping[str, Sequence[Curve]], images: Mapping[str, str], in_domain: str
+    runs: Mapping[str, Mapping[tuple[int, int], Curve]], images: Mapping[str, str], in_domain: str
 ) -> dict[str, dict[str, pd.DataFrame]]:
-    """What several runs of each method scored on the way: ``in_domain`` and "Avg. (OOD)" → method → a row per step.
+    """What each method's runs, by (student, seed), scored on the way: ``in_domain`` and "Avg. (OOD)" → method → steps.
 
     Columns: ``step``, ``accuracy`` in [0, 1] (mean over modalities and runs), ``low`` and ``high``: 95 %, over runs and
     images (``mean_over_runs_and_images``; over images alone for a single run), at each step by itself. Methods without
@@ -82,21 +82,22 @@ def bands(
     found: dict[str, dict[str, pd.DataFrame]] = {in_domain: {}, AVG_OOD: {}}
     for method, given in runs.items():
         for part, frames in found.items() if given else ():
-            order = [a for a in next(iter(given[0].values())) if (a.modality == in_domain) == (part == in_domain)]
+            first = next(iter(next(iter(given.values())).values()))
+            order = [answer for answer in first if (answer.modality == in_domain) == (part == in_domain)]
             if order:
                 frames[method] = _band(given, order, images)
     return found
 
 
-def _band(runs: Sequence[Curve], order: Sequence[Answer], images: Mapping[str, str]) -> pd.DataFrame:
-    steps = sorted(runs[0])
-    if other := [sorted(run) for run in runs if sorted(run) != steps]:
+def _band(runs: Mapping[tuple[int, int], Curve], order: Sequence[Answer], images: Mapping[str, str]) -> pd.DataFrame:
+    steps = sorted(next(iter(runs.values())))
+    if other := [sorted(run) for run in runs.values() if sorted(run) != steps]:
         raise ValueError(f"runs: one asked at the steps {steps}, another at {other[0]}, expected the same ones.")
     where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
     rows = []
     for step in steps:
-        values = np.stack([correctness(run[step], order) for run in runs])
-        e = mean_over_runs_and_images(values, where, tasks)
+        values = np.stack([correctness(run[step], order) for run in runs.values()])
+        e = mean_over_runs_and_images(values, where, tasks, students_R=[student for student, _ in runs])
         rows.append({"step": step, "accuracy": e.value, "low": e.low, "high": e.high})
     return pd.DataFrame(rows)
 

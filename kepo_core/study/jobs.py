@@ -160,8 +160,12 @@ def _run(jobs: Sequence[Job], origin: shelf.Origin, places: Places, show: Show) 
 
 def _turn(job: Job, origin: shelf.Origin, places: Places | None = None) -> None:
     """Look at the shelf for what others did meanwhile; if the run is left to us and ``places`` are given, start it."""
-    mine = places is not None and _claimed(job)
     job.looked = time.monotonic()
+    try:
+        mine = places is not None and _claimed(job)
+    except OSError as problem:
+        job.becomes("failed", f"{job.claim.lock_file} cannot be locked: {problem.strerror}")
+        return
     if run := shelf.completed(job.params, origin):
         job.becomes("found", run=run)
     elif run := shelf.at_work(job.params, origin):
@@ -173,7 +177,7 @@ def _turn(job: Job, origin: shelf.Origin, places: Places | None = None) -> None:
     elif places is not None:
         try:
             job.process = places.start(job.params, origin, shelf.broken_off(job.params, origin))
-        except NotStarted as refused:
+        except (NotStarted, ParamError, OSError) as refused:  # its parameter file may have been edited meanwhile
             job.becomes("failed", str(refused))
         else:
             job.began = time.monotonic()
@@ -196,7 +200,7 @@ def _see(job: Job, origin: shelf.Origin) -> None:
     job.seconds = time.monotonic() - job.began
     if run := shelf.completed(job.params, origin):
         job.becomes("completed", run=run)
-    elif said == "" and (run := shelf.at_work(job.params, origin)):  # a cluster's queue is long: others were faster
+    elif run := shelf.at_work(job.params, origin):  # others were faster: a cluster's queue is long, say
         job.becomes("elsewhere", f"{run.worker} is at work on it in {run.path.name}", run)
     else:
         job.becomes("failed", said or "code, notebook or data were changed before it completed")

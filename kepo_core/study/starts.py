@@ -8,6 +8,7 @@ import pandas as pd
 from kepo_core.data.records import Answer
 from kepo_core.study.aggregate import mean_over_runs_and_images
 from kepo_core.study.answers import correctness
+from kepo_core.study.claims import Outcome
 
 STARTS = ("all wrong", "mixed", "all right")
 
@@ -21,26 +22,24 @@ def starts_of(samples: Sequence[Answer]) -> dict[str, str]:
 
 
 def gain_by_start(
-    starts: Mapping[str, str],
-    before: Sequence[Answer],
-    after: Mapping[str, Sequence[Sequence[Answer]]],
-    images: Mapping[str, str],
+    starts: Mapping[str, str], outcomes: Mapping[str, Sequence[Outcome]], images: Mapping[str, str]
 ) -> pd.DataFrame:
     """A row per method and start: how many questions, and what they contribute to the method's gain, in points.
 
-    ``starts``: from `starts_of`, of the questions to look at. ``before``: the untrained student's answers to them;
-    ``after``: method → the trained model's, one list per run. The contribution is the average over modalities of the
-    change in correctness where a question has that start, 0 elsewhere, so the three add up to the gain; interval by
-    ``mean_over_runs_and_images``.
+    ``starts``: from `starts_of`, of the questions to look at. ``outcomes``: method → what its runs left, all from the
+    student of ``starts``; methods that trained nothing are left out. The contribution is the average over modalities
+    of the change in correctness where a question has that start, 0 elsewhere, so the three add up to the gain; interval
+    by ``mean_over_runs_and_images``.
     """
-    order = [answer for answer in before if answer.question_id in starts]
-    where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
-    first = correctness(before, order)
     rows = []
-    for method, runs in after.items():
-        change = np.stack([correctness(given, order) - first for given in runs])
+    for method, runs in outcomes.items():
+        if not all(run.before for run in runs):
+            continue
+        order = [answer for answer in runs[0].before if answer.question_id in starts]
+        where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
+        change = np.stack([correctness(run.answers, order) - correctness(run.before, order) for run in runs])
         for start in (*STARTS, "together"):
             own = np.array([start in (starts[a.question_id], "together") for a in order])
             gain = mean_over_runs_and_images(change * own, where, tasks)
             rows.append({"method": method, "began": start, "questions": int(own.sum()), "gain": str(gain)})
-    return pd.DataFrame(rows).set_index(["method", "began"])
+    return pd.DataFrame(rows, columns=["method", "began", "questions", "gain"]).set_index(["method", "began"])

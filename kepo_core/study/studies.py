@@ -37,7 +37,7 @@ from kepo_core.study.aggregate import (
 )
 from kepo_core.study.answers import correctness
 from kepo_core.study.claims import Outcome, claims_table
-from kepo_core.study.methods import method
+from kepo_core.study.methods import KEPO, method
 from kepo_core.study.runs import Run
 from kepo_core.study.statistics import AVG, AVG_OOD, accuracy_table
 
@@ -86,25 +86,38 @@ def read_study(file: str | Path) -> Study:
     if unknown := sorted(set(given) - set(_KEYS)):
         raise ParamError(f"{unknown[0]} in {path.name} is unknown, expected {', '.join(_KEYS)}")
     base = Params.load(given.get("params"), given.get("set"))
-    grid: Mapping[str, Any] = given.get("grid", {})
+    grid: dict[str, Any] = given.get("grid", {})
     students: list[dict[str, Any]] = given.get("students", [{}])
-    lists: dict[str, Any] = {name: given[name] for name in ("seeds", "methods", "students") if name in given}
-    for name, values in (lists | dict(grid)).items():
-        if not isinstance(values, list) or not values or len(set(map(repr, values))) < len(values):
-            raise ParamError(f"{name} in {path.name} is {values!r}, expected a list of different values")
-    if fixed := [name for name in grid if name in (*DATA, "seed", "run_dir", "params_file", "results_dir")]:
-        raise ParamError(
-            f"grid in {path.name} has {fixed[0]}, which all runs of a study share: set it in {base.params_file}"
-        )
-    for number, pair in enumerate(students):
-        if not isinstance(pair, dict) or set(pair) - {"student", "teacher"}:
-            raise ParamError(f"students in {path.name}: entry {number + 1} is {pair!r}, expected student and teacher")
+    _check_lists(path.name, {name: given[name] for name in ("seeds", "methods", "students") if name in given}, grid)
+    _check_names(path.name, given.get("set", {}), grid, students)
     arms = _arms(base, list(map(str, given["methods"])), given["seeds"], grid, students)
     if given["compared_with"] not in arms:
         raise ParamError(
             f"compared_with in {path.name} is {given['compared_with']!r}, expected one of {', '.join(arms)}"
         )
     return Study(base, given["compared_with"], arms)
+
+
+def _check_lists(file: str, lists: Mapping[str, Any], grid: Mapping[str, Any]) -> None:
+    for name, values in {**lists, **grid}.items():
+        if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
+            raise ParamError(f"{name} in {file} is {values!r}, expected a list of different values")
+
+
+def _check_names(file: str, everywhere: Mapping[str, Any], grid: Mapping[str, Any], students: Sequence[Any]) -> None:
+    """Nothing is said twice, or where it would have no effect."""
+    places = ("seed", "run_dir", "params_file", "results_dir")
+    if fixed := [name for name in everywhere if name in (*KEPO, *places[:3])]:
+        raise ParamError(f"set in {file} has {fixed[0]}, which methods and seeds decide: choose a method, or use grid")
+    if fixed := [name for name in grid if name in (*DATA, *places)]:
+        raise ParamError(f"grid in {file} has {fixed[0]}, which all runs of a study share: write it under set")
+    if unknown := [name for name in grid if name not in Params().to_dict()]:
+        raise ParamError(f"grid in {file} has {unknown[0]!r}, which is not a parameter; `kepo params` lists them all")
+    for number, pair in enumerate(students, start=1):
+        if not isinstance(pair, dict) or set(pair) - {"student", "teacher"} or (len(students) > 1 and not pair):
+            raise ParamError(f"students in {file}: entry {number} is {pair!r}, expected student and teacher")
+        if twice := sorted(set(pair) & set(grid)):
+            raise ParamError(f"{twice[0]} stands under grid and under students in {file}, expected one of them")
 
 
 def _arms(
@@ -182,11 +195,18 @@ def comparison_table(
             "over runs": str(over_runs),
             "p (t, Holm)": "–",
             "beats it (%)": str(probability_of_improvement(ours, theirs, confidence)),
-            "runs to tell": seeds_needed(deviation, abs(both.value)) if deviation > 1e-12 and both.value else "–",
+            "runs to tell": _enough(deviation, abs(over_runs.value)),
         }
     for arm, p in zip(p_values, holm(list(p_values.values())), strict=True):
         rows[arm]["p (t, Holm)"] = f"{p:.2g}"
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _enough(deviation: float, difference: float) -> str:
+    if deviation <= 1e-12 or not difference:
+        return "–"
+    runs = seeds_needed(deviation, difference)
+    return str(runs) if runs < 10_000 else "10,000 or more"
 
 
 def differences(answers: Answers, compared_with: str, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
@@ -231,14 +251,17 @@ def accuracies(answers: Answers, images: Mapping[str, str], in_domain: str) -> p
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def changes(answers: Answers, before: Sequence[Answer], images: Mapping[str, str]) -> pd.DataFrame:
-    """What training changed: `differences` from the untrained student's answers ``before``, per modality."""
+def changes(found: Mapping[str, Mapping[Key, Outcome]], images: Mapping[str, str]) -> pd.DataFrame:
+    """What training changed: `differences` from each run's own untrained student, per modality, of arms that train."""
     rows: dict[str, dict[tuple[str, str], float]] = {}
-    for arm, runs in answers.items():
-        for modality in [m for m in MODALITIES if any(a.modality == m for a in before)]:
-            order = [a for a in before if a.modality == modality]
-            first = correctness(before, order)
-            e = _estimate([correctness(given, order) - first for given in runs.values()], order, list(runs), images)
+    for arm, runs in found.items():
+        if not all(run.before for run in runs.values()):
+            continue
+        everything = next(iter(runs.values())).before
+        for modality in [m for m in MODALITIES if any(a.modality == m for a in everything)]:
+            order = [a for a in everything if a.modality == modality]
+            change = [correctness(run.answers, order) - correctness(run.before, order) for run in runs.values()]
+            e = _estimate(change, order, list(runs), images)
             cells = {(modality, "difference"): e.value, (modality, "low"): e.low, (modality, "high"): e.high}
             rows.setdefault(arm, {}).update(cells)
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -258,8 +281,9 @@ def outcomes(study: Study, runs: Mapping[str, Run]) -> dict[str, dict[Key, Outco
     for arm, keys in study.arms.items():
         for key in keys:
             if run := runs.get(study.name(arm, key)):
-                answers = list(shelf.read_answers(run).values())[-1]
-                found.setdefault(arm, {})[key] = Outcome(answers, shelf.read_curve(run))
+                answers = list(shelf.read_answers(run).values())
+                before = answers[0] if len(answers) > 1 else []
+                found.setdefault(arm, {})[key] = Outcome(answers[-1], shelf.read_curve(run), before)
     return found
 
 
@@ -268,9 +292,9 @@ def answers_of(found: Mapping[str, Mapping[Key, Outcome]]) -> dict[str, dict[Key
     return {arm: {key: outcome.answers for key, outcome in runs.items()} for arm, runs in found.items()}
 
 
-def spoken_of(study: Study) -> str:
-    """Whom the intervals over runs speak of."""
-    students = {key[0] for keys in study.arms.values() for key in keys}
+def spoken_of(found: Mapping[str, Mapping[Key, Outcome]]) -> str:
+    """Whom the intervals over runs speak of, as far as runs have completed."""
+    students = {key[0] for keys in found.values() for key in keys}
     if len(students) > 1:
         return f"other students like these {len(students)}"
     return "other seeds of the one pretrained student, not of other students"
@@ -281,7 +305,7 @@ def as_text(study: Study, runs: Mapping[str, Run], images: Mapping[str, str]) ->
     found, in_domain = outcomes(study, runs), study.base.train_modality
     answers = answers_of(found)
     lines = [
-        f"Accuracy in per cent; intervals over runs speak of {spoken_of(study)}.",
+        f"Accuracy in per cent; intervals over runs speak of {spoken_of(found)}.",
         results_table(answers, images, in_domain).to_string(),
         f"\nAgainst {study.compared_with}, in points",
         comparison_table(answers, study.compared_with, images).to_string(),

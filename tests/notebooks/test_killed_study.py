@@ -64,7 +64,7 @@ def test_a_study_killed_at_three_random_moments_ends_with_the_same_tables(tmp_pa
     whole = begin(tmp_path / "whole")
     expected = tables(whole.communicate()[0])
     a_run = (time.monotonic() - started) / 2
-    assert whole.returncode == 0 and "against grpo, in points" in expected
+    assert whole.returncode == 0 and "Against grpo, in points" in expected
     moments = random.Random(SEED)
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)  # after the last, its run computes on and is waited for
     log = [kill(tmp_path / "killed", sent, moments.uniform(0.1, 0.5) * a_run) for sent in signals]

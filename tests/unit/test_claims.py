@@ -7,7 +7,7 @@ import pytest
 
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.study.aggregate import Estimate
-from kepo_core.study.claims import METRICS, Claim, Outcome, claims, claims_table, score, verdict
+from kepo_core.study.claims import METRICS, Claim, Outcome, claims, claims_table, score, thirds, verdict
 from kepo_core.study.methods import methods, paper_table
 
 MADE = Answer("", "MRI", "", "", AnswerOutcome.CORRECT, "A", True, True, 5, True)
@@ -44,8 +44,11 @@ def test_the_metrics_by_hand() -> None:
     assert score(outcome, "early", order) == pytest.approx([2 / 3, 1])
     assert score(outcome, "late change", order) == pytest.approx([1 - 1, 1 / 3 - 1])
     assert score(outcome, "final", order[::-1]).tolist() == [1, 0]
+    assert score(outcome, "throughout", order) == pytest.approx([8 / 9, 7 / 9])
     few = Outcome(order, {0: answered([0, 0]), 5: answered([1, 0]), 10: answered([1, 1])})
-    assert score(few, "early", order).tolist() == [1, 0]  # step 5 is the one nearest to the end of the first third
+    assert thirds(few.curve) is None and thirds(curve) == ([1, 2, 3], [4, 5, 6], [7, 8, 9]) and thirds({}) is None
+    with pytest.raises(ValueError, match="a third of training has no step"):
+        score(few, "early", order)
     with pytest.raises(ValueError, match="q2 is not answered"):
         score(outcome, "final", [*order, replace(MADE, question_id="q2")])
 
@@ -74,7 +77,7 @@ def test_a_table_of_claims_tells_what_the_runs_tell_and_no_more() -> None:
     table = claims_table(study(rates), IMAGES, "MRI").set_index("claim")
     assert table.loc["KEPO is above GRPO out of distribution", "verdict"] == "held"
     assert table.loc["KEPO gains faster early than GRPO", "verdict"] == "held"
-    assert table.loc["Thinking alone does not help", "verdict"] == "not held"
+    assert table.loc["Thinking alone does not help the student", "verdict"] == "not held"
     assert table.loc["A gate at τ = 1 is above τ = 0", "verdict"] == "cannot be told"
     assert not any("MM-GKD" in claim for claim in table.index)  # there are no runs of it
     # In-domain answers are no part of it: all of them wrong changes nothing.
@@ -87,3 +90,33 @@ def test_a_table_of_claims_tells_what_the_runs_tell_and_no_more() -> None:
     bare = {name: {k: replace(o, curve={}) for k, o in found.items()} for name, found in runs.items()}
     assert not claims_table(bare, IMAGES, "MRI")["difference"].str.contains("early|late").any()
     assert claims_table({}, IMAGES, "MRI").empty
+    few = {
+        name: {k: replace(o, curve={s: o.curve[s] for s in (0, 6)}) for k, o in found.items()}
+        for name, found in runs.items()
+    }
+    assert claims_table(few, IMAGES, "MRI").equals(claims_table(bare, IMAGES, "MRI"))
+    only = {name: {k: replace(o, answers=[a for a in o.answers if a.modality == "MRI"], curve={})
+                   for k, o in found.items()} for name, found in runs.items()}  # fmt: skip
+    assert claims_table(only, IMAGES, "MRI").empty
+
+
+def test_a_slow_learner_does_not_degrade_less_than_what_does_not_degrade() -> None:
+    rng = np.random.default_rng(0)
+
+    def outcome(rates) -> Outcome:
+        return Outcome(answered(np.ones(400)), {step: answered(rng.random(400) < r) for step, r in enumerate(rates)})
+
+    flat, slow, fallen = [0.5, *[0.8] * 6], [0.2, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], [0.5, 0.8, 0.9, 0.9, 0.9, 0.5, 0.4]
+    claim = "KEPO degrades less late than GRPO"
+
+    def verdict_of(kepo, grpo) -> str:
+        runs = {
+            name: {(0, s): outcome(rates) for s in range(3)}
+            for name, rates in {"kepo-tau1": kepo, "grpo": grpo}.items()
+        }
+        return claims_table(runs, IMAGES, "MRI").set_index("claim").loc[claim, "verdict"]
+
+    assert verdict_of(slow, [*flat[:4], 0.85, 0.85, 0.85]) == "cannot be told"
+    assert (
+        verdict_of(flat, fallen) == "held" and verdict_of(fallen, [0.5, 0.8, 0.8, 0.8, 0.8, 0.78, 0.78]) == "not held"
+    )

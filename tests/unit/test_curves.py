@@ -53,13 +53,13 @@ def test_a_random_sample_of_every_modality_is_asked() -> None:
 
 def test_bands_are_means_over_modalities_and_runs() -> None:
     curves = [{0: answered([0, 0, 0, 0, 1]), 5: answered(x)} for x in ([1, 1, 1, 0, 0], [1, 0, 1, 1, 1])]
-    found = bands({"kepo": curves, "none": []}, IMAGES, "MRI")
+    found = bands({"kepo": {(0, s): curve for s, curve in enumerate(curves)}, "none": {}}, IMAGES, "MRI")
     assert list(found) == ["MRI", "Avg. (OOD)"] and list(found["MRI"]) == ["kepo"]
     assert found["MRI"]["kepo"]["accuracy"].tolist() == [0, 0.75]
     ood = found["Avg. (OOD)"]["kepo"]
     assert ood["step"].tolist() == [0, 5] and ood["accuracy"].tolist() == pytest.approx([1 / 3, 2 / 3])
     assert (ood["low"] < ood["accuracy"]).all() and (ood["accuracy"] < ood["high"]).all()
     with pytest.raises(ValueError, match=r"one asked at the steps \[0, 5\], another at \[0, 6\]"):
-        bands({"kepo": [curves[0], {0: curves[0][0], 6: curves[0][5]}]}, IMAGES, "MRI")
+        bands({"kepo": {(0, 0): curves[0], (0, 1): {0: curves[0][0], 6: curves[0][5]}}}, IMAGES, "MRI")
     with pytest.raises(ValueError, match="q4 is not answered"):
-        bands({"kepo": [{0: answered(np.ones(5))}, {0: answered(np.ones(4))}]}, IMAGES, "MRI")
+        bands({"kepo": {(0, 0): {0: answered(np.ones(5))}, (0, 1): {0: answered(np.ones(4))}}}, IMAGES, "MRI")

@@ -13,6 +13,7 @@ from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.method.prompts import vqa_messages
 from kepo_core.params import Params
 from kepo_core.study import curves, experiment, hint_probe
+from kepo_core.study.claims import Outcome
 from kepo_core.study.starts import gain_by_start, starts_of
 
 pytestmark = pytest.mark.xdist_group("hint_probe")  # one process: what its tests share takes long to make
@@ -103,9 +104,10 @@ def test_gains_by_start_add_up() -> None:
     wrong, mixed, right = "all wrong", "mixed", "all right"
     assert [starts[f"q{i}"] for i in range(8)] == [wrong, wrong, mixed, right, wrong, mixed, right, right]
     before = answered([0, 0, 0, 1, 0, 1, 1, 1])
-    after = {"kepo": [answered([1, 0, 1, 1, 1, 1, 1, 0]), answered([1, 1, 1, 1, 1, 1, 1, 0])]}
+    after = [answered([1, 0, 1, 1, 1, 1, 1, 0]), answered([1, 1, 1, 1, 1, 1, 1, 0])]
+    outcomes = {"kepo": [Outcome(given, {}, before) for given in after], "zero-shot": [Outcome(before, {})]}
     images = {f"q{i}": f"i{i}" for i in range(8)}
-    table = gain_by_start(starts, before, after, images)
+    table = gain_by_start(starts, outcomes, images)
     gains = {start: float(table.loc[("kepo", start), "gain"].split(" ")[0]) for _, start in table.index}
     # Run 1: MRI +1 of 4 all wrong, +1 mixed; CT +1 all wrong, −1 all right. Run 2: one more of MRI's all wrong.
     assert gains == {"all wrong": 31.2, "mixed": 12.5, "all right": -12.5, "together": 31.2}

@@ -1,5 +1,6 @@
 """Study files: what they make, what they refuse, and the tables over their runs."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_methods_times_seeds_times_grid(tmp_path: Path) -> None:
         (("methods: [grpo", "methods: [[grpo]"), r"there is no method \"\['grpo'\]\""),
         (("grpo, kepo", "grop, kepo"), "there is no method 'grop'"),
         (("compared_with: grpo", "compared_with: sft"), "compared_with in study.yaml is 'sft', expected one of grpo"),
-        (("seeds: [0, 1]", "seeds: [0]\ngrid: {taw: [1]}"), "taw is not a parameter; the nearest is tau"),
+        (("seeds: [0, 1]", "seeds: [0]\ngrid: {taw: [1]}"), "grid in study.yaml has 'taw', which is not a param"),
         (("seeds: [0, 1]", "seeds: [0]\ngrid: {tau: 1}"), "tau in study.yaml is 1, expected a list of different"),
         (("seeds: [0, 1]", "seeds: [0]\ngrid: {train_items: [5, 6]}"), "grid in study.yaml has train_items, which all"),
         (("smoke.yaml", "smog.yaml"), "smog.yaml cannot be read"),
@@ -128,6 +129,25 @@ def test_runs_of_several_students_are_pooled_over_students() -> None:
     assert table.loc["kepo", "Avg."] == str(mean_over_runs(of_student)) and table.loc["kepo", "runs"] == 4
     change = np.array(of_student) - [x.mean() for x in np.split((low[:, :4].mean(1) + low[:, 4:].mean(1)) / 2, [2, 3])]
     assert comparison_table(answers, "grpo", IMAGES).loc["kepo", "over runs"] == str(mean_over_runs(change))
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("set: {tau: 0.0}", "set in study.yaml has tau, which methods and seeds decide"),
+        ("set: {seed: 7}", "set in study.yaml has seed, which methods and seeds decide"),
+        ("grid: {1: [2]}", "grid in study.yaml has 1, which is not a parameter"),
+        ("grid: {tau: [0, 0.0]}", "tau in study.yaml is [0, 0.0], expected a list of different values"),
+        (
+            "grid: {teacher: [a, b]}\nstudents: [{student: c, teacher: d}]",
+            "teacher stands under grid and under students",
+        ),
+        ("students: [{}, {student: c}]", "entry 1 is {}, expected student and teacher"),
+    ],
+)
+def test_nothing_is_said_twice_or_where_it_has_no_effect(tmp_path: Path, lines: str, sentence: str) -> None:
+    with pytest.raises(ParamError, match=re.escape(sentence)):
+        read_study(write(tmp_path, FILE.format(compared_with="grpo") + lines + "\n"))
 
 
 def test_every_student_is_combined_with_every_seed_and_keeps_its_teacher(tmp_path: Path) -> None:
