@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "data":
             return check_data(arguments.path, arguments.strict, arguments.html)
         if arguments.command == "report":
-            return write_reports(arguments.run, arguments.index)
+            return write_reports(arguments.what, arguments.index)
         if arguments.command == "study":
             return run_study(arguments.file, arguments.slots, arguments.cluster)
         if arguments.command == "runs":
@@ -102,18 +102,27 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     return COMPLETED
 
 
-def write_reports(runs: Sequence[str], results: str | None) -> int:
-    """Render the reports of ``runs`` anew; without any, the index of all runs in ``results``. Prints what it wrote.
+def write_reports(what: Sequence[str], results: str | None) -> int:
+    """Render the pages of runs (folders), studies (files) and executed notebooks; without any, the index of runs.
 
-    Raises `ParamError` where there is nothing to render.
+    Prints what it wrote. Raises `ParamError` or ``DataError`` where there is nothing to render.
     """
     from kepo_core.study.index import write_index
-    from kepo_core.study.report import write_report
+    from kepo_core.study.report import write_page, write_report
     from kepo_core.study.runs import Run
 
-    for run in [Run.open(resolve(path)) for path in runs]:
-        print(f"kepo: wrote {write_report(run, run.status['state'], run.status.get('error', ''))}")
-    if results is not None or not runs:
+    for name in what:
+        if name.endswith((".yaml", ".yml")):
+            from kepo_core.study.study_report import write_study_report
+
+            page = write_study_report(name)
+        elif name.endswith(".ipynb"):
+            page = write_page(resolve(name))
+        else:
+            run = Run.open(resolve(name))
+            page = write_report(run, run.status["state"], run.status.get("error", ""))
+        print(f"kepo: wrote {page}")
+    if results is not None or not what:
         print(f"kepo: wrote {write_index(resolve(results or Params.load().results_dir))}")
     return COMPLETED
 
@@ -140,6 +149,7 @@ def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
         print("kepo: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
     print(f"\n{studies.as_text(study, runs, data.images)}")
+    print(f"\nkepo: `kepo report {file}` draws this as a page")
     for name, reason in failures.items():
         print(f"kepo: {name} failed: {reason}", file=sys.stderr)
     return FAILED if failures else COMPLETED
@@ -203,8 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("file", help="a file such as params/study-small.yaml")
     many.add_argument("--slots", type=int, default=0, help="runs at a time (default: one on each GPU, or each core)")
     many.add_argument("--cluster", metavar="FILE", help="hand the runs to a cluster: a file such as params/slurm.yaml")
-    report = commands.add_parser("report", help="render a run's report.html anew; without runs, the index of all runs")
-    report.add_argument("run", nargs="*", help="run folders")
+    report = commands.add_parser("report", help="a run, study or notebook as a page; alone: the index of all runs")
+    report.add_argument("what", nargs="*", help="run folders, study files, executed notebooks")
     report.add_argument(
         "--index", metavar="RESULTS", nargs="?", const="", help="the index of this folder (default: results)"
     )

@@ -112,7 +112,7 @@ def _execute_and_conclude(notebook: Path, run: Run, given: dict[str, Any], *, re
     ``refusable``: parameters or data that do not fit end in REFUSED and no status, if nothing was computed yet.
     """
     try:
-        _execute(notebook, run.path / "notebook.ipynb", given)
+        execute(notebook, run.path / "notebook.ipynb", given)
     except KeyboardInterrupt:
         return _conclude(run, "interrupted", "stopped by the user", INTERRUPTED)
     except PapermillExecutionError as error:
@@ -167,7 +167,7 @@ def _withdraw_report(run: Run) -> None:
         (run.path / "report.html").unlink(missing_ok=True)
 
 
-def _execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
+def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
     """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes."""
     sockets = tempfile.TemporaryDirectory(prefix="kepo-")  # of this run alone: runs at the same time must not meet
 

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's eight, which stay apart under every common colour bl
 neighbour by its marker or dash as well.
 """
 
+import html
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,19 +35,30 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 
 
 def use_style() -> None:
-    """The look of all figures: called once by a notebook."""
+    """The look of all figures, called once by a notebook: letters that can be read at half the width of 11 inches."""
     sns.set_theme(context="notebook", style="ticks", palette=list(COLOURS), rc={"axes.grid": True,
         "grid.color": "#E5E5E5", "axes.spines.right": False, "axes.spines.top": False, "legend.frameon": False,
-        "axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
-        "legend.fontsize": 9, "figure.dpi": 100})  # fmt: skip
+        "axes.titlesize": 13, "axes.labelsize": 12, "xtick.labelsize": 11, "ytick.labelsize": 11,
+        "legend.fontsize": 11, "figure.dpi": 100})  # fmt: skip
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write ``name.png`` and ``name.svg`` into ``folder``, which is made; the same picture gives the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, made in (("png", {"Software": None}), ("svg", {"Date": None})):
-        with plt.rc_context({"svg.hashsalt": name}), in_place_of(folder / f"{name}.{kind}") as partial:
-            figure.savefig(partial, format=kind, dpi=150, bbox_inches="tight", metadata=made)
+def show(figure: Figure, caption: str = "", *, alt: str, folder: Path | None = None, name: str = "") -> None:
+    """Display a figure with ``alt`` for those who cannot see it and ``caption`` below, and close it.
+
+    With a ``folder`` (which is made) it is kept there as ``name.png`` and ``name.svg``, both texts in them; the same
+    figure gives the same bytes.
+    """
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {"Description": f"{alt} {caption}".strip()}
+        for kind, made in (("png", {"Software": None}), ("svg", {"Date": None})):
+            with plt.rc_context({"svg.hashsalt": name}), in_place_of(folder / f"{name}.{kind}") as partial:
+                figure.savefig(partial, format=kind, dpi=150, bbox_inches="tight", metadata={**made, **texts})
+    display(figure, metadata={"alt": alt})
+    plt.close(figure)
+    if caption:
+        as_html = f'<p class="caption">{html.escape(caption).replace(chr(10), "<br>")}</p>'
+        display({"text/html": as_html, "text/plain": caption}, raw=True)
 
 
 def curves(
@@ -124,10 +137,16 @@ def accuracy_curves(bands: Mapping[str, Mapping[str, pd.DataFrame]], axes: Any) 
                 marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.8, label=label,
             )  # fmt: skip
         ax.set(xlabel="step", ylabel="accuracy (%), 95 % band", title=part)
-    drawn = next((a for a in np.asarray(axes, dtype=object).ravel() if a.lines), None)
-    if drawn is not None:  # one legend, beside the last panel
-        handles, labels = drawn.get_legend_handles_labels()
-        ax.legend(handles, labels, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=3)
+    legend_above(axes)
+
+
+def legend_above(axes: Any, columns: int = 4) -> None:
+    """One legend for panels that share their lines, above them all."""
+    flat = np.asarray(axes, dtype=object).ravel()
+    named = {label: line for ax in flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if named:
+        options: dict[str, Any] = {"loc": "outside upper center", "ncols": min(columns, len(named)), "handlelength": 3}
+        flat[0].figure.legend(named.values(), named.keys(), **options)
 
 
 def accuracies(
@@ -227,14 +246,14 @@ def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_doma
     left.set_yticks(y, [str(name) for name in table.index])
     right.set(xlabel="accuracy (%)", title="The paper's Table 1", ylim=left.get_ylim())
     right.set_yticks(y, ["" if paper.notna().any(axis=1).iloc[i] else "not in it" for i in range(len(table))])
-    left.figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    legend_above([left])
 
 
 def count_map(table: pd.DataFrame, ax: Axes) -> Axes:
     """`survey.counts` as a map: one cell per modality and kind, darker for more, with its number."""
     sns.heatmap(
         np.log1p(table), annot=table.to_numpy(), fmt=",d", cmap="Blues", cbar=False, linewidths=1, ax=ax,
-        annot_kws={"fontsize": 9},
+        annot_kws={"fontsize": 11},
     )  # fmt: skip
     ax.set_xticklabels([textwrap.fill(str(name), 14) for name in table.columns], rotation=0)
     ax.set_yticklabels(table.index, rotation=0)
@@ -253,7 +272,7 @@ def stacked_shares(table: pd.DataFrame, columns: Sequence[str], ax: Axes, *, tit
         for position, value, start in zip(y, values, left, strict=True):
             if value >= 7:
                 dark = colour[2] < 0.75
-                ax.text(start + value / 2, position, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                ax.text(start + value / 2, position, f"{value:.0f}", ha="center", va="center", fontsize=10,
                         color="white" if dark else "black")  # fmt: skip
         left += values
     ax.set_yticks(y, list(table.index))

@@ -84,7 +84,8 @@ def write_index(results: Path) -> Path:
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise ParamError(f"{path} was not written by `kepo report` and is not overwritten: move it away")
     folders = (folder for folder in results.iterdir() if (folder / "status.json").is_file())
-    write_atomically(path, render_index(sorted(map(summarize, folders), key=_newest_first, reverse=True)))
+    studies = sorted(page.parent.name for page in results.glob("studies/*/report.html"))
+    write_atomically(path, render_index(sorted(map(summarize, folders), key=_newest_first, reverse=True), studies))
     return path
 
 
@@ -95,12 +96,16 @@ def _newest_first(run: Summary) -> tuple[str, str]:
 _MARK = f"<main>\n<h1>{_TITLE}</h1>"
 
 
-def render_index(runs: Sequence[Summary]) -> str:
-    """The page, a row per run in the order given."""
+def render_index(runs: Sequence[Summary], studies: Sequence[str] = ()) -> str:
+    """The page, a row per run in the order given, under links to the pages of ``studies`` (folder names)."""
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in _COLUMNS)
+    pages_of = (
+        f'<a href="./studies/{html.escape(quote(name))}/report.html">{html.escape(name)}</a>' for name in studies
+    )
     body = (
         f"{_MARK}\n"
-        "<p>Accuracies before → after training, with the difference in points and its 95 % interval over questions. "
+        + (f"<p>Studies: {', '.join(pages_of)}</p>\n" if studies else "")
+        + "<p>Accuracies before → after training, with the difference in points and its 95 % interval over questions. "
         "Parameters: the hash, and what differs from the defaults.</p>\n"
         '<p><label hidden>Filter by words <input type="search"></label></p>\n'
         f'<p role="status">{len(runs)} runs</p>\n'

@@ -130,6 +130,13 @@ def run_all(
     )
 
 
+def completed(wanted: Mapping[str, Params], data: dict[str, Any]) -> dict[str, Run]:
+    """Those of ``wanted`` that `run_all` would find completed; nothing is run."""
+    origin = shelf.origin(project_root() / NOTEBOOK, data)
+    found = {name: shelf.completed(params, origin) for name, params in wanted.items()}
+    return {name: run for name, run in found.items() if run is not None}
+
+
 def _run(jobs: Sequence[Job], origin: shelf.Origin, places: Places, show: Show) -> None:
     """Until all have ended: see what became of those that run, and give free places to those that wait."""
     for job in jobs:

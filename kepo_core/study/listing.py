@@ -33,12 +33,12 @@ def is_run_folder(path: Path) -> bool:
 
 
 def folders(results: Path) -> list[Path]:
-    """The folders of a results folder in the order of their names, but for hidden ones, ``reference``, ``figures``."""
+    """The folders of a results folder in the order of their names, but for hidden ones, ``reference``, ``studies``."""
     there = sorted(results.iterdir()) if results.is_dir() else []
     return [
         path
         for path in there
-        if path.is_dir() and path.name not in ("reference", "figures") and not path.name.startswith(".")
+        if path.is_dir() and path.name not in ("reference", "studies") and not path.name.startswith(".")
     ]
 
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from kepo_core.data.records import AnswerOutcome
-from kepo_core.study.figures import BLUE, COLOURS, DASHES, GREEN, MARKERS, ORANGE, RED, SKY
+from kepo_core.study.figures import BLUE, COLOURS, DASHES, GREEN, MARKERS, ORANGE, RED, SKY, legend_above
 
 _GREY = "#8C8C8C"
 #: How an answer ended, from right to unreadable: colours that stay apart, with hatches where they are close in grey.
@@ -37,8 +37,8 @@ def released_curves(table: pd.DataFrame, axes: Any, *, in_domain: str = "MRI") -
                 line.index.get_level_values("step"), line, label=str(run), color=COLOURS[k], linestyle=DASHES[k],
                 marker=MARKERS[k], markersize=3.5, linewidth=1.6,
             )  # fmt: skip
-        ax.set(xlabel="step", ylabel="accuracy (%)", title=f"{title}, the authors' released runs")
-    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=3)  # beside the last panel
+        ax.set(xlabel="step", ylabel="accuracy (%)", title=title)
+    legend_above(axes)
 
 
 def metric_over_runs(
@@ -110,7 +110,7 @@ def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str = "MRI") -> Axes
         text = f"{value:+.0f} ± {(high[y, x] - low[y, x]) / 2:.0f}"
         sure = low[y, x] > 0 or high[y, x] < 0
         colour = "white" if abs(value) > 42 else "black"
-        ax.text(x, y, text if sure else f"({text})", ha="center", va="center", fontsize=9, color=colour)
+        ax.text(x, y, text if sure else f"({text})", ha="center", va="center", fontsize=11, color=colour)
     names = [f"{name}*" if name == in_domain else str(name) for name in modalities]
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(table)), [textwrap.fill(str(name), 30) for name in table.index])
@@ -134,7 +134,7 @@ def step_map(rollouts: pd.DataFrame, ax: Axes) -> Axes:
             _cell(ax, x, y, row)
         first = rows[0]
         note = f"all failed: {first['exploration']}, draws: {first['draws']}" if first["exploration"] else ""
-        ax.text(len(rows) - 0.35, y, note, va="center", fontsize=9, color="#444444")
+        ax.text(len(rows) - 0.35, y, note, va="center", fontsize=11, color="#444444")
     width = int(trained.groupby("group").size().max())
     ax.set(xlim=(-0.6, width + 2.4), ylim=(len(groups) - 0.5, -0.5), xlabel="rollout of the group", ylabel="prompt")
     ax.set_xticks(range(width), [str(i + 1) for i in range(width)])
@@ -160,4 +160,4 @@ def _cell(ax: Axes, x: int, y: int, row: Mapping[str, Any]) -> None:
     if row["gate"]:
         ax.add_patch(Rectangle((x - 0.44, y - 0.44), 0.88, 0.88, fill=False, edgecolor=BLUE, linewidth=2.6))
     mark = "▲ " if row["injected"] else ""
-    ax.text(x, y, f"{mark}{row['advantage']:+.2f}", ha="center", va="center", fontsize=8.5)
+    ax.text(x, y, f"{mark}{row['advantage']:+.2f}", ha="center", va="center", fontsize=11)

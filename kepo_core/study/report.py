@@ -29,6 +29,7 @@ _STYLE = """
 .output_error pre { background: var(--error); }
 .output_png img, .output_svg img { background: #fff; }
 .rich > div, .rich > p { max-width: 100%; }
+.caption { color: var(--muted); max-width: 60rem; margin-top: .25rem; }
 nav ul { columns: 16rem; padding-left: 1.2rem; margin: .5rem 0; }
 """
 
@@ -96,7 +97,7 @@ def render(notebook: Path, title: str, head: str = "") -> str:
     """
     try:
         cells = nbformat.read(notebook, as_version=4)
-    except (ValueError, nbformat.ValidationError) as error:
+    except (OSError, ValueError, nbformat.ValidationError) as error:
         raise ParamError(f"{notebook} cannot be read as a notebook: {str(error).splitlines()[0]}") from error
     contents = _name_parts(cells)
     exporter = HTMLExporter(raw_template=_TEMPLATE, sanitize_html=True, embed_images=True, exclude_anchor_links=True,
@@ -109,8 +110,8 @@ def render(notebook: Path, title: str, head: str = "") -> str:
 def _name_parts(notebook: nbformat.NotebookNode) -> str:
     """Give headings a place to jump to and outputs the name of theirs; the table of contents.
 
-    Headings move down one level, under the page's own. A picture is told by ``alt`` in its cell's metadata, as
-    nbconvert has it; else it goes, as tables do, by the heading that it stands under.
+    Headings move down one level, under the page's own. A picture is told by ``alt`` in its metadata
+    (`figures.show`); else it goes, as tables do, by the heading that it stands under.
     """
     entries: list[str] = []
     heading, fenced = "", False
@@ -127,7 +128,7 @@ def _name_parts(notebook: nbformat.NotebookNode) -> str:
         for output in cell.get("outputs", []):
             if output.output_type in ("display_data", "execute_result"):
                 where = f"under the heading “{heading}”"
-                output.metadata |= {"alt": cell.metadata.get("alt", f"Figure {where}"), "label": f"Table {where}"}
+                output.metadata |= {"alt": output.metadata.get("alt", f"Figure {where}"), "label": f"Table {where}"}
     return f'<nav aria-label="Contents"><ul>{"".join(entries)}</ul></nav>' if entries else ""
 
 
@@ -145,6 +146,16 @@ def write_report(run: Run, state: str, error: str = "") -> Path:
     return path
 
 
+def write_page(notebook: Path) -> Path:
+    """Render any executed notebook, papermill's say, into an ``.html`` file beside it.
+
+    Raises `ParamError` if the file is no notebook.
+    """
+    path = notebook.with_suffix(".html")
+    write_atomically(path, render(notebook, notebook.stem, f"<h1>{html.escape(notebook.stem)}</h1>"))
+    return path
+
+
 def _head(run: Run, state: str, error: str) -> str:
     """Name, end, accuracies, and what made the run: parameters that differ from defaults, the others folded."""
     text = (run.path / "params.yaml").read_text(encoding="utf-8")
@@ -156,17 +167,17 @@ def _head(run: Run, state: str, error: str) -> str:
         f"<h1>{html.escape(run.path.name)}</h1>",
         f"<p><strong>{html.escape(state)}</strong>{': ' + html.escape(error) if error else ''}</p>",
         f"<p>{html.escape(what)}</p>",
-        _table("Accuracies", ("accuracy", "before → after", "difference (points), 95 % interval"), numbers),
-        _table("Parameters that differ from the defaults", ("parameter", "here", "default"), rows)
+        table("Accuracies", ("accuracy", "before → after", "difference (points), 95 % interval"), numbers),
+        table("Parameters that differ from the defaults", ("parameter", "here", "default"), rows)
         or "<p>All parameters have their default values.</p>",
-        _folded("All parameters", text),
-        _folded("Provenance: code, versions, data, hardware", json.dumps(run.provenance, indent=2, ensure_ascii=False)),
+        folded("All parameters", text),
+        folded("Provenance: code, versions, data, hardware", json.dumps(run.provenance, indent=2, ensure_ascii=False)),
     ]
     return "\n".join(filter(None, parts))
 
 
-def _table(caption: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """A small table of texts, the first column its rows' headers; "" without rows."""
+def table(caption: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A small table of texts, the first column its rows' headers; "" without rows. All cells are escaped."""
     if not rows:
         return ""
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
@@ -182,5 +193,6 @@ def _table(caption: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) 
     )
 
 
-def _folded(summary: str, text: str) -> str:
+def folded(summary: str, text: str) -> str:
+    """A text that opens on a click, escaped."""
     return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"

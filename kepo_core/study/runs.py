@@ -33,7 +33,7 @@ from kepo_core.study import checksums, provenance
 from kepo_core.study.files import in_place_of, in_turn, read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 Owner = Literal["kepo run", "notebook"]
 State = Literal["running", "completed", "failed", "interrupted"]
@@ -147,13 +147,6 @@ class Run:
         path = self.path / f"{table}.parquet"
         with in_place_of(path) as partial:
             frame.to_parquet(partial, index=False)
-        return path
-
-    def save_figure(self, name: str, figure: "Figure") -> Path:
-        """Write ``figures/<name>.png``."""
-        path = self.path / "figures" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=150, bbox_inches="tight")
         return path
 
     # -- how a run ends

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from kepo_core.data.records import MODALITIES, Answer
-from kepo_core.params import ParamError, Params, resolve
+from kepo_core.params import ParamError, Params, project_root, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.study import shelf
 from kepo_core.study.aggregate import (
@@ -55,6 +55,7 @@ Key = tuple[int, int]
 class Study:
     """What a study file asks for. An *arm* is a method with one combination of the grid's values."""
 
+    name: str  # its file's, without the ending
     base: Params
     compared_with: str
     arms: dict[str, dict[Key, Params]] = field(default_factory=dict)  # name → (student, seed) → parameters
@@ -63,9 +64,14 @@ class Study:
     def runs(self) -> dict[str, Params]:
         """Every run by its name: all arms of one seed before the next, so that early tables compare."""
         keys = dict.fromkeys(key for runs in self.arms.values() for key in runs)
-        return {self.name(arm, key): runs[key] for key in keys for arm, runs in self.arms.items()}
+        return {self.run_name(arm, key): runs[key] for key in keys for arm, runs in self.arms.items()}
 
-    def name(self, arm: str, key: Key) -> str:
+    @property
+    def folder(self) -> Path:
+        """Where its figures and its page go."""
+        return project_root() / self.base.results_dir / "studies" / self.name
+
+    def run_name(self, arm: str, key: Key) -> str:
         """What a run is called: its arm and seed, and its student where there are several."""
         several = len({key[0] for runs in self.arms.values() for key in runs}) > 1
         return f"{arm} seed {key[1]}" + (f" of student {key[0] + 1}" if several else "")
@@ -95,7 +101,7 @@ def read_study(file: str | Path) -> Study:
         raise ParamError(
             f"compared_with in {path.name} is {given['compared_with']!r}, expected one of {', '.join(arms)}"
         )
-    return Study(base, given["compared_with"], arms)
+    return Study(path.stem, base, given["compared_with"], arms)
 
 
 def _check_lists(file: str, lists: Mapping[str, Any], grid: Mapping[str, Any]) -> None:
@@ -280,7 +286,7 @@ def outcomes(study: Study, runs: Mapping[str, Run]) -> dict[str, dict[Key, Outco
     found: dict[str, dict[Key, Outcome]] = {}
     for arm, keys in study.arms.items():
         for key in keys:
-            if run := runs.get(study.name(arm, key)):
+            if run := runs.get(study.run_name(arm, key)):
                 answers = list(shelf.read_answers(run).values())
                 before = answers[0] if len(answers) > 1 else []
                 found.setdefault(arm, {})[key] = Outcome(answers[-1], shelf.read_curve(run), before)

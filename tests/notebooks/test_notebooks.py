@@ -71,16 +71,28 @@ def smoke_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("number", ["00", "01", "02", "03", "04 05"])  # 05 finds the runs that 04 has made
-def test_nbval(number: str, smoke_file: Path) -> None:
+def test_nbval(number: str, smoke_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [path for path in NOTEBOOKS if path.name[:2] in number.split()]
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "KEPO_PARAMS": str(smoke_file)}
     done = subprocess.run([*command, *map(str, paths)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"{sum(len(cell_sources(path)) for path in paths)} passed" in done.stdout
-    made = {path.name for path in (smoke_file.parent / "results").glob("figures/*")}
-    assert len(made) == (12 if "05" in number else 0) and made == {f"{Path(name).stem}.{kind}" for name in made
-                                                                  for kind in ("png", "svg")}  # fmt: skip
+    if "05" not in number:
+        return
+    study = smoke_file.parent / "results/studies/study-small"
+    made = {path.name for path in study.glob("figures/*")}
+    assert len(made) == 14 and made == {f"{Path(name).stem}.{kind}" for name in made for kind in ("png", "svg")}
+    runs = len(list(study.parents[1].glob("*/status.json")))
+    monkeypatch.setenv("KEPO_PARAMS", str(smoke_file))
+    assert main(["report", "params/study-small.yaml"]) == 0  # from the runs that 04 has made
+    page = (study / "report.html").read_text(encoding="utf-8")
+    assert "<p>4 of 4 runs have completed.</p>" in page and page.count('<p class="caption">') == 7
+    linked = [study / href for href in re.findall(r'<a href="(\.\./\.\./[^"]+)"', page)]
+    assert len(linked) == 4 and all(path.is_file() for path in linked)
+    assert len(list(study.parents[1].glob("*/status.json"))) == runs, "nothing was run"
+    assert main(["report", "--index", str(study.parents[1])]) == 0
+    assert 'href="./studies/study-small/report.html"' in (study.parents[1] / "index.html").read_text(encoding="utf-8")
 
 
 def run(smoke_file: Path, *parameters: str) -> Path:

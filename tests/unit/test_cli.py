@@ -110,7 +110,7 @@ def test_an_input_error_keeps_the_folder_once_training_began(kepo_run, results, 
             (output.parent / "metrics.jsonl").touch()
         raise PapermillExecutionError(3, 3, "load()", "ParamError", "late", [])
 
-    monkeypatch.setattr("kepo_core.study.execution._execute", execute)
+    monkeypatch.setattr("kepo_core.study.execution.execute", execute)
     code, _, err = kepo_run()
     assert code == (1 if began else 2)
     assert len(list(results.glob("*/"))) == began
@@ -120,7 +120,7 @@ def test_an_input_error_keeps_the_folder_once_training_began(kepo_run, results, 
 
 
 def test_our_own_bug_is_told_by_the_folder_and_shown(kepo_run, results, monkeypatch):
-    monkeypatch.setattr("kepo_core.study.execution._execute", lambda *_: {}["bug"])
+    monkeypatch.setattr("kepo_core.study.execution.execute", lambda *_: {}["bug"])
     with pytest.raises(KeyError):
         kepo_run()
     assert json.loads((only_folder(results) / "status.json").read_text())["error"] == "KeyError: 'bug'"
@@ -134,7 +134,7 @@ def test_a_dead_kernel_is_a_failure(kepo_run, results):
 
 
 def test_a_notebook_without_a_headline_did_not_complete(kepo_run, results, monkeypatch):
-    monkeypatch.setattr("kepo_core.study.execution._execute", lambda *_: None)
+    monkeypatch.setattr("kepo_core.study.execution.execute", lambda *_: None)
     code, _, err = kepo_run()
     assert code == 1
     assert "before run.finish" in err
@@ -278,7 +278,7 @@ def no_kernel(monkeypatch):
         output.write_bytes(notebook.read_bytes())
         Run.open(given["run_dir"]).finish({})
 
-    monkeypatch.setattr("kepo_core.study.execution._execute", execute)
+    monkeypatch.setattr("kepo_core.study.execution.execute", execute)
 
 
 def test_a_runs_page_is_rendered_again_and_is_the_same(no_kernel, kepo_run, results, capsys):
@@ -299,8 +299,17 @@ def test_a_runs_page_is_rendered_again_and_is_the_same(no_kernel, kepo_run, resu
 
 
 def test_what_is_no_run_has_no_report(tmp_path, capsys):
-    assert main(["report", "params/study-small.yaml"]) == 2
+    assert main(["report", "params"]) == 2
     assert "is no run folder" in capsys.readouterr().err
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"params: params/smoke.yaml\nmethods: [grpo]\ncompared_with: grpo\nseeds: [0]\n"
+        f"set: {{results_dir: '{tmp_path}/results'}}"
+    )
+    assert main(["report", str(study)]) == 2
+    said = capsys.readouterr().err
+    assert f"none of the 1 runs of {study} has completed" in said and f"`kepo study run {study}` makes them" in said
+    assert not (tmp_path / "results").exists()
     assert main(["report", "--index", str(tmp_path / "nowhere")]) == 2
     assert "is no folder, expected the one that holds run folders" in capsys.readouterr().err
 

@@ -85,7 +85,7 @@ def stopped(results: Path, notebook: Path, **changes: Any) -> Run:
 
 def executes(monkeypatch: pytest.MonkeyPatch, work: Callable[[Path, dict[str, Any]], None]) -> None:
     """Let ``work``, given run folder and parameters, stand for the notebook."""
-    monkeypatch.setattr(execution, "_execute", lambda notebook, output, given: work(output.parent, given))
+    monkeypatch.setattr(execution, "execute", lambda notebook, output, given: work(output.parent, given))
 
 
 # Disks and folders -----------------------------------------------------------------------------------------------

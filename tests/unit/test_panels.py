@@ -1,10 +1,13 @@
 """Figures over runs: what is drawn is what the tables say."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from kepo_core.study import figures, panels
@@ -13,7 +16,7 @@ from kepo_core.study.methods import released_curves
 
 @pytest.fixture
 def axes():
-    return Figure(figsize=(12, 5)).subplots(1, 2)
+    return Figure(figsize=(12, 5), layout="constrained").subplots(1, 2)
 
 
 def test_the_released_runs_end_where_their_notebook_says(axes) -> None:
@@ -83,11 +86,18 @@ def test_accuracy_curves_and_gains_draw_their_tables(axes) -> None:
     assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() in "os"] == [[10], [-10]]
 
 
-def test_a_figure_is_saved_the_same_every_time(tmp_path: Path) -> None:
+def test_a_figure_is_kept_the_same_every_time_and_says_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(figures, "display", lambda *what, **how: shown.append((*what, how)))
     for folder in ("one", "two"):
-        figure = Figure()
+        figure = plt.figure()
         panels.step_map(rollouts(), figure.subplots())
-        figures.save(figure, tmp_path / folder, "step")
+        figures.show(figure, "a < b", alt="Cells.", folder=tmp_path / folder, name="step")
     for name in ("step.png", "step.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert len(list((tmp_path / "one").iterdir())) == 2
+        assert re.search(b"Cells. a (<|&lt;) b", (tmp_path / "one" / name).read_bytes())
+    assert len(list((tmp_path / "one").iterdir())) == 2 and not plt.get_fignums()
+    assert [how for _, how in shown[:2]] == [{"metadata": {"alt": "Cells."}}, {"raw": True}]
+    assert shown[1][0] == {"text/html": '<p class="caption">a &lt; b</p>', "text/plain": "a < b"}

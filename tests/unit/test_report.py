@@ -9,6 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from kepo_core.cli import main
 from kepo_core.params import Params
 from kepo_core.study import gallery
 from kepo_core.study.report import clean_html, render, write_report
@@ -153,14 +154,25 @@ def test_code_is_folded_and_escaped(tmp_path):
 def test_pictures_and_tables_say_what_they_are(tmp_path):
     table = {"text/html": "<table><tr><td>1</td></tr></table>", "text/plain": "t"}
     outputs = [new_output("display_data", data=data) for data in (FIGURE, table)]
-    named = new_code_cell("", outputs=outputs, metadata={"alt": 'Curves of "loss"'})
+    named = new_code_cell("", outputs=[new_output("display_data", data=FIGURE, metadata={"alt": 'Curves of "loss"'})])
     cells = [new_markdown_cell("## `Training` <b>"), new_code_cell("", outputs=outputs), named]
     page = render(written(tmp_path, cells), "x")
     alts = [attributes.get("alt") for tag, attributes in elements(page) if tag == "img"]
     assert alts == ["Figure under the heading “Training <b>”", 'Curves of "loss"']
     boxes = [attributes for _, attributes in elements(page) if attributes.get("class") == "rich scroll"]
-    assert [box["aria-label"] for box in boxes] == ["Table under the heading “Training <b>”"] * 2
+    assert [box["aria-label"] for box in boxes] == ["Table under the heading “Training <b>”"]
     assert {(box["tabindex"], box["role"]) for box in boxes} == {("0", "group")}
+
+
+def test_any_executed_notebook_becomes_a_page_beside_it(tmp_path, capsys):
+    path = written(tmp_path, [new_code_cell("1", outputs=[new_output("display_data", data=FIGURE)])])
+    assert main(["report", str(path)]) == 0
+    page = path.with_suffix(".html")
+    assert capsys.readouterr().out == f"kepo: wrote {page}\n"
+    assert f"<h1>{path.stem}</h1>" in page.read_text() and "<img" in page.read_text()
+    path.write_text("{}")
+    assert main(["report", str(path)]) == 2
+    assert "cannot be read as a notebook" in capsys.readouterr().err
 
 
 def test_the_contents_lead_to_the_headings_under_one_title(tmp_path):

@@ -135,15 +135,11 @@ def test_a_broken_rollouts_file_is_told_and_the_status_is_written(params):
         assert "the rollouts could not be gathered" in run.status["error"]
 
 
-def test_tables_and_figures_and_data_have_their_places(params):
-    from matplotlib.figure import Figure
-
+def test_tables_and_data_have_their_places(params):
     run = Run.allocate(params)
     run.write_table("predictions", pd.DataFrame({"correct": [True]}))
-    run.save_figure("curves", Figure())
     run.remember(data={"train": {"questions": 600, "sha256": "ab"}})
     assert pd.read_parquet(run.path / "predictions.parquet")["correct"].tolist() == [True]
-    assert (run.path / "figures/curves.png").read_bytes().startswith(b"\x89PNG")
     found = read_json(run.path / "provenance.json")
     assert found["data"]["train"]["questions"] == 600
     assert found["params_hash"] == params.hash, "what was known before stays"
