@@ -87,7 +87,8 @@ def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) 
         }
         for (claim, estimate), p in zip(found.items(), adjusted, strict=True)
     ]
-    return pd.DataFrame(rows)
+    columns = ["claim", "in the paper", "difference", "runs", "points [95 %]", "p (Holm)", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def verdict(claim: Claim, estimate: Estimate, p: float) -> str:

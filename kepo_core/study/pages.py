@@ -42,6 +42,7 @@ th, td { padding: .25rem .6rem; text-align: right; border: 0; border-bottom: 1px
 thead th, thead td { border-bottom: 2px solid var(--muted); vertical-align: bottom; }
 caption { text-align: left; font-weight: bold; white-space: nowrap; padding: .25rem .6rem .25rem 0; }
 tbody th { white-space: nowrap; }
+@media (max-width: 40rem) { tbody th { white-space: normal; min-width: 7rem; } }
 th[scope=colgroup] { text-align: center; }
 table.texts th, table.texts td { text-align: left; vertical-align: top; }
 table.texts td { overflow-wrap: anywhere; }

@@ -75,7 +75,7 @@ def _with_scopes(text: str) -> str:
     An interval stays on one line, under its number where there is no room.
     """
     text = re.sub(r"(<td>[-+.\d]+ \[[-+.\d]+,) ([-+.\d]+\]</td>)", r"\1&nbsp;\2", text)
-    text = re.sub(r"<th(?:\s[^<>]*)?>\s*</th>", "<td></td>", text)
+    text = re.sub(r"<th((?:\s[^<>]*)?)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", text)
     parts = re.split(r"(<thead\b.*?</thead>)", text, flags=re.DOTALL)
     for i, part in enumerate(parts):
         wide = re.sub(r'<th(?=\s[^<>]*colspan="(?!1"))', '<th scope="colgroup"', part) if i % 2 else part

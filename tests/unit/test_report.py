@@ -197,4 +197,5 @@ def test_headers_of_tables_know_what_they_head():
     ]  # fmt: skip
     assert re.findall(r"<th[^>]*>\w+", rows) == ['<th scope="row">us']
     assert "<th></th>" not in kept
+    assert clean_html('<table><thead><tr><th class="blank">&nbsp;</th></tr></thead></table>').count("<td class=") == 1
     assert ">98.0 [95.7,&nbsp;99.1]<" in rows
