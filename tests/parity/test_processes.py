@@ -37,7 +37,9 @@ def launch(output_dir: Path, world_size: int, *overrides: str) -> tuple[dict, pd
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("distill_normalizer=gated_tokens", "hint_importance=truncated")])
-@pytest.mark.parametrize("shard", [(), ("shard=1",)], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(
+    "shard", [(), ("shard=1",), ("shard=accelerate",)], ids=["DDP", "FSDP2", "FSDP2 by accelerate"]
+)
 def test_two_processes_equal_one_on_the_same_rollouts(
     tmp_path: Path, overrides: tuple[str, ...], shard: tuple[str, ...]
 ) -> None:
