@@ -12,10 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,7 +215,6 @@ def _free_port() -> int:
 
 def end_with_starter() -> None:
     """In a worker: end at once when the process that started it is gone."""
-    import threading
 
     def watch() -> None:
         while os.read(0, 1):  # not sys.stdin, whose lock would disturb the interpreter's end
@@ -223,8 +222,3 @@ def end_with_starter() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def log_files(run: Run) -> list[Path]:
-    """What the workers of a run that failed wrote."""
-    return sorted(run.training_dir.glob("processes-*.log"))
