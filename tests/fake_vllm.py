@@ -97,8 +97,8 @@ class FakeClient:
     def get_server_info(self) -> dict:
         return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
-    def update_named_params(self, metadata: Any, params: Any) -> None:
-        self.engine.load_weights((name, value.detach().cpu()) for name, value in params)
+    def update_named_params(self, metadata: Any, named_params: Any) -> None:
+        self.engine.load_weights((name, value.detach().cpu()) for name, value in named_params)
 
     def reset_prefix_cache(self) -> None:
         self.engine.synced += 1

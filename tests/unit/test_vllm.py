@@ -8,6 +8,9 @@ import pytest
 import torch
 from kepo_harness import ScriptedTrainer, config, fails_on_0, make_dataset, make_row, make_trainer, sharp_model
 
+from kepo_core.method import hinted
+from kepo_core.method.exploration import Request
+from kepo_core.method.prompts import vqa_messages
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
@@ -37,7 +40,7 @@ def test_parameters_arrive(tmp_path: Path) -> None:
     assert here.vllm_server_base_url is None and training_config(Params(), tmp_path).vllm_max_model_length is None
 
 
-@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("mode", ["colocate", pytest.param("server", marks=pytest.mark.slow)])
 def test_the_engine_draws_what_the_student_would(tmp_path: Path, install: Any, mode: str) -> None:
     """Over three optimiser steps its log-probabilities are the trainer's: weights, pictures and sampling agree."""
     install()
@@ -84,8 +87,23 @@ def test_an_accepted_draw_is_injected_and_free_of_the_samplers_correction(
     kept: list[dict[str, Any]] = []
     compute = KEPOTrainer._compute_loss
     monkeypatch.setattr(KEPOTrainer, "_compute_loss", lambda s, m, i: (kept.append(i), compute(s, m, i))[1])
-    trainer, drawn = rows("vllm", use_vllm=True, vllm_mode=mode)
+    _, drawn = rows("vllm", use_vllm=True, vllm_mode=mode)
     columns = ["row", "id", "completion", "outcome", "reward", "advantage", "injected", "replaced", "gate"]
     assert drawn[columns].equals(plain[columns]) and drawn["injected"].sum() == 1
     assert torch.equal(kept[0]["importance_sampling_ratio"], torch.ones(8, 1))
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(trainer.state.log_history[0]["loss"])
+
+
+def test_a_process_asks_a_server_for_as_many_as_the_others(tmp_path: Path, install: Any, monkeypatch: Any) -> None:
+    """TRL gives each process its share of the answers by its own number of prompts, which must be everybody's."""
+    tokenizer = build_processor().tokenizer
+    monkeypatch.delattr(ScriptedTrainer, "_generate_single_turn")
+    install(lambda text, pictures: [*tokenizer("red")["input_ids"], tokenizer.eos_token_id])
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://nowhere"}
+    trainer = make_trainer(tmp_path, fails_on_0, **server)
+    trainer.state.global_step = 0
+    monkeypatch.setattr(hinted, "largest", lambda accelerator, number: max(3, number))
+    row = make_row(0) | {"prompt": vqa_messages("Question 9?", ["red", "blue"], True)}
+    draws = hinted._Sampler(trainer, {0: row}, {0: row}, row, "0").draw([Request(0, "look", 1)])
+    asked = trainer.vllm_generation.engine.asked
+    assert len(draws) == 1 and len(asked) == 3
+    assert ["look" in text for text in asked] == [True, False, False]
