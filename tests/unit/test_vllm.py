@@ -14,7 +14,8 @@ from kepo_core.method.prompts import vqa_messages
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
-from kepo_core.params import Params
+from kepo_core.params import Params, project_root
+from kepo_core.study import launch
 from kepo_core.study.embedded import build_processor
 from kepo_core.study.experiment import training_config
 
@@ -107,3 +108,22 @@ def test_a_process_asks_a_server_for_as_many_as_the_others(tmp_path: Path, insta
     asked = trainer.vllm_generation.engine.asked
     assert len(draws) == 1 and len(asked) == 3
     assert ["look" in text for text in asked] == [True, False, False]
+
+
+@pytest.mark.slow
+def test_the_check_of_the_real_vllm_passes_over_the_fake_one_and_fails_where_weights_stay(
+    install: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(project_root() / "tests" / "gpu"))
+    import check_vllm
+
+    install()
+    monkeypatch.setattr(launch, "check", lambda params: None)
+    monkeypatch.setattr("sys.argv", ["check_vllm.py", "--steps", "2"])
+    assert check_vllm.main() == 0
+    said = capsys.readouterr().out
+    assert said.count("PASS  ") == 11 and "FAIL" not in said
+    monkeypatch.setattr(fake_vllm.Engine, "load_weights", lambda self, weights: None)
+    monkeypatch.setattr("sys.argv", ["check_vllm.py", "--steps", "1"])
+    assert check_vllm.main() == 1
+    assert "FAIL  vLLM's log-probabilities are the trainer's" in capsys.readouterr().out
