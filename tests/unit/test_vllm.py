@@ -1,9 +1,11 @@
 """Rollouts by vLLM: TRL's own code over fake engines, in both modes, hint-aware draws included."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import fake_vllm
+import pandas as pd
 import pytest
 import torch
 from kepo_harness import ScriptedTrainer, config, fails_on_0, make_dataset, make_row, make_trainer, sharp_model
@@ -14,10 +16,13 @@ from kepo_core.method.prompts import vqa_messages
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
-from kepo_core.params import Params, project_root
+from kepo_core.params import Params
 from kepo_core.study import launch
 from kepo_core.study.embedded import build_processor
 from kepo_core.study.experiment import training_config
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+import check_vllm
 
 
 @pytest.fixture
@@ -111,19 +116,23 @@ def test_a_process_asks_a_server_for_as_many_as_the_others(tmp_path: Path, insta
 
 
 @pytest.mark.slow
-def test_the_check_of_the_real_vllm_passes_over_the_fake_one_and_fails_where_weights_stay(
+def test_the_check_of_the_real_vllm_passes_over_the_fake_one(
     install: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(project_root() / "tests" / "gpu"))
-    import check_vllm
-
     install()
     monkeypatch.setattr(launch, "check", lambda params: None)
     monkeypatch.setattr("sys.argv", ["check_vllm.py", "--steps", "2"])
     assert check_vllm.main() == 0
     said = capsys.readouterr().out
     assert said.count("PASS  ") == 11 and "FAIL" not in said
-    monkeypatch.setattr(fake_vllm.Engine, "load_weights", lambda self, weights: None)
-    monkeypatch.setattr("sys.argv", ["check_vllm.py", "--steps", "1"])
-    assert check_vllm.main() == 1
-    assert "FAIL  vLLM's log-probabilities are the trainer's" in capsys.readouterr().out
+
+
+def test_the_check_of_the_real_vllm_can_fail(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    row = {"step": 1, "group": 0, "completion": "a", "tokens": 49, "exploration": "", "hint": "", "accuracy": 1.0}
+    rows = pd.DataFrame([row | {"injected": False}] * 7 + [row | {"injected": True, "accuracy": 0.0}])
+    steps = [{"loss": float("nan"), "sampling/sampling_logp_difference/mean": 0.2}]
+    found = list(check_vllm.checks(Params(max_steps=1), rows, steps, 0.05))
+    assert [holds for _, holds, _ in found] == [False] * 8 + [True, False]  # something was injected
+    monkeypatch.setattr("sys.argv", ["check_vllm.py"])
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    assert check_vllm.main() == 2 and "vllm is not installed" in capsys.readouterr().err
