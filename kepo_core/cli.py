@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from kepo_core.study.execution import resume_run
 
             return resume_run(arguments.run)
+        if arguments.command == "join":
+            return join_run(arguments.run, arguments.rank)
         if arguments.command == "data":
             return check_data(arguments.path, arguments.strict, arguments.html)
         if arguments.command == "report":
@@ -85,6 +87,24 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> 
     from kepo_core.study import execution  # imported once the parameters are known to fit: it takes a second
 
     return execution.run_notebook(path, params, overrides)
+
+
+def join_run(run: str, rank: int) -> int:
+    """Train along as machine ``rank`` of a run that another machine makes. Returns the exit code.
+
+    Raises `ParamError` where there is no such run, or it is not about to train.
+    """
+    from kepo_core.study import execution, launch
+
+    signal.signal(signal.SIGTERM, execution.interrupt)
+    try:
+        launch.join(run, rank)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except launch.TrainingFailed as failed:
+        print(f"kepo: {failed}", file=sys.stderr)
+        return FAILED
+    return COMPLETED
 
 
 def check_data(path: str, strict: bool, page: str | None) -> int:
@@ -203,6 +223,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-m", "--method", metavar="NAME", help="a row of the README's table of methods")
     resume = commands.add_parser("resume", help="go on with a run that was interrupted, failed or killed")
     resume.add_argument("run", help="its folder")
+    join = commands.add_parser("join", help="train along in a run of several machines, which the first of them makes")
+    join.add_argument("run", help="its folder, on a file system that they share")
+    join.add_argument("rank", type=int, help="which machine this is: 1, 2, …")
     data = commands.add_parser("data", help="look at data").add_subparsers(dest="data_command", required=True)
     check = data.add_parser("check", help="say what is in a folder or zip of questions, and what was mended or dropped")
     check.add_argument("path", help="OmniMedVQA's folder or zip, or Med-R1's question files")

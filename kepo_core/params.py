@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from kepo_core.params_io import TINY as _TINY
 from kepo_core.params_io import ParamError as ParamError  # callers import these from here
-from kepo_core.params_io import parameter_cell_names, read_yaml, short_hash, yaml_scalar
+from kepo_core.params_io import check_range, parameter_cell_names, read_yaml, short_hash, yaml_scalar
 from kepo_core.paths import from_root as from_root
 from kepo_core.paths import project_root as project_root
 from kepo_core.paths import resolve as resolve
@@ -32,9 +33,6 @@ _IPYTHON_NAMES = ("In", "Out")
 def _p(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:
     """Declare one parameter; ``low`` and ``high`` are both allowed values."""
     return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
-
-
-_TINY = 1e-12  # "greater than zero", as an allowed lower bound
 
 
 @dataclass(frozen=True)
@@ -144,6 +142,15 @@ class Params:
     precision: str = _p("fp32", "of the computation; trained weights stay fp32", choices=("fp32", "bf16"))
     seed: int = _p(0, "seed of everything that training draws", low=0)
 
+    # -- where training computes
+    processes: int = _p(1, "training processes, a GPU each where there are GPUs; rollouts depend on it", low=1)
+    accelerate_config: str = _p("", "a file of params/accelerate/: how they share the models; empty: whole copies")
+    use_vllm: bool = _p(False, "draw rollouts with vLLM, on GPUs: faster, and not reproducible to the bit")
+    vllm_mode: str = _p("colocate", "in the training processes, or on a server", choices=("colocate", "server"))
+    vllm_server_base_url: str = _p("", "the server's address, http://HOST:PORT")
+    vllm_gpu_memory_utilization: float = _p(0.3, "share of a GPU that a colocated vLLM takes", low=_TINY, high=1)
+    vllm_max_model_length: int = _p(0, "longest prompt and completion of a colocated vLLM; 0: the model's", low=0)
+
     # -- evaluation
     eval_max_tokens: int = _p(48, "longest completion in evaluation, in tokens", low=1)
     eval_batch_size: int = _p(100, "questions per evaluation batch", low=1)
@@ -187,10 +194,17 @@ class Params:
                 f"injected_per_group must be smaller than group_size ({self.group_size}), so that originals stay, "
                 f"got {self.injected_per_group}"
             )
-        if self.prompts_per_step % self.prompts_per_device:
+        if self.prompts_per_step % (self.prompts_per_device * self.processes):
             raise ParamError(
-                f"prompts_per_step must be a multiple of prompts_per_device ({self.prompts_per_device}), "
-                f"got {self.prompts_per_step}"
+                f"prompts_per_step must be a multiple of prompts_per_device × processes ({self.prompts_per_device} × "
+                f"{self.processes}), got {self.prompts_per_step}"
+            )
+        if self.use_vllm and self.method == "gkd":
+            raise ParamError("use_vllm draws the rollouts of method kepo, not of gkd: set use_vllm to False")
+        if self.use_vllm and bool(self.vllm_server_base_url) != (self.vllm_mode == "server"):
+            raise ParamError(
+                f"vllm_server_base_url must be set for vllm_mode server and for no other, got "
+                f"{self.vllm_server_base_url!r} with {self.vllm_mode}"
             )
         if self.eval_samples > 1 and not self.eval_temperature:
             raise ParamError(
@@ -306,19 +320,11 @@ def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
     if choices := f.metadata["choices"]:
         if value not in choices:
             raise ParamError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-    elif kind is str and not value.strip() and f.name not in ("run_dir", "params_file", "items_file"):
+    elif kind is str and not value.strip() and f.default:
         raise ParamError(f"{f.name} must not be empty")
     if kind in (int, float):
-        _check_range(f.name, value, f.metadata["low"], f.metadata["high"])
+        check_range(f.name, value, f.metadata["low"], f.metadata["high"])
     return value
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if math.isfinite(value) and low <= value <= high:
-        return
-    above = "greater than 0" if low == _TINY else f"at least {low:g}"
-    upto = f" and at most {high:g}" if high < math.inf else ""
-    raise ParamError(f"{name} must be {above}{upto}, got {value:g}")
 
 
 def _known(names: Iterable[str], where: str = "") -> None:

@@ -16,6 +16,19 @@ class ParamError(ValueError):
     """A parameter is unknown, of the wrong type or out of range; the message is one sentence that names it."""
 
 
+#: "Greater than zero", as an allowed lower bound.
+TINY = 1e-12
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise `ParamError` unless ``low`` ≤ ``value`` ≤ ``high``."""
+    if math.isfinite(value) and low <= value <= high:
+        return
+    above = "greater than 0" if low == TINY else f"at least {low:g}"
+    upto = f" and at most {high:g}" if high < math.inf else ""
+    raise ParamError(f"{name} must be {above}{upto}, got {value:g}")
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.2 scalars instead of 1.1: ``1e-6`` is a number, ``yes`` and ``on`` are texts, names occur once."""
 

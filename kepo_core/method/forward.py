@@ -127,7 +127,7 @@ def add_hidden_state_output(model: Any) -> None:
 
 def let_generate(model: Any) -> None:
     """Let a sharded (FSDP2) model generate: `generate` encodes pictures outside of the forward that gathers weights."""
-    if isinstance(model, nn.Module) and isinstance(model, FSDPModule):
+    if isinstance(model, nn.Module) and isinstance(model, FSDPModule) and "generate" not in vars(model):
         register_fsdp_forward_method(model, "generate")
 
 

@@ -160,9 +160,10 @@ class _Sampler:
     def draw(self, requests: Sequence[Request]) -> list[Completion]:
         rows = [self._by_group[request.group] for request in requests]
         asked = [hint_aware_prompt(self._trainer, row, r.hint) for row, r in zip(rows, requests, strict=True)]
-        prompt_ids, images, fields = self._trainer._tokenize_prompts(
-            asked or [with_image(self._spare["prompt"], self._spare)]
-        )
+        spare = with_image(self._spare["prompt"], self._spare)
+        if self._trainer.use_vllm:  # a server answers all processes at once, and each takes out as many as it asked for
+            asked += [spare] * (largest(self._trainer.accelerator, len(asked)) - len(asked))
+        prompt_ids, images, fields = self._trainer._tokenize_prompts(asked or [spare])
         ids, _ = self._trainer._generate_single_turn(prompt_ids, images, fields, 1)
         draws = read_completions(self._trainer, rows, ids[: len(rows)])
         self.tokens += sum(len(draw.ids) for draw in draws)

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor
 from transformers import GenerationConfig
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models import prepare_deepspeed
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
@@ -100,7 +101,9 @@ class Teacher:
         if deepspeed:
             self._wrapped = prepare_deepspeed(self._model, accelerator)
         elif fsdp:
-            self._wrapped = prepare_fsdp(self._model, accelerator)
+            # Layer by layer, as accelerate does the student: TRL's prepare_fsdp gathers all of it on every GPU at once.
+            self._wrapped = fsdp2_prepare_model(accelerator, self._model).eval()
+            let_generate(self._model)
         else:
             self._wrapped = accelerator.prepare_model(self._model, evaluation_mode=True)
 

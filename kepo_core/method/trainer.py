@@ -151,6 +151,7 @@ class KEPOTrainer(GatedLossTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's generation back end, refused if it gives a completion of no tokens."""
+        let_generate(self.accelerator.unwrap_model(self.model_wrapped))  # accelerate shares it out when training begins
         ids, logps = super()._generate_single_turn(*args, **kwargs)
         empty = [row for row, tokens in enumerate(ids) if not tokens]
         if empty:

@@ -33,10 +33,15 @@ class CurveWriter(TrainerCallback):  # type: ignore[misc]  # transformers is not
         self._ask, self._folder, self._every = ask, folder, every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask the student as it is after this optimiser step."""
+        """Ask the student as it is after this optimiser step.
+
+        Of several processes all ask, for each may hold but a part of the student, and the first writes.
+        """
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
-            self._folder.mkdir(parents=True, exist_ok=True)
             answers = to_table({state.global_step: self._ask()}, "step")
+            if not state.is_world_process_zero:
+                return
+            self._folder.mkdir(parents=True, exist_ok=True)
             with in_place_of(self._folder / f"step-{state.global_step}.parquet") as partial:
                 answers.to_parquet(partial, index=False)
 

@@ -28,8 +28,8 @@ from kepo_core.method.resume import last_checkpoint, trained_steps
 from kepo_core.method.rewards import reward_functions
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
-from kepo_core.params import ParamError, Params, resolve
-from kepo_core.study import curves, diagnosis, statistics
+from kepo_core.params import Params, resolve
+from kepo_core.study import curves, diagnosis, launch, live, statistics
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.metrics import MetricsWriter, forget_after
 from kepo_core.study.models import best_device, check_same_vocabulary, load_model, load_processor
@@ -131,31 +131,38 @@ def needs_teacher(params: Params) -> bool:
     return params.method == "gkd" or (params.method == "kepo" and (params.distill or hints))
 
 
-def load_models(params: Params) -> Models:
-    """Load and check what ``params`` name; the teacher only where there is something for it to do."""
+def load_to_run(params: Params) -> Models:
+    """`load_models` for the process that makes the run, which has no teacher where other processes train.
+
+    Raises `ParamError` where this machine cannot train as ``params`` say.
+    """
+    launch.check(params)
+    return load_models(params, with_teacher=not launch.several(params))
+
+
+def load_models(params: Params, *, with_teacher: bool = True) -> Models:
+    """Load and check what ``params`` name; the teacher only where there is something for it to do.
+
+    ``with_teacher=False``: it is checked as far as its processor tells, and left out.
+    """
     processor = load_processor(params.student, "student")
     student = load_model(params.student, "student", precision=params.precision)
     teacher = None
     if needs_teacher(params):
         teacher_processor = load_processor(params.teacher, "teacher")
         check_same_vocabulary(processor, teacher_processor)
-        model = load_model(params.teacher, "teacher", trained=False, precision=params.precision)
-        teacher = Teacher(model, teacher_processor)
+        if with_teacher:
+            model = load_model(params.teacher, "teacher", trained=False, precision=params.precision)
+            teacher = Teacher(model, teacher_processor)
     return Models(student, processor, teacher)
 
 
-def _shared_arguments(params: Params, output_dir: Path, world_size: int) -> dict[str, Any]:
+def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
     """What the trainers of all methods are told alike."""
-    accumulation, rest = divmod(params.prompts_per_step, params.prompts_per_device * world_size)
-    if rest or not accumulation:
-        raise ParamError(
-            f"prompts_per_step is {params.prompts_per_step}, expected a multiple of prompts_per_device × processes "
-            f"= {params.prompts_per_device} × {world_size}"
-        )
     return {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": params.prompts_per_device,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": params.prompts_per_step // (params.prompts_per_device * params.processes),
         "num_train_epochs": params.epochs,
         "max_steps": params.max_steps,
         "learning_rate": params.learning_rate,
@@ -164,7 +171,7 @@ def _shared_arguments(params: Params, output_dir: Path, world_size: int) -> dict
         "gradient_checkpointing": params.gradient_checkpointing,
         "bf16": params.precision == "bf16",
         "seed": params.seed,
-        "use_cpu": best_device().type == "cpu",
+        "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": 1,
         "save_strategy": "no",
@@ -173,13 +180,15 @@ def _shared_arguments(params: Params, output_dir: Path, world_size: int) -> dict
     }
 
 
-def training_config(params: Params, output_dir: Path, world_size: int = 1) -> KEPOConfig:
+def training_config(params: Params, output_dir: Path) -> KEPOConfig:
     """`Params` → `KEPOConfig`; batch sizes are in prompts there and in completions here."""
-    shared = _shared_arguments(params, output_dir, world_size)
+    shared = _shared_arguments(params, output_dir)
     shared["per_device_train_batch_size"] *= params.group_size
     # One name, one meaning: except for data_seed, which is the sampler's in transformers and the data set's here.
     ours, theirs = ({field.name for field in fields(kind)} for kind in (Params, KEPOConfig))
     named = {name: getattr(params, name) for name in (ours & theirs) - {"data_seed"}}
+    for name in ("vllm_server_base_url", "vllm_max_model_length"):  # there, None is what is not given
+        named[name] = named[name] or None
     saving = {"save_strategy": "steps" if params.save_steps else "no", "save_total_limit": 1}
     return KEPOConfig(**shared | named | saving, num_generations=params.group_size)
 
@@ -190,7 +199,9 @@ def make_trainer(
     """The trainer of the run's method; None for ``method: none``, which trains nothing.
 
     KEPO with both parts off is TRL's GRPO. The baselines keep no checkpoints: a run of theirs that is resumed trains
-    from its start.
+    from its start. All ``params.processes`` call this.
+
+    Raises ``RuntimeError`` if other than these train together.
     """
     if params.method == "none":
         return None
@@ -212,6 +223,8 @@ def make_trainer(
         )
     else:
         trainer = _baseline(params, run, data, models, pictures, callbacks)
+    if (found := trainer.accelerator.num_processes) != params.processes:
+        raise RuntimeError(f"{found} processes train together, expected {params.processes} (processes)")
     trainer.remove_callback(PrinterCallback)  # prints every logged dictionary whole; they are in metrics.jsonl
     return trainer
 
@@ -219,7 +232,7 @@ def make_trainer(
 def _baseline(
     params: Params, run: Run, data: StudyData, models: Models, pictures: Pictures, callbacks: list[TrainerCallback]
 ) -> Trainer:
-    shared = _shared_arguments(params, run.training_dir, world_size=1)
+    shared = _shared_arguments(params, run.training_dir)
     if params.method == "sft":
         dataset = supervised_dataset(data.train, pictures)
         return sft_trainer(models.student, models.processor, dataset, shared, callbacks)
@@ -236,24 +249,46 @@ def _baseline(
     )
 
 
+def train_student(params: Params, run: Run, data: StudyData, models: Models, shown: live.LiveTraining) -> pd.DataFrame:
+    """Train ``models.student`` to the end as ``params`` say, here or in ``params.processes`` others (`launch.train`).
+
+    Returns ``diagnosis.training_table``'s rows; none where nothing is trained.
+    """
+    if not launch.several(params):
+        return train(make_trainer(params, run, data, models, callbacks=[shown]), run)
+    models.student.to("cpu")  # they need the GPUs
+    torch.cuda.empty_cache()
+    launch.train(params, run, shown)
+    models.student.load_state_dict(load_model(str(run.path / "model"), "student").state_dict())
+    models.student.to(best_device())  # type: ignore[arg-type]
+    return diagnosis.read_training(run.path / "metrics.jsonl")
+
+
 def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
+    """`fit`, in this process alone. Returns ``diagnosis.training_table``'s rows; without a trainer none."""
+    if trainer is None:
+        return diagnosis.training_table([])
+    fit(trainer, run)
+    return diagnosis.read_training(run.path / "metrics.jsonl")
+
+
+def fit(trainer: Trainer, run: Run) -> None:
     """Train to the end, from the run's newest checkpoint where it has one; the model goes into the run's folder.
 
-    What an earlier process logged behind that checkpoint is forgotten first, as it will come again. Returns
-    ``diagnosis.training_table``'s rows; without a trainer none.
+    What an earlier process logged behind that checkpoint is forgotten first, as it will come again. Of several
+    processes, which all call this, the first alone writes.
     """
     checkpoint = last_checkpoint(run.training_dir)
     done = trained_steps(checkpoint) if checkpoint else 0
-    forget_after(run, done)
-    curves.forget_after(run.evaluation_dir, done)
-    if trainer is None:
-        return diagnosis.training_table([])
+    writes = trainer.is_world_process_zero()
+    if writes:
+        forget_after(run, done)
+        curves.forget_after(run.evaluation_dir, done)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step > done:
+    if writes and trainer.state.global_step > done:
         # Answers of a model that was trained before, in another process: this one's may differ, on a GPU say.
         (run.evaluation_dir / "trained.jsonl").unlink(missing_ok=True)
     trainer.save_model(str(run.path / "model"))
-    return diagnosis.read_training(run.path / "metrics.jsonl")
 
 
 def evaluate_student(

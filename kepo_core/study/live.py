@@ -5,6 +5,7 @@ A headless run (papermill, a terminal) keeps every output it is given, so there 
 """
 
 import io
+import json
 import os
 import re
 import sys
@@ -24,6 +25,8 @@ from kepo_core.study.diagnosis import training_table
 
 LINES = 15
 _BAR = 24  # characters
+#: How a line of `Relay` begins.
+_STEP = "kepo-step "
 #: A line of `ProgressBar`, for `read_progress`.
 _LINE = re.compile(r"(\S.*?) +[█░]+ (\d+)/(\d+)  \d+:\d\d(?:, (\d+:\d\d) left)?")
 
@@ -129,10 +132,13 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         **kwargs: Any,
     ) -> None:
         """Take in one logged step and show it; TRL's summary at the end, which has no loss, is passed over."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        self._rows.append({**logs, "step": state.global_step})
-        self._bar(state.global_step, state.max_steps, headline(logs))
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.show(state.global_step, state.max_steps, logs)
+
+    def show(self, step: int, total: int, logs: dict[str, Any]) -> None:
+        """Take in what optimiser step ``step`` of ``total`` logged and show it."""
+        self._rows.append({**logs, "step": step})
+        self._bar(step, total, headline(logs))
         if self._live and time.monotonic() - self._drawn > self._every:
             self._draw()
 
@@ -140,7 +146,12 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the curves to their end."""
-        if state.is_world_process_zero and self._live and self._rows:
+        if state.is_world_process_zero:
+            self.finish()
+
+    def finish(self) -> None:
+        """Draw the curves to their end."""
+        if self._live and self._rows:
             self._draw()
 
     def _draw(self) -> None:
@@ -154,6 +165,30 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         else:
             self._handle.update(picture)
         self._drawn = time.monotonic()
+
+
+class Relay(TrainerCallback):  # type: ignore[misc]
+    """In a process that trains for another one: writes each logged step as a line, for `read_step` there."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one step; TRL's summary at the end is passed over."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            _print_line(_STEP + json.dumps([state.global_step, state.max_steps, logs]))
+
+
+def read_step(line: str) -> tuple[int, int, dict[str, Any]] | None:
+    """(step, steps in all, what it logged) of a line that `Relay` wrote; ``None`` for any other line."""
+    if not line.startswith(_STEP):
+        return None
+    step, total, logs = json.loads(line.removeprefix(_STEP))
+    return step, total, logs
 
 
 def headline(logs: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ kept in the compute precision.
 """
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,14 @@ EMBEDDED = {"embedded:student": EMBEDDED_DIR / "student", "embedded:teacher": EM
 
 
 def best_device() -> torch.device:
-    """The first CUDA device when there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The CUDA device of this process when there is one, else the CPU.
+
+    Where processes share out a model between them (FSDP, ZeRO), each takes its part from the CPU when training begins.
+    """
+    shared_out = any(os.environ.get(f"ACCELERATE_USE_{way}") == "true" for way in ("FSDP", "DEEPSPEED"))
+    if shared_out or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def resolve(name: str, parameter: str) -> str:

@@ -79,7 +79,6 @@ def hardware() -> dict[str, Any]:
     found: dict[str, Any] = {
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
     if torch := sys.modules.get("torch"):
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

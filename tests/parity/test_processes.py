@@ -37,7 +37,9 @@ def launch(output_dir: Path, world_size: int, *overrides: str) -> tuple[dict, pd
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("distill_normalizer=gated_tokens", "hint_importance=truncated")])
-@pytest.mark.parametrize("shard", [(), ("shard=1",)], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(
+    "shard", [(), ("shard=1",), ("shard=accelerate",)], ids=["DDP", "FSDP2", "FSDP2 by accelerate"]
+)
 def test_two_processes_equal_one_on_the_same_rollouts(
     tmp_path: Path, overrides: tuple[str, ...], shard: tuple[str, ...]
 ) -> None:
@@ -54,6 +56,12 @@ def test_two_processes_equal_one_on_the_same_rollouts(
     assert torch.allclose(one["weights"], two["weights"], rtol=1e-5, atol=1e-6)
     start = torch.cat([p.detach().flatten() for p in sharp_model(0).parameters()])
     assert (one["weights"] - start).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_a_vllm_server_answers_each_process_what_it_asked(tmp_path: Path) -> None:
+    start("two_processes_vllm.py", 2, tmp_path / "two")
+    assert (tmp_path / "two" / "asked").read_text() == "[[1, 3], [3, 1], [0, 2], [2, 2]]"
 
 
 @pytest.mark.slow

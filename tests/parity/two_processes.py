@@ -4,15 +4,22 @@ Twelve rollouts: question 0 fails (the first process's group), question 1 fails 
 question 2 does not (the second process has no failing group of its own).
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, gather_object
 from kepo_harness import make_trainer, right, sharp_model, wrong
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
+
+from kepo_core.params import project_root
 
 
 def script(text: str, row: dict[str, Any], before: int, hinted: bool) -> str:
@@ -31,16 +38,40 @@ def sharded(model: Any, folder: Path, world_size: int) -> Any:
     return parts
 
 
+def shared_out_by_accelerate() -> None:
+    """Let accelerate share out models (FSDP2) as params/accelerate/4gpu-fsdp2.yaml says, though there are no GPUs.
+
+    Without one it quietly keeps whole models; the sharding itself does as well with gloo.
+    """
+    file = project_root() / "params/accelerate/4gpu-fsdp2.yaml"
+    options = yaml.safe_load(file.read_text())["fsdp_config"]
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ |= {name.upper(): str(value) for name, value in options.items()}
+    make = AcceleratorState.__init__
+
+    def told(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if plugin := kwargs.get("fsdp_plugin"):
+            self.fsdp_plugin = plugin
+
+    AcceleratorState.__init__ = told
+    AcceleratorState.is_fsdp2 = property(lambda self: True)
+    Accelerator.distributed_type = property(lambda self: DistributedType.FSDP)
+
+
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
-    shard = bool(overrides.pop("shard", ""))
-    if shard:
+    way = overrides.pop("shard", "")
+    shard = bool(way)
+    if way == "accelerate":
+        shared_out_by_accelerate()
+    elif shard:
         torch.distributed.init_process_group("gloo")
     models = [sharp_model(0), sharp_model(1)]
-    student, teacher = (sharded(m, output_dir / str(i), world_size) if shard else m for i, m in enumerate(models))
+    student, teacher = (sharded(m, output_dir / str(i), world_size) if way == "1" else m for i, m in enumerate(models))
     trainer = make_trainer(
         output_dir,
         script,
@@ -67,6 +98,9 @@ def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
     if world_size > 1:  # somewhere one process had a row to ask the teacher about and the other had none
         assert any(a != b for a, b in zip(*gather_object([gated]), strict=True))
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == shard
+    if way == "accelerate":  # layer by layer, both of them
+        pieces = [sum(isinstance(m, FSDPModule) for m in model.modules()) for model in (student, teacher)]
+        assert min(pieces) > 4, pieces
     weights = torch.cat([whole(p).flatten() for p in trainer.model.parameters()])  # every process helps to gather
     if trainer.accelerator.is_main_process:
         log = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("kepo/") or k == "grad_norm"}

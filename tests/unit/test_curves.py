@@ -33,7 +33,11 @@ def test_the_writer_asks_on_the_way_and_what_comes_after_a_checkpoint_is_forgott
     writer = CurveWriter(lambda: answered(now), folder, every=2)
     for step in range(1, 7):
         now[:] = [step > 3, 1, 0]
-        writer.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6), None)
+        writer.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6, is_world_process_zero=True), None)
+    elsewhere = CurveWriter(lambda: asked_elsewhere.append(1) or answered(now), tmp_path / "elsewhere", every=2)
+    asked_elsewhere: list[int] = []
+    elsewhere.on_step_end(None, SimpleNamespace(global_step=2, max_steps=6, is_world_process_zero=False), None)
+    assert asked_elsewhere and not (tmp_path / "elsewhere").exists()  # all ask, the first process writes
     assert sorted(path.name for path in folder.iterdir()) == ["step-2.parquet", "step-4.parquet"]
     before, after = answered([0, 0, 0, 0]), answered([1, 1, 1, 1])
     curve = collect(folder, 2, 6, QUESTIONS, before, after)

@@ -140,8 +140,8 @@ def test_training_config_says_what_the_parameters_say(tmp_path: Path) -> None:
     assert (config.tau, config.beta, config.seed, config.learning_rate) == (0.0, 0.1, 7, 1e-5)
     assert (config.scale_rewards, config.distill_beta) == ("group", 0.5)
     assert config.data_seed is None and not config.bf16
-    with pytest.raises(ParamError, match="prompts_per_step"):
-        experiment.training_config(Params.load(overrides=changed), tmp_path, world_size=2)
+    config = experiment.training_config(Params.load(overrides=changed | {"processes": 3}), tmp_path)
+    assert config.gradient_accumulation_steps == 1
 
 
 METHODS = {

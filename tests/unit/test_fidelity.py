@@ -179,17 +179,18 @@ RENAMED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "world"), [("paper", 4), ("released", 8)])
-def test_each_key_of_a_reading_arrives(tmp_path: Path, name: str, world: int) -> None:
+@pytest.mark.parametrize(("name", "processes"), [("paper", 4), ("released", 8)])
+def test_each_key_of_a_reading_arrives(tmp_path: Path, name: str, processes: int) -> None:
     """In the trainer's configuration, or where loading and evaluation read it."""
     file = ROOT / "params" / f"{name}.yaml"
     params, keys = Params.load(file), yaml.safe_load(file.read_text())
-    config = training_config(params, tmp_path, world)
+    config = training_config(params, tmp_path)
+    assert params.processes == processes
     sources = "".join(path.read_text() for path in sorted((ROOT / "kepo_core" / "study").glob("*.py")))
     for key in keys:
         value = getattr(params, key)
         if key in RENAMED:
-            assert RENAMED[key](config, world) == value, key
+            assert RENAMED[key](config, processes) == value, key
         elif key in KEPOConfig.__dataclass_fields__ and key != "data_seed":
             assert getattr(config, key) == value, key
         else:

@@ -150,7 +150,10 @@ def test_rules_between_parameters():
     assert Params(thinking=False, explore=False).method_name == "kepo-ke-tau1-nothink"
     bad(r"injected_per_group must be smaller than group_size \(8\)", injected_per_group=8)
     assert Params(injected_per_group=7).injected_per_group == 7
-    bad(r"prompts_per_step must be a multiple of prompts_per_device \(8\), got 12", prompts_per_step=12)
+    bad(r"prompts_per_step must be a multiple of prompts_per_device × processes \(8 × 1\), got 12", prompts_per_step=12)
+    bad(r"prompts_per_device × processes \(2 × 8\), got 8", prompts_per_device=2, processes=8)
+    bad("vllm_server_base_url must be set for vllm_mode server", use_vllm=True, vllm_mode="server")
+    bad("use_vllm draws the rollouts of method kepo", use_vllm=True, method="gkd")
     bad("max_steps must be -1 .* or at least 1", max_steps=0)
     bad("eval_samples is 3 but eval_temperature is 0", eval_samples=3)
 
@@ -201,7 +204,8 @@ def test_choices_agree_with_the_modules_that_use_them():
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
 def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
-    base = Params(explore=False, group_size=4, prompts_per_device=2, tau=0.0, injected_per_group=1, eval_temperature=1)
+    sizes = {"group_size": 4, "prompts_per_device": 2, "prompts_per_step": 12, "injected_per_group": 1}
+    base = Params(explore=False, tau=0.0, eval_temperature=1, **sizes)
     f, value = FIELDS[name], getattr(base, name)
     if f.type is bool:
         other = not value

@@ -1,0 +1,224 @@
+"""Training on several processes: ``accelerate launch`` starts `kepo_core.study.worker`, and its progress is shown here.
+
+The workers read everything from the run folder and leave everything in it; only the first of them writes. Their
+standard input is a pipe that this process holds: it closes when this process ends, however it ends, and then they end.
+On several machines, `train` runs on the first and `join` on the others, over one file system.
+"""
+
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils import DistributedType
+
+from kepo_core.params import ParamError, Params, project_root, resolve
+from kepo_core.study.files import read_json, write_json
+from kepo_core.study.live import LiveTraining, read_step
+from kepo_core.study.runs import Run
+
+#: How the processes of a run without ``accelerate_config`` share the models: each has all of them.
+WHOLE = "params/accelerate/ddp.yaml"
+#: With this a worker's last line begins; in it stands which process it was.
+LAST_WORDS = "kepo: process "
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+_MIXED = {"fp32": "no", "bf16": "bf16"}
+_RENDEZVOUS = "rendezvous.json"
+_KILLED = re.compile(r"\b(SIG[A-Z]+)\b.*received")
+
+
+class TrainingFailed(RuntimeError):  # noqa: N818  # as it reads where it is raised
+    """A worker ended early; the sentence is its own."""
+
+
+def several(params: Params) -> bool:
+    """Whether other processes train, started by `train`."""
+    return params.method != "none" and (params.processes > 1 or bool(params.accelerate_config))
+
+
+def configuration(params: Params) -> ClusterConfig:
+    """Accelerate's own reading of ``accelerate_config``; `ParamError` if it is none, or says other than ``params``."""
+    path = resolve(params.accelerate_config or WHOLE)
+    try:
+        config = ClusterConfig.from_yaml_file(str(path))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as problem:
+        raise ParamError(f"accelerate_config {path} cannot be used: {problem}") from problem
+    if config.num_processes not in (-1, params.processes):
+        raise ParamError(
+            f"processes is {params.processes} but accelerate_config {path.name} is for {config.num_processes}: "
+            "set one as the other"
+        )
+    if config.mixed_precision not in (None, _MIXED[params.precision]):
+        raise ParamError(
+            f"precision is {params.precision} but accelerate_config {path.name} has mixed_precision "
+            f"{config.mixed_precision}: leave that line out, for precision decides"
+        )
+    if config.distributed_type == DistributedType.FSDP and config.fsdp_config.get("fsdp_version") != 2:
+        raise ParamError(f"accelerate_config {path.name} is for FSDP of another version, expected fsdp_version: 2")
+    if params.processes % config.num_machines:
+        raise ParamError(f"processes is {params.processes}, expected a multiple of {config.num_machines} machines")
+    return config
+
+
+def check(params: Params) -> None:
+    """Raise `ParamError` where this machine cannot train as ``params`` say."""
+    gpus = torch.cuda.device_count()
+    if params.use_vllm and params.method == "kepo":
+        if importlib.util.find_spec("vllm") is None:
+            raise ParamError("use_vllm is True but vllm is not installed: pip install 'trl[vllm]', or set it to False")
+        if not gpus:
+            raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
+    if not several(params):
+        return
+    config = configuration(params)
+    if config.distributed_type in _SHARDED and not gpus:
+        raise ParamError(
+            f"accelerate_config {params.accelerate_config} shards models over GPUs, and this machine has none: "
+            "leave it empty, for whole models in each process"
+        )
+    if config.distributed_type == DistributedType.DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
+        raise ParamError(
+            f"accelerate_config {params.accelerate_config} needs deepspeed, which is not installed: "
+            "pip install deepspeed, or take an FSDP2 file"
+        )
+    if gpus and params.processes // config.num_machines > gpus:
+        raise ParamError(
+            f"processes is {params.processes} on {config.num_machines} machine(s), but this one has {gpus} GPU(s)"
+        )
+
+
+def train(params: Params, run: Run, shown: LiveTraining) -> None:
+    """Train in ``params.processes`` new processes, from the run's newest checkpoint; the model lies in ``model`` then.
+
+    Raises `TrainingFailed` with the last words of the worker that ended first. If this process is interrupted, so are
+    they; what they wrote is whole.
+    """
+    run.training_dir.mkdir(exist_ok=True)
+    meeting = run.training_dir / _RENDEZVOUS
+    place: dict[str, Any] = {"address": "", "port": 0}  # one machine: accelerate looks for a free port
+    if (config := configuration(params)).num_machines > 1:
+        address, port = config.main_process_ip or socket.gethostname(), config.main_process_port or _free_port()
+        place = {"address": address, "port": port}
+        write_json(meeting, {**place, "born": run.status.get("born", "")})
+    try:
+        for step, total, logs in _steps(_watched(params, run, rank=0, **place)):
+            shown.show(step, total, logs)
+        shown.finish()
+    finally:
+        meeting.unlink(missing_ok=True)
+
+
+def join(folder: str, rank: int) -> None:
+    """Train along as machine ``rank`` (1, 2, …) of the run in ``folder``, which another machine makes; then return.
+
+    Waits until that run is ready to train. Raises `TrainingFailed` as `train` does, and `ParamError` if the run is
+    over, or is made by one machine alone.
+    """
+    while not (resolve(folder) / "status.json").is_file():
+        time.sleep(1)
+    run = Run.open(resolve(folder))
+    machines = configuration(run.params).num_machines
+    if not 1 <= rank < machines:
+        raise ParamError(f"rank is {rank}, expected 1 to {machines - 1}: the run is made by {machines} machine(s)")
+    meeting = run.training_dir / _RENDEZVOUS
+    while not (meeting.is_file() and read_json(meeting)["born"] == run.status.get("born", "")):
+        if (state := run.state) != "running":
+            raise ParamError(f"run_dir {folder} is {state}, expected a run that is about to train")
+        time.sleep(1)
+    place = read_json(meeting)
+    for _ in _watched(run.params, run, rank=rank, address=place["address"], port=place["port"]):
+        pass
+
+
+def command(params: Params, run: Run, rank: int, address: str, port: int) -> list[str]:
+    """What starts this machine's workers."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(resolve(params.accelerate_config or WHOLE))]
+    launch += ["--num_processes", str(params.processes), "--mixed_precision", _MIXED[params.precision]]
+    launch += ["--main_process_port", str(port)]
+    if address:
+        launch += ["--main_process_ip", address, "--machine_rank", str(rank)]
+    return [*launch, "-m", "kepo_core.study.worker", str(run.path)]
+
+
+def _watched(params: Params, run: Run, rank: int, address: str, port: int) -> Iterable[str]:
+    """Start this machine's workers and yield the lines that they write, to their end.
+
+    All of them are kept in ``training/processes-RANK.log`` until they have ended well.
+    """
+    here = params.processes // configuration(params).num_machines
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // here))}
+    if not torch.cuda.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"  # else accelerate quietly makes every process a run of its own
+    log, last = run.training_dir / f"processes-{rank}.log", deque[str](maxlen=400)
+    process = subprocess.Popen(
+        command(params, run, rank, address, port),
+        cwd=project_root(),
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C reaches them through us, once
+        encoding="utf-8",
+        errors="replace",
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        with log.open("w", encoding="utf-8") as kept:
+            for line in process.stdout:
+                kept.write(line)
+                kept.flush()
+                last.append(line.rstrip("\n"))
+                yield line
+        if process.wait():
+            raise TrainingFailed(last_words(last))
+        log.unlink()
+    finally:
+        process.stdin.close()
+        process.terminate()
+        process.wait()
+
+
+def _steps(lines: Iterable[str]) -> Iterable[tuple[int, int, dict[str, Any]]]:
+    return (step for line in lines if (step := read_step(line)) is not None)
+
+
+def last_words(lines: Iterable[str]) -> str:
+    """Why the workers that wrote ``lines`` ended: the first to say so is the cause, the others miss it."""
+    lines = list(lines)
+    told = [line.removeprefix("kepo: ") for line in lines if line.startswith(LAST_WORDS)]
+    killed = [found[1] for line in lines if (found := _KILLED.search(line))]
+    if told:
+        return told[0]
+    if killed:
+        return f"a process was ended by {killed[0]}" + (", for want of memory perhaps" * (killed[0] == "SIGKILL"))
+    return next((line.strip() for line in reversed(lines) if line.strip()), "the processes ended and said nothing")
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
+
+
+def end_with_starter() -> None:
+    """In a worker: end at once when the process that started it is gone."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # not sys.stdin, whose lock would disturb the interpreter's end
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,44 @@
+"""One of the processes that train together: ``python -m kepo_core.study.worker RUN_FOLDER``, as `launch` starts it."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from kepo_core.quiet import quiet_third_parties
+from kepo_core.study import experiment, launch, live
+from kepo_core.study.runs import Run
+
+
+def main(folder: str) -> int:
+    """Train as the parameters in the run's ``folder`` say. Returns the exit code; the last line says why it is 1."""
+    quiet_third_parties()
+    launch.end_with_starter()
+    try:
+        work(Run.open(Path(folder)))
+    except Exception as error:
+        traceback.print_exc()
+        sentence = str(error).strip().splitlines() or ["no more is known"]
+        process = f"{launch.LAST_WORDS}{os.environ.get('RANK', '0')}"
+        print(f"\n{process} failed: {type(error).__name__}: {sentence[0]}", flush=True)
+        return 1
+    return 0
+
+
+def work(run: Run) -> None:
+    """Data, models and trainer as the notebook's process has them, and training to the end.
+
+    Raises ``RuntimeError`` if the data are no longer those of the run.
+    """
+    params = run.params
+    data = experiment.load_data(params)
+    if data.identity() != run.provenance["data"]:
+        raise RuntimeError(f"data_root {params.data_root} holds other data here than when the run began")
+    models = experiment.load_models(params)
+    trainer = experiment.make_trainer(params, run, data, models, callbacks=[live.Relay()])
+    assert trainer is not None  # launch.several
+    experiment.fit(trainer, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

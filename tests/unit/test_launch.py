@@ -1,0 +1,243 @@
+"""Several processes: accelerate's configurations, what starts the workers, and how these end (stand-ins for them)."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from kepo_core.params import ParamError, Params, project_root
+from kepo_core.study import launch, live
+from kepo_core.study.files import read_json
+from kepo_core.study.runs import Run
+
+FOLDER = project_root() / "params/accelerate"
+FILES = sorted(FOLDER.glob("*.yaml"))
+#: file → machines, processes, and the parameter file that it is for
+SIZES = {
+    "1gpu": (1, 1, "phantom"),
+    "ddp": (1, 2, "smoke"),
+    "4gpu-fsdp2": (1, 4, "paper"),
+    "4gpu-zero3": (1, 4, "paper"),
+    "8gpu-fsdp2": (1, 8, "released"),
+    "8gpu-zero3": (1, 8, "released"),
+    "2nodes-fsdp2": (2, 16, "paper"),
+}
+
+
+def params(name: str = "ddp", **changes: Any) -> Params:
+    """The parameters that go with an accelerate configuration."""
+    processes, fits = SIZES[name][1:]
+    batch = {"paper": 2, "released": 2}.get(fits, 1)
+    sizes = {"processes": processes, "prompts_per_device": batch, "prompts_per_step": batch * processes}
+    file = "" if name == "ddp" else f"params/accelerate/{name}.yaml"
+    return Params.load(f"params/{fits}.yaml", {"accelerate_config": file, **sizes, **changes})
+
+
+# Configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_every_configuration_is_listed() -> None:
+    assert {path.stem for path in FILES} == set(SIZES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_configuration_is_what_accelerate_reads(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By its own classes, from the very command line that starts the workers."""
+    given = params(path.stem)
+    config = launch.configuration(given)
+    machines, processes, _ = SIZES[path.stem]
+    kind = {"fsdp2": DistributedType.FSDP, "zero3": DistributedType.DEEPSPEED, "ddp": DistributedType.MULTI_GPU}
+    assert config.num_machines == machines and config.num_processes in (-1, processes)
+    assert config.distributed_type == kind.get(path.stem.split("-")[-1], DistributedType.NO)
+    run = Run.allocate(given.replace(run_dir=str(tmp_path / "run")))
+    command = launch.command(given, run, 0, "first-machine" if machines > 1 else "", 29511)
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
+    assert (arguments.num_processes, arguments.training_script) == (processes, "kepo_core.study.worker")
+    assert arguments.mixed_precision == {"bf16": "bf16", "fp32": "no"}[given.precision]
+    if config.distributed_type == DistributedType.FSDP:
+        with patch_environment(**prepare_multi_gpu_env(arguments)):
+            plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert "FULL" in str(plugin.state_dict_type) and not plugin.cpu_ram_efficient_loading
+        assert not plugin.activation_checkpointing
+        assert arguments.nproc_per_node == str(processes // machines)
+    if config.distributed_type == DistributedType.DEEPSPEED:
+        assert (arguments.use_deepspeed, arguments.zero_stage, arguments.zero3_save_16bit_model) == (True, 3, True)
+
+
+def test_the_parameter_files_name_a_configuration_of_their_size() -> None:
+    for name in ("paper", "released"):
+        given = Params.load(f"params/{name}.yaml")
+        assert launch.configuration(given).num_processes == given.processes
+        assert given.prompts_per_step == given.processes * given.prompts_per_device
+
+
+def write(tmp_path: Path, **changes: Any) -> str:
+    values = yaml.safe_load((FOLDER / "4gpu-fsdp2.yaml").read_text()) | changes
+    (path := tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(sentence: str, given: Params) -> None:
+        with pytest.raises(ParamError, match=sentence):
+            launch.check(given)
+
+    four = params("4gpu-fsdp2")
+    bad("accelerate_config .*none.yaml cannot be used", four.replace(accelerate_config=str(tmp_path / "none.yaml")))
+    bad("unknown keys", four.replace(accelerate_config=write(tmp_path, gpus=4)))
+    bad("processes is 4 but accelerate_config config.yaml is for 8",
+        four.replace(accelerate_config=write(tmp_path, num_processes=8)))  # fmt: skip
+    bad(
+        "precision is bf16 but .* mixed_precision fp16",
+        four.replace(accelerate_config=write(tmp_path, mixed_precision="fp16")),
+    )
+    bad("fsdp_version: 2", four.replace(accelerate_config=write(tmp_path, fsdp_config={"fsdp_version": 1})))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    bad("shards models over GPUs, and this machine has none", four)
+    launch.check(four.replace(method="none"))  # nothing is trained
+    launch.check(params("ddp"))
+    bad("use_vllm is True but vllm is not installed", Params(use_vllm=True))
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
+    bad("use_vllm is True but this machine has no GPU", Params(use_vllm=True))
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    bad("needs deepspeed", params("4gpu-zero3"))
+    bad(r"processes is 4 on 1 machine\(s\), but this one has 2 GPU\(s\)", four)
+
+
+# Workers ----------------------------------------------------------------------------------------------------------
+
+
+class Shown(live.LiveTraining):
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int, dict]] = []
+        self.finished = False
+
+    def show(self, step: int, total: int, logs: dict[str, Any]) -> None:
+        self.steps.append((step, total, logs))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.allocate(params("ddp", run_dir=str(tmp_path / "run")))
+
+
+def works(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Let ``script`` stand for the launcher and its workers."""
+    monkeypatch.setattr(launch, "command", lambda *a: [sys.executable, "-c", script])
+
+
+def test_steps_are_shown_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_print_line", (lines := []).append)
+    state = live.TrainerState(global_step=1, max_steps=2, is_world_process_zero=True)
+    live.Relay().on_log(None, state, None, {"loss": 0.5, "kepo/entropy": float("nan")})
+    live.Relay().on_log(None, state, None, {"train_runtime": 1})
+    state.is_world_process_zero = False
+    live.Relay().on_log(None, state, None, {"loss": 0.5})
+    works(monkeypatch, f"import os; print('noise'); print({lines[0]!r}); print(os.environ['OMP_NUM_THREADS'])")
+    launch.train(run.params, run, shown := Shown())
+    ((step, total, logs),) = shown.steps
+    assert (step, total, logs["loss"]) == (1, 2, 0.5) and logs["kepo/entropy"] != logs["kepo/entropy"]
+    assert shown.finished and len(lines) == 1 and not list(run.training_dir.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        (
+            "import sys; print('Traceback'); print('kepo: process 1 failed: FloatingPointError: nan at step 3');"
+            "print('kepo: process 0 failed: RuntimeError: gloo'); sys.exit(1)",
+            "^process 1 failed: FloatingPointError: nan at step 3$",
+        ),
+        ("import sys; print('traceback : Signal 9 (SIGKILL) received by PID 7'); sys.exit(1)", "SIGKILL, for want of"),
+        ("import sys; print('no launcher'); sys.exit(3)", "^no launcher$"),
+        ("import sys; sys.exit(3)", "said nothing"),
+    ],
+)
+def test_the_first_that_fails_says_why(run: Run, monkeypatch: pytest.MonkeyPatch, script: str, sentence: str) -> None:
+    works(monkeypatch, script)
+    with pytest.raises(launch.TrainingFailed, match=sentence):
+        launch.train(run.params, run, Shown())
+    assert (run.training_dir / "processes-0.log").is_file()  # the whole of what they said
+
+
+#: A worker that says its number and then does nothing; and one whose starter is killed.
+IDLE = "import os, time; from kepo_core.study import launch; launch.end_with_starter(); print(os.getpid(), flush=True)"
+
+
+def test_an_interrupt_ends_the_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    works(monkeypatch, "import time; print('kepo-step [1, 2, {}]', flush=True); time.sleep(600)")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    shown, began = Shown(), time.monotonic()
+    shown.show = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        launch.train(run.params, run, shown)
+    assert time.monotonic() - began < 60
+
+
+def test_a_worker_ends_when_its_starter_is_killed() -> None:
+    worker = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {IDLE + '; time.sleep(600)'!r}], " \
+             "stdin=subprocess.PIPE); p.wait()"  # fmt: skip
+    starter = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True, cwd=project_root())
+    assert starter.stdout is not None
+    number = int(starter.stdout.readline())
+    starter.kill()
+    starter.wait()
+    assert starter.stdout.read() == ""  # ends when the worker has, and with it the last that could write
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(number, 0)
+            time.sleep(0.1)
+
+
+# Several machines -------------------------------------------------------------------------------------------------
+
+
+def two_machines(tmp_path: Path, **changes: Any) -> Run:
+    config = write(tmp_path, num_machines=2, num_processes=2, distributed_type="MULTI_GPU", fsdp_config={})
+    return Run.allocate(params("ddp", accelerate_config=config, run_dir=str(tmp_path / "run"), **changes))
+
+
+def test_the_first_machine_says_where_it_is_and_others_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, told = two_machines(tmp_path), []
+
+    def command(params: Params, run: Run, rank: int, address: str, port: int) -> list[str]:
+        told.append((rank, address, port))
+        if rank == 0:  # while the first works, the second joins
+            launch.join(str(run.path), 1)
+        return [sys.executable, "-c", ""]
+
+    monkeypatch.setattr(launch, "command", command)
+    launch.train(run.params, run, Shown())
+    (first, second) = told
+    assert (first[0], second[0]) == (0, 1) and first[1:] == second[1:] and first[1] and first[2] > 0
+    assert not list(run.training_dir.iterdir())
+
+
+def test_who_cannot_join_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = two_machines(tmp_path)
+    with pytest.raises(ParamError, match="rank is 2, expected 1 to 1"):
+        launch.join(str(run.path), 2)
+    run.training_dir.mkdir()
+    place = {"address": "gone", "port": 1, "born": "of a process that was killed"}
+    (run.training_dir / "rendezvous.json").write_text(str(place).replace("'", '"'))
+    monkeypatch.setattr(time, "sleep", lambda seconds: run.conclude("failed"))
+    with pytest.raises(ParamError, match="is failed, expected a run that is about to train"):
+        launch.join(str(run.path), 1)
+    assert read_json(run.training_dir / "rendezvous.json")["address"] == "gone"
