@@ -205,9 +205,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("notebook", help="a notebook with a cell tagged `parameters`")
     teacher = commands.add_parser("check-teacher", help="ask a served teacher what a run asks; exit code 1 if it fails")
     for command in (run, teacher):
-        command.add_argument(
-            "-f", "--file", metavar="PARAMS_FILE", help="parameter file (default: params/phantom.yaml)"
-        )
+        command.add_argument("-f", "--file", metavar="PARAMS_FILE",
+                             help="parameter file (default: params/phantom.yaml)")  # fmt: skip
         command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                              help="one parameter over the file's; repeatable")  # fmt: skip
     run.add_argument("-m", "--method", metavar="NAME", help="a row of the README's table of methods")

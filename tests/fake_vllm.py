@@ -91,12 +91,14 @@ class FakeVLLM:
 
     def _told(self, logits: torch.Tensor, ids: list[int], k: int) -> Iterator[dict[str, Any]]:
         """At each place the k likeliest tokens, and the one that is there, by their ids as texts."""
-        log_probs = logits.log_softmax(-1)
-        for token, values in zip(ids[1:], log_probs[:-1], strict=True):
-            likeliest = values.topk(k).indices.tolist()
-            ranked = dict(zip(likeliest, range(1, k + 1), strict=True))
-            ranked.setdefault(token, int((values > values[token]).sum()) + 1)
-            yield {str(i): {"logprob": float(values[i]), "rank": rank} for i, rank in ranked.items()}
+        log_probs = logits.log_softmax(-1)[:-1]
+        order = log_probs.argsort(-1, descending=True).tolist()
+        for token, ranked, values in zip(ids[1:], order, log_probs.tolist(), strict=True):
+            there = ranked.index(token)
+            told = ranked[:k] if there < k else [*ranked[:k], token]
+            yield {
+                str(i): {"logprob": values[i], "rank": (rank if rank < k else there) + 1} for rank, i in enumerate(told)
+            }
 
     def _read(self, content: Any, images: list[Image.Image]) -> Any:
         if isinstance(content, str):

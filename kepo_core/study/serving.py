@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
+from kepo_core.data import phantom
 from kepo_core.data.source import cache_dir
 from kepo_core.method.chat_client import ChatClient, TeacherServerError
 from kepo_core.method.prompts import needs_hint, vqa_messages
@@ -15,13 +17,13 @@ from kepo_core.method.served import Completion, ServedTeacher
 from kepo_core.method.teacher import parse_hint
 from kepo_core.params import ParamError, Params
 
-#: The question that is asked to try a teacher out.
+#: What is asked to try a teacher out: a question of PhantomVQA, about a picture in which its answer is true or not.
 _QUESTION: dict[str, Any] = {
-    "question": "What does the picture show?",
-    "options": ["a circle", "a square"],
+    "question": "Where does the finding lie?",
+    "options": ["lower right", "upper left"],
     "answer": "B",
 }
-_SAID = "<think>Four corners, and sides of one length.</think><answer>B</answer>"
+_SAID = "<think>The finding lies in the upper left (B).</think><answer>B</answer>"
 
 
 def connect(params: Params, processor: Any) -> ServedTeacher:
@@ -73,16 +75,17 @@ def report(params: Params, processor: Any) -> tuple[str, bool]:
     return "\n".join(lines), sound
 
 
-def _row(params: Params, *, inverted: bool = False) -> dict[str, Any]:
-    """The question with a picture of the size that the run uses: a white square on grey, or the opposite."""
-    size = params.image_size or 64
-    picture = Image.new("RGB", (size, size), (90, 90, 90))
-    picture.paste((255, 255, 255), (size // 4, size // 4, size * 3 // 4, size * 3 // 4))
-    return _QUESTION | {"image": ImageOps.invert(picture) if inverted else picture}
+def _row(params: Params, place: str = "upper left") -> dict[str, Any]:
+    """The question, with a picture of the size that the run uses."""
+    facts = phantom.Facts("MRI", "disc", place, "large", "one", "bright")
+    picture = Image.fromarray(phantom.picture(np.random.default_rng(0), facts))
+    if params.image_size:
+        picture = picture.resize((params.image_size, params.image_size))
+    return _QUESTION | {"image": picture}
 
 
-def _completion(params: Params, processor: Any, *, inverted: bool = False) -> Completion:
-    row = _row(params, inverted=inverted)
+def _completion(params: Params, processor: Any, place: str = "upper left") -> Completion:
+    row = _row(params, place)
     messages = vqa_messages(row["question"], row["options"], params.thinking)
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     tokenizer = processor.tokenizer
@@ -113,7 +116,7 @@ def _try_alignment(params: Params, teacher: ServedTeacher) -> str:
 
 
 def _try_picture(params: Params, teacher: ServedTeacher) -> str:
-    both = [_completion(params, teacher.processor, inverted=inverted) for inverted in (False, True)]
+    both = [_completion(params, teacher.processor, place) for place in ("upper left", "lower right")]
     one, other = (dict(zip(ids[0].tolist(), values[0].tolist(), strict=False)) for ids, values in teacher.score(both))
     if one == other:
         raise TeacherServerError("another picture gives the same log-probabilities: the server does not look at it")

@@ -1,4 +1,4 @@
-"""Questions to a server that is slow, wrong, busy, refusing or dead: bounded tries, and one clear sentence at the end."""
+"""Questions to a server that is slow, wrong, busy, refusing or dead: bounded tries, and one clear sentence."""
 
 import io
 import json

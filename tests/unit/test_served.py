@@ -12,8 +12,10 @@ from fake_vllm import FakeVLLM, error, serving
 from kepo_harness import batch_of, fails_on_0, make_row, make_trainer, right, score_batch, sharp_model, wrong
 
 from kepo_core import cli
+from kepo_core.data import phantom
 from kepo_core.method.chat_client import ChatClient, TeacherMismatchError, TeacherUnreachableError
-from kepo_core.method.prompts import vqa_messages
+from kepo_core.method.dataset import to_dataset
+from kepo_core.method.prompts import hint_messages, vqa_messages
 from kepo_core.method.served import Completion, ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
@@ -22,6 +24,7 @@ from kepo_core.study import experiment
 from kepo_core.study import serving as study_serving
 from kepo_core.study.embedded import build_model, build_processor
 from kepo_core.study.models import load_model, load_processor
+from kepo_core.study.runs import Run
 
 #: The tokens of the untrained models: the rows of their heads.
 VOCABULARY = build_model("test", 0).lm_head.weight.shape[0]
@@ -36,6 +39,18 @@ def model() -> Any:
 def server(model: Any) -> Iterator[FakeVLLM]:
     with serving(FakeVLLM(model, build_processor())) as served:
         yield served
+
+
+@pytest.fixture(scope="module")
+def embedded() -> FakeVLLM:
+    return FakeVLLM(load_model("embedded:teacher", trained=False), load_processor("embedded:teacher"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    phantom.write_phantom(root, 0, {"MRI": 12, "CT": 4})
+    return root
 
 
 def served_teacher(server: FakeVLLM, folder: Path, top_k: int = 5, **options: Any) -> ServedTeacher:
@@ -113,22 +128,21 @@ def test_a_kept_hint_that_cannot_be_read_is_asked_for_again(writer: Writer, tmp_
     assert path.read_text() == whole
 
 
-def test_hints_are_those_of_the_teacher_itself_and_its_pictures(tmp_path: Path) -> None:
+def test_hints_are_those_of_the_teacher_itself_and_its_pictures(
+    embedded: FakeVLLM, world: Path, tmp_path: Path
+) -> None:
     """Greedy, against the model in this process: the picture arrives, and the right letter."""
-    local, processor = load_model("embedded:teacher", trained=False), load_processor("embedded:teacher")
-    data = experiment.load_data(Params(train_items=3, eval_items=1))
-    rows = list(experiment.to_dataset(data.train, thinking=True))
-    with serving(FakeVLLM(local, processor)) as server:
+    data = experiment.load_data(Params(data_root=str(world), train_items=3, eval_items=1))
+    rows = list(to_dataset(data.train, thinking=True))
+    with serving(embedded) as server:
         hints = served_teacher(server, tmp_path).write_hints(rows, max_tokens=32)
-    teacher = Teacher(local, processor)
+    teacher = Teacher(load_model("embedded:teacher", trained=False), embedded.processor)
     teacher._generate = _greedy(teacher)
     assert hints == teacher.write_hints(rows, max_tokens=32, seed=0)
     assert all(hints) and len(set(hints)) > 1
 
 
 def _greedy(teacher: Teacher) -> Any:
-    from kepo_core.method.prompts import hint_messages
-
     def generate(rows: Sequence[dict[str, Any]], max_tokens: int) -> list[str]:
         texts = []
         for row in rows:
@@ -174,7 +188,8 @@ def test_scores_are_the_models_own(server: FakeVLLM, model: Any, tmp_path: Path,
     for one, (ids, log_probs) in zip(asked, teacher.score(asked), strict=True):
         own = own_log_probs(model, one)
         values, expected = own.topk(top_k)
-        assert torch.equal(ids, expected)
+        assert top_k == VOCABULARY or torch.equal(ids, expected)  # the unlikeliest can be equally likely
+        assert torch.allclose(log_probs[:, :top_k].double(), own.gather(1, ids), atol=1e-4)
         assert torch.allclose(log_probs[:, :top_k].double(), values, atol=1e-4)
         assert log_probs.shape[1] == (top_k + 1 if top_k < VOCABULARY else VOCABULARY)
         if top_k < VOCABULARY:
@@ -204,29 +219,26 @@ def without_picture(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_token(answer: dict[str, Any], **changes: float) -> dict[str, Any]:
-    """The last token's log-probabilities changed: ``first``'s value, or all by ``add``; or only ``keep`` of them."""
-    last = answer["prompt_logprobs"][-1]
-    for number, entry in enumerate(last.values()):
-        if "add" in changes:
-            entry["logprob"] = min(entry["logprob"] + changes["add"], 0.0)
-        elif number == 0:
-            entry["logprob"] = changes["first"]
+    """The last token's log-probabilities: ``first``, or ``all`` of them."""
+    for number, entry in enumerate(answer["prompt_logprobs"][-1].values()):
+        if "all" in changes or number == 0:
+            entry["logprob"] = changes.get("all", changes.get("first"))
     return answer
 
 
 SPOILT = [
     (shifted, r"completion q0, token \d+: the student's own token has no log-probability there: misaligned"),
-    (truncated, r"completion q0: token 0 of the prompt is .* there and '<\|im_start\|>' here, 30 tokens there and \d+ here"),
+    (truncated, r"token 0 of the prompt is .* there and '<\|im_start\|>' here, 30 tokens there and \d+ here"),
     (without_picture, r"token \d+ of the prompt is '<\|vision_end\|>' there and '<\|image_pad\|>' here"),
     (lambda a: a | {"prompt_token_ids": a["prompt_token_ids"][:-1]}, r"token 12 is none there and '<\|im_end\|>' here"),
-    (lambda a: a | {"prompt_token_ids": [*a["prompt_token_ids"][:-2], 7, 2]}, r"token 11 is '.*' there and '</answer>' here"),
+    (lambda a: a | {"prompt_token_ids": [*a["prompt_token_ids"][:-1], 7]}, "token 12 is '.*' there and '<.*>' here, "),
     (lambda a: a | {"prompt_logprobs": a["prompt_logprobs"][1:]}, r"\d+ tokens have log-probabilities, expected \d+"),
-    (lambda a: {"choices": a["choices"]}, "no prompt_token_ids and prompt_logprobs came back, expected a vLLM of 0.10.2"),
+    (lambda a: {"choices": a["choices"]}, "no prompt_token_ids and prompt_logprobs came back, expected a vLLM"),
     (lambda a: last_token(a, first=math.nan), "token 12: a log-probability is nan, expected a finite number"),
     (lambda a: last_token(a, first=0.5), "token 12: a log-probability is 0.5, expected a finite number of at most 0"),
-    (lambda a: last_token(a, add=3.0), r"token 12: the probabilities sum to \d\.\d+, expected at most 1"),
-    (lambda a: a | {"prompt_logprobs": [*a["prompt_logprobs"][:-1], None]}, "token 12: no log-probabilities by token ids"),
-    (lambda a: a | {"prompt_logprobs": [*a["prompt_logprobs"][:-1], {"2": {"logprob": -1.0}}]}, "1 log-probabilities came"),
+    (lambda a: last_token(a, all=-0.5), r"token 12: the probabilities sum to \d\.\d+, expected at most 1"),
+    (lambda a: a | {"prompt_logprobs": [*a["prompt_logprobs"][:-1], None]}, "token 12: no log-probabilities by token"),
+    (lambda a: a | {"prompt_logprobs": [*a["prompt_logprobs"][:-1], {"2": {"logprob": -1}}]}, "1 log-probabilities c"),
 ]  # fmt: skip
 
 
@@ -249,6 +261,10 @@ def serve_trainer(trainer: KEPOTrainer, teacher: ServedTeacher) -> KEPOTrainer:
     return trainer
 
 
+def gradient(trainer: KEPOTrainer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
 def test_only_gated_rows_are_asked_about_each_with_its_own_picture(server: FakeVLLM, tmp_path: Path) -> None:
     trainer = serve_trainer(make_trainer(tmp_path, fails_on_0, explore=False), served_teacher(server, tmp_path))
     batch = score_batch(trainer, 0, 1)
@@ -262,13 +278,12 @@ def test_only_gated_rows_are_asked_about_each_with_its_own_picture(server: FakeV
     assert torch.isfinite(trainer._compute_loss(trainer.model, batch))
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_loss_and_gradient_with_all_tokens_are_those_of_the_teacher_in_process(
-    server: FakeVLLM, model: Any, tmp_path: Path, beta: float
+    server: FakeVLLM, model: Any, tmp_path: Path
 ) -> None:
     found = []
     for served in (False, True):
-        trainer = make_trainer(tmp_path, fails_on_0, explore=False, teacher_model=model, tau=0.0, distill_beta=beta)
+        trainer = make_trainer(tmp_path, fails_on_0, explore=False, teacher_model=model, distill_beta=0.5)
         if served:
             serve_trainer(trainer, served_teacher(server, tmp_path, VOCABULARY))
         loss = trainer._compute_loss(trainer.model, score_batch(trainer, 0, 1))
@@ -283,26 +298,22 @@ def test_loss_and_gradient_with_all_tokens_are_those_of_the_teacher_in_process(
 
 def test_completions_that_text_cannot_carry_are_counted_and_not_guided(server: FakeVLLM, tmp_path: Path) -> None:
     """A word put together from other pieces than the tokenizer's: no server that takes text can be asked about it."""
-    trainer = make_trainer(tmp_path, fails_on_0, explore=False, tau=0.0)
-    teacher = serve_trainer(trainer, served_teacher(server, tmp_path)).teacher
-    batch = score_batch(trainer, 1)
-    asked = len(server.bodies)
-    tokenizer = trainer._tokenizer
-    whole = tokenizer("red")["input_ids"]
-    pieces = [tokenizer.convert_tokens_to_ids(letter) for letter in "red"]
-    assert tokenizer.decode(pieces) == tokenizer.decode(whole) and pieces != whole
-    row = batch["completion_ids"][2].tolist()
-    place = row.index(whole[0])
-    spelt = torch.tensor([*row[:place], *pieces, *row[place + len(whole) :]])
-    width = len(spelt)
-    ids, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width, dtype=torch.long)
-    for target, source in ((ids, batch["completion_ids"]), (mask, batch["completion_mask"])):
-        target[:, : source.shape[1]] = source
-    ids[2], mask[2] = spelt, 1
-    rows = batch_of(trainer, 1)
-    found, _, left_out = teacher.score_batch(rows, batch | {"completion_ids": ids, "completion_mask": mask}, mask)
-    assert left_out.tolist() == [False, False, True, False] and len(server.bodies) == asked + 3
-    assert [len(f) for f in found] == [int(m.sum()) if row != 2 else 0 for row, m in enumerate(mask)]
+    teacher, tokenizer = served_teacher(server, tmp_path), build_processor().tokenizer
+    usual = completion("<think>a disc</think><answer>B</answer><|im_end|>").completion_ids
+    (whole,) = tokenizer(" disc")["input_ids"]
+    place = usual.index(whole)
+    spelt = [*usual[:place], *(tokenizer(letter)["input_ids"][0] for letter in " disc"), *usual[place + 1 :]]
+    assert tokenizer.decode(spelt) == tokenizer.decode(usual) and spelt != usual
+    written = [usual, spelt, usual]
+    ids, mask = torch.zeros(3, len(spelt), dtype=torch.long), torch.zeros(3, len(spelt), dtype=torch.long)
+    for row, tokens in enumerate(written):
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+    prompt = torch.tensor([completion().prompt_ids] * 3)
+    inputs = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": ids}
+    rows = [make_row(0) | {"prompt": completion().messages}] * 3
+    found, log_probs, left_out = teacher.score_batch(rows, inputs, mask)
+    assert left_out.tolist() == [False, True, False] and len(server.bodies) == 2
+    assert [len(f) for f in found] == [len(p) for p in log_probs] == [len(usual), 0, len(usual)]
 
 
 def test_unasked_rows_leave_the_divergence_and_are_logged(server: FakeVLLM, tmp_path: Path) -> None:
@@ -340,7 +351,7 @@ def test_a_micro_batch_takes_the_answers_of_its_own_rows(server: FakeVLLM, tmp_p
         for step in range(parts):
             trainer._step = step
             trainer._compute_loss(trainer.model, trainer._prepare_inputs(inputs)).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+        grads.append(gradient(trainer))
     assert len(server.bodies) == 16
     assert torch.allclose(grads[0], grads[1], rtol=1e-3, atol=1e-5 * grads[0].abs().max())
 
@@ -348,56 +359,49 @@ def test_a_micro_batch_takes_the_answers_of_its_own_rows(server: FakeVLLM, tmp_p
 # Training ---------------------------------------------------------------------------------------------------------
 
 
-def trained(
-    folder: Path, server: FakeVLLM, stop: int | None = None, **options: Any
-) -> tuple[KEPOTrainer, torch.Tensor]:
-    """Three steps, from the newest checkpoint of ``folder`` if there is one; stopped after ``stop``."""
-    trainer = make_trainer(folder, fails_on_0, max_steps=stop or 3, save_strategy="steps", save_steps=1,
+def trained(folder: Path, server: FakeVLLM) -> torch.Tensor:
+    """The weights after three steps, from the newest checkpoint of ``folder`` if there is one."""
+    trainer = make_trainer(folder, fails_on_0, max_steps=3, save_strategy="steps", save_steps=1,
                            per_device_train_batch_size=4, gradient_accumulation_steps=2, num_iterations=2)  # fmt: skip
-    serve_trainer(trainer, served_teacher(server, folder.parent, **options))
+    serve_trainer(trainer, served_teacher(server, folder.parent))
     trainer.teacher.write_hints = lambda rows, **_: ["look left" for _ in rows]
     trainer.train(resume_from_checkpoint=True)
-    return trainer, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
 def test_a_run_whose_teacher_died_goes_on_as_if_it_had_not(server: FakeVLLM, tmp_path: Path) -> None:
-    _, wanted = trained(tmp_path / "whole", server)
+    wanted = trained(tmp_path / "whole", server)
     needed, server.bodies = len(server.bodies), []
     server.trouble = lambda number: error(500, "engine dead") if number >= needed - 2 else None
     with pytest.raises(TeacherUnreachableError, match=r"engine dead\); once it is back, `kepo resume` goes on"):
         trained(tmp_path / "broken", server)
     assert list((tmp_path / "broken").glob("checkpoint-*"))
     server.trouble = lambda number: None
-    _, weights = trained(tmp_path / "broken", server)
+    weights = trained(tmp_path / "broken", server)
     assert torch.equal(weights, wanted)
 
 
-@pytest.fixture(scope="module")
-def embedded() -> FakeVLLM:
-    return FakeVLLM(load_model("embedded:teacher", trained=False), load_processor("embedded:teacher"))
-
-
 def test_a_run_with_all_tokens_has_the_numbers_of_one_with_the_teacher_in_process(
-    embedded: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embedded: FakeVLLM, world: Path, tmp_path: Path
 ) -> None:
-    from kepo_core.study.runs import Run
-
-    params = Params.load(
-        "params/smoke.yaml", {"explore": False, "tau": 0.0, "results_dir": str(tmp_path), "save_steps": 0}
-    )
-    data = experiment.load_data(params)
-    logged = []
+    params = Params(
+        data_root=str(world), train_items=4, eval_items=1, results_dir=str(tmp_path), explore=False, tau=0.0,
+        prompts_per_step=2, prompts_per_device=2, group_size=2, max_steps=2, save_steps=0,
+    )  # fmt: skip
+    data, logged = experiment.load_data(params), []
+    embedded.bodies = []
     with serving(embedded) as server:
         for changes in ({}, {"teacher_url": server.url, "teacher_top_k": VOCABULARY}):
             these = params.replace(**changes)
             run = Run.allocate(these, owner="test")
-            models = experiment.load_models(these)
-            experiment.make_trainer(these, run, data, models).train()
-            logged.append([json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()])
-    assert [len(rows) for rows in logged] == [len(logged[0])] * 2 and len(logged[0]) >= 2
+            experiment.make_trainer(these, run, data, experiment.load_models(these)).train()
+            lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+            logged.append([{name: value for name, value in row.items() if value is not None} for row in lines])
+        assert len(server.bodies) == 1 + 2 * 4
+    assert len(logged[0]) == len(logged[1]) >= 2
     for local, served in zip(*logged, strict=True):
         assert served.pop("kepo/unasked", 0) == 0
-        assert served == pytest.approx(local, rel=1e-3, abs=1e-5, nan_ok=True)
+        assert served == pytest.approx(local, rel=1e-4, abs=1e-6)
     assert logged[0][0]["kepo/divergence"] > 0
 
 
@@ -439,11 +443,11 @@ def test_a_server_that_does_not_fit_stops_a_run_before_it_begins(embedded: FakeV
     [
         ({"teacher_top_k": 5}, "teacher_url is '' and teacher_top_k 5, expected both"),
         ({"teacher_url": "http://h:8000/v1"}, "teacher_top_k 0, expected both .* --max-logprobs"),
-        ({"teacher_url": "h:8000/v1", "teacher_top_k": 5}, "teacher_url must be like http://HOST:8000/v1, got 'h:8000/v1'"),
+        ({"teacher_url": "h:80/v1", "teacher_top_k": 5}, "teacher_url must be like http://HOST:8000/v1, got 'h:80/v1'"),
         ({"teacher_url": "http://h/v1?key=1", "teacher_top_k": 5}, "must be like"),
         ({"teacher_url": "http://me:secret@h/v1", "teacher_top_k": 5}, "no name or password: .*KEPO_TEACHER_KEY"),
         ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "method": "gkd"}, "gkd needs the whole"),
-        ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "distill_temperature": 2.0}, "distill_temperature must be 1"),
+        ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "distill_temperature": 2.0}, "temperature must be 1"),
     ],
 )  # fmt: skip
 def test_parameters_that_do_not_fit_together(changes: dict[str, Any], said: str) -> None:
@@ -460,14 +464,13 @@ def test_where_the_server_is_does_not_name_a_run_but_what_it_tells_does() -> Non
 
 def test_check_teacher(embedded: FakeVLLM, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(embedded) as server:
-        server.bend = lambda answer: answer
         command = ["check-teacher", "-p", "teacher_url", server.url, "-p", "teacher_top_k", "20", "-p",
-                   "teacher_concurrency", "4"]  # fmt: skip
+                   "teacher_concurrency", "2", "-p", "teacher_retries", "0"]  # fmt: skip
         assert cli.main(command) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[:2] for line in lines] == [["pass", n] for n in ("hint", "alignment", "picture", "load")]
         assert "<hint>" in lines[0] and "are the student's; the 20 likeliest hold 0.9" in lines[1]
-        server.bend = shifted
+        server.bend = lambda answer: shifted(answer) if "prompt_logprobs" in answer else answer
         assert cli.main(command) == 1
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines] == ["pass", "FAIL", "FAIL", "FAIL"] and "misaligned" in lines[1]
