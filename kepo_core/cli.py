@@ -1,6 +1,7 @@
 """``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on, ``kepo study run`` makes many runs.
 
-``kepo data check`` looks at data, ``kepo runs`` at what has been run, ``kepo report`` renders pages of it. Exit codes:
+``kepo data check`` looks at data, ``kepo check-teacher`` at a served teacher, ``kepo runs`` at what has been run,
+``kepo report`` renders pages of it. Exit codes:
 0 completed, 1 failed (the folder says why; or ``kepo runs verify`` found something), 2 refused (a parameter or the data
 do not fit; nothing is left behind), 130 interrupted.
 """
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "runs":
             return look_at_runs(arguments)
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
+        if arguments.command == "check-teacher":
+            return check_teacher(Params.load(arguments.file, overrides))
         if arguments.method:
             overrides = method_overrides(arguments.method, arguments.file, overrides)
         return run_notebook(arguments.notebook, arguments.file, overrides)
@@ -181,6 +184,26 @@ def _cluster(file: str, results_dir: str, slots: int) -> "jobs.Places":
     return Cluster(file, results_dir, slots)
 
 
+def check_teacher(params: Params) -> int:
+    """Try the served teacher that ``params`` name, print a line per trial, and fail where one fails.
+
+    Raises `ParamError` where they name none.
+    """
+    if not params.teacher_url:
+        raise ParamError(
+            "teacher_url is empty, expected the address of a served teacher: -p teacher_url and teacher_top_k"
+        )
+    from kepo_core.study import models, serving
+
+    text, sound = serving.report(params, models.load_processor(params.student))
+    print(_printable(text))
+    return COMPLETED if sound else FAILED
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
+
+
 def look_at_runs(arguments: argparse.Namespace) -> int:
     """``kepo runs``: list, show or compare run folders, or verify them, which fails where there is any finding.
 
@@ -201,7 +224,7 @@ def look_at_runs(arguments: argparse.Namespace) -> int:
         values = {name: checked(name, parse_value(value)) for name, value in arguments.parameter}
         rows = listing.overview(results, arguments.state, arguments.method, values)
         text = json.dumps(rows, indent=2, ensure_ascii=False) if arguments.json else listing.as_text(rows)
-    print("".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text))
+    print(_printable(text))
     return code
 
 
@@ -210,16 +233,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute a notebook into a new run folder")
     run.add_argument("notebook", help="a notebook with a cell tagged `parameters`")
-    run.add_argument("-f", "--file", metavar="PARAMS_FILE", help="parameter file (default: params/phantom.yaml)")
-    run.add_argument(
-        "-p",
-        "--parameter",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="one parameter over the file's; repeatable",
-    )
+    teacher = commands.add_parser("check-teacher", help="ask a served teacher what a run asks; exit code 1 if it fails")
+    for command in (run, teacher):
+        command.add_argument("-f", "--file", metavar="PARAMS_FILE",
+                             help="parameter file (default: params/phantom.yaml)")  # fmt: skip
+        command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                             help="one parameter over the file's; repeatable")  # fmt: skip
     run.add_argument("-m", "--method", metavar="NAME", help="a row of the README's table of methods")
     resume = commands.add_parser("resume", help="go on with a run that was interrupted, failed or killed")
     resume.add_argument("run", help="its folder")

@@ -17,12 +17,13 @@ from typing import Any, Self
 from kepo_core.params_io import TINY as _TINY
 from kepo_core.params_io import ParamError as ParamError  # callers import these from here
 from kepo_core.params_io import check_range, parameter_cell_names, read_yaml, short_hash, yaml_scalar
+from kepo_core.params_served import SERVER, check_served
 from kepo_core.paths import from_root as from_root
 from kepo_core.paths import project_root as project_root
 from kepo_core.paths import resolve as resolve
 
 #: Parameters that say where things lie and how often, not what is computed: they leave the hash alone.
-PLACES = ("results_dir", "run_dir", "params_file", "save_steps")
+PLACES = ("results_dir", "run_dir", "params_file", "save_steps", *SERVER)
 
 _PLAIN = (bool, int, float, str, list, dict, tuple, set, type(None))
 _KIND = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
@@ -64,6 +65,11 @@ class Params:
     # -- models
     student: str = _p("embedded:student", "π_θ: embedded:student, a folder or a hub name")
     teacher: str = _p("embedded:teacher", "π_T: embedded:teacher, a folder or a hub name")
+    teacher_url: str = _p("", "where teacher is served under its name, like http://HOST:8000/v1; empty: it is loaded")
+    teacher_top_k: int = _p(0, "likeliest next tokens that a served teacher tells; 0: the teacher is loaded", low=0)
+    teacher_timeout: float = _p(300.0, "seconds that a served teacher has for one answer", low=_TINY)
+    teacher_retries: int = _p(8, "further tries, after 1, 2, 4, … 60 s, until a served teacher counts as gone", low=0)
+    teacher_concurrency: int = _p(32, "questions that each process has open with a served teacher, at most", low=1)
 
     # -- prompting
     thinking: bool = _p(True, "prompt for explicit reasoning (Appendix C)")
@@ -211,6 +217,7 @@ class Params:
                 f"eval_samples is {self.eval_samples} but eval_temperature is 0, and greedy answers are all the same: "
                 "set eval_temperature, to 1 say"
             )
+        check_served(self)
         if self.max_steps == 0:
             raise ParamError("max_steps must be -1 (as epochs say) or at least 1, got 0")
 

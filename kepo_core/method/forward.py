@@ -2,9 +2,10 @@
 
 TRL's fused head returns log-probabilities and entropies without ever holding (B, T, V) logits, but no hidden
 states. `add_distillation_head` wraps that forward once more: called with ``distill=Targets(...)`` it keeps what
-the backbone put out on its way to the head and computes the divergence from it, by TRL's chunked kernel. All of
-it happens inside the model's own forward, where DDP, FSDP and ZeRO have the weights gathered and their hooks in
-place. `add_hidden_state_output` does the teacher's half.
+the backbone put out on its way to the head and computes the divergence from it, by TRL's chunked kernel; of a
+served teacher only the likeliest tokens are known (`TopTargets`), and `top_k` has the kernel for that. All of it
+happens inside the model's own forward, where DDP, FSDP and ZeRO have the weights gathered and their hooks in place.
+`add_hidden_state_output` does the teacher's half.
 """
 
 import functools
@@ -18,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import FusedCausalLMOutput
+
+from kepo_core.method.top_k import TopKDivergence, TopTargets
 
 _LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
@@ -67,21 +70,22 @@ def predicting_states(hidden: Tensor, completion_length: int) -> Tensor:
     return hidden[:, -completion_length - 1 : -1]
 
 
-def _divergence(hidden: Tensor, head: Any, targets: Targets) -> Tensor:
+def _divergence(hidden: Tensor, head: Any, targets: Targets | TopTargets) -> Tensor:
     """(B, P+T, H) student states → (B, T) divergence."""
     states = predicting_states(hidden, targets.completion_length)
     shape = states.shape[:2]
-    teacher_hidden = targets.hidden.to(hidden.device)
-    per_token, _ = ChunkedDivergenceFunction.apply(
-        states.reshape(-1, states.shape[-1])[targets.positions],
-        _whole(head.weight),
-        _whole(head.bias),
-        teacher_hidden,
-        _whole(targets.head.weight).to(hidden.device),
-        None if targets.head.bias is None else _whole(targets.head.bias).to(hidden.device),
-        targets.beta,
-        targets.temperature,
-    )
+    student = states.reshape(-1, states.shape[-1])[targets.positions], _whole(head.weight), _whole(head.bias)
+    if isinstance(targets, TopTargets):
+        per_token = TopKDivergence.apply(*student, targets.ids, targets.log_probs, targets.beta)
+    else:
+        per_token, _ = ChunkedDivergenceFunction.apply(
+            *student,
+            targets.hidden.to(hidden.device),
+            _whole(targets.head.weight).to(hidden.device),
+            None if targets.head.bias is None else _whole(targets.head.bias).to(hidden.device),
+            targets.beta,
+            targets.temperature,
+        )
     flat = per_token.new_zeros(shape.numel()).scatter(0, targets.positions, per_token)
     divergence_BT: Tensor = flat.view(shape)
     return divergence_BT
@@ -96,7 +100,7 @@ def add_distillation_head(model: Any) -> None:
     fused_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
-    def forward(self: Any, *args: Any, distill: Targets | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, distill: Targets | TopTargets | None = None, **kwargs: Any) -> Any:
         if distill is None:
             return fused_forward(*args, **kwargs)
         kept: list[Tensor] = []

@@ -152,7 +152,9 @@ class _Sampler:
             return [""] * len(groups)
         source = self._by_group if self._trainer.args.hint_source == "own" else self._others
         rows = [source[group] for group in groups]
-        padded = rows + [self._spare] * (largest(self._trainer.accelerator, len(rows)) - len(rows))
+        padded = rows
+        if self._trainer.teacher.collective:
+            padded = rows + [self._spare] * (largest(self._trainer.accelerator, len(rows)) - len(rows))
         seed = random.Random(self._seed).getrandbits(31)
         written = self._trainer.teacher.write_hints(padded, max_tokens=self._trainer.args.hint_max_tokens, seed=seed)
         return list(written[: len(rows)])

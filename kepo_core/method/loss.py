@@ -11,13 +11,15 @@ from kepo_core.method import objective
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import Targets, require_finite
 from kepo_core.method.resume import ResumableTrainer
+from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
+from kepo_core.method.top_k import TopTargets, gather_targets
 
 
 class _Forward:
     """Stands in for the model in TRL's loss: passes the targets on and keeps what came out."""
 
-    def __init__(self, model: Any, targets: Targets | None) -> None:
+    def __init__(self, model: Any, targets: Targets | TopTargets | None) -> None:
         self._model, self._extra = model, {} if targets is None else {"distill": targets}
         self.output: Any = None
 
@@ -33,13 +35,14 @@ class GatedLossTrainer(ResumableTrainer):
 
     - ``kepo_gate``: (B,) booleans, I[r_i ≥ τ] of Eq. 7; without it there is no distillation.
     - ``kepo_gated_tokens``: how many tokens passed, over the generation batch and all processes.
+    - ``kepo_top_ids``, ``kepo_top_log_probs``: what a served teacher has said of the rows, see `top_k.gather_targets`.
     - ``kepo_replaced_entropy``: (B, 2), summed entropy and tokens of the original that an injected row replaced.
     """
 
     args: KEPOConfig
-    teacher: Teacher | None
+    teacher: Teacher | ServedTeacher | None
 
-    def _targets(self, inputs: dict[str, Any]) -> Targets | None:
+    def _targets(self, inputs: dict[str, Any]) -> Targets | TopTargets | None:
         """The teacher's view of the gated rows of a micro-batch; None where there is nothing to ask for.
 
         It is kept with the buffered rollouts for as long as ``num_iterations`` uses them.
@@ -48,24 +51,29 @@ class GatedLossTrainer(ResumableTrainer):
             return None
         if "kepo_targets" in inputs:
             return inputs["kepo_targets"]  # type: ignore[no-any-return]
-        assert self.teacher is not None
         mask = inputs["completion_mask"] * inputs["kepo_gate"].unsqueeze(1)
         rows = mask.any(1).nonzero().flatten().tolist()
-        targets = None
-        if rows or self.accelerator.num_processes > 1:
-            # A sharded teacher needs every process: one without gated rows asks about its first and uses nothing.
-            hidden = self.teacher.hidden_states(inputs, rows or [0])
-            targets = Targets(
-                positions=mask.flatten().nonzero().flatten(),
-                hidden=hidden[mask[rows or [0]].bool()],
-                head=self.teacher.head,
-                completion_length=mask.shape[1],
-                beta=self.args.distill_beta,
-                temperature=self.args.distill_temperature,
-            )
+        # With several processes always: where the head is sharded, all have to gather it.
+        targets = self._ask(inputs, mask, rows) if rows or self.accelerator.num_processes > 1 else None
         if self.num_iterations > 1:
             inputs["kepo_targets"] = targets
         return targets
+
+    def _ask(self, inputs: dict[str, Any], mask: Tensor, rows: list[int]) -> Targets | TopTargets:
+        assert self.teacher is not None
+        if isinstance(self.teacher, ServedTeacher):  # it was asked about the generation batch as a whole
+            top = inputs["kepo_top_ids"], inputs["kepo_top_log_probs"]
+            return gather_targets(*top, mask, self.teacher.top_k, self.args.distill_beta)
+        # A sharded teacher needs every process: one without gated rows asks about its first and uses nothing.
+        hidden = self.teacher.hidden_states(inputs, rows or [0])
+        return Targets(
+            positions=mask.flatten().nonzero().flatten(),
+            hidden=hidden[mask[rows or [0]].bool()],
+            head=self.teacher.head,
+            completion_length=mask.shape[1],
+            beta=self.args.distill_beta,
+            temperature=self.args.distill_temperature,
+        )
 
     def _denominator(self, inputs: Mapping[str, Any], scale: float) -> Tensor | float:
         """What this micro-batch's divergences are divided by, so that those of an optimiser step add up."""

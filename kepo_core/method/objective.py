@@ -132,6 +132,31 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0
     return beta * kl_t + (1 - beta) * kl_s
 
 
+def top_k_buckets(logits: Tensor, ids: Tensor) -> Tensor:
+    """A distribution over V tokens seen as one over the k in ``ids`` and a bucket of all others.
+
+    logits: (…, V); ids: (…, k), different ones at each place.
+    Returns the logits of the buckets, (…, k+1): those of ``ids``, then log Σ exp of the rest, which cannot cancel as
+    log(1 − Σ p) would. (…, V), in the order of ``ids``, where nothing is left over.
+    """
+    top = logits.gather(-1, ids)
+    if ids.shape[-1] == logits.shape[-1]:
+        return top
+    rest = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([top, rest], dim=-1)
+
+
+def top_k_divergence(student_logits: Tensor, ids: Tensor, teacher_buckets: Tensor, beta: float = 0.0) -> Tensor:
+    """D(π_T‖π_θ) at each token as far as the teacher's k likeliest next tokens and its remaining mass tell, (…).
+
+    Both distributions are summed over the same parts of the vocabulary, so this is never more than `divergence` (the
+    data-processing inequality), grows as parts are divided, and equals it at k = V, in value and gradient.
+    student_logits: (…, V); ids: (…, k), the teacher's likeliest tokens.
+    teacher_buckets: (…, k+1) its log-probabilities of them and of all others together, or (…, V) where k = V; detached.
+    """
+    return divergence(top_k_buckets(student_logits, ids), teacher_buckets, beta)
+
+
 def distillation_term(
     divergence_BT: Tensor,
     mask_BT: Tensor,

@@ -41,7 +41,9 @@ GLOSSARY: dict[str, str] = {
     "on-policy, as advantages sum to 0 in a group; its gradient is not)",
     "kepo/loss_distill": "the gated divergence, normalised by distill_normalizer, before distill_coef",
     "kepo/loss_kl": "the KL to the reference, token mean then sequence mean, before beta",
-    "kepo/divergence": "mean D(π_T‖π_θ) per gated token",
+    "kepo/divergence": "mean D(π_T‖π_θ) per gated token; of a served teacher, as far as its likeliest tokens tell",
+    "kepo/unasked": "sequences past the gate that a served teacher was not asked about, as their text would be cut "
+    "into other tokens than the student wrote; they are not guided",
 }
 
 _MENTION = re.compile(r"\bhint(s|ed)?\b|\bground[ -]truth\b", re.IGNORECASE)

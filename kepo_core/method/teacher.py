@@ -41,6 +41,12 @@ def parse_hint(text: str, markup: Sequence[str] = ()) -> str | None:
     return hint.strip() or None
 
 
+def markup_of(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens of a tokenizer, and added ones that look like tags, for `parse_hint`."""
+    added = [text for text in tokenizer.get_added_vocab() if _MARKUP.fullmatch(text)]
+    return tuple(sorted({*tokenizer.all_special_tokens, *added}))
+
+
 class Teacher:
     """A fixed vision-language model with its processor.
 
@@ -50,15 +56,16 @@ class Teacher:
         batch_size: most rows in one of its forward passes or generations.
     """
 
+    #: All processes have to ask at the same time: it may be sharded over them.
+    collective = True
+
     def __init__(self, model: Any, processor: Any, batch_size: int = 64) -> None:
         check_plain_head(model, "teacher")
         self.processor = processor
         self.batch_size = batch_size
         self._model = model.requires_grad_(False).eval()
         self._wrapped = self._model
-        tokenizer = processor.tokenizer
-        added = [text for text in tokenizer.get_added_vocab() if _MARKUP.fullmatch(text)]
-        self._markup = tuple(sorted({*tokenizer.all_special_tokens, *added}))
+        self._markup = markup_of(processor.tokenizer)
         add_hidden_state_output(self._model)
         let_generate(self._model)
 

@@ -26,6 +26,7 @@ from kepo_core.method.loss import GatedLossTrainer
 from kepo_core.method.prompts import needs_hint
 from kepo_core.method.rewards import RewardFunction, checked_reward, reward_functions
 from kepo_core.method.rollouts import Completion, Rollout, rollout_metrics, write_rollouts
+from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 
 __all__ = ["KEPOConfig", "KEPOTrainer"]
@@ -65,7 +66,7 @@ class KEPOTrainer(GatedLossTrainer):
         args: a `KEPOConfig`.
         train_dataset: rows with ``prompt`` (messages of the plain prompt x), ``image`` (PIL), ``question``,
             ``options`` (texts), ``answer`` (letter) and ``id``.
-        teacher: π_T, needed to distil and for hints.
+        teacher: π_T, in process or served, needed to distil and for hints.
         **kwargs: as for GRPOTrainer (``processing_class``, ``eval_dataset``, ``callbacks``, ``peft_config``, …).
 
     Raises:
@@ -81,7 +82,7 @@ class KEPOTrainer(GatedLossTrainer):
         args: KEPOConfig | None = None,
         train_dataset: Any = None,
         *,
-        teacher: Teacher | None = None,
+        teacher: Teacher | ServedTeacher | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, KEPOConfig):
@@ -107,7 +108,7 @@ class KEPOTrainer(GatedLossTrainer):
         teacher.prepare(self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
 
     @staticmethod
-    def _check_parts(args: KEPOConfig, dataset: Any, teacher: Teacher | None, kwargs: Mapping[str, Any]) -> None:
+    def _check_parts(args: KEPOConfig, dataset: Any, teacher: Any, kwargs: Mapping[str, Any]) -> None:
         parts = [name for name in ("distill", "explore") if getattr(args, name)]
         if not parts:
             return
@@ -214,14 +215,29 @@ class KEPOTrainer(GatedLossTrainer):
         gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & keep
         log_ratio = self._measure_injected(now, output) if self.model.training and self.args.explore else {}
         if self.model.training and self.args.distill:
-            output["kepo_gate"] = gate
-            gated_tokens = (output["completion_mask"] * gate.unsqueeze(1)).sum()
+            output["kepo_gate"] = self._ask_served(now, output, gate)
+            gated_tokens = (output["completion_mask"] * output["kepo_gate"].unsqueeze(1)).sum()
             output["kepo_gated_tokens"] = self.accelerator.gather(gated_tokens).sum()
         if not keep.all():
             output["tool_mask"] = keep.unsqueeze(1).expand_as(output["completion_mask"]).long()
         if self.model.training:
             self._record(now, totals[local], advantages, gate, keep, log_ratio)
         return output
+
+    def _ask_served(self, now: _Generation, output: dict[str, Any], gate: Tensor) -> Tensor:
+        """The rows to be guided, (B,): those past the gate, but for those that a served teacher cannot be asked about.
+
+        A served teacher is asked here, about all rows of the generation batch at once; ``output`` gets its answers.
+        """
+        if not isinstance(self.teacher, ServedTeacher):
+            return gate
+        mask = output["completion_mask"] * gate.unsqueeze(1)
+        output["kepo_top_ids"], output["kepo_top_log_probs"], left_out = self.teacher.score_batch(
+            now.rows, output, mask
+        )
+        count = self.accelerator.gather(left_out.sum()).sum()
+        self._metrics["train"]["kepo/unasked"].append(float(count))
+        return gate & ~left_out
 
     def _kept(self, now: _Generation) -> Tensor:
         """Which rows stay in the loss: all, but for exhausted groups under ``on_exhausted="drop"``, (B,)."""

@@ -26,10 +26,11 @@ from kepo_core.method.dataset import to_dataset
 from kepo_core.method.prompts import needs_hint
 from kepo_core.method.resume import last_checkpoint, trained_steps
 from kepo_core.method.rewards import reward_functions
+from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
-from kepo_core.study import curves, diagnosis, launch, live, statistics
+from kepo_core.study import curves, diagnosis, launch, live, serving, statistics
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.metrics import MetricsWriter, forget_after
 from kepo_core.study.models import best_device, check_same_vocabulary, load_model, load_processor
@@ -122,7 +123,7 @@ class Models:
 
     student: PreTrainedModel
     processor: Any
-    teacher: Teacher | None
+    teacher: Teacher | ServedTeacher | None
 
 
 def needs_teacher(params: Params) -> bool:
@@ -141,14 +142,16 @@ def load_to_run(params: Params) -> Models:
 
 
 def load_models(params: Params, *, with_teacher: bool = True) -> Models:
-    """Load and check what ``params`` name; the teacher only where there is something for it to do.
+    """Load and check what ``params`` name; the teacher, loaded or served, only where it has something to do.
 
     ``with_teacher=False``: it is checked as far as its processor tells, and left out.
     """
     processor = load_processor(params.student, "student")
     student = load_model(params.student, "student", precision=params.precision)
-    teacher = None
-    if needs_teacher(params):
+    teacher: Teacher | ServedTeacher | None = None
+    if needs_teacher(params) and params.teacher_url:
+        teacher = serving.reach(params, processor)
+    elif needs_teacher(params):
         teacher_processor = load_processor(params.teacher, "teacher")
         check_same_vocabulary(processor, teacher_processor)
         if with_teacher:
@@ -236,7 +239,7 @@ def _baseline(
     if params.method == "sft":
         dataset = supervised_dataset(data.train, pictures)
         return sft_trainer(models.student, models.processor, dataset, shared, callbacks)
-    assert models.teacher is not None
+    assert isinstance(models.teacher, Teacher)
     arguments = shared | {
         "beta": params.distill_beta,
         "max_completion_length": params.max_completion_length,

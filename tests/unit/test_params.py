@@ -206,6 +206,8 @@ def test_choices_agree_with_the_modules_that_use_them():
 def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
     sizes = {"group_size": 4, "prompts_per_device": 2, "prompts_per_step": 12, "injected_per_group": 1}
     base = Params(explore=False, tau=0.0, eval_temperature=1, **sizes)
+    if name.startswith("teacher_"):  # of a served teacher: one goes with the other
+        base = base.replace(teacher_url="http://host/v1", teacher_top_k=5)
     f, value = FIELDS[name], getattr(base, name)
     if f.type is bool:
         other = not value
@@ -214,7 +216,10 @@ def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
     else:
         other = {str: lambda: value + "x", int: lambda: value + 2, float: lambda: value * 0.5 + 0.03}[f.type]()
     changed = base.replace(**{name: other})
-    assert (changed.hash == base.hash) == (name in ("results_dir", "run_dir", "params_file", "save_steps"))
+    assert (changed.hash == base.hash) == (
+        name in ("results_dir", "run_dir", "params_file", "save_steps")
+        or name in ("teacher_url", "teacher_timeout", "teacher_retries", "teacher_concurrency")
+    )
 
 
 def test_method_names():

@@ -1,0 +1,269 @@
+"""π_T on other machines: hints and its likeliest next tokens, over the OpenAI-compatible API of vLLM.
+
+A hint is an ordinary chat completion with the picture. Log-probabilities are vLLM's ``prompt_logprobs`` of a chat
+whose last message, the student's completion, is left open (``continue_final_message``). As a chat goes out as text
+and is cut into tokens once more by the server, the tokens that come back (``return_token_ids``) are compared with the
+student's own, prompt and picture included, one by one: nothing is learnt from others.
+"""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kepo_core.method.chat_client import ChatClient, TeacherMismatchError, with_pictures
+from kepo_core.method.prompts import hint_messages
+from kepo_core.method.teacher import markup_of, parse_hint
+
+#: How far a log-probability may lie above 0, and their mass above 1: servers compute in bfloat16.
+TOLERANCE = 1e-3
+#: The least mass of all tokens that were not told: rounding leaves nothing, of which there is no logarithm.
+_LEAST_REST = 1e-8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What log-probabilities are asked for: messages with their images, and the tokens that the student saw and wrote.
+
+    ``prompt_ids`` hold every token of the pictures, too; ``name`` is what error messages call it.
+    """
+
+    name: str
+    messages: Sequence[Mapping[str, Any]]
+    images: Sequence[Any]
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+class ServedTeacher:
+    """A teacher that another machine serves, with what the trainer asks of a `Teacher`.
+
+    Args:
+        client: reaches the server.
+        model: the name under which it serves the teacher.
+        processor: the student's; its vocabulary and chat template must be the teacher's, which `score` checks.
+        top_k: how many of the likeliest next tokens are asked for; vLLM gives up to 20 unless it was started with
+            ``--max-logprobs``.
+        hints: the folder in which hints are kept.
+    """
+
+    #: No process waits for another one when it asks.
+    collective = False
+
+    def __init__(self, client: ChatClient, model: str, processor: Any, *, top_k: int, hints: Path) -> None:
+        self.processor, self.top_k = processor, top_k
+        self._client, self._model, self._hints = client, model, hints
+        self._markup = markup_of(processor.tokenizer)
+        self._vocabulary = 0  # known from the student
+
+    def check_fits(self, student: Any, processor: Any) -> None:
+        """Raise ``ValueError`` unless the student has ``top_k`` tokens; its tokens are compared at every answer."""
+        self._vocabulary = student.get_output_embeddings().weight.shape[0]
+        if self.top_k > self._vocabulary:
+            raise ValueError(f"top_k is {self.top_k}, expected at most the student's {self._vocabulary} tokens")
+
+    def prepare(self, accelerator: Any, *, deepspeed: bool = False, fsdp: bool = False) -> None:
+        """Nothing: the model is elsewhere."""
+
+    # Hints ------------------------------------------------------------------------------------------------------
+
+    def write_hints(self, rows: Sequence[Mapping[str, Any]], *, max_tokens: int, seed: int = 0) -> list[str | None]:
+        """The likeliest hint for each row (greedy); None where none can be read.
+
+        As a hint depends on nothing but model, prompt, picture and length, every one is asked for once and kept.
+
+        Args:
+            rows: each with ``question``, ``options``, ``answer`` (a letter) and ``image`` (PIL).
+            max_tokens: the longest hint, tags included.
+            seed: of no effect, as nothing is drawn.
+
+        Raises:
+            TeacherServerError: as `ChatClient.ask_all` says.
+        """
+        bodies = [self.hint_body(row, max_tokens) for row in rows]
+        keys = [hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() for body in bodies]
+        texts = {key: self._kept(key) for key in keys}
+        asked = {key: body for key, body in zip(keys, bodies, strict=True) if texts[key] is None}
+        names = list(asked)
+        texts |= dict(zip(names, self.ask_texts(list(asked.values()), names), strict=True))
+        return [parse_hint(texts[key] or "", self._markup) for key in keys]
+
+    def hint_body(self, row: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
+        """The request for a hint: all that it depends on."""
+        messages = with_pictures(hint_messages(row["question"], row["options"], row["answer"]), [row["image"]])
+        return {"model": self._model, "messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
+
+    def ask_texts(self, bodies: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()) -> list[str]:
+        """The completions' texts, each kept under its key (of as many, or none) as soon as it is there."""
+
+        def read(index: int, answer: Mapping[str, Any]) -> str:
+            try:
+                text = str(answer["choices"][0]["message"]["content"] or "")  # null: it wrote nothing
+            except (KeyError, IndexError, TypeError) as error:
+                raise TeacherMismatchError(
+                    f"the teacher at {self._client.url} answers without a message, expected a chat completion"
+                ) from error
+            if keys:
+                self._keep(keys[index], text)
+            return text
+
+        return self._client.ask_all(bodies, read)
+
+    def _kept(self, key: str) -> str | None:
+        path = self._hints / f"{key}.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            kept = None
+        if isinstance(kept, dict) and kept.get("model") == self._model and isinstance(kept.get("text"), str):
+            return str(kept["text"])
+        warnings.warn(f"{path} holds no hint of {self._model}: it is asked for again", stacklevel=2)
+        return None
+
+    def _keep(self, key: str, text: str) -> None:
+        self._hints.mkdir(parents=True, exist_ok=True)
+        partial = self._hints / f".{key}.{os.getpid()}.partial"  # several processes may ask for one hint
+        try:
+            partial.write_text(json.dumps({"model": self._model, "text": text}, ensure_ascii=False), encoding="utf-8")
+            partial.replace(self._hints / f"{key}.json")
+        finally:
+            partial.unlink(missing_ok=True)
+
+    # Log-probabilities ------------------------------------------------------------------------------------------
+
+    def score_batch(
+        self, rows: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any], mask_BT: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """What `top_k.gather_targets` takes, for the rows of a GRPOTrainer batch; nothing else is asked for.
+
+        Args:
+            rows: B dataset rows with ``prompt`` and ``image``.
+            inputs: with ``prompt_ids``, ``prompt_mask`` and ``completion_ids``, B rows each.
+            mask_BT: 1 on the tokens to be guided.
+
+        Returns:
+            B tensors of ids and B of log-probabilities (on the CPU; of no tokens where nothing was asked for), and
+            (B,) booleans: those with tokens in the mask that cannot be asked for, as their text would be cut into
+            other tokens.
+        """
+        wanted = mask_BT.any(1).nonzero().flatten().tolist()
+        asked = {}
+        for row in wanted:
+            one = Completion(
+                name=str(rows[row].get("id", row)),
+                messages=rows[row]["prompt"],
+                images=[rows[row]["image"]] if rows[row].get("image") is not None else [],
+                prompt_ids=inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()].tolist(),
+                completion_ids=inputs["completion_ids"][row][mask_BT[row].bool()].tolist(),
+            )
+            if self.is_canonical(one):
+                asked[row] = one
+        scored = dict(zip(asked, self.score(list(asked.values())), strict=True))
+        none = torch.empty(0, self.top_k, dtype=torch.long), torch.empty(0, self.top_k + 1)
+        ids, log_probs = zip(*(scored.get(row, none) for row in range(len(rows))), strict=True)
+        left_out = [row in wanted and row not in asked for row in range(len(rows))]
+        return list(ids), list(log_probs), torch.tensor(left_out, device=mask_BT.device)
+
+    def is_canonical(self, one: Completion) -> bool:
+        """Whether the text of prompt and completion is cut into the very tokens that the student wrote.
+
+        Sampling can put a word together from other pieces than a tokenizer would; a server that takes text cannot
+        be asked about those.
+        """
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        prompt = processor.apply_chat_template(list(one.messages), tokenize=False, add_generation_prompt=True)
+        both = tokenizer(prompt + self._text(one), add_special_tokens=False)["input_ids"]
+        return bool(both == tokenizer(prompt, add_special_tokens=False)["input_ids"] + one.completion_ids)
+
+    def _text(self, one: Completion) -> str:
+        return str(self.processor.tokenizer.decode(one.completion_ids, skip_special_tokens=False))
+
+    def score(self, completions: Sequence[Completion]) -> list[tuple[Tensor, Tensor]]:
+        """The teacher's likeliest tokens at each place of each completion: ids (t, k), log-probabilities (t, k+1).
+
+        The last column is the mass of all others; it is missing where k is the student's whole vocabulary.
+
+        Raises:
+            TeacherMismatchError: tokens are not the student's, or log-probabilities are missing or impossible.
+            TeacherServerError: as `ChatClient.ask_all` says.
+        """
+        bodies = [self._score_body(one) for one in completions]
+        return self._client.ask_all(bodies, lambda index, answer: self._read(completions[index], answer))
+
+    def _score_body(self, one: Completion) -> dict[str, Any]:
+        messages = with_pictures(one.messages, one.images)
+        return {
+            "model": self._model,
+            "messages": [*messages, {"role": "assistant", "content": self._text(one)}],
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+            "prompt_logprobs": self.top_k,
+            "return_token_ids": True,
+            "max_tokens": 1,
+            "temperature": 0.0,
+        }
+
+    def _read(self, one: Completion, answer: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        told: Any = answer.get("prompt_logprobs")
+        self._compare(one, answer.get("prompt_token_ids"), told)
+        start = len(one.prompt_ids)
+        places = [self._likeliest(one, place, told[start + place]) for place in range(len(one.completion_ids))]
+        ids = torch.tensor([[token for token, _ in tokens] for tokens, _ in places], dtype=torch.long)
+        log_probs = torch.tensor([[value for _, value in tokens] + rest for tokens, rest in places])
+        return ids, log_probs
+
+    def _compare(self, one: Completion, theirs: Any, told: Any) -> None:
+        """Raise unless the server's tokens are prompt and completion, each with its log-probabilities."""
+        where = f"the teacher at {self._client.url}, completion {one.name}"
+        if not isinstance(theirs, list) or not isinstance(told, list):
+            raise TeacherMismatchError(
+                f"{where}: no prompt_token_ids and prompt_logprobs came back, expected a vLLM of 0.10.2 or later"
+            )
+        ours = one.prompt_ids + one.completion_ids
+        if theirs != ours:
+            place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
+                         min(len(theirs), len(ours)))  # fmt: skip
+            part = f"{place} of the prompt" if place < len(one.prompt_ids) else f"{place - len(one.prompt_ids)}"
+            raise TeacherMismatchError(
+                f"{where}: token {part} is {self._token(theirs, place)} there and {self._token(ours, place)} here, "
+                f"{len(theirs)} tokens there and {len(ours)} here, expected the same ones: a context that is too short "
+                "(--max-model-len), another tokenizer, chat template or image size"
+            )
+        if len(told) != len(ours):
+            raise TeacherMismatchError(f"{where}: {len(told)} tokens have log-probabilities, expected {len(ours)}")
+
+    def _token(self, ids: Sequence[Any], place: int) -> str:
+        return repr(self.processor.tokenizer.convert_ids_to_tokens(ids[place])) if place < len(ids) else "none"
+
+    def _likeliest(self, one: Completion, place: int, told: Any) -> tuple[list[tuple[int, float]], list[float]]:
+        """The k likeliest tokens at one place with their log-probabilities, and that of all others in a list."""
+        where = f"the teacher at {self._client.url}, completion {one.name}, token {place}"
+        try:
+            values = {int(token): float(entry["logprob"]) for token, entry in told.items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise TeacherMismatchError(f"{where}: no log-probabilities by token ids came back") from None
+        if one.completion_ids[place] not in values:
+            raise TeacherMismatchError(f"{where}: the student's own token has no log-probability there: misaligned")
+        if len(values) < self.top_k:
+            raise TeacherMismatchError(f"{where}: {len(values)} log-probabilities came back, expected {self.top_k}")
+        wrong = next((value for value in values.values() if not (math.isfinite(value) and value <= TOLERANCE)), None)
+        if wrong is not None:
+            raise TeacherMismatchError(f"{where}: a log-probability is {wrong}, expected a finite number of at most 0")
+        mass = math.fsum(map(math.exp, values.values()))
+        if mass > 1 + TOLERANCE:
+            raise TeacherMismatchError(f"{where}: the probabilities sum to {mass:.4f}, expected at most 1")
+        likeliest = sorted(values.items(), key=lambda item: (-item[1], item[0]))[: self.top_k]
+        if self.top_k == self._vocabulary:
+            return likeliest, []
+        rest = 1 - math.fsum(math.exp(value) for _, value in likeliest)
+        return likeliest, [math.log(max(rest, _LEAST_REST))]

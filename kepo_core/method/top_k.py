@@ -1,0 +1,119 @@
+"""The divergence from a teacher of whom only the likeliest next tokens are known, from the student's hidden states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.kernels.chunked_divergence import _addmm_fp32, _compute_dtype, _project
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from kepo_core.method import objective
+
+#: Tokens whose logits exist at a time: 300 MiB in float32 with a vocabulary of 152,000.
+CHUNK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class TopTargets:
+    """What a served teacher thinks of N completion tokens of a batch.
+
+    Attributes:
+        positions: (N,) which tokens, as flat indices into (B, T).
+        ids: (N, k) its likeliest next tokens at each.
+        log_probs: (N, k+1) their log-probabilities, and that of all others together; (N, V) where k = V.
+        completion_length: T.
+        beta: see `objective.divergence`.
+    """
+
+    positions: Tensor
+    ids: Tensor
+    log_probs: Tensor
+    completion_length: int
+    beta: float
+
+
+def gather_targets(
+    ids: Sequence[Tensor], log_probs: Sequence[Tensor], mask_BT: Tensor, top_k: int, beta: float
+) -> TopTargets:
+    """The targets of a batch from those of its rows.
+
+    Args:
+        ids: B tensors (t, k), t being the tokens of a row; of rows that ``mask_BT`` leaves out, anything.
+        log_probs: B tensors (t, k+1) or (t, V).
+        mask_BT: 1 on the tokens to be guided.
+        top_k: k, for a batch of no such row.
+    """
+    rows = mask_BT.any(1).nonzero().flatten().tolist()
+    none = torch.empty(0, top_k, dtype=torch.long), torch.empty(0, top_k + 1)
+    return TopTargets(
+        positions=mask_BT.flatten().nonzero().flatten(),
+        ids=torch.cat([ids[row] for row in rows] or [none[0]]).to(mask_BT.device),
+        log_probs=torch.cat([log_probs[row] for row in rows] or [none[1]]).to(mask_BT.device),
+        completion_length=mask_BT.shape[1],
+        beta=beta,
+    )
+
+
+class TopKDivergence(torch.autograd.Function):
+    """`objective.top_k_divergence` from hidden states and head, (N, H) → (N,), without (N, V) logits.
+
+    They are computed in chunks of `CHUNK` tokens, and again in the backward pass. The gradient flows to the student's
+    hidden states, weight and bias.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, log_probs: Tensor, beta: float
+    ) -> Tensor:
+        """(N, H), (V, H), (V,) or None, (N, k), (N, k+1), β → (N,)."""
+        ctx.beta, ctx.dtype = beta, _compute_dtype(hidden)
+        ctx.save_for_backward(hidden, weight, bias, ids, log_probs)
+        parts = [hidden.new_empty(0, dtype=torch.float32)]
+        with maybe_gather_lm_head_ctx(weight, bias):
+            for chunk in _chunks(len(hidden)):
+                logits = _logits(hidden[chunk], weight, bias, ctx.dtype)
+                parts.append(objective.top_k_divergence(logits, ids[chunk], log_probs[chunk], beta))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of each token's divergence reaches k logits by themselves and all others through one bucket."""
+        hidden, weight, bias, ids, log_probs = ctx.saved_tensors
+        # Summed up in float32, whatever the dtype of what they are gradients of.
+        sums = [
+            torch.zeros(of.shape, dtype=torch.float32, device=of.device) if needed else None
+            for of, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        ]
+        with maybe_gather_lm_head_ctx(weight, bias):
+            for chunk in _chunks(len(hidden)):
+                logits = _logits(hidden[chunk], weight, bias, ctx.dtype)
+                buckets = objective.top_k_buckets(logits, ids[chunk]).requires_grad_()
+                with torch.enable_grad():
+                    divergence = objective.divergence(buckets, log_probs[chunk], ctx.beta)
+                (grad,) = torch.autograd.grad(divergence, buckets, grads[0][chunk].float())
+                k = ids.shape[1]
+                if buckets.shape[1] > k:  # what reaches the rest is shared out by the student's probabilities within it
+                    logits.sub_(buckets[:, k:].detach()).exp_().mul_(grad[:, k:])
+                grad_logits = logits.scatter_(1, ids[chunk], grad[:, :k])
+                if sums[2] is not None:
+                    sums[2] += grad_logits.sum(0)
+                grad_logits = grad_logits.to(ctx.dtype)
+                if sums[0] is not None:
+                    _addmm_fp32(sums[0][chunk], grad_logits, weight.to(ctx.dtype))
+                if sums[1] is not None:
+                    _addmm_fp32(sums[1], grad_logits.t(), hidden[chunk].to(ctx.dtype))
+        # Autograd casts each to the dtype of what it is the gradient of.
+        return (*sums, None, None, None)
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(n, V) in float32, computed as TRL's kernel of the full divergence does."""
+    logits = torch.empty(len(hidden), weight.shape[0], dtype=torch.float32, device=hidden.device)
+    _project(logits, hidden.to(dtype), weight, bias, 0, weight.shape[0], dtype)
+    return logits

@@ -1,0 +1,130 @@
+"""A served teacher found by parameters, tried before a run begins, and looked at by ``kepo check-teacher``."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kepo_core.data import phantom
+from kepo_core.data.source import cache_dir
+from kepo_core.method.chat_client import ChatClient, TeacherServerError
+from kepo_core.method.prompts import needs_hint, vqa_messages
+from kepo_core.method.served import Completion, ServedTeacher
+from kepo_core.method.teacher import parse_hint
+from kepo_core.params import ParamError, Params
+
+#: What is asked to try a teacher out: a question of PhantomVQA, about a picture in which its answer is true or not.
+_QUESTION: dict[str, Any] = {
+    "question": "Where does the finding lie?",
+    "options": ["lower right", "upper left"],
+    "answer": "B",
+}
+_SAID = "<think>The finding lies in the upper left (B).</think><answer>B</answer>"
+
+
+def connect(params: Params, processor: Any) -> ServedTeacher:
+    """The served teacher that ``params`` name; nothing is asked yet. ``processor`` is the student's."""
+    client = ChatClient(
+        params.teacher_url,
+        timeout=params.teacher_timeout,
+        retries=params.teacher_retries,
+        concurrency=params.teacher_concurrency,
+    )
+    hints: Path = cache_dir() / "hints"
+    return ServedTeacher(client, params.teacher, processor, top_k=params.teacher_top_k, hints=hints)
+
+
+def reach(params: Params, processor: Any) -> ServedTeacher:
+    """`connect`, and ask once what the run is going to ask.
+
+    Raises:
+        ParamError: the server stays away, refuses, or its tokens are not the student's.
+    """
+    teacher = connect(params, processor)
+    try:
+        if params.explore and needs_hint(params.hint_context):
+            teacher.ask_texts([teacher.hint_body(_row(params), max_tokens=1)])
+        if params.distill:
+            teacher.score([_completion(params, processor)])
+    except TeacherServerError as error:
+        raise ParamError(f"teacher_url: {error}") from error
+    return teacher
+
+
+def report(params: Params, processor: Any) -> tuple[str, bool]:
+    """What a served teacher can do, a line per trial that begins with ``pass`` or ``FAIL``, and whether all passed."""
+    teacher = connect(params, processor)
+    trials: dict[str, Callable[[], str]] = {
+        "hint": partial(_try_hint, params, teacher),
+        "alignment": partial(_try_alignment, params, teacher),
+        "picture": partial(_try_picture, params, teacher),
+        "load": partial(_try_load, params, teacher),
+    }
+    lines, sound = [], True
+    for name, trial in trials.items():
+        started = time.monotonic()
+        try:
+            verdict, said = "pass", trial()
+        except TeacherServerError as error:
+            verdict, said, sound = "FAIL", str(error), False
+        lines.append(f"{verdict}  {name:<10} {time.monotonic() - started:6.2f} s  {said}")
+    return "\n".join(lines), sound
+
+
+def _row(params: Params, place: str = "upper left") -> dict[str, Any]:
+    """The question, with a picture of the size that the run uses."""
+    facts = phantom.Facts("MRI", "disc", place, "large", "one", "bright")
+    picture = Image.fromarray(phantom.picture(np.random.default_rng(0), facts))
+    if params.image_size:
+        picture = picture.resize((params.image_size, params.image_size))
+    return _QUESTION | {"image": picture}
+
+
+def _completion(params: Params, processor: Any, place: str = "upper left") -> Completion:
+    row = _row(params, place)
+    messages = vqa_messages(row["question"], row["options"], params.thinking)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    tokenizer = processor.tokenizer
+    return Completion(
+        name="of a trial",
+        messages=messages,
+        images=[row["image"]],
+        prompt_ids=processor(text=[text], images=[[row["image"]]])["input_ids"][0],
+        completion_ids=[*tokenizer(_SAID, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
+    )
+
+
+def _try_hint(params: Params, teacher: ServedTeacher) -> str:
+    (text,) = teacher.ask_texts([teacher.hint_body(_row(params), params.hint_max_tokens)])
+    if parse_hint(text) is None:
+        raise TeacherServerError(f"no <hint>…</hint> within {params.hint_max_tokens} tokens: {text!r}")
+    return repr(text)
+
+
+def _try_alignment(params: Params, teacher: ServedTeacher) -> str:
+    one = _completion(params, teacher.processor)
+    ((_, log_probs),) = teacher.score([one])
+    mass = log_probs[:, : teacher.top_k].exp().sum(1)
+    return (
+        f"{len(one.prompt_ids)} tokens of prompt and picture and {len(one.completion_ids)} of the completion are the "
+        f"student's; the {teacher.top_k} likeliest hold {mass.mean():.4f} of the probability, {mass.min():.4f} at least"
+    )
+
+
+def _try_picture(params: Params, teacher: ServedTeacher) -> str:
+    both = [_completion(params, teacher.processor, place) for place in ("upper left", "lower right")]
+    one, other = (dict(zip(ids[0].tolist(), values[0].tolist(), strict=False)) for ids, values in teacher.score(both))
+    if one == other:
+        raise TeacherServerError("another picture gives the same log-probabilities: the server does not look at it")
+    return "another picture gives other log-probabilities"
+
+
+def _try_load(params: Params, teacher: ServedTeacher) -> str:
+    count = params.teacher_concurrency
+    started = time.monotonic()
+    teacher.score([_completion(params, teacher.processor)] * count)
+    return f"{count} completions at a time: {count / (time.monotonic() - started):.1f} a second"
