@@ -66,6 +66,13 @@ class Params:
     # -- models
     student: str = _p("embedded:student", "π_θ: embedded:student, a folder or a hub name")
     teacher: str = _p("embedded:teacher", "π_T: embedded:teacher, a folder or a hub name")
+    teacher_quantization: str = _p(
+        "none",
+        "of the teacher's linear layers, by bitsandbytes on a GPU",
+        choices=("none", "8bit", "4bit"),
+    )
+    lora_rank: int = _p(0, "rank of the adapters (LoRA) that are trained; 0: all weights of the student are", low=0)
+    lora_alpha: float = _p(32.0, "adapters count lora_alpha / lora_rank times", low=_TINY)
 
     # -- prompting
     thinking: bool = _p(True, "prompt for explicit reasoning (Appendix C)")

@@ -30,9 +30,10 @@ from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import ParamError, Params, resolve
 from kepo_core.study import curves, diagnosis, statistics
+from kepo_core.study.adapters import lora_config, save_student
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.metrics import MetricsWriter, forget_after
-from kepo_core.study.models import best_device, check_same_vocabulary, load_model, load_processor
+from kepo_core.study.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
 from kepo_core.study.runs import Run
 
 
@@ -132,14 +133,25 @@ def needs_teacher(params: Params) -> bool:
 
 
 def load_models(params: Params) -> Models:
-    """Load and check what ``params`` name; the teacher only where there is something for it to do."""
+    """Load and check what ``params`` name; the teacher only where there is something for it to do.
+
+    Under LoRA the student's own weights are only read, so they are kept in the compute precision.
+    """
+    if needs_teacher(params):
+        check_quantizes(params.teacher_quantization)
     processor = load_processor(params.student, "student")
-    student = load_model(params.student, "student", precision=params.precision)
+    student = load_model(params.student, "student", trained=not params.lora_rank, precision=params.precision)
     teacher = None
     if needs_teacher(params):
         teacher_processor = load_processor(params.teacher, "teacher")
         check_same_vocabulary(processor, teacher_processor)
-        model = load_model(params.teacher, "teacher", trained=False, precision=params.precision)
+        model = load_model(
+            params.teacher,
+            "teacher",
+            trained=False,
+            precision=params.precision,
+            quantization=params.teacher_quantization,
+        )
         teacher = Teacher(model, teacher_processor)
     return Models(student, processor, teacher)
 
@@ -209,6 +221,7 @@ def make_trainer(
             processing_class=models.processor,
             teacher=models.teacher,
             callbacks=callbacks,
+            peft_config=lora_config(models.student, params),
         )
     else:
         trainer = _baseline(params, run, data, models, pictures, callbacks)
@@ -220,9 +233,10 @@ def _baseline(
     params: Params, run: Run, data: StudyData, models: Models, pictures: Pictures, callbacks: list[TrainerCallback]
 ) -> Trainer:
     shared = _shared_arguments(params, run.training_dir, world_size=1)
+    lora = lora_config(models.student, params)
     if params.method == "sft":
         dataset = supervised_dataset(data.train, pictures)
-        return sft_trainer(models.student, models.processor, dataset, shared, callbacks)
+        return sft_trainer(models.student, models.processor, dataset, shared, callbacks, lora)
     assert models.teacher is not None
     arguments = shared | {
         "beta": params.distill_beta,
@@ -232,7 +246,7 @@ def _baseline(
     }
     dataset = to_dataset(data.train, params.thinking, pictures)
     return gkd_trainer(
-        models.student, models.teacher.model, models.processor, dataset, params.gkd_lambda, arguments, callbacks
+        models.student, models.teacher.model, models.processor, dataset, params.gkd_lambda, arguments, callbacks, lora
     )
 
 
@@ -252,7 +266,7 @@ def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
     if trainer.state.global_step > done:
         # Answers of a model that was trained before, in another process: this one's may differ, on a GPU say.
         (run.evaluation_dir / "trained.jsonl").unlink(missing_ok=True)
-    trainer.save_model(str(run.path / "model"))
+    save_student(trainer, run.path / "model")
     return diagnosis.read_training(run.path / "metrics.jsonl")
 
 
