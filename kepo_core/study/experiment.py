@@ -28,12 +28,13 @@ from kepo_core.method.resume import last_checkpoint, trained_steps
 from kepo_core.method.rewards import reward_functions
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
-from kepo_core.params import ParamError, Params, resolve
+from kepo_core.params import Params, resolve
 from kepo_core.study import curves, diagnosis, statistics
 from kepo_core.study.adapters import lora_config, save_student
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.metrics import MetricsWriter, forget_after
 from kepo_core.study.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
+from kepo_core.study.plan import accumulation
 from kepo_core.study.runs import Run
 
 
@@ -158,16 +159,10 @@ def load_models(params: Params) -> Models:
 
 def _shared_arguments(params: Params, output_dir: Path, world_size: int) -> dict[str, Any]:
     """What the trainers of all methods are told alike."""
-    accumulation, rest = divmod(params.prompts_per_step, params.prompts_per_device * world_size)
-    if rest or not accumulation:
-        raise ParamError(
-            f"prompts_per_step is {params.prompts_per_step}, expected a multiple of prompts_per_device × processes "
-            f"= {params.prompts_per_device} × {world_size}"
-        )
     return {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": params.prompts_per_device,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": accumulation(params, world_size),
         "num_train_epochs": params.epochs,
         "max_steps": params.max_steps,
         "learning_rate": params.learning_rate,
