@@ -115,7 +115,8 @@ def dataset_of(size: Size, uneven: bool = False) -> Dataset:
     """``prompts`` questions with a picture each; ``uneven``: of several lengths, so that batches are padded."""
     rows = [
         {
-            "id": f"q{i}", "question": f"Question {i}?" + " Look!" * i * uneven, "options": ["red", "blue", "green"], "answer": "A",
+            "id": f"q{i}", "question": f"Question {i}?" + " Look!" * i * uneven, "options": ["red", "blue", "green"],
+            "answer": "A",
             "image": Image.effect_noise((size.side, size.side), 60).convert("RGB"),
             "prompt": [],
         }

@@ -30,7 +30,10 @@ TINY = dataclasses.replace(
 EXACT = ("student's weights", "gradients", "optimizer", "teacher's weights")
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"lora_rank": 4}, {"bf16": True}], ids=str)
+SLOW = [pytest.param(options, marks=pytest.mark.slow) for options in ({"lora_rank": 4}, {"bf16": True})]
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, *SLOW], ids=str)
 def test_the_plan_is_what_is_measured(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     """Weights, gradients and optimizer to the byte, all others within a quarter (see the README for larger models)."""
     monkeypatch.setitem(planned.CASES, "tiny", (TINY, options))
