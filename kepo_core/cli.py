@@ -1,9 +1,9 @@
 """``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on, ``kepo study run`` makes many runs.
 
 ``kepo data check`` looks at data, ``kepo check-teacher`` at a served teacher, ``kepo runs`` at what has been run,
-``kepo report`` renders pages of it. Exit codes:
-0 completed, 1 failed (the folder says why; or ``kepo runs verify`` found something), 2 refused (a parameter or the data
-do not fit; nothing is left behind), 130 interrupted.
+``kepo report`` renders pages of it, ``kepo plan`` says what a run would take of a GPU. Exit codes: 0 completed, 1
+failed (the folder says why; or ``kepo runs verify`` found something; or a plan does not fit), 2 refused (a parameter or
+the data do not fit; nothing is left behind), 130 interrupted.
 """
 
 import argparse
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides = {name: parse_value(value) for name, value in arguments.parameter}
         if arguments.command == "check-teacher":
             return check_teacher(Params.load(arguments.file, overrides))
+        if arguments.command == "plan":
+            return plan_run(arguments, overrides)
         if arguments.method:
             overrides = method_overrides(arguments.method, arguments.file, overrides)
         return run_notebook(arguments.notebook, arguments.file, overrides)
@@ -178,6 +180,23 @@ def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
     return FAILED if failures else COMPLETED
 
 
+def plan_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Print what a run would take on each GPU; 0 if it fits in one of the ways to run it, else 1.
+
+    Raises `ParamError` for a parameter, a number of GPUs or a model that cannot be planned with.
+    """
+    if arguments.gpus is not None:
+        overrides["processes"] = arguments.gpus
+    params = Params.load(arguments.file, overrides)
+    if arguments.prompt_tokens is not None and arguments.prompt_tokens < 1:
+        raise ParamError(f"--prompt-tokens must be at least 1, got {arguments.prompt_tokens}")
+    from kepo_core.study import plan  # it takes seconds
+
+    text, fits = plan.as_text(*plan.read(params, arguments.prompt_tokens, plan.gpu_bytes(arguments.gpu)))
+    print(f"{arguments.file} on {text}")
+    return COMPLETED if fits else FAILED
+
+
 def _cluster(file: str, results_dir: str, slots: int) -> "jobs.Places":
     from kepo_core.study.cluster import Cluster  # submitit is wanted by nobody else
 
@@ -234,9 +253,15 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="execute a notebook into a new run folder")
     run.add_argument("notebook", help="a notebook with a cell tagged `parameters`")
     teacher = commands.add_parser("check-teacher", help="ask a served teacher what a run asks; exit code 1 if it fails")
+    plan = commands.add_parser("plan", help="what a run would take on each GPU, and what to change if it does not fit")
+    plan.add_argument("file", help="parameter file")
+    plan.add_argument("--gpu", default="80GB", metavar="SIZE", help="memory of one GPU, e.g. 80GB or 79.6GiB")
+    plan.add_argument("--gpus", type=int, metavar="N", help="how many, a process each (default: processes, as in FILE)")
+    plan.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of a prompt without its picture")
     for command in (run, teacher):
         command.add_argument("-f", "--file", metavar="PARAMS_FILE",
                              help="parameter file (default: params/phantom.yaml)")  # fmt: skip
+    for command in (run, teacher, plan):
         command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                              help="one parameter over the file's; repeatable")  # fmt: skip
     run.add_argument("-m", "--method", metavar="NAME", help="a row of the README's table of methods")

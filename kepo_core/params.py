@@ -17,7 +17,7 @@ from typing import Any, Self
 from kepo_core.params_io import TINY as _TINY
 from kepo_core.params_io import ParamError as ParamError  # callers import these from here
 from kepo_core.params_io import check_range, parameter_cell_names, read_yaml, short_hash, yaml_scalar
-from kepo_core.params_served import SERVER, check_served
+from kepo_core.params_rules import SERVER, check_together
 from kepo_core.paths import from_root as from_root
 from kepo_core.paths import project_root as project_root
 from kepo_core.paths import resolve as resolve
@@ -70,6 +70,13 @@ class Params:
     teacher_timeout: float = _p(300.0, "seconds that a served teacher has for one answer", low=_TINY)
     teacher_retries: int = _p(8, "further tries, after 1, 2, 4, … 60 s, until a served teacher counts as gone", low=0)
     teacher_concurrency: int = _p(32, "questions that each process has open with a served teacher, at most", low=1)
+    teacher_quantization: str = _p(
+        "none",
+        "of the teacher's linear layers, by bitsandbytes on a GPU",
+        choices=("none", "8bit", "4bit"),
+    )
+    lora_rank: int = _p(0, "rank of the adapters (LoRA) that are trained; 0: all weights of the student are", low=0)
+    lora_alpha: float = _p(32.0, "adapters count lora_alpha / lora_rank times", low=_TINY)
 
     # -- prompting
     thinking: bool = _p(True, "prompt for explicit reasoning (Appendix C)")
@@ -175,51 +182,7 @@ class Params:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Rules between parameters; each raises a sentence that names what to change."""
-        largest = 1 if self.gate_reward == "accuracy" else 2
-        if self.tau > largest:
-            raise ParamError(
-                f"tau must lie between 0 and {largest}, the largest {self.gate_reward} reward (gate_reward), "
-                f"got {self.tau:g}"
-            )
-        if self.thinking and (self.method == "sft" or (self.method == "gkd" and self.gkd_lambda < 1)):
-            raise ParamError(
-                f"method {self.method} learns from the right answers (gkd with gkd_lambda below 1), which come without "
-                "reasoning: set thinking to False"
-            )
-        if self.method == "kepo" and self.explore and not self.thinking:
-            raise ParamError(
-                "explore needs thinking: the paper has no hint-aware prompt without it; set explore to False or "
-                "thinking to True"
-            )
-        if self.injected_per_group >= self.group_size:
-            raise ParamError(
-                f"injected_per_group must be smaller than group_size ({self.group_size}), so that originals stay, "
-                f"got {self.injected_per_group}"
-            )
-        if self.prompts_per_step % (self.prompts_per_device * self.processes):
-            raise ParamError(
-                f"prompts_per_step must be a multiple of prompts_per_device × processes ({self.prompts_per_device} × "
-                f"{self.processes}), got {self.prompts_per_step}"
-            )
-        if self.use_vllm and self.method == "gkd":
-            raise ParamError("use_vllm draws the rollouts of method kepo, not of gkd: set use_vllm to False")
-        if self.use_vllm and bool(self.vllm_server_base_url) != (self.vllm_mode == "server"):
-            raise ParamError(
-                f"vllm_server_base_url must be set for vllm_mode server and for no other, got "
-                f"{self.vllm_server_base_url!r} with {self.vllm_mode}"
-            )
-        if self.eval_samples > 1 and not self.eval_temperature:
-            raise ParamError(
-                f"eval_samples is {self.eval_samples} but eval_temperature is 0, and greedy answers are all the same: "
-                "set eval_temperature, to 1 say"
-            )
-        check_served(self)
-        if self.max_steps == 0:
-            raise ParamError("max_steps must be -1 (as epochs say) or at least 1, got 0")
+        check_together(self)
 
     @classmethod
     def load(cls, file: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Self:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
@@ -58,9 +59,19 @@ def gkd_trainer(
     lmbda: float,
     arguments: Mapping[str, Any],
     callbacks: Sequence[TrainerCallback] = (),
+    lora: LoraConfig | None = None,
 ) -> MMGKDTrainer:
-    """An `MMGKDTrainer` over ``to_dataset``'s rows; ``arguments`` are those of ``DistillationConfig``."""
-    args = DistillationConfig(**arguments)
+    """An `MMGKDTrainer` over ``to_dataset``'s rows; ``arguments`` are those of ``DistillationConfig``.
+
+    ``lora`` says what adapters to train; without it, all weights are.
+    """
     return MMGKDTrainer(
-        model, teacher, args, train_dataset=dataset, processing_class=processor, callbacks=list(callbacks), lmbda=lmbda
+        model,
+        teacher,
+        DistillationConfig(**arguments),
+        train_dataset=dataset,
+        processing_class=processor,
+        callbacks=list(callbacks),
+        peft_config=lora,
+        lmbda=lmbda,
     )

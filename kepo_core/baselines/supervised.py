@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -28,6 +29,7 @@ def sft_trainer(
     dataset: Dataset,
     arguments: Mapping[str, Any],
     callbacks: Sequence[TrainerCallback] = (),
+    lora: LoraConfig | None = None,
 ) -> SFTTrainer:
     """TRL's SFTTrainer whose loss is the cross entropy of the completions alone (token mean).
 
@@ -37,6 +39,9 @@ def sft_trainer(
         dataset: from ``supervised_dataset``.
         arguments: of ``SFTConfig``, beside what this method fixes.
         callbacks: for the trainer.
+        lora: what adapters to train; None: all weights.
     """
     args = SFTConfig(completion_only_loss=True, max_length=None, remove_unused_columns=False, **arguments)
-    return SFTTrainer(model, args, train_dataset=dataset, processing_class=processor, callbacks=list(callbacks))
+    return SFTTrainer(
+        model, args, train_dataset=dataset, processing_class=processor, callbacks=list(callbacks), peft_config=lora
+    )

@@ -54,6 +54,9 @@ class Teacher:
         model: a Hugging Face image-text model; its parameters are frozen here.
         processor: its processor, with tokenizer and chat template.
         batch_size: most rows in one of its forward passes or generations.
+
+    Raises:
+        ValueError: logits that are more than states times the head, or a quantised head.
     """
 
     #: All processes have to ask at the same time: it may be sharded over them.
@@ -61,6 +64,10 @@ class Teacher:
 
     def __init__(self, model: Any, processor: Any, batch_size: int = 64) -> None:
         check_plain_head(model, "teacher")
+        if not (weight := model.get_output_embeddings().weight).is_floating_point():
+            raise ValueError(
+                f"the teacher's head is quantised ({weight.dtype}), expected floating point: the divergence reads it"
+            )
         self.processor = processor
         self.batch_size = batch_size
         self._model = model.requires_grad_(False).eval()
@@ -104,7 +111,9 @@ class Teacher:
                 )
 
     def prepare(self, accelerator: Any, *, deepspeed: bool = False, fsdp: bool = False) -> None:
-        """Put the model where the student is, sharded if the student is."""
+        """Put the model where the student is, sharded if the student is; a quantised one is whole on every process."""
+        if getattr(self._model, "is_quantized", False):
+            return
         if deepspeed:
             self._wrapped = prepare_deepspeed(self._model, accelerator)
         elif fsdp:

@@ -31,9 +31,10 @@ from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
 from kepo_core.study import curves, diagnosis, launch, live, serving, statistics
+from kepo_core.study.adapters import lora_config, save_student
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.metrics import MetricsWriter, forget_after
-from kepo_core.study.models import best_device, check_same_vocabulary, load_model, load_processor
+from kepo_core.study.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
 from kepo_core.study.runs import Run
 
 
@@ -144,20 +145,24 @@ def load_to_run(params: Params) -> Models:
 def load_models(params: Params, *, with_teacher: bool = True) -> Models:
     """Load and check what ``params`` name; the teacher, loaded or served, only where it has something to do.
 
+    Under LoRA the student's own weights are only read, so they are kept in the compute precision.
     ``with_teacher=False``: it is checked as far as its processor tells, and left out.
     """
+    loads = needs_teacher(params) and not params.teacher_url
+    if loads:
+        check_quantizes(params.teacher_quantization)
     processor = load_processor(params.student, "student")
-    student = load_model(params.student, "student", precision=params.precision)
-    teacher: Teacher | ServedTeacher | None = None
-    if needs_teacher(params) and params.teacher_url:
-        teacher = serving.reach(params, processor)
-    elif needs_teacher(params):
-        teacher_processor = load_processor(params.teacher, "teacher")
-        check_same_vocabulary(processor, teacher_processor)
-        if with_teacher:
-            model = load_model(params.teacher, "teacher", trained=False, precision=params.precision)
-            teacher = Teacher(model, teacher_processor)
-    return Models(student, processor, teacher)
+    student = load_model(params.student, "student", trained=not params.lora_rank, precision=params.precision)
+    if not loads:
+        served = serving.reach(params, processor) if needs_teacher(params) else None
+        return Models(student, processor, served)
+    teacher_processor = load_processor(params.teacher, "teacher")
+    check_same_vocabulary(processor, teacher_processor)
+    if not with_teacher:
+        return Models(student, processor, None)
+    model = load_model(params.teacher, "teacher", trained=False, precision=params.precision,
+                       quantization=params.teacher_quantization)  # fmt: skip
+    return Models(student, processor, Teacher(model, teacher_processor))
 
 
 def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
@@ -223,6 +228,7 @@ def make_trainer(
             processing_class=models.processor,
             teacher=models.teacher,
             callbacks=callbacks,
+            peft_config=lora_config(models.student, params),
         )
     else:
         trainer = _baseline(params, run, data, models, pictures, callbacks)
@@ -236,9 +242,10 @@ def _baseline(
     params: Params, run: Run, data: StudyData, models: Models, pictures: Pictures, callbacks: list[TrainerCallback]
 ) -> Trainer:
     shared = _shared_arguments(params, run.training_dir)
+    lora = lora_config(models.student, params)
     if params.method == "sft":
         dataset = supervised_dataset(data.train, pictures)
-        return sft_trainer(models.student, models.processor, dataset, shared, callbacks)
+        return sft_trainer(models.student, models.processor, dataset, shared, callbacks, lora)
     assert isinstance(models.teacher, Teacher)
     arguments = shared | {
         "beta": params.distill_beta,
@@ -248,7 +255,7 @@ def _baseline(
     }
     dataset = to_dataset(data.train, params.thinking, pictures)
     return gkd_trainer(
-        models.student, models.teacher.model, models.processor, dataset, params.gkd_lambda, arguments, callbacks
+        models.student, models.teacher.model, models.processor, dataset, params.gkd_lambda, arguments, callbacks, lora
     )
 
 
@@ -291,7 +298,7 @@ def fit(trainer: Trainer, run: Run) -> None:
     if writes and trainer.state.global_step > done:
         # Answers of a model that was trained before, in another process: this one's may differ, on a GPU say.
         (run.evaluation_dir / "trained.jsonl").unlink(missing_ok=True)
-    trainer.save_model(str(run.path / "model"))
+    save_student(trainer, run.path / "model")
 
 
 def evaluate_student(

@@ -16,10 +16,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
 
 from kepo_core.params import ParamError
 from kepo_core.study.embedded import EMBEDDED_DIR
@@ -91,18 +93,66 @@ def load_processor(name: str, parameter: str = "student") -> Any:
     return processor
 
 
+def check_quantizes(quantization: str) -> None:
+    """Refuse a quantised teacher where bitsandbytes or a GPU is missing, before anything is loaded.
+
+    Raises:
+        ParamError: says what to install, or what to set.
+    """
+    if quantization == "none":
+        return
+    if not is_bitsandbytes_available():
+        raise ParamError(
+            f"teacher_quantization is {quantization!r}, which needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer: "
+            "install it (pip install -U bitsandbytes), or set teacher_quantization to none"
+        )
+    if best_device().type != "cuda":
+        raise ParamError(
+            f"teacher_quantization is {quantization!r}, which needs a GPU, and none is seen here: set it to none"
+        )
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers is told: int8 with outliers kept in 16 bits, or 4-bit normal floats that compute in ``dtype``.
+
+    Neither touches the output embedding, whose weight the divergence reads.
+    """
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+        )
+    return None
+
+
 def load_model(
-    name: str, parameter: str = "student", *, trained: bool = True, precision: str = "fp32"
+    name: str,
+    parameter: str = "student",
+    *,
+    trained: bool = True,
+    precision: str = "fp32",
+    quantization: str = "none",
 ) -> PreTrainedModel:
     """The model in evaluation mode on the best device.
 
-    ``trained=False`` (a teacher) freezes it and keeps its weights in ``precision``; otherwise they are float32.
+    ``trained=False`` (a teacher, or what adapters stand on) freezes it and keeps its weights in ``precision``, and
+    those of its linear layers as ``quantization`` says; otherwise they are float32.
     """
     dtype = torch.bfloat16 if precision == "bf16" and not trained else torch.float32
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-        resolve(name, parameter), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        resolve(name, parameter),
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        quantization_config=quantization_config(quantization, dtype),
     )
     model.requires_grad_(trained)
+    if getattr(model, "is_quantized", False):  # transformers has put it on this process's GPU, and it cannot be moved
+        return model.eval()
     return model.to(best_device()).eval()  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -239,11 +239,14 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors that operations make while it is active, and their peak."""
+    """Follows the bytes of all tensors that operations make while it is active, and their peak.
 
-    def __init__(self) -> None:
+    Views count as what they show, but for that of ``old`` tensors.
+    """
+
+    def __init__(self, old: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
-        self.known: set[int] = set()
+        self.known = {tensor.untyped_storage()._cdata for tensor in old}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -266,14 +269,14 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def peak_mib(work: Callable[[], object]) -> float:
-    """The most memory that ``work`` held beyond what was there before, in MiB."""
+def peak_mib(work: Callable[[], object], old: Iterable[torch.Tensor] = ()) -> float:
+    """The most memory that ``work`` held beyond what was there before, in MiB; see `LiveBytes` for ``old``."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with LiveBytes() as live:
+    with LiveBytes(old) as live:
         work()
     return live.peak / 2**20
 

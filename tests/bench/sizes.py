@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from kepo_core.method.prompts import vqa_messages
+from kepo_core.study.architecture import load_config
 from kepo_core.study.embedded import build_config, build_processor
 
 
@@ -37,6 +38,18 @@ class Size:
     tied: bool = True
 
 
+def published(name: str) -> Shape:
+    """The shape of one of the models whose configuration comes with the package."""
+    config, _ = load_config(name)
+    text, vision = config.text_config, config.vision_config
+    return Shape(
+        (text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, text.head_dim,
+         text.intermediate_size),
+        (vision.hidden_size, vision.depth, vision.num_heads, vision.intermediate_size),
+        tuple(vision.deepstack_visual_indexes),
+    )  # fmt: skip
+
+
 SMALL = Shape((128, 4, 4, 2, 32, 384), (64, 3, 4, 192))
 MIDDLE = Shape((256, 6, 8, 4, 32, 768), (128, 4, 4, 384))
 LARGE = Shape((512, 8, 8, 4, 64, 1536), (192, 6, 6, 576))
@@ -44,12 +57,10 @@ SIZES = {
     "small": Size("small", SMALL, MIDDLE, 576, 8, 8, 24),
     "middle": Size("middle", MIDDLE, LARGE, 8_000, 8, 8, 32),
     "large": Size("large", LARGE, Shape((768, 12, 12, 4, 64, 2304), (256, 6, 8, 768)), 32_000, 8, 4, 32),
-    # Qwen3-VL-2B and 32B (text and vision shapes as published), pictures of 384×384: 144 tokens.
+    # The paper's models, with pictures of 384×384: 144 tokens.
     "paper": Size(
-        "paper",
-        Shape((2048, 28, 16, 8, 128, 6144), (1024, 24, 16, 4096), (5, 11, 17)),
-        Shape((5120, 64, 64, 8, 128, 25600), (1152, 27, 16, 4304), (8, 16, 24)),
-        151_936, 2, 8, 512, side=384, patch=16,
+        "paper", published("Qwen/Qwen3-VL-2B-Instruct"), published("Qwen/Qwen3-VL-32B-Instruct"), 151_936, 2, 8, 512,
+        side=384, patch=16,
     ),
 }  # fmt: skip
 
@@ -100,11 +111,12 @@ def processor_of(size: Size) -> Any:
     return processor
 
 
-def dataset_of(size: Size) -> Dataset:
-    """``prompts`` questions with a picture each."""
+def dataset_of(size: Size, uneven: bool = False) -> Dataset:
+    """``prompts`` questions with a picture each; ``uneven``: of several lengths, so that batches are padded."""
     rows = [
         {
-            "id": f"q{i}", "question": f"Question {i}?", "options": ["red", "blue", "green"], "answer": "A",
+            "id": f"q{i}", "question": f"Question {i}?" + " Look!" * i * uneven, "options": ["red", "blue", "green"],
+            "answer": "A",
             "image": Image.effect_noise((size.side, size.side), 60).convert("RGB"),
             "prompt": [],
         }

@@ -17,6 +17,8 @@ from kepo_core.method.resume import last_checkpoint
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.params import Params
+from kepo_core.study.adapters import lora_config
 from kepo_core.study.embedded import build_model, build_processor
 
 STEPS = 6
@@ -30,10 +32,11 @@ WORLDS: dict[str, dict[str, Any]] = {
         "logging_steps": 3, "explore": False,
     },
     "with a reference": {"beta": 0.1, "explore": False},
+    "adapters": {"beta": 0.1, "explore": False, "lora_rank": 2},
 }  # fmt: skip
 
 
-def make(folder: Path, **overrides: Any) -> KEPOTrainer:
+def make(folder: Path, lora_rank: int = 0, **overrides: Any) -> KEPOTrainer:
     args = config(
         folder, **{
             "max_steps": STEPS, "max_completion_length": 6, "tau": 0.0, "hint_max_tokens": 8, "rejection_budget": 2,
@@ -47,7 +50,10 @@ def make(folder: Path, **overrides: Any) -> KEPOTrainer:
         if not path.exists():
             student.save_pretrained(path)
         student = type(student).from_pretrained(path)
-    return KEPOTrainer(student, None, args, make_dataset(), teacher=teacher, processing_class=build_processor())
+    lora = lora_config(student, Params(lora_rank=lora_rank))
+    return KEPOTrainer(
+        student, None, args, make_dataset(), teacher=teacher, processing_class=build_processor(), peft_config=lora
+    )
 
 
 def state(trainer: KEPOTrainer) -> tuple[pd.DataFrame, torch.Tensor, torch.Tensor]:
@@ -77,6 +83,7 @@ def assert_equal(one: KEPOTrainer, other: KEPOTrainer) -> None:
     [
         ("one step a window", (1, STEPS)),
         ("a window over two steps", (1, 3)),
+        ("adapters", (2,)),
         *(pytest.param(world, range(1, STEPS + 1), marks=pytest.mark.slow) for world in WORLDS),
     ],
 )

@@ -1,0 +1,80 @@
+"""What parameters have to fulfil together."""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from kepo_core.params_io import ParamError
+
+#: Where the server is and how it is asked, which changes no result: it may move before a run is resumed.
+SERVER = ("teacher_url", "teacher_timeout", "teacher_retries", "teacher_concurrency")
+
+
+def check_together(params: Any) -> None:
+    """Raise `ParamError`, a sentence that names what to change, for ``Params`` that do not go together."""
+    largest = 1 if params.gate_reward == "accuracy" else 2
+    if params.tau > largest:
+        raise ParamError(
+            f"tau must lie between 0 and {largest}, the largest {params.gate_reward} reward (gate_reward), "
+            f"got {params.tau:g}"
+        )
+    if params.thinking and (params.method == "sft" or (params.method == "gkd" and params.gkd_lambda < 1)):
+        raise ParamError(
+            f"method {params.method} learns from the right answers (gkd with gkd_lambda below 1), which come without "
+            "reasoning: set thinking to False"
+        )
+    if params.method == "kepo" and params.explore and not params.thinking:
+        raise ParamError(
+            "explore needs thinking: the paper has no hint-aware prompt without it; set explore to False or "
+            "thinking to True"
+        )
+    if params.injected_per_group >= params.group_size:
+        raise ParamError(
+            f"injected_per_group must be smaller than group_size ({params.group_size}), so that originals stay, "
+            f"got {params.injected_per_group}"
+        )
+    if params.prompts_per_step % (params.prompts_per_device * params.processes):
+        raise ParamError(
+            f"prompts_per_step must be a multiple of prompts_per_device × processes ({params.prompts_per_device} × "
+            f"{params.processes}), got {params.prompts_per_step}"
+        )
+    if params.use_vllm and params.method == "gkd":
+        raise ParamError("use_vllm draws the rollouts of method kepo, not of gkd: set use_vllm to False")
+    if params.use_vllm and bool(params.vllm_server_base_url) != (params.vllm_mode == "server"):
+        raise ParamError(
+            f"vllm_server_base_url must be set for vllm_mode server and for no other, got "
+            f"{params.vllm_server_base_url!r} with {params.vllm_mode}"
+        )
+    if params.eval_samples > 1 and not params.eval_temperature:
+        raise ParamError(
+            f"eval_samples is {params.eval_samples} but eval_temperature is 0, and greedy answers are all the same: "
+            "set eval_temperature, to 1 say"
+        )
+    _check_served(params)
+    if params.max_steps == 0:
+        raise ParamError("max_steps must be -1 (as epochs say) or at least 1, got 0")
+
+
+def _check_served(params: Any) -> None:
+    """Raise `ParamError` unless the ``Params`` name a server and what is asked of it, or neither.
+
+    A server's key comes from the environment: what stands in a parameter is written into run folders.
+    """
+    if bool(params.teacher_url) != bool(params.teacher_top_k):
+        raise ParamError(
+            f"teacher_url is {params.teacher_url!r} and teacher_top_k {params.teacher_top_k}, expected both for a "
+            "served teacher, or neither; vLLM tells the 20 likeliest tokens, or as many as its --max-logprobs says"
+        )
+    if not params.teacher_url:
+        return
+    address = urlsplit(params.teacher_url)
+    if address.username is not None or address.password is not None:
+        raise ParamError("teacher_url must hold no name or password: the server's key comes from $KEPO_TEACHER_KEY")
+    if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
+        raise ParamError(f"teacher_url must be like http://HOST:8000/v1, got {params.teacher_url!r}")
+    if params.method == "gkd":
+        raise ParamError("method gkd needs the whole of the teacher's distribution: leave teacher_url empty")
+    if params.method == "kepo" and params.distill and params.distill_temperature != 1:
+        raise ParamError(
+            f"distill_temperature must be 1 where teacher_url is set, got {params.distill_temperature:g}: it divides "
+            "all logits, and a served teacher tells the log-probabilities of its likeliest tokens"
+        )
