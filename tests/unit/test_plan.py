@@ -120,7 +120,7 @@ def test_the_papers_setting_needs_shards(nothing_loads: None, capsys: pytest.Cap
     assert main(["plan", "params/paper.yaml", "--gpu", "80GB", *four_bit]) == 0
 
 
-def test_what_is_held_is_arithmetic(nothing_loads: None) -> None:
+def test_what_the_papers_models_hold_is_arithmetic(nothing_loads: None) -> None:
     """2,127,532,032 parameters: 4 bytes each as masters, 8 in the optimizer; shards are quarters."""
     p, t = 2_127_532_032, 33_357_390_064
     setting = paper(beta=0.1)
