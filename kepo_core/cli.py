@@ -18,11 +18,11 @@ from kepo_core.data.errors import DataError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.params import ParamError, Params, checked, resolve
 
-#: What `runs.Run.state` says, and of folders that cannot be read.
+#: What `run.Run.state` says, and of folders that cannot be read.
 _STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")
 
 if TYPE_CHECKING:
-    from kepo_core.study import jobs
+    from kepo_core.runs import jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(Params.load(arguments.file).to_yaml(), end="")
             return COMPLETED
         if arguments.command == "resume":
-            from kepo_core.study.execution import resume_run
+            from kepo_core.runs.execution import resume_run
 
             return resume_run(arguments.run)
         if arguments.command == "join":
@@ -89,7 +89,7 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> 
     if not path.is_file():
         raise ParamError(f"notebook {notebook} does not exist")
     params = Params.load(file or overrides.get("params_file"), overrides)
-    from kepo_core.study import execution  # imported once the parameters are known to fit: it takes a second
+    from kepo_core.runs import execution
 
     return execution.run_notebook(path, params, overrides)
 
@@ -99,7 +99,8 @@ def join_run(run: str, rank: int) -> int:
 
     Raises `ParamError` where there is no such run, or it is not about to train.
     """
-    from kepo_core.study import execution, launch
+    from kepo_core.runs import execution
+    from kepo_core.study import launch
 
     signal.signal(signal.SIGTERM, execution.interrupt)
     try:
@@ -118,7 +119,7 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     Raises ``DataError`` if the data cannot be read at all or, under ``strict``, for the first row that cannot.
     """
     from kepo_core.data.check import check
-    from kepo_core.study.files import write_atomically
+    from kepo_core.runs.files import write_atomically
 
     checked = check(Path(path), strict)
     print(checked.as_text())
@@ -132,13 +133,13 @@ def write_reports(what: Sequence[str], results: str | None) -> int:
 
     Prints what it wrote. Raises `ParamError` or ``DataError`` where there is nothing to render.
     """
-    from kepo_core.study.index import write_index
-    from kepo_core.study.report import write_page, write_report
-    from kepo_core.study.runs import Run
+    from kepo_core.pages.index import write_index
+    from kepo_core.pages.report import write_page, write_report
+    from kepo_core.runs.run import Run
 
     for name in what:
         if name.endswith((".yaml", ".yml")):
-            from kepo_core.study.study_report import write_study_report
+            from kepo_core.pages.study_report import write_study_report
 
             page = write_study_report(name)
         elif name.endswith(".ipynb"):
@@ -158,7 +159,9 @@ def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
     They compute on this machine, or on the cluster that ``cluster_file`` describes. Raises `ParamError` or
     ``DataError`` before anything runs if a file or the data do not fit.
     """
-    from kepo_core.study import board, execution, experiment, jobs, studies
+    from kepo_core.analysis import studies
+    from kepo_core.runs import board, execution, jobs
+    from kepo_core.study import experiment
 
     study = studies.read_study(file)
     places = jobs.Here(slots) if cluster_file is None else _cluster(cluster_file, study.base.results_dir, slots)
@@ -190,7 +193,7 @@ def plan_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     params = Params.load(arguments.file, overrides)
     if arguments.prompt_tokens is not None and arguments.prompt_tokens < 1:
         raise ParamError(f"--prompt-tokens must be at least 1, got {arguments.prompt_tokens}")
-    from kepo_core.study import plan  # it takes seconds
+    from kepo_core.study import plan
 
     text, fits = plan.as_text(*plan.read(params, arguments.prompt_tokens, plan.gpu_bytes(arguments.gpu)))
     print(f"{arguments.file} on {text}")
@@ -198,7 +201,7 @@ def plan_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _cluster(file: str, results_dir: str, slots: int) -> "jobs.Places":
-    from kepo_core.study.cluster import Cluster  # submitit is wanted by nobody else
+    from kepo_core.runs.cluster import Cluster  # submitit is wanted by nobody else
 
     return Cluster(file, results_dir, slots)
 
@@ -228,7 +231,7 @@ def look_at_runs(arguments: argparse.Namespace) -> int:
 
     Raises `ParamError` for a name that is not that of one run, and for a parameter that there is not.
     """
-    from kepo_core.study import listing, verification
+    from kepo_core.runs import listing, verification
 
     results, code = resolve(arguments.results), COMPLETED
     if arguments.action == "show":

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 from transformers import Qwen3VLForConditionalGeneration
 
-from kepo_core.study.embedded import build_model, build_processor
 from kepo_core.study.processor import ImageOnlyQwenProcessor
+from kepo_core.testbed.embedded import build_model, build_processor
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from PIL import Image
 from kepo_core.method.prompts import vqa_messages
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
-from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.testbed.embedded import build_model, build_processor
 
 RIGHT = "<think>red</think><answer>{answer}</answer>"
 WRONG = "<think>blue or so</think><answer>{other}</answer>"

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
+from kepo_core.analysis import curves, diagnosis, statistics
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
 from kepo_core.data.errors import DataError
@@ -30,12 +31,13 @@ from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
-from kepo_core.study import curves, diagnosis, launch, live, serving, statistics
+from kepo_core.runs import live
+from kepo_core.runs.metrics import MetricsWriter, forget_after
+from kepo_core.runs.run import Run
+from kepo_core.study import launch, serving
 from kepo_core.study.adapters import lora_config, save_student
 from kepo_core.study.evaluation import Progress, evaluate
-from kepo_core.study.metrics import MetricsWriter, forget_after
 from kepo_core.study.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
-from kepo_core.study.runs import Run
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 
 from kepo_core.params import ParamError, Params, project_root, resolve
-from kepo_core.study.files import read_json, write_json
-from kepo_core.study.live import LiveTraining, read_step
-from kepo_core.study.runs import Run
+from kepo_core.runs.files import read_json, write_json
+from kepo_core.runs.live import LiveTraining, read_step
+from kepo_core.runs.run import Run
 
 #: How the processes of a run without ``accelerate_config`` share the models: each has all of them.
 WHOLE = "params/accelerate/ddp.yaml"

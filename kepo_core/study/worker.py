@@ -6,8 +6,9 @@ import traceback
 from pathlib import Path
 
 from kepo_core.quiet import quiet_third_parties
-from kepo_core.study import experiment, launch, live
-from kepo_core.study.runs import Run
+from kepo_core.runs import live
+from kepo_core.runs.run import Run
+from kepo_core.study import experiment, launch
 
 
 def main(folder: str) -> int:

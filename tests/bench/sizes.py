@@ -10,7 +10,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from kepo_core.method.prompts import vqa_messages
 from kepo_core.study.architecture import load_config
-from kepo_core.study.embedded import build_config, build_processor
+from kepo_core.testbed.embedded import build_config, build_processor
 
 
 @dataclass(frozen=True)

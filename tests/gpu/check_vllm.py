@@ -20,8 +20,8 @@ import pandas as pd
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import ParamError, Params
 from kepo_core.quiet import quiet_third_parties
+from kepo_core.runs.run import Run
 from kepo_core.study import experiment
-from kepo_core.study.runs import Run
 
 
 def parameters(arguments: argparse.Namespace, folder: str) -> Params:

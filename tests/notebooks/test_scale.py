@@ -14,9 +14,9 @@ import yaml
 
 from kepo_core.cli import main
 from kepo_core.params import Params, project_root
-from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.runs.run import Run
 from kepo_core.study.models import save_embedded
-from kepo_core.study.runs import Run
+from kepo_core.testbed.embedded import build_model, build_processor
 
 ROOT = project_root()
 NOTEBOOK = "notebooks/03_train_kepo.ipynb"

@@ -8,7 +8,7 @@ import torch
 from kepo_harness import batch_of, make_dataset, make_trainer, right, sharp_model, wrong
 from trl import DistillationConfig, DistillationTrainer
 
-from kepo_core.study.embedded import build_processor
+from kepo_core.testbed.embedded import build_processor
 
 
 def says(text: str, row: dict[str, Any], before: int, hinted: bool) -> str:

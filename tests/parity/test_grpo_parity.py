@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from kepo_core.method import objective
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
-from kepo_core.study.embedded import CHAT_TEMPLATE, VOCAB_SIZE, build_model, build_processor
+from kepo_core.testbed.embedded import CHAT_TEMPLATE, VOCAB_SIZE, build_model, build_processor
 
 
 def token_reward(completions: list, completion_ids: list, **_: Any) -> list[float]:

@@ -11,7 +11,7 @@ from two_processes import sharded, whole
 
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
-from kepo_core.study.embedded import build_processor
+from kepo_core.testbed.embedded import build_processor
 
 
 def main(output_dir: Path, world_size: int, settings: dict[str, str]) -> None:

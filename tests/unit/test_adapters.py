@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from kepo_core.data import phantom
 from kepo_core.data.records import MODALITIES
 from kepo_core.params import Params
+from kepo_core.runs.run import Run
 from kepo_core.study import experiment
 from kepo_core.study.adapters import language_layers, lora_config, merged
-from kepo_core.study.embedded import build_model
 from kepo_core.study.models import load_model, load_processor
-from kepo_core.study.runs import Run
+from kepo_core.testbed.embedded import build_model
 
 
 def test_adapters_are_merged_by_the_book() -> None:

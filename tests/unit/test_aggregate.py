@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kepo_core.study.aggregate import (
+from kepo_core.analysis.aggregate import (
     holm,
     interquartile_mean,
     mean_over_runs,

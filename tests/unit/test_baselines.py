@@ -14,7 +14,7 @@ from kepo_core.baselines.supervised import answer_text, sft_trainer, supervised_
 from kepo_core.data.images import load_image
 from kepo_core.data.records import Question
 from kepo_core.method.prompts import vqa_messages
-from kepo_core.study.embedded import build_processor
+from kepo_core.testbed.embedded import build_processor
 
 
 def arguments(folder: Path, **overrides: Any) -> dict[str, Any]:

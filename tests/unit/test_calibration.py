@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kepo_core.analysis.intervals import wilson_interval
 from kepo_core.data.phantom import Facts
 from kepo_core.data.records import LETTERS, Question
-from kepo_core.study import calibration
-from kepo_core.study.calibration import Measured, image_clues, letter_clues, prior, question_clues
-from kepo_core.study.intervals import wilson_interval
+from kepo_core.testbed import calibration
+from kepo_core.testbed.calibration import Measured, image_clues, letter_clues, prior, question_clues
 
 
 def test_a_share_has_wilsons_interval_and_meets_its_target_or_not() -> None:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kepo_core.analysis.aggregate import Estimate
+from kepo_core.analysis.claims import METRICS, Claim, Outcome, claims, claims_table, score, thirds, verdict
 from kepo_core.data.records import Answer, AnswerOutcome
-from kepo_core.study.aggregate import Estimate
-from kepo_core.study.claims import METRICS, Claim, Outcome, claims, claims_table, score, thirds, verdict
 from kepo_core.study.methods import methods, paper_table
 
 MADE = Answer("", "MRI", "", "", AnswerOutcome.CORRECT, "A", True, True, 5, True)

@@ -18,10 +18,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kepo_core.cli import REFUSED, main
 from kepo_core.exit_codes import COMPLETED, INTERRUPTED
 from kepo_core.params import ParamError, Params
-from kepo_core.study import cluster, jobs, provenance, shelf
-from kepo_core.study.cluster import Cluster
-from kepo_core.study.live import read_progress
-from kepo_core.study.runs import Run
+from kepo_core.runs import cluster, jobs, provenance, shelf
+from kepo_core.runs.cluster import Cluster
+from kepo_core.runs.live import read_progress
+from kepo_core.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
 DATA = {"train_items": 2}
@@ -32,7 +32,7 @@ SLURM = "cluster: slurm\nslots: 3\ntimeout_min: 90\ngpus_per_node: 2\ncpus_per_t
 STUB = """
 import os, time
 from kepo_core.params import Params
-from kepo_core.study.runs import Run
+from kepo_core.runs.run import Run
 run = Run.for_notebook(Params.from_notebook(globals()))
 run.remember(data={data})
 print("training   ██░░ 1/2  0:01, 0:01 left", flush=True)
@@ -194,7 +194,7 @@ def test_a_job_that_ends_without_a_word_has_failed(project: Path, slurm: Path, m
 NODE = """
 import sys
 from kepo_core.params import Params
-from kepo_core.study import cluster, jobs, shelf
+from kepo_core.runs import cluster, jobs, shelf
 from pathlib import Path
 sys.executable = sys.argv[1]
 print("begins", flush=True)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kepo_core.analysis.answers import correctness, from_table, to_table
+from kepo_core.analysis.curves import CurveWriter, asked, bands, collect, forget_after
 from kepo_core.data.records import Answer, AnswerOutcome, Question
-from kepo_core.study.answers import correctness, from_table, to_table
-from kepo_core.study.curves import CurveWriter, asked, bands, collect, forget_after
 
 MADE = Answer("", "MRI", "", "", AnswerOutcome.CORRECT, "A", True, True, 5, True)
 

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kepo_core.analysis import diagnosis
+from kepo_core.analysis.diagnosis import ACCEPTANCE, read_training, training_table, warnings_for
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.method.rollouts import GLOSSARY
-from kepo_core.study import diagnosis
-from kepo_core.study.diagnosis import ACCEPTANCE, read_training, training_table, warnings_for
 
 STEPS = 40
 

@@ -4,9 +4,9 @@ import pytest
 
 from kepo_core.params import Params
 from kepo_core.study import experiment
-from kepo_core.study.calibration import Calibration, Measured
-from kepo_core.study.embedded import EMBEDDED_DIR, build_tokenizer
 from kepo_core.study.models import load_processor
+from kepo_core.testbed.calibration import Calibration, Measured
+from kepo_core.testbed.embedded import EMBEDDED_DIR, build_tokenizer
 
 pytestmark = pytest.mark.xdist_group("embedded")  # one process: what its tests share takes long to make
 

@@ -9,15 +9,16 @@ import torch
 from PIL import Image
 from trl import GRPOConfig
 
+from kepo_core.analysis import statistics
 from kepo_core.data import phantom
 from kepo_core.data.errors import DataError
 from kepo_core.data.records import MODALITIES
 from kepo_core.method.config import KEPOConfig
 from kepo_core.params import ParamError, Params
-from kepo_core.study import experiment, statistics
-from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.runs.run import Run
+from kepo_core.study import experiment
 from kepo_core.study.models import save_embedded
-from kepo_core.study.runs import Run
+from kepo_core.testbed.embedded import build_model, build_processor
 
 pytestmark = pytest.mark.xdist_group("experiment")  # one process: what its tests share takes long to make
 

@@ -14,8 +14,8 @@ from kepo_core.data import phantom
 from kepo_core.data.errors import DataError
 from kepo_core.data.phantom import Asked, Facts
 from kepo_core.data.records import LETTERS, Answer, AnswerOutcome, Question
-from kepo_core.study.faithfulness import Faithfulness, faithfulness_table, judge, judge_rollouts, thought
-from kepo_core.study.lessons import believed, careful, guess, sloppy
+from kepo_core.testbed.faithfulness import Faithfulness, faithfulness_table, judge, judge_rollouts, thought
+from kepo_core.testbed.lessons import believed, careful, guess, sloppy
 
 FACTS = Facts("CT", "ring", "upper left", "small", "two", "dark")
 TOPICS = {topic.name: topic for topic in phantom.TOPICS}

@@ -11,8 +11,8 @@ from kepo_harness import batch_of, make_dataset, make_row, make_trainer, right, 
 
 from kepo_core.method.config import _CHOICES, KEPOConfig
 from kepo_core.params import Params, project_root
-from kepo_core.study.embedded import build_model
 from kepo_core.study.experiment import training_config
+from kepo_core.testbed.embedded import build_model
 
 ROOT = project_root()
 

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from kepo_core.analysis.intervals import wilson_interval
 from kepo_core.data.records import MODALITIES, Question
-from kepo_core.study import figures
-from kepo_core.study.intervals import wilson_interval
+from kepo_core.pages import figures
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from kepo_core.data.phantom import Facts
 from kepo_core.data.records import Question
 from kepo_core.data.splits import image_key
 from kepo_core.method.rollouts import Rollout
-from kepo_core.study.gallery import show_rollouts
-from kepo_core.study.report import clean_html
+from kepo_core.pages.gallery import show_rollouts
+from kepo_core.pages.report import clean_html
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&lt;<b>"
 PLAIN = Rollout(

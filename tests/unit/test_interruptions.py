@@ -19,14 +19,15 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from kepo_core.cli import main
 from kepo_core.params import ParamError, Params
-from kepo_core.study import checksums, execution, files, runs, verification
-from kepo_core.study.runs import Run
+from kepo_core.runs import checksums, execution, files, verification
+from kepo_core.runs import run
+from kepo_core.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
 HEADER = """
 import pandas as pd, shutil
 from kepo_core.params import Params
-from kepo_core.study.runs import Run
+from kepo_core.runs.run import Run
 run = Run.for_notebook(Params.from_notebook(globals()))
 """
 

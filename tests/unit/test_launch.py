@@ -15,9 +15,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, pa
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from kepo_core.params import ParamError, Params, project_root
-from kepo_core.study import launch, live
-from kepo_core.study.files import read_json
-from kepo_core.study.runs import Run
+from kepo_core.runs import live
+from kepo_core.runs.files import read_json
+from kepo_core.runs.run import Run
+from kepo_core.study import launch
 
 FOLDER = project_root() / "params/accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from kepo_core.analysis.answers import to_table
 from kepo_core.cli import main
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.params import PLACES, ParamError, Params
 from kepo_core.params_io import short_hash
-from kepo_core.study import checksums, listing, provenance, verification
-from kepo_core.study.answers import to_table
-from kepo_core.study.runs import Run
+from kepo_core.runs import checksums, listing, provenance, verification
+from kepo_core.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
 HEADLINE = {"MRI before": 0.25, "MRI after": 0.75, "Avg. before": 0.5, "Avg. after": 0.625}

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kepo_core.analysis.statistics import accuracy_table
 from kepo_core.data import phantom
 from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
 from kepo_core.params import ParamError, Params
+from kepo_core.runs.run import Run
 from kepo_core.study import experiment
 from kepo_core.study.experiment import StudyData
 from kepo_core.study.methods import as_markdown, beside_paper, choose, method, methods, paper_table, table
-from kepo_core.study.runs import Run
-from kepo_core.study.statistics import accuracy_table
 
 pytestmark = pytest.mark.xdist_group("methods")  # one process: what its tests share takes long to make
 

@@ -27,9 +27,9 @@ from kepo_core.method import prompts
 from kepo_core.method.teacher import Teacher
 from kepo_core.params import ParamError, Params
 from kepo_core.study import experiment, models
-from kepo_core.study.embedded import build_config, build_model, build_processor
 from kepo_core.study.evaluation import evaluate
 from kepo_core.study.models import check_same_vocabulary, load_model, load_processor, resolve, save_embedded
+from kepo_core.testbed.embedded import build_config, build_model, build_processor
 
 
 def test_saved_model_and_processor_come_back(tmp_path: Path, tiny_model) -> None:

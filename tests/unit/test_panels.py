@@ -10,7 +10,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from kepo_core.study import figures, panels
+from kepo_core.pages import figures, panels
 from kepo_core.study.methods import released_curves
 
 

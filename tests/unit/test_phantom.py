@@ -13,7 +13,7 @@ from kepo_core.data import phantom
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import CONTRASTS, KINDS, PLACES, TOPICS, Facts
 from kepo_core.data.records import MODALITIES, QUESTION_TYPES
-from kepo_core.study.lessons import Pool
+from kepo_core.testbed.lessons import Pool
 
 pytestmark = pytest.mark.xdist_group("phantom")  # one process: what its tests share takes long to make
 

@@ -15,8 +15,8 @@ from kepo_core.params import ParamError, Params
 from kepo_core.study import architecture as shapes
 from kepo_core.study import memory, plan
 from kepo_core.study.adapters import lora_config
-from kepo_core.study.embedded import build_config
 from kepo_core.study.models import load_model
+from kepo_core.testbed.embedded import build_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 

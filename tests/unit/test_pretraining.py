@@ -10,7 +10,7 @@ from kepo_core.data import phantom
 from kepo_core.data.phantom import Asked, Facts
 from kepo_core.data.records import LETTERS
 from kepo_core.method.rewards import score
-from kepo_core.study.lessons import (
+from kepo_core.testbed.lessons import (
     LETTER_WEIGHT,
     NO_HABITS,
     STUDENT_HABITS,
@@ -23,7 +23,7 @@ from kepo_core.study.lessons import (
     guess,
     sloppy,
 )
-from kepo_core.study.pretraining import Recipe, pretrain
+from kepo_core.testbed.pretraining import Recipe, pretrain
 
 pytestmark = pytest.mark.xdist_group("pretraining")  # one process: what its tests share takes long to make
 
@@ -105,7 +105,7 @@ def test_fact_labels_are_indices_of_words() -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Pool:
-    from kepo_core.study.embedded import build_processor
+    from kepo_core.testbed.embedded import build_processor
 
     return Pool.draw(build_processor(), 40, 3)
 

@@ -10,10 +10,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from kepo_core.cli import main
+from kepo_core.pages import gallery
+from kepo_core.pages.report import clean_html, render, write_report
 from kepo_core.params import Params
-from kepo_core.study import gallery
-from kepo_core.study.report import clean_html, render, write_report
-from kepo_core.study.runs import Run
+from kepo_core.runs.run import Run
 
 HOSTILE = '<script>alert("owned")</script><img src=x onerror=alert(1)><img src="http://example.org/track.png">'
 

@@ -19,7 +19,7 @@ from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
 from kepo_core.study.adapters import lora_config
-from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.testbed.embedded import build_model, build_processor
 
 STEPS = 6
 CLOCK = ("runtime", "per_second", "step_time")

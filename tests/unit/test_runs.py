@@ -12,10 +12,10 @@ from transformers import TrainerControl, TrainerState
 
 from kepo_core.method.rollouts import Rollout, write_rollouts
 from kepo_core.params import ParamError, Params
-from kepo_core.study import provenance
-from kepo_core.study.files import json_line, write_atomically, write_json
-from kepo_core.study.metrics import MetricsWriter, is_timing
-from kepo_core.study.runs import Run
+from kepo_core.runs import provenance
+from kepo_core.runs.files import json_line, write_atomically, write_json
+from kepo_core.runs.metrics import MetricsWriter, is_timing
+from kepo_core.runs.run import Run
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_new_folder_says_when_what_and_with_which_parameters(params):
 
 def test_runs_of_the_same_second_do_not_share_a_folder(params, monkeypatch):
     moment = time.gmtime(0)
-    monkeypatch.setattr("kepo_core.study.runs.time.gmtime", lambda: moment)
+    monkeypatch.setattr("kepo_core.runs.run.time.gmtime", lambda: moment)
     names = [Run.allocate(params).path.name for _ in range(3)]
     base = f"19700101T000000Z-kepo-tau1-{params.hash}"
     assert names == [base, f"{base}-2", f"{base}-3"]

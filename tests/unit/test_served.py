@@ -20,11 +20,11 @@ from kepo_core.method.served import Completion, ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import ParamError, Params
+from kepo_core.runs.run import Run
 from kepo_core.study import experiment
 from kepo_core.study import serving as study_serving
-from kepo_core.study.embedded import build_model, build_processor
 from kepo_core.study.models import load_model, load_processor
-from kepo_core.study.runs import Run
+from kepo_core.testbed.embedded import build_model, build_processor
 
 #: The tokens of the untrained models: the rows of their heads.
 VOCABULARY = build_model("test", 0).lm_head.weight.shape[0]

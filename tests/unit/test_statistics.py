@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kepo_core.data.records import Answer, AnswerOutcome, Question
-from kepo_core.study.intervals import design_effect, difference_interval, mean_interval, wilson_interval
-from kepo_core.study.statistics import (
+from kepo_core.analysis.intervals import design_effect, difference_interval, mean_interval, wilson_interval
+from kepo_core.analysis.statistics import (
     accuracy_table,
     bootstrap_difference,
     chance_levels,
@@ -19,6 +18,7 @@ from kepo_core.study.statistics import (
     paired_differences,
     type_table,
 )
+from kepo_core.data.records import Answer, AnswerOutcome, Question
 
 
 def answers(correct, modality="MRI", prefix=None):

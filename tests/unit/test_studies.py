@@ -9,11 +9,12 @@ import pytest
 from scipy import stats
 
 from kepo_core import cli
+from kepo_core.analysis.aggregate import mean_over_runs
+from kepo_core.analysis.studies import comparison_table, read_study, results_table
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.params import ParamError, Params, project_root
-from kepo_core.study import experiment, jobs, shelf
-from kepo_core.study.aggregate import mean_over_runs
-from kepo_core.study.studies import comparison_table, read_study, results_table
+from kepo_core.runs import jobs, shelf
+from kepo_core.study import experiment
 
 ROOT = Path(__file__).parents[2]
 FILE = """

@@ -9,11 +9,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from kepo_core.analysis import survey
 from kepo_core.data.errors import DataError
 from kepo_core.data.images import load_image
 from kepo_core.data.records import Question
 from kepo_core.method.prompts import vqa_messages
-from kepo_core.study import figures, survey
+from kepo_core.pages import figures
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from kepo_core.method.prompts import hint_aware_messages, hint_messages
 from kepo_core.method.teacher import Teacher, parse_hint, select_rows
-from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.testbed.embedded import build_model, build_processor
 
 
 @pytest.fixture(scope="module")

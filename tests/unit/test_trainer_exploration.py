@@ -22,7 +22,7 @@ from kepo_harness import (
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
-from kepo_core.study.embedded import build_processor
+from kepo_core.testbed.embedded import build_processor
 
 
 def test_a_failed_group_explores_with_its_own_hint_answer_and_image(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from kepo_core.method.exploration import leaving_members
 from kepo_core.method.rollouts import GLOSSARY, collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
-from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.testbed.embedded import build_model, build_processor
 
 
 def test_metrics_are_taken_before_injection_and_each_has_a_definition(tmp_path: Path) -> None:

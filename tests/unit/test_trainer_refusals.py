@@ -22,7 +22,7 @@ from kepo_core.method.rewards import reward_functions
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
 from kepo_core.params import ParamError, Params
-from kepo_core.study.embedded import build_model, build_processor
+from kepo_core.testbed.embedded import build_model, build_processor
 
 
 @pytest.mark.parametrize(

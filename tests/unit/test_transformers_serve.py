@@ -18,8 +18,8 @@ from kepo_core.method.dataset import to_dataset
 from kepo_core.method.served import ServedTeacher
 from kepo_core.params import Params
 from kepo_core.study import experiment
-from kepo_core.study.embedded import EMBEDDED_DIR
 from kepo_core.study.models import load_processor
+from kepo_core.testbed.embedded import EMBEDDED_DIR
 
 MISSING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
 pytestmark = [

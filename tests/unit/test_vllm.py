@@ -18,8 +18,8 @@ from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
 from kepo_core.study import launch
-from kepo_core.study.embedded import build_processor
 from kepo_core.study.experiment import training_config
+from kepo_core.testbed.embedded import build_processor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 import check_vllm

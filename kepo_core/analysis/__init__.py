@@ -1,0 +1,1 @@
+"""Records of runs → tables, estimates with intervals, verdicts."""

@@ -1,0 +1,152 @@
+"""The paper's claims, put to the test on a study's runs: estimate, interval, verdict (``claims.yaml``)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from numpy.typing import NDArray
+
+from kepo_core.analysis.aggregate import Estimate, holm, mean_over_runs_and_images
+from kepo_core.analysis.answers import Curve, correctness
+from kepo_core.data.records import Answer
+
+#: What a claim's difference is taken of, always out of distribution. Thirds are of the optimiser steps.
+METRICS = {
+    "final": "accuracy of the trained model",
+    "early": "mean accuracy over the first third of training",
+    "throughout": "mean accuracy over all of training",
+    "late change": "mean accuracy over the last third of training less that over the middle third",
+}
+_MARGIN = 0.01  # what "does not help" leaves room for
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the paper: of method ``of`` against ``against``, the difference in ``metric`` is as ``expected``.
+
+    ``expected``: "above" or "below" 0, or "not above" a point.
+    """
+
+    claim: str
+    source: str
+    of: str
+    against: str
+    metric: str
+    expected: str
+
+
+@cache
+def claims() -> tuple[Claim, ...]:
+    """All of them, in the order of the file."""
+    entries = yaml.safe_load((Path(__file__).parent / "claims.yaml").read_text(encoding="utf-8"))
+    return tuple(Claim(**entry) for entry in entries)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run left: the trained model's answers to all test questions, its curve (empty without one), and the
+    untrained student's answers (empty where nothing was trained).
+    """
+
+    answers: Sequence[Answer]
+    curve: Curve
+    before: Sequence[Answer] = ()
+
+
+Outcomes = Mapping[str, Mapping[tuple[int, int], Outcome]]  # method → (student, seed) → what that run left
+
+
+def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
+    """A row for every claim that ``outcomes`` can speak of: both methods there, with a curve where the metric needs it.
+
+    Runs are paired by student and seed. ``points``: the difference with a 95 % interval over runs and images
+    (``mean_over_runs_and_images``), out of distribution: averaged over all modalities but ``in_domain``. ``p (Holm)``:
+    that it is 0 (or the margin), adjusted for the number of claims in the table. ``verdict``, at an adjusted p of 0.05:
+    *held*, *not held* where the opposite is shown, else *cannot be told*, as where a claim is about degrading and the
+    other method does not degrade. With a single run all this is about questions alone.
+    """
+    found: dict[Claim, Estimate] = {}
+    for claim in claims():
+        estimate = _estimate(claim, outcomes, images, in_domain)
+        if estimate is not None:
+            found[claim] = estimate
+    adjusted = holm([1.0 if np.isnan(e.p) else e.p for e in found.values()])
+    rows = [
+        {
+            "claim": claim.claim,
+            "in the paper": claim.source,
+            "difference": f"{claim.of} − {claim.against}, {claim.metric}",
+            "runs": estimate.runs,
+            "points [95 %]": f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]",
+            "p (Holm)": f"{p:.2g}",
+            "verdict": verdict(claim, estimate, p),
+        }
+        for (claim, estimate), p in zip(found.items(), adjusted, strict=True)
+    ]
+    columns = ["claim", "in the paper", "difference", "runs", "points [95 %]", "p (Holm)", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def verdict(claim: Claim, estimate: Estimate, p: float) -> str:
+    """What an estimate says of a claim, with ``p`` adjusted for the number of claims."""
+    if p > 0.05:
+        return "cannot be told"
+    bound = _MARGIN if claim.expected == "not above" else 0.0
+    return "held" if (estimate.value > bound) == (claim.expected == "above") else "not held"
+
+
+def _estimate(claim: Claim, outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -> Estimate | None:
+    """The difference; its p is against the margin where the claim has one. None where runs or curves are missing."""
+    ours, theirs = outcomes.get(claim.of, {}), outcomes.get(claim.against, {})
+    keys = [key for key in ours if key in theirs]
+    if claim.metric != "final":
+        keys = [key for key in keys if all(thirds(run.curve) for run in (ours[key], theirs[key]))]
+    if not keys:
+        return None
+    first = ours[keys[0]]
+    order = [a for a in (first.curve[0] if claim.metric != "final" else first.answers) if a.modality != in_domain]
+    if not order:
+        return None
+    scores = [np.stack([score(side[key], claim.metric, order) for key in keys]) for side in (ours, theirs)]
+    change = scores[0] - scores[1]
+    where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
+    who = [key[0] for key in keys]
+    estimate = mean_over_runs_and_images(change, where, tasks, students_R=who)
+    if claim.metric == "late change" and mean_over_runs_and_images(scores[1], where, tasks, students_R=who).value >= 0:
+        return replace(estimate, p=np.nan)  # what does not degrade cannot degrade more: a slow learner would always win
+    if claim.expected != "not above":
+        return estimate
+    shifted = mean_over_runs_and_images(change - _MARGIN, where, tasks, students_R=who)
+    return replace(estimate, p=shifted.p)
+
+
+def score(outcome: Outcome, metric: str, order: Sequence[Answer]) -> NDArray[np.float64]:
+    """What each question of ``order`` contributes to ``metric`` of a run: (items,) in [-1, 1].
+
+    Raises ``ValueError`` if the run did not answer one of them.
+    """
+    if metric == "final":
+        return correctness(outcome.answers, order)
+    first, middle, last = thirds(outcome.curve) or ([], [], [])
+    if not first:
+        raise ValueError("curve: a third of training has no step at which questions were asked, expected one in each.")
+
+    def mean(steps: Sequence[int]) -> NDArray[np.float64]:
+        right = [correctness(outcome.curve[step], order) for step in steps]
+        return np.asarray(np.mean(right, axis=0), dtype=np.float64)
+
+    if metric == "late change":
+        return mean(last) - mean(middle)
+    return mean(first if metric == "early" else [*first, *middle, *last])
+
+
+def thirds(curve: Curve) -> tuple[list[int], list[int], list[int]] | None:
+    """The steps of the first, middle and last third of training; ``None`` unless something was asked in each."""
+    last = max(curve, default=0)
+    steps = sorted(step for step in curve if step > 0)
+    parts = [[step for step in steps if k * last < 3 * step <= (k + 1) * last] for k in range(3)]
+    return (parts[0], parts[1], parts[2]) if all(parts) else None

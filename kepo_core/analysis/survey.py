@@ -1,0 +1,118 @@
+"""What is in a set of questions, before anything is trained on it: counts, balance, pictures, leaks, lengths, noise.
+
+Every function takes questions and gives a table; `figures` draws them.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from kepo_core.analysis.intervals import wilson_interval
+from kepo_core.analysis.statistics import chance_levels
+from kepo_core.data.errors import DataError
+from kepo_core.data.images import ReadPicture, load_image
+from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.data.splits import SPLITS, image_key, leaked
+from kepo_core.method.prompts import vqa_messages
+
+
+def counts(questions: Iterable[Question], by: str = "question_type") -> pd.DataFrame:
+    """Questions per modality (rows, in the order of MODALITIES) and per ``question_type`` or ``dataset`` (columns).
+
+    The kinds that are asked most come first. What Med-R1's files do not tell is "(not given)".
+    """
+    table = pd.DataFrame([(q.modality, getattr(q, by) or "(not given)") for q in questions], columns=["modality", by])
+    counted = pd.crosstab(table["modality"], table[by])
+    ordered = counted.loc[[m for m in MODALITIES if m in counted.index]]
+    return ordered[ordered.sum().sort_values(ascending=False, kind="stable").index]
+
+
+def balance(questions: Sequence[Question]) -> pd.DataFrame:
+    """Per modality, in per cent: questions with 2, 3, … options, right answers by letter, and what guessing gets.
+
+    ``best letter`` is the accuracy of always saying the most frequent right letter, ``guessing`` that of any option.
+    """
+    chance, rows = chance_levels(questions), {}
+    for modality in [m for m in MODALITIES if m in chance]:
+        own = [q for q in questions if q.modality == modality]
+        letters = {letter: 100 * sum(q.answer == letter for q in own) / len(own) for letter in LETTERS}
+        options = {f"{n} options": 100 * sum(len(q.options) == n for q in own) / len(own) for n in range(2, 9)}
+        rows[modality] = {
+            "questions": len(own), **options, **letters, "best letter": max(letters.values()),
+            "guessing": 100 * chance[modality],
+        }  # fmt: skip
+    table = pd.DataFrame(rows).T
+    return table.loc[:, (table != 0).any()].astype({"questions": int})
+
+
+def pictures(questions: Iterable[Question]) -> pd.DataFrame:
+    """One row per distinct picture: modality, image, width, height (pixels), mode, format, kB, sha256 of its bytes.
+
+    Only headers are decoded. Raises ``DataError`` for a picture that cannot be read.
+    """
+    rows = []
+    for path, question in {q.image: q for q in questions}.items():
+        try:
+            with Image.open(path) as image:
+                facts = {"width": image.width, "height": image.height, "mode": image.mode, "format": image.format}
+            content = path.read_bytes()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"Image {path}: cannot be read ({error}), expected an image file.") from error
+        rows.append(
+            {"modality": question.modality, "image": image_key(question), **facts, "kB": len(content) / 1000,
+             "sha256": hashlib.sha256(content).hexdigest()}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def duplicates(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `pictures`, those that are byte for byte the same under several names, together."""
+    return table[table.duplicated("sha256", keep=False)].sort_values(["sha256", "image"])[
+        ["sha256", "modality", "image"]
+    ]
+
+
+def leaks(questions: Sequence[Question], train_modality: str, seed: int) -> pd.DataFrame:
+    """For each way to split (rows): training and test questions of the modality that is trained on, and those of the
+    test whose image is in the training part. A way that the data do not offer is left out.
+    """
+    rows = []
+    for name, split in SPLITS.items():
+        try:
+            parts = split(questions, seed)
+        except DataError:
+            continue  # "given", of data that came in no given parts
+        train, test = ([q for q in parts[part] if q.modality == train_modality] for part in ("train", "test"))
+        found = len(leaked(train, test))
+        rows.append(
+            {"split": name, f"train {train_modality}": len(train), f"test {train_modality}": len(test),
+             "whose image is trained on": found, "per cent": 100 * found / max(len(test), 1)}
+        )  # fmt: skip
+    return pd.DataFrame(rows).set_index("split")
+
+
+def prompt_lengths(
+    questions: Iterable[Question], processor: Any, thinking: bool, pictures: ReadPicture = load_image
+) -> pd.DataFrame:
+    """Tokens of each question's plain prompt x for ``processor``: one row each, ``text``, ``image`` and ``tokens``."""
+    rows = []
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    for q in questions:
+        messages = vqa_messages(q.question, q.options, thinking)
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = processor(text=[text], images=[[pictures(q.image)]])["input_ids"][0]
+        image = sum(int(token == image_token) for token in ids)
+        rows.append({"id": q.id, "modality": q.modality, "text": len(ids) - image, "image": image, "tokens": len(ids)})
+    return pd.DataFrame(rows)
+
+
+def noise(sizes: Iterable[int] = (100, 300, 1000, 2400), levels: Iterable[float] = (0.5, 0.7, 0.9)) -> pd.DataFrame:
+    """Half of Wilson's 95 % interval in points, by number of independent questions (rows) and accuracy (columns)."""
+    rows = {}
+    for n in sizes:
+        intervals = {f"{level:.0%}": wilson_interval(level * n, n) for level in levels}
+        rows[n] = {name: 50 * (high - low) for name, (low, high) in intervals.items()}
+    return pd.DataFrame(rows).T.rename_axis("questions")

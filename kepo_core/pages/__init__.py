@@ -1,0 +1,1 @@
+"""What readers see: figures, captions, cards, reports, the index."""

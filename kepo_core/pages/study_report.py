@@ -1,0 +1,62 @@
+"""A study as one page: notebook 05 over the runs that have completed, rendered as a run's report is."""
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+from papermill.exceptions import PapermillExecutionError
+
+from kepo_core.analysis import studies
+from kepo_core.pages import report
+from kepo_core.params import ParamError, from_root, project_root, resolve
+from kepo_core.runs import execution, jobs, shelf
+from kepo_core.runs.files import write_atomically
+from kepo_core.runs.run import Run
+from kepo_core.study import experiment
+
+#: Draws a study; nothing is trained in it where it is told so.
+NOTEBOOK = "notebooks/05_figures.ipynb"
+
+
+def write_study_report(file: str) -> Path:
+    """Draw the study of ``file`` from its completed runs into ``results/studies/NAME``; the path of ``report.html``.
+
+    Figures go into the folder ``figures`` beside it, as PNG and SVG. Nothing is run. Raises `ParamError` where the file
+    does not fit, none of its runs has completed, or the notebook stops.
+    """
+    study = studies.read_study(file)
+    runs = jobs.completed(study.runs, experiment.load_data(study.base).identity())
+    if not runs:
+        raise ParamError(
+            f"none of the {len(study.runs)} runs of {file} has completed in {study.base.results_dir} with this code "
+            f"and data: `kepo study run {file}` makes them"
+        )
+    study.folder.mkdir(parents=True, exist_ok=True)
+    notebook = study.folder / "notebook.ipynb"
+    try:
+        execution.execute(project_root() / NOTEBOOK, notebook, {"study": from_root(resolve(file)), "make_runs": False})
+    except PapermillExecutionError as error:
+        raise ParamError(f"{NOTEBOOK} stopped: {error.ename}: {error.evalue}; see {from_root(notebook)}") from error
+    page = study.folder / "report.html"
+    write_atomically(page, report.render(notebook, study.name, _head(study, runs, resolve(file))))
+    return page
+
+
+def _head(study: studies.Study, runs: Mapping[str, Run], file: Path) -> str:
+    """What was asked, and which runs the page is drawn from, with links to their own reports."""
+    missing = [name for name in study.runs if name not in runs]
+    text = f"{len(runs)} of {len(study.runs)} runs have completed" + (
+        f"; not yet: {', '.join(missing)}" * bool(missing)
+    )
+    items = [
+        f'<li><a href="../../{html.escape(quote(run.path.name))}/report.html">{html.escape(name)}</a>, '
+        f"{shelf.minutes(run):.1f} minutes</li>"
+        for name, run in runs.items()
+    ]
+    return "\n".join([
+        f"<h1>{html.escape(study.name)}</h1>",
+        f"<p>{html.escape(text)}.</p>",
+        f"<details><summary>The runs and their reports</summary><ul>{''.join(items)}</ul></details>",
+        report.folded(f"The study file, {file.name}", file.read_text(encoding="utf-8")),
+    ])  # fmt: skip

@@ -1,0 +1,88 @@
+"""The shelf: what the runs of a results folder have computed already, found by parameters, code and data."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kepo_core.analysis.answers import from_table
+from kepo_core.data.records import Answer
+from kepo_core.params import ParamError, Params, project_root
+from kepo_core.runs import provenance
+from kepo_core.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What makes a run beside its parameters: this package, the notebook's code, and the data."""
+
+    package: str
+    notebook: str
+    data: Mapping[str, Any]
+
+
+def origin(notebook: Path, data: Mapping[str, Any]) -> Origin:
+    """Of runs that ``notebook`` would make now on ``data`` (`StudyData.identity`)."""
+    return Origin(provenance.package_digest(), provenance.notebook_digest(notebook), data)
+
+
+def completed(params: Params, origin: Origin) -> Run | None:
+    """The newest run of ``params`` and ``origin`` that has completed."""
+    return _newest(params, origin, lambda run: run.state == "completed" and "data" in run.provenance)
+
+
+def broken_off(params: Params, origin: Origin) -> Run | None:
+    """The newest run of these that was interrupted or killed, and so can be gone on with."""
+    left = ("interrupted", "killed")
+    return _newest(params, origin, lambda run: run.state in left and run.status["owner"] == "kepo run")
+
+
+def at_work(params: Params, origin: Origin) -> Run | None:
+    """A run of these that another process computes right now."""
+    return _newest(params, origin, lambda run: run.state == "running")
+
+
+def failed(run: Run) -> str:
+    """Why a run failed; "" if it did not, or if its folder has gone."""
+    try:
+        status = run.status
+    except ParamError:
+        return ""
+    return str(status.get("error") or "it failed") if status["state"] == "failed" else ""
+
+
+def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run | None:
+    """Names begin with the time, so the last of those that end in the parameters' hash is the newest.
+
+    A run that stopped before it read its data has not recorded any, and goes with all. Folders that cannot be read,
+    being torn or deleted at this moment, hold no run (`kepo runs verify` speaks of those).
+    """
+    for path in sorted((project_root() / params.results_dir).glob(f"*-{params.hash}*"), reverse=True):
+        try:
+            run = Run.open(path)
+            found = run.provenance
+            made = (found["code"].get("package"), found.get("notebook_sha256"), found.get("data", origin.data))
+            if made == (origin.package, origin.notebook, origin.data) and run.params.hash == params.hash and fits(run):
+                return run
+        except (ParamError, OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+def read_answers(run: Run) -> dict[str, list[Answer]]:
+    """A run's ``predictions.parquet``: model → its answers, in order; the last model is the one that came of it."""
+    return from_table(pd.read_parquet(run.path / "predictions.parquet"))
+
+
+def read_curve(run: Run) -> dict[int, list[Answer]]:
+    """A run's ``curve.parquet``: optimiser step → the answers after it; empty where ``curve_steps`` asked for none."""
+    path = run.path / "curve.parquet"
+    return from_table(pd.read_parquet(path), "step") if path.exists() else {}
+
+
+def minutes(run: Run) -> float:
+    """From the run's start to its end by the clock, pauses included."""
+    started, finished = (pd.Timestamp(run.status[name]) for name in ("started", "finished"))
+    return float((finished - started).total_seconds() / 60)

@@ -1,0 +1,144 @@
+"""Whether a thought is true of its picture, says what the question needs, and leads to the answer.
+
+On PhantomVQA the facts of every picture are known, and what a thought states can be read off: "coherent reasoning"
+as something to count. Real data has no such facts, and nothing here applies to it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pandas as pd
+
+from kepo_core.analysis.intervals import design_effect, wilson_interval
+from kepo_core.data import phantom
+from kepo_core.data.phantom import TOPICS, Facts
+from kepo_core.data.records import LETTERS, MODALITIES, Answer, Question
+from kepo_core.data.splits import image_key
+
+_WORDS = {
+    "modality": MODALITIES,
+    "kind": phantom.KINDS,
+    "place": phantom.PLACES,
+    "size": phantom.SIZES,
+    "number": phantom.NUMBERS,
+    "contrast": phantom.CONTRASTS,
+    "diagnosis": phantom.DIAGNOSES,
+    "grade": phantom.GRADES,
+}
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """A topic's sentence as what reads it; a thought may put the option's letter where the full stop was."""
+    parts = re.split(r"\{(\w+)\}", template.removesuffix("."))
+    alternatives = {f: "|".join(map(re.escape, _WORDS[f])) for f in parts[1::2]}
+    written = [rf"(?P<{part}>{alternatives[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts)]
+    return re.compile(r"\b" + "".join(written) + r"\b")
+
+
+_SENTENCES = [_pattern(s) for topic in TOPICS for s in (topic.evidence, topic.conclusion) if s]
+
+
+@dataclass(frozen=True, slots=True)
+class Faithfulness:
+    """What one thought states.
+
+    ``stated`` counts different claims (a fact, diagnosis or grade with its value; two values are two claims), ``true``
+    those that hold for the picture. ``relevant`` in [0, 1] is the share of the facts that the question needs that are
+    stated, true or not. ``consistent``: the answered option is what follows from the stated facts, by the rule where
+    the question has one, and every conclusion that is drawn follows as well.
+    """
+
+    stated: int
+    true: int
+    relevant: float
+    consistent: bool
+
+    @property
+    def faithful(self) -> bool:
+        """Nothing stated is false, and the answer follows, for which every needed fact must be stated."""
+        return self.true == self.stated and self.consistent
+
+
+def thought(completion: str) -> str:
+    """What stands before ``</think>`` (its opening tag may be missing); "" without one."""
+    before, tag, _ = completion.partition("</think>")
+    return before.rpartition("<think>")[2] if tag else ""
+
+
+def judge(completion: str, letter: str, question: Question, facts: Facts) -> Faithfulness:
+    """Read the thought of ``completion``, which answered ``letter`` ("" for none), against the picture's ``facts``.
+
+    Raises ``KeyError`` for a question that PhantomVQA does not ask.
+    """
+    topic = phantom.topic_of(question.question)
+    text = thought(completion)
+    claims = {
+        claim for sentence in _SENTENCES for match in sentence.finditer(text) for claim in match.groupdict().items()
+    }
+    true = sum(getattr(facts, name) == value for name, value in claims)
+    needed = re.findall(r"\{(\w+)\}", topic.evidence)
+    values = {name: [value for claimed, value in claims if claimed == name] for name in _WORDS}
+    relevant = sum(bool(values[name]) for name in needed) / len(needed)
+    consistent = False
+    if all(len(values[name]) == 1 for name in needed):
+        follows = getattr(replace(facts, **{name: values[name][0] for name in needed}), topic.attribute)
+        answered = dict(zip(LETTERS, question.options, strict=False)).get(letter)
+        consistent = answered == follows and set(values[topic.attribute]) <= {follows}
+    return Faithfulness(len(claims), true, relevant, consistent)
+
+
+def judge_rollouts(rollouts: pd.DataFrame, questions: Sequence[Question], facts: Mapping[str, Facts]) -> pd.DataFrame:
+    """The fields of `Faithfulness` and ``faithful`` for every row of a rollouts file, on its index.
+
+    ``facts`` maps image keys to facts, as ``phantom.load_facts`` reads them.
+    """
+    by_id = {question.id: question for question in questions}
+    judged = []
+    for row in rollouts.itertuples():
+        question = by_id[str(row.id)]
+        judged.append(judge(str(row.completion), str(row.letter), question, facts[image_key(question)]))
+    names = [*(field.name for field in fields(Faithfulness)), "faithful"]
+    return pd.DataFrame([[getattr(j, name) for name in names] for j in judged], rollouts.index, names)
+
+
+def faithfulness_table(
+    answers: Mapping[str, Sequence[Answer]], questions: Sequence[Question], facts: Mapping[str, Facts]
+) -> pd.DataFrame:
+    """A row per model, in per cent of all its answers, with Wilson's 95 % intervals that respect shared images.
+
+    ``faithful``; ``right for the right reason`` (correct and faithful); ``right without it`` (correct, not faithful);
+    ``all stated is true`` among thoughts that state anything.
+    """
+    by_id = {question.id: question for question in questions}
+    rows = {}
+    for model, given in answers.items():
+        asked = [by_id[answer.question_id] for answer in given]
+        judged = [
+            judge(answer.completion, answer.letter, question, facts[image_key(question)])
+            for answer, question in zip(given, asked, strict=True)
+        ]
+        right = np.array([answer.correct for answer in given])
+        faithful = np.array([j.faithful for j in judged])
+        images = [image_key(question) for question in asked]
+        told = [j.stated > 0 for j in judged]
+        rows[model] = {
+            "n": len(given),
+            "faithful": _cell(faithful, images),
+            "right for the right reason": _cell(right & faithful, images),
+            "right without it": _cell(right & ~faithful, images),
+            "all stated is true": _cell(
+                np.array([j.true == j.stated for j in judged if j.stated]),
+                [i for i, t in zip(images, told, strict=True) if t],
+            ),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _cell(flags: np.ndarray, images: Sequence[str]) -> str:
+    if not len(flags):
+        return "–"
+    n = len(flags) / design_effect(flags, images)
+    low, high = wilson_interval(flags.mean() * n, n)
+    return f"{100 * flags.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
