@@ -20,7 +20,6 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kepo_core.cli import main
 from kepo_core.params import ParamError, Params
 from kepo_core.runs import checksums, execution, files, verification
-from kepo_core.runs import run
 from kepo_core.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +119,7 @@ def test_a_disk_that_is_full_at_the_very_end(
     def work(folder: Path, given: dict[str, Any]) -> None:
         Run.open(folder).finish({"tau": 1.0})
         if full == "rollouts.parquet":
-            monkeypatch.setattr(runs, "collect_rollouts", no_room)
+            monkeypatch.setattr("kepo_core.runs.run.collect_rollouts", no_room)
         monkeypatch.setattr(files.Path, "write_text", write_text)
 
     def no_room(*_: object) -> None:
@@ -150,7 +149,7 @@ def test_where_nothing_can_be_written_nothing_is_left(
     def no_room(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runs, "write_json", no_room)
+    monkeypatch.setattr("kepo_core.runs.run.write_json", no_room)
     code, said = kepo("run", notebook(""), "-p", "results_dir", results)
     assert (code, said) == (2, f"kepo: results_dir {results} cannot be written: No space left on device\n")
     assert list(results.iterdir()) == []
