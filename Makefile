@@ -14,7 +14,7 @@ STAMP := $(VENV)/.kepo-installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
 # As many tests at a time as there are cores, of one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install train study test test-all faults bench lab lint format lock clean
 

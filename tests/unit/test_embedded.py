@@ -8,8 +8,6 @@ from kepo_core.study.models import load_processor
 from kepo_core.testbed.calibration import Calibration, Measured
 from kepo_core.testbed.embedded import EMBEDDED_DIR, build_tokenizer
 
-pytestmark = pytest.mark.xdist_group("embedded")  # one process: what its tests share takes long to make
-
 
 def test_files_are_small_and_safe() -> None:
     files = [path for path in EMBEDDED_DIR.rglob("*") if path.is_file()]

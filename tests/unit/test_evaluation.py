@@ -14,8 +14,6 @@ from kepo_core.method.prompts import vqa_messages
 from kepo_core.study import evaluation
 from kepo_core.study.evaluation import evaluate, length_batches, trim
 
-pytestmark = pytest.mark.xdist_group("evaluation")  # one process: what its tests share takes long to make
-
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):

@@ -20,8 +20,6 @@ from kepo_core.study import experiment
 from kepo_core.study.models import save_embedded
 from kepo_core.testbed.embedded import build_model, build_processor
 
-pytestmark = pytest.mark.xdist_group("experiment")  # one process: what its tests share takes long to make
-
 SMOKE = {"train_items": 4, "eval_items": 2}
 
 

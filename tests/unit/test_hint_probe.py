@@ -17,8 +17,6 @@ from kepo_core.method.prompts import vqa_messages
 from kepo_core.params import Params
 from kepo_core.study import experiment
 
-pytestmark = pytest.mark.xdist_group("hint_probe")  # one process: what its tests share takes long to make
-
 
 @pytest.mark.parametrize(
     ("hint", "letter", "named"),

@@ -14,8 +14,6 @@ from kepo_core.study import experiment
 from kepo_core.study.experiment import StudyData
 from kepo_core.study.methods import as_markdown, beside_paper, choose, method, methods, paper_table, table
 
-pytestmark = pytest.mark.xdist_group("methods")  # one process: what its tests share takes long to make
-
 ROOT = Path(__file__).parents[2]
 
 

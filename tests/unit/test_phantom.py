@@ -15,8 +15,6 @@ from kepo_core.data.phantom import CONTRASTS, KINDS, PLACES, TOPICS, Facts
 from kepo_core.data.records import MODALITIES, QUESTION_TYPES
 from kepo_core.testbed.lessons import Pool
 
-pytestmark = pytest.mark.xdist_group("phantom")  # one process: what its tests share takes long to make
-
 
 def changed_by_finding(facts: Facts, seed: int) -> np.ndarray:
     """Where the picture differs from one of the same stream with the opposite contrast: the finding."""

@@ -25,8 +25,6 @@ from kepo_core.testbed.lessons import (
 )
 from kepo_core.testbed.pretraining import Recipe, pretrain
 
-pytestmark = pytest.mark.xdist_group("pretraining")  # one process: what its tests share takes long to make
-
 TOPICS = {topic.name: topic for topic in phantom.TOPICS}
 
 
