@@ -1,6 +1,9 @@
-"""Shared fixtures: the embedded processor and untrained models of the smallest size."""
+"""Shared fixtures: the embedded processor, untrained models of the smallest size, and a browser."""
 
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from transformers import Qwen3VLForConditionalGeneration
@@ -22,3 +25,19 @@ def tiny_model() -> Callable[..., Qwen3VLForConditionalGeneration]:
         return build_model("test", seed)
 
     return build
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[[Path], tuple[str, list[str]]]:
+    """``opened(page)``: the page's elements after its scripts have run, and what its console says, from Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+
+    def look(page: Path) -> tuple[str, list[str]]:
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        command = [chromium, *flags, "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return look

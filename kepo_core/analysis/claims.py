@@ -21,6 +21,7 @@ METRICS = {
     "throughout": "mean accuracy over all of training",
     "late change": "mean accuracy over the last third of training less that over the middle third",
 }
+_FEWEST = 3  # runs, or students, that a verdict needs
 _MARGIN = 0.01  # what "does not help" leaves room for
 
 
@@ -67,7 +68,8 @@ def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) 
     (``mean_over_runs_and_images``), out of distribution: averaged over all modalities but ``in_domain``. ``p (Holm)``:
     that it is 0 (or the margin), adjusted for the number of claims in the table. ``verdict``, at an adjusted p of 0.05:
     *held*, *not held* where the opposite is shown, else *cannot be told*, as where a claim is about degrading and the
-    other method does not degrade. With a single run all this is about questions alone.
+    other method does not degrade, and with fewer than three runs (students, where there are several): of two the spread
+    may look small by chance, which makes a p far too small. With a single run the interval is about questions alone.
     """
     found: dict[Claim, Estimate] = {}
     for claim in claims():
@@ -82,7 +84,7 @@ def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) 
             "difference": f"{claim.of} − {claim.against}, {claim.metric}",
             "runs": estimate.runs,
             "points [95 %]": f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]",
-            "p (Holm)": f"{p:.2g}",
+            "p (Holm)": "–" if np.isnan(estimate.p) else "<0.001" if p < 0.001 else f"{p:.2g}",
             "verdict": verdict(claim, estimate, p),
         }
         for (claim, estimate), p in zip(found.items(), adjusted, strict=True)
@@ -116,6 +118,8 @@ def _estimate(claim: Claim, outcomes: Outcomes, images: Mapping[str, str], in_do
     where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
     who = [key[0] for key in keys]
     estimate = mean_over_runs_and_images(change, where, tasks, students_R=who)
+    if len(set(who) if len(set(who)) > 1 else keys) < _FEWEST:
+        return replace(estimate, p=np.nan)
     if claim.metric == "late change" and mean_over_runs_and_images(scores[1], where, tasks, students_R=who).value >= 0:
         return replace(estimate, p=np.nan)  # what does not degrade cannot degrade more: a slow learner would always win
     if claim.expected != "not above":

@@ -57,6 +57,10 @@ def probe(
     rows = list(to_dataset(questions, thinking=True, pictures=pictures))
     written = models.teacher.write_hints(rows, max_tokens=params.hint_max_tokens, seed=params.seed)
     told = [(q, hint) for q, hint in zip(questions, written, strict=True) if hint is not None]
+    if not told:
+        return pd.DataFrame(
+            columns=["id", "modality", "image", "question_type", "hint", *MEASURES, "accepted", "plain"]
+        )
     asked = [q for q, _ in told]
     plain = [vqa_messages(q.question, q.options, thinking=True) for q in asked]
     hinted = [hint_aware_messages(q.question, q.options, hint, q.answer, context) for q, hint in told]
@@ -112,8 +116,11 @@ def letter_log_probs(
 
 
 def names_letter(hint: str, letter: str) -> bool:
-    """Whether ``hint`` names the option's letter: alone as a word, but not the article of "A finding"."""
-    return bool(re.search(rf"(?<![\w'-]){letter}(?![\w'-])(?! [a-z])", hint))
+    """Whether ``hint`` names the option's letter: alone as a word, but not the article that begins "A finding"."""
+    alone = rf"(?<![\w'-]){letter}(?![\w'-])"
+    if letter == "A":
+        alone = rf"{alone}(?! [a-z])|\b(?i:is|option|answer|letter|choose) {alone}"
+    return re.search(alone, hint) is not None
 
 
 def correlations(found: pd.DataFrame, draws: int = 2_000, seed: int = 0) -> pd.DataFrame:

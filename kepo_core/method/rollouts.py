@@ -32,7 +32,7 @@ GLOSSARY: dict[str, str] = {
     "kepo/draws": "hint-aware draws made for them",
     "kepo/draw_tokens": "tokens in these draws, which the length and token counts of TRL leave out",
     "kepo/accepted": "draws that were accepted and injected",
-    "kepo/gate_rate": "share of the sequences that are trained on (after injection) that pass the gate",
+    "kepo/gate_rate": "share of the sequences that are trained on (after injection) that pass the gate (with distill)",
     "kepo/injected_log_ratio": "mean over injected trajectories of the mean over their tokens of "
     "log π(y|x,h,a) − log π(y|x), both by the student that drew them: how far the hint pulled them off-policy",
     "kepo/injected_mentions_hint": 'share of injected trajectories that say "hint", "hints", "hinted" or '

@@ -212,7 +212,7 @@ class KEPOTrainer(GatedLossTrainer):
         signal = totals[local]
         if self.args.gate_reward == "accuracy":
             signal = torch.tensor([c.score.accuracy for c in now.final], device=signal.device)
-        gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & keep
+        gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & keep & self.args.distill
         log_ratio = self._measure_injected(now, output) if self.model.training and self.args.explore else {}
         if self.model.training and self.args.distill:
             output["kepo_gate"] = self._ask_served(now, output, gate)
@@ -314,6 +314,8 @@ class KEPOTrainer(GatedLossTrainer):
             "kepo/all_fail_rate": exploration.all_fail_rate,
             "kepo/draw_tokens": float(exploration.draw_tokens),
         }
+        if not self.args.distill:  # without guidance there is no gate
+            del metrics["kepo/gate_rate"]
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
         if self.args.log_rollouts and self.accelerator.is_main_process:

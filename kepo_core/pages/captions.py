@@ -88,13 +88,20 @@ def training(tables: Mapping[str, Sequence[pd.DataFrame]], titles: Mapping[str, 
     for metric, title in titles.items():
         lines = []
         for arm, runs in tables.items():
-            columns = [run[metric].dropna().to_numpy(float) for run in runs if metric in run]
-            thirds = [(c[: -(-len(c) // 3)].mean(), c[-(-len(c) // 3) * -1 :].mean()) for c in columns if len(c)]
+            thirds = [_thirds(run["step"], run[metric]) for run in runs if metric in run and run[metric].notna().any()]
             if thirds:
-                first, last = np.mean(thirds, axis=0)
-                lines.append(f"{arm + ' ' if len(tables) > 1 else ''}{first:.2f} → {last:.2f}")
+                cells = [
+                    "–" if np.isnan(ends).all() else f"{np.nanmean(ends):.2f}" for ends in zip(*thirds, strict=True)
+                ]
+                lines.append(f"{arm + ' ' if len(tables) > 1 else ''}{cells[0]} → {cells[1]}")
         said += [f"{title}: {', '.join(lines)}"] if lines else []
     return "\n".join(["First third → last third of the steps:", *said]) if said else "Nothing was trained."
+
+
+def _thirds(step: "pd.Series[float]", values: "pd.Series[float]") -> tuple[float, float]:
+    """Means over the first and the last third of the steps; NaN where a third has no value."""
+    third = (step.max() - step.min()) / 3
+    return float(values[step <= step.min() + third].mean()), float(values[step >= step.max() - third].mean())
 
 
 #: Of `training`, for a single run: what its four panels show first.

@@ -228,7 +228,8 @@ def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_doma
     """A line per method on two axes: our accuracies with their intervals, and the paper's Table 1, which has none.
 
     ``table`` is ``statistics.accuracy_table``'s, ``paper`` the part "paper" of ``methods.beside_paper``'s. What is
-    compared is the order of methods within each side: the two sides ask different questions of different models.
+    compared is the order of methods within each side: the two sides ask different questions of different models. The
+    paper trained on MRI: where ``in_domain`` is another, its accuracies there are no others' counterpart.
     """
     left, right = axes
     y = np.arange(len(table), dtype=float)
@@ -240,7 +241,7 @@ def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_doma
         part = 100 * table[name].to_numpy(dtype=float)
         left.errorbar(part[:, 0], at, xerr=[part[:, 0] - part[:, 1], part[:, 2] - part[:, 0]], elinewidth=1.4,
                       capsize=2, **style)  # fmt: skip
-        if name in paper:
+        if name in paper and in_domain == MODALITIES[0]:
             right.plot(paper[name].to_numpy(dtype=float), at, **style)
     left.set(xlabel="accuracy (%), 95 % interval", title="Here", xlim=(0, 103), ylim=(len(table) - 0.4, -0.6))
     left.set_yticks(y, [str(name) for name in table.index])
@@ -316,7 +317,7 @@ def prompt_histogram(lengths: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
     return ax
 
 
-def picture(question: Question, ax: Axes, *, width: int = 34) -> Axes:
+def picture(question: Question, ax: Axes, *, width: int = 28) -> Axes:
     """One question's picture with its modality above; the question and its options below, the right one marked."""
     ax.imshow(np.asarray(load_image(question.image)), interpolation="nearest")
     ax.set_title(question.modality, fontweight="bold")
@@ -327,7 +328,7 @@ def picture(question: Question, ax: Axes, *, width: int = 34) -> Axes:
     lines = [line for text in (question.question, *options) for line in textwrap.wrap(text, width) or [""]]
     # Question texts are data: a dollar sign in them starts no formula.
     ax.text(
-        0.5, -0.05, "\n".join(lines), transform=ax.transAxes, ha="center", va="top", fontsize=8, parse_math=False
+        0.5, -0.05, "\n".join(lines), transform=ax.transAxes, ha="center", va="top", fontsize=10, parse_math=False
     )  # fmt: skip
     ax.set_xticks([])
     ax.set_yticks([])

@@ -109,7 +109,7 @@ def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str = "MRI") -> Axes
     for (y, x), value in np.ndenumerate(values):
         text = f"{value:+.0f} ± {(high[y, x] - low[y, x]) / 2:.0f}"
         sure = low[y, x] > 0 or high[y, x] < 0
-        colour = "white" if abs(value) > 42 else "black"
+        colour = "white" if abs(value) > 50 else "black"
         ax.text(x, y, text if sure else f"({text})", ha="center", va="center", fontsize=11, color=colour)
     names = [f"{name}*" if name == in_domain else str(name) for name in modalities]
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")

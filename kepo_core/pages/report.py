@@ -98,7 +98,7 @@ def render(notebook: Path, title: str, head: str = "") -> str:
     """
     try:
         cells = nbformat.read(notebook, as_version=4)
-    except (OSError, ValueError, nbformat.ValidationError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, nbformat.ValidationError) as error:
         raise ParamError(f"{notebook} cannot be read as a notebook: {str(error).splitlines()[0]}") from error
     contents = _name_parts(cells)
     exporter = HTMLExporter(raw_template=_TEMPLATE, sanitize_html=True, embed_images=True, exclude_anchor_links=True,

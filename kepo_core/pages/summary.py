@@ -85,7 +85,8 @@ def accuracies(headline: Mapping[str, Any]) -> tuple[Accuracy, ...]:
     found = []
     for name in [key.removesuffix(" after") for key in headline if key.endswith(" after")]:
         before, after, low, high = (headline.get(f"{name} {part}") for part in ("before", "after", "low", "high"))
-        if before is not None and after is not None:
+        bounds = all(x is None or isinstance(x, int | float) for x in (low, high))
+        if isinstance(before, int | float) and isinstance(after, int | float) and bounds:
             found.append(Accuracy(name, before, after, low, high))
     return tuple(found)
 

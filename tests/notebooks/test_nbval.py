@@ -16,7 +16,7 @@ from kepo_core.cli import main
 from kepo_core.params import Params
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").glob("*.ipynb") if "-Copy" not in path.name)
 
 
 def cell_sources(path: Path, kind: str = "code") -> list[str]:

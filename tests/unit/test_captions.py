@@ -79,6 +79,8 @@ def test_training_is_told_by_thirds_and_by_arm() -> None:
     both = captions.training({"kepo": [one, two], "sft": [pd.DataFrame({"step": [1]})]}, titles)
     assert both.endswith("right: kepo 0.25 → 0.75")
     assert captions.training({"zero-shot": []}, titles) == "Nothing was trained."
+    early = pd.DataFrame({"step": range(1, 10), "kepo/accuracy": [0.5, 1.0, *[np.nan] * 7]})
+    assert captions.training({"kepo": [early]}, titles).endswith("right: 0.75 → –")  # nothing is known of the end
 
 
 def test_rollouts() -> None:

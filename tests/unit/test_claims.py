@@ -80,6 +80,8 @@ def test_a_table_of_claims_tells_what_the_runs_tell_and_no_more() -> None:
     assert table.loc["Thinking alone does not help the student", "verdict"] == "not held"
     assert table.loc["A gate at τ = 1 is above τ = 0", "verdict"] == "cannot be told"
     assert not any("MM-GKD" in claim for claim in table.index)  # there are no runs of it
+    pairs = claims_table(study(rates, seeds=2), IMAGES, "MRI")
+    assert set(pairs["verdict"]) == {"cannot be told"} and set(pairs["p (Holm)"]) == {"–"}  # of two runs
     # In-domain answers are no part of it: all of them wrong changes nothing.
     runs = study(rates)
     spoilt = {key: replace(o, answers=[replace(a, correct=a.correct and a.modality != "MRI") for a in o.answers])

@@ -70,6 +70,14 @@ def test_hostile_output_does_not_survive_and_results_do(notebook):
     assert "<title>run &lt;b&gt;1&lt;/b&gt;</title>" in page
 
 
+def test_a_browser_runs_and_reports_nothing_of_a_hostile_page(notebook, tmp_path, opened):
+    page = tmp_path / "report.html"
+    page.write_text(render(notebook, "run"), encoding="utf-8")
+    seen, console = opened(page)
+    assert "<title>run</title>" in seen and "<script" not in seen and "model says &lt;script&gt;" in seen
+    assert console == [], "nothing was refused, as nothing was tried"
+
+
 def test_the_page_carries_the_gallerys_style_that_outputs_lose(notebook):
     page = render(notebook, "x")
     assert gallery.STYLE in page.split("</head>")[0]
@@ -170,9 +178,10 @@ def test_any_executed_notebook_becomes_a_page_beside_it(tmp_path, capsys):
     page = path.with_suffix(".html")
     assert capsys.readouterr().out == f"kepo: wrote {page}\n"
     assert f"<h1>{path.stem}</h1>" in page.read_text() and "<img" in page.read_text()
-    path.write_text("{}")
-    assert main(["report", str(path)]) == 2
-    assert "cannot be read as a notebook" in capsys.readouterr().err
+    for text in ("{}", "null", "[]", '{"cells": 3}', "no JSON"):
+        path.write_text(text)
+        assert main(["report", str(path)]) == 2
+        assert "cannot be read as a notebook" in capsys.readouterr().err
 
 
 def test_the_contents_lead_to_the_headings_under_one_title(tmp_path):

@@ -44,6 +44,13 @@ def test_metrics_are_taken_before_injection_and_each_has_a_definition(tmp_path: 
     assert second["kepo/explored_groups"] == 0.0 and second["kepo/injected_log_ratio"] is None  # questions 2 and 3
 
 
+def test_without_guidance_there_is_no_gate(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h", distill=False)
+    trainer.train()
+    assert "kepo/accuracy" in trainer.state.log_history[0] and "kepo/gate_rate" not in trainer.state.log_history[0]
+    assert not collect_rollouts(tmp_path)["gate"].any()
+
+
 def test_rollouts_file(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "look left", max_steps=2, num_generations=4)
     trainer.train()
