@@ -1,6 +1,8 @@
 """LoRA: what is trained, what the reference is, and that a run's model folder holds what was evaluated."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from kepo_core.data.records import MODALITIES
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
 from kepo_core.study import experiment
-from kepo_core.study.adapters import language_layers, lora_config, merged
+from kepo_core.study.adapters import language_layers, lora_config, merged, save_student
 from kepo_core.study.models import load_model, load_processor
-from kepo_core.testbed.embedded import build_model
+from kepo_core.testbed.embedded import build_model, build_processor
 
 
 def test_adapters_are_merged_by_the_book() -> None:
@@ -127,3 +129,21 @@ def test_under_lora_the_students_own_weights_are_kept_in_the_compute_precision(t
         trainer_args={"peft_config": lora_config(student, params)},
     )  # fmt: skip
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_the_engine_of_zero_gathers_what_is_saved(tmp_path: Path) -> None:
+    """The model alone holds, under ZeRO-3, a part of each weight."""
+    student = sharp_model(0)
+    model = PeftModel(student, lora_config(student, Params(lora_rank=2)))
+    engine, gathered = SimpleNamespace(module=model), []
+
+    def get_state_dict(given: Any) -> dict[str, torch.Tensor]:
+        gathered.append(given)
+        return model.state_dict()
+
+    trainer = SimpleNamespace(
+        model=model, deepspeed=engine, is_deepspeed_enabled=True, args=SimpleNamespace(should_save=True),
+        accelerator=SimpleNamespace(get_state_dict=get_state_dict), processing_class=build_processor().tokenizer,
+    )  # fmt: skip
+    save_student(trainer, tmp_path / "model")
+    assert gathered == [engine] and (tmp_path / "model" / "model.safetensors").is_file()
