@@ -12,8 +12,9 @@ import random
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, TypeVar
 
 import httpx
@@ -93,18 +94,30 @@ class ChatClient:
         Raises:
             TeacherServerError: as its subclasses say, or whatever ``read`` raises.
         """
-        stopped = threading.Event()
-        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="teacher")
+        stopped, waiting = threading.Event(), deque(enumerate(bodies))
+        answers: list[Future[Read]] = [Future() for _ in bodies]
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    place, body = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    answers[place].set_result(read(place, self._ask(body, stopped)))
+                except BaseException as error:  # for the thread that waits, which raises it
+                    answers[place].set_exception(error)
+
+        # Not an executor, whose threads the interpreter waits for at its end: one may hang on a server for minutes.
+        for _ in range(min(self._concurrency, len(bodies))):
+            threading.Thread(target=work, name="teacher", daemon=True).start()
         try:
-            futures = [pool.submit(lambda i=i, body=body: read(i, self._ask(body, stopped)))  # type: ignore[misc]
-                       for i, body in enumerate(bodies)]  # fmt: skip
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            return [future.result() for future in futures]
+            done, _ = wait(answers, return_when=FIRST_EXCEPTION)
+            for answer in done:
+                answer.result()
+            return [answer.result() for answer in answers]
         finally:
             stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits for no server
 
     def _ask(self, body: Body, stopped: threading.Event) -> Any:
         started = time.monotonic()

@@ -271,6 +271,7 @@ def train_student(params: Params, run: Run, data: StudyData, models: Models, sho
     models.student.to("cpu")  # they need the GPUs
     torch.cuda.empty_cache()
     launch.train(params, run, shown)
+    models.student.float()  # under LoRA it is in the compute precision, which would round what was merged away
     models.student.load_state_dict(load_model(str(run.path / "model"), "student").state_dict())
     models.student.to(best_device())  # type: ignore[arg-type]
     return diagnosis.read_training(run.path / "metrics.jsonl")

@@ -147,3 +147,25 @@ def test_the_engine_of_zero_gathers_what_is_saved(tmp_path: Path) -> None:
     )  # fmt: skip
     save_student(trainer, tmp_path / "model")
     assert gathered == [engine] and (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_what_several_processes_trained_is_evaluated_as_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of LoRA is smaller than what bf16, in which the untrained student is kept, tells apart."""
+    params = Params(lora_rank=2, precision="bf16", processes=2, prompts_per_step=32, results_dir=str(tmp_path),
+                    explore=False, distill=False)  # fmt: skip
+    models, run = experiment.load_models(params), Run.allocate(params)
+
+    def train(*_: Any) -> None:
+        trained = load_model(params.student)
+        with torch.no_grad():
+            trained.model.language_model.layers[0].mlp.up_proj.weight.mul_(1 + 1e-4)
+        trained.save_pretrained(run.path / "model")
+
+    monkeypatch.setattr(experiment.launch, "train", train)
+    (run.path / "metrics.jsonl").write_text("")
+    experiment.train_student(params, run, None, models, None)
+    saved = load_file(run.path / "model" / "model.safetensors")
+    evaluated = models.student.state_dict()
+    assert saved and all(torch.equal(evaluated[name], value) for name, value in saved.items())
