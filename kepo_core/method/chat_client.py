@@ -26,7 +26,7 @@ KEY_VARIABLE = "KEPO_TEACHER_KEY"
 #: The longest pause between two tries, in seconds, unless the server asks for a longer one.
 LONGEST_PAUSE = 60.0
 #: A pause that a server asks for is kept up to this many seconds.
-_LONGEST_ASKED = 600.0
+LONGEST_ASKED = 600.0
 #: Seconds between two lines that say that it is being waited for.
 _BETWEEN_LINES = 10.0
 
@@ -180,7 +180,7 @@ class ChatClient:
 def _asked_pause(response: httpx.Response) -> float:
     """``Retry-After`` in seconds; 0 where there is none, or a date, which no inference server sends."""
     value = response.headers.get("retry-after", "")
-    return min(float(value), _LONGEST_ASKED) if value.isdecimal() else 0.0
+    return min(float(value), LONGEST_ASKED) if value.isdecimal() else 0.0
 
 
 def _shortened(text: str) -> str:
