@@ -12,8 +12,9 @@ import random
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, TypeVar
 
 import httpx
@@ -25,7 +26,7 @@ KEY_VARIABLE = "KEPO_TEACHER_KEY"
 #: The longest pause between two tries, in seconds, unless the server asks for a longer one.
 LONGEST_PAUSE = 60.0
 #: A pause that a server asks for is kept up to this many seconds.
-_LONGEST_ASKED = 600.0
+LONGEST_ASKED = 600.0
 #: Seconds between two lines that say that it is being waited for.
 _BETWEEN_LINES = 10.0
 
@@ -93,18 +94,30 @@ class ChatClient:
         Raises:
             TeacherServerError: as its subclasses say, or whatever ``read`` raises.
         """
-        stopped = threading.Event()
-        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="teacher")
+        stopped, waiting = threading.Event(), deque(enumerate(bodies))
+        answers: list[Future[Read]] = [Future() for _ in bodies]
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    place, body = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    answers[place].set_result(read(place, self._ask(body, stopped)))
+                except BaseException as error:  # for the thread that waits, which raises it
+                    answers[place].set_exception(error)
+
+        # Not an executor, whose threads the interpreter waits for at its end: one may hang on a server for minutes.
+        for _ in range(min(self._concurrency, len(bodies))):
+            threading.Thread(target=work, name="teacher", daemon=True).start()
         try:
-            futures = [pool.submit(lambda i=i, body=body: read(i, self._ask(body, stopped)))  # type: ignore[misc]
-                       for i, body in enumerate(bodies)]  # fmt: skip
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            return [future.result() for future in futures]
+            done, _ = wait(answers, return_when=FIRST_EXCEPTION)
+            for answer in done:
+                answer.result()
+            return [answer.result() for answer in answers]
         finally:
             stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits for no server
 
     def _ask(self, body: Body, stopped: threading.Event) -> Any:
         started = time.monotonic()
@@ -167,7 +180,7 @@ class ChatClient:
 def _asked_pause(response: httpx.Response) -> float:
     """``Retry-After`` in seconds; 0 where there is none, or a date, which no inference server sends."""
     value = response.headers.get("retry-after", "")
-    return min(float(value), _LONGEST_ASKED) if value.isdecimal() else 0.0
+    return min(float(value), LONGEST_ASKED) if value.isdecimal() else 0.0
 
 
 def _shortened(text: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kepo_core.method import objective
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import Targets, require_finite
+from kepo_core.method.hinted import largest
 from kepo_core.method.resume import ResumableTrainer
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
@@ -64,11 +65,14 @@ class GatedLossTrainer(ResumableTrainer):
         if isinstance(self.teacher, ServedTeacher):  # it was asked about the generation batch as a whole
             top = inputs["kepo_top_ids"], inputs["kepo_top_log_probs"]
             return gather_targets(*top, mask, self.teacher.top_k, self.args.distill_beta)
-        # A sharded teacher needs every process: one without gated rows asks about its first and uses nothing.
-        hidden = self.teacher.hidden_states(inputs, rows or [0])
+        # A sharded teacher needs every process, equally often: one without gated rows asks about its first and uses
+        # nothing.
+        asked = rows or [0]
+        passes = largest(self.accelerator, math.ceil(len(asked) / self.teacher.batch_size))
+        hidden = self.teacher.hidden_states(inputs, asked, passes)
         return Targets(
             positions=mask.flatten().nonzero().flatten(),
-            hidden=hidden[mask[rows or [0]].bool()],
+            hidden=hidden[mask[asked].bool()],
             head=self.teacher.head,
             completion_length=mask.shape[1],
             beta=self.args.distill_beta,

@@ -7,15 +7,13 @@ whole, so that whatever is called ``checkpoint-N`` can be resumed from, wherever
 """
 
 import json
-import math
 import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import GRPOTrainer
 
 #: Entries of a buffered batch that are computed again from the others.
@@ -40,12 +38,17 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
         self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        if self._resumed_from and 0 < self.args.max_steps <= trained_steps(self._resumed_from):
-            # The loop of transformers takes one more step before it looks at max_steps.
-            self._load_from_checkpoint(self._resumed_from)
-            self.state = TrainerState.load_from_json(str(Path(self._resumed_from) / "trainer_state.json"))
-            return TrainOutput(self.state.global_step, math.nan, {})
         return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """No step from a checkpoint with ``max_steps`` behind it: the loop of transformers takes one before it looks.
+
+        By then everything is prepared as for training, shared out over processes if need be, and can be saved.
+        """
+        if 0 < self.args.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The checkpoint of transformers and the loop's own state, complete or not there at all."""

@@ -169,7 +169,7 @@ class Teacher:
         return [str(text) for text in self.processor.batch_decode(completions, skip_special_tokens=True)]
 
     @torch.no_grad()
-    def hidden_states(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> Tensor:
+    def hidden_states(self, inputs: Mapping[str, Any], rows: Sequence[int], passes: int = 1) -> Tensor:
         """The states that predict each completion token of some rows of a GRPOTrainer batch, (R, T, H_T).
 
         The context is what the student saw: the plain prompt x with the row's own image.
@@ -178,15 +178,14 @@ class Teacher:
             inputs: with ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, and the image
                 fields with ``num_images`` where there are images.
             rows: which rows, at least one.
+            passes: how many forward passes are made at least, as many as by any other process: where the model is
+                sharded, each needs all of them. Those without rows of their own read the first again, for nothing.
         """
-        states = [
-            self._wrapped(
-                **select_rows(inputs, rows[start : start + self.batch_size]),
-                completion_length=inputs["completion_ids"].shape[1],
-            )
-            for start in range(0, len(rows), self.batch_size)
-        ]
-        return torch.cat(states)
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        batches += [rows[:1]] * (passes - len(batches))
+        width = inputs["completion_ids"].shape[1]
+        states = [self._wrapped(**select_rows(inputs, batch), completion_length=width) for batch in batches]
+        return torch.cat(states)[: len(rows)]
 
 
 def select_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def save_student(trainer: Any, folder: Path) -> None:
     if not is_peft_model(trainer.model):
         trainer.save_model(str(folder))
         return
-    state = trainer.accelerator.get_state_dict(trainer.model)  # whole on the first process, where it is sharded
+    model = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model  # ZeRO's engine alone can gather
+    state = trainer.accelerator.get_state_dict(model)  # whole on the first process, where it is sharded
     if trainer.args.should_save:
         adapter = trainer.model.peft_config["default"]
         with torch.no_grad():

@@ -136,7 +136,7 @@ def needs_teacher(params: Params) -> bool:
 
 
 def load_to_run(params: Params) -> Models:
-    """`load_models` for the process that makes the run, which has no teacher where other processes train.
+    """`load_models` for the process that makes the run; where others train, it has no teacher but a served one.
 
     Raises `ParamError` where this machine cannot train as ``params`` say.
     """
@@ -170,6 +170,7 @@ def load_models(params: Params, *, with_teacher: bool = True) -> Models:
 def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
     """What the trainers of all methods are told alike."""
     return {
+        "ddp_timeout": 1800 + serving.patience(params),
         "output_dir": str(output_dir),
         "per_device_train_batch_size": params.prompts_per_device,
         "gradient_accumulation_steps": params.prompts_per_step // (params.prompts_per_device * params.processes),
@@ -271,6 +272,7 @@ def train_student(params: Params, run: Run, data: StudyData, models: Models, sho
     models.student.to("cpu")  # they need the GPUs
     torch.cuda.empty_cache()
     launch.train(params, run, shown)
+    models.student.float()  # not the compute precision, in which it is under LoRA: that rounds small updates away
     models.student.load_state_dict(load_model(str(run.path / "model"), "student").state_dict())
     models.student.to(best_device())  # type: ignore[arg-type]
     return diagnosis.read_training(run.path / "metrics.jsonl")

@@ -36,6 +36,8 @@ LAST_WORDS = "kepo: process "
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _MIXED = {"fp32": "no", "bf16": "bf16"}
 _RENDEZVOUS = "rendezvous.json"
+#: Seconds that `join` waits for a run folder that is not there yet.
+_PATIENCE = 600.0
 _KILLED = re.compile(r"\b(SIG[A-Z]+)\b.*received")
 
 
@@ -80,6 +82,11 @@ def check(params: Params) -> None:
             raise ParamError("use_vllm is True but vllm is not installed: pip install 'trl[vllm]', or set it to False")
         if not gpus:
             raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
+    if gpus > 1 and params.processes == 1 and params.method != "none":
+        raise ParamError(
+            f"processes is 1 but this machine shows {gpus} GPUs: set CUDA_VISIBLE_DEVICES to one of them (0, say), or "
+            "processes to as many"
+        )
     if not several(params):
         return
     config = configuration(params)
@@ -124,11 +131,18 @@ def join(folder: str, rank: int) -> None:
     """Train along as machine ``rank`` (1, 2, …) of the run in ``folder``, which another machine makes; then return.
 
     Waits until that run is ready to train. Raises `TrainingFailed` as `train` does, and `ParamError` if the run is
-    over, or is made by one machine alone.
+    over, does not begin within ten minutes, is made by one machine alone, or cannot be trained on this one.
     """
+    until = time.monotonic() + _PATIENCE
     while not (resolve(folder) / "status.json").is_file():
+        if time.monotonic() > until:
+            raise ParamError(
+                f"run_dir {folder} has not come within {_PATIENCE / 60:.0f} minutes: has the run begun on the first "
+                "machine, and is this its folder there, on a file system that both see?"
+            )
         time.sleep(1)
     run = Run.open(resolve(folder))
+    check(run.params)
     machines = configuration(run.params).num_machines
     if not 1 <= rank < machines:
         raise ParamError(f"rank is {rank}, expected 1 to {machines - 1}: the run is made by {machines} machine(s)")
@@ -162,7 +176,7 @@ def _watched(params: Params, run: Run, rank: int, address: str, port: int) -> It
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // here))}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"  # else accelerate quietly makes every process a run of its own
-    log, last = run.training_dir / f"processes-{rank}.log", deque[str](maxlen=400)
+    log, first, last = run.training_dir / f"processes-{rank}.log", list[str](), deque[str](maxlen=400)
     process = subprocess.Popen(
         command(params, run, rank, address, port),
         cwd=project_root(),
@@ -181,9 +195,11 @@ def _watched(params: Params, run: Run, rank: int, address: str, port: int) -> It
                 kept.write(line)
                 kept.flush()
                 last.append(line.rstrip("\n"))
+                if line.startswith(LAST_WORDS) and not first:
+                    first.append(last[-1])  # kept however much the others have to say behind it
                 yield line
         if process.wait():
-            raise TrainingFailed(last_words(last))
+            raise TrainingFailed(last_words([*first, *last]))
         log.unlink()
     finally:
         process.stdin.close()

@@ -106,7 +106,7 @@ def check_quantizes(quantization: str) -> None:
             f"teacher_quantization is {quantization!r}, which needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer: "
             "install it (pip install -U bitsandbytes), or set teacher_quantization to none"
         )
-    if best_device().type != "cuda":
+    if not torch.cuda.is_available():
         raise ParamError(
             f"teacher_quantization is {quantization!r}, which needs a GPU, and none is seen here: set it to none"
         )
@@ -143,15 +143,18 @@ def load_model(
     those of its linear layers as ``quantization`` says; otherwise they are float32.
     """
     dtype = torch.bfloat16 if precision == "bf16" and not trained else torch.float32
+    # Where bitsandbytes puts the model at once: transformers, if it is not told, takes the first GPU in every process.
+    place = {"": int(os.environ.get("LOCAL_RANK", "0"))} if quantization != "none" else None
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
         resolve(name, parameter),
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
         quantization_config=quantization_config(quantization, dtype),
+        device_map=place,
     )
     model.requires_grad_(trained)
-    if getattr(model, "is_quantized", False):  # transformers has put it on this process's GPU, and it cannot be moved
+    if getattr(model, "is_quantized", False):  # it is on this process's GPU, and cannot be moved
         return model.eval()
     return model.to(best_device()).eval()  # type: ignore[arg-type]
 

@@ -1,5 +1,6 @@
 """A served teacher found by parameters, tried before a run begins, and looked at by ``kepo check-teacher``."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from PIL import Image
 
 from kepo_core.data import phantom
 from kepo_core.data.source import cache_dir
-from kepo_core.method.chat_client import ChatClient, TeacherServerError
+from kepo_core.method.chat_client import LONGEST_ASKED, ChatClient, TeacherServerError
 from kepo_core.method.prompts import needs_hint, vqa_messages
 from kepo_core.method.served import Completion, ServedTeacher
 from kepo_core.method.teacher import parse_hint
@@ -24,6 +25,15 @@ _QUESTION: dict[str, Any] = {
     "answer": "B",
 }
 _SAID = "<think>The finding lies in the upper left (B).</think><answer>B</answer>"
+
+
+def patience(params: Params) -> int:
+    """The most seconds until a served teacher that stays away is given up; 0 where ``params`` name none.
+
+    Processes that wait meanwhile for the one that asks must not give up before.
+    """
+    tries = params.teacher_retries + 1 if params.teacher_url else 0
+    return math.ceil(tries * (params.teacher_timeout + LONGEST_ASKED))
 
 
 def connect(params: Params, processor: Any) -> ServedTeacher:

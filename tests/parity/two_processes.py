@@ -86,17 +86,20 @@ def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
         **overrides,
     )
     assert trainer.accelerator.num_processes == world_size
-    gated: list[bool] = []
+    trainer.teacher.batch_size = 1
+    gated: list[int] = []
     compute = trainer._compute_loss
 
     def remember(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        gated.append(bool(inputs["kepo_gate"].any()))
+        gated.append(int(inputs["kepo_gate"].sum()))
         return compute(model, inputs)
 
     trainer._compute_loss = remember
     trainer.train()
-    if world_size > 1:  # somewhere one process had a row to ask the teacher about and the other had none
-        assert any(a != b for a, b in zip(*gather_object([gated]), strict=True))
+    if world_size > 1:
+        pairs = list(zip(*gather_object([gated]), strict=True))
+        assert any(bool(a) != bool(b) for a, b in pairs)  # one process had a row to ask the teacher about, one had none
+        assert any(max(a, 1) != max(b, 1) for a, b in pairs)  # and one more forward passes of it to make than the other
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == shard
     if way == "accelerate":  # layer by layer, both of them
         pieces = [sum(isinstance(m, FSDPModule) for m in model.modules()) for model in (student, teacher)]

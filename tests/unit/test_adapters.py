@@ -1,6 +1,8 @@
 """LoRA: what is trained, what the reference is, and that a run's model folder holds what was evaluated."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from kepo_core.data.records import MODALITIES
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
 from kepo_core.study import experiment
-from kepo_core.study.adapters import language_layers, lora_config, merged
+from kepo_core.study.adapters import language_layers, lora_config, merged, save_student
 from kepo_core.study.models import load_model, load_processor
-from kepo_core.testbed.embedded import build_model
+from kepo_core.testbed.embedded import build_model, build_processor
 
 
 def test_adapters_are_merged_by_the_book() -> None:
@@ -127,3 +129,43 @@ def test_under_lora_the_students_own_weights_are_kept_in_the_compute_precision(t
         trainer_args={"peft_config": lora_config(student, params)},
     )  # fmt: skip
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_the_engine_of_zero_gathers_what_is_saved(tmp_path: Path) -> None:
+    """The model alone holds, under ZeRO-3, a part of each weight."""
+    student = sharp_model(0)
+    model = PeftModel(student, lora_config(student, Params(lora_rank=2)))
+    engine, gathered = SimpleNamespace(module=model), []
+
+    def get_state_dict(given: Any) -> dict[str, torch.Tensor]:
+        gathered.append(given)
+        return model.state_dict()
+
+    trainer = SimpleNamespace(
+        model=model, deepspeed=engine, is_deepspeed_enabled=True, args=SimpleNamespace(should_save=True),
+        accelerator=SimpleNamespace(get_state_dict=get_state_dict), processing_class=build_processor().tokenizer,
+    )  # fmt: skip
+    save_student(trainer, tmp_path / "model")
+    assert gathered == [engine] and (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_what_several_processes_trained_is_evaluated_as_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of LoRA is smaller than what bf16, in which the untrained student is kept, tells apart."""
+    params = Params(lora_rank=2, precision="bf16", processes=2, prompts_per_step=32, results_dir=str(tmp_path),
+                    explore=False, distill=False)  # fmt: skip
+    models, run = experiment.load_models(params), Run.allocate(params)
+
+    def train(*_: Any) -> None:
+        trained = load_model(params.student)
+        with torch.no_grad():
+            trained.model.language_model.layers[0].mlp.up_proj.weight.mul_(1 + 1e-4)
+        trained.save_pretrained(run.path / "model")
+
+    monkeypatch.setattr(experiment.launch, "train", train)
+    (run.path / "metrics.jsonl").write_text("")
+    experiment.train_student(params, run, None, models, None)
+    saved = load_file(run.path / "model" / "model.safetensors")
+    evaluated = models.student.state_dict()
+    assert saved and all(torch.equal(evaluated[name], value) for name, value in saved.items())

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from kepo_core.method.chat_client import (
     TeacherUnreachableError,
     with_pictures,
 )
+from kepo_core.params import project_root
 
 BODY = {"model": "embedded:teacher", "messages": []}
 
@@ -135,6 +138,29 @@ def test_the_first_failure_ends_all(server: Echo) -> None:
     assert len(server.bodies) <= 4
     with pytest.raises(KeyError):  # of what reads the answers, too
         client(server).ask_all([BODY] * 3, lambda place, answer: answer["missing"])
+
+
+HANGING = """
+import sys
+from kepo_core.method.chat_client import ChatClient, TeacherRefusedError
+client = ChatClient(sys.argv[1], timeout=60, retries=2, concurrency=4)
+try:
+    client.ask_all([{}] * 4, lambda place, answer: answer)
+except TeacherRefusedError:
+    print("refused", flush=True)
+"""
+
+
+def test_a_process_that_gives_up_ends_at_once(server: Echo) -> None:
+    """It waits for none of the requests that the server has not answered yet."""
+    server.trouble = lambda number: error(400, "no") if number == 3 else late(30)(number)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, server.url], stdout=subprocess.PIPE, text=True, cwd=project_root()
+    )
+    assert process.stdout is not None and process.stdout.readline() == "refused\n"
+    refused = time.monotonic()
+    assert process.wait(timeout=20) == 0
+    assert time.monotonic() - refused < 3 and len(server.bodies) == 4
 
 
 def test_the_key_is_the_environments_and_stays_out_of_messages(

@@ -143,6 +143,12 @@ def test_training_config_says_what_the_parameters_say(tmp_path: Path) -> None:
     assert config.gradient_accumulation_steps == 1
 
 
+def test_processes_wait_for_each_other_longer_than_for_a_served_teacher(tmp_path: Path) -> None:
+    assert experiment.training_config(Params(), tmp_path).ddp_timeout == 1800
+    served = Params(teacher_url="http://far:8000/v1", teacher_top_k=20, teacher_timeout=100.0, teacher_retries=2)
+    assert experiment.training_config(served, tmp_path).ddp_timeout >= 1800 + 3 * 100 + 2 * 600
+
+
 METHODS = {
     "sft-nothink": {"method": "sft", "thinking": False},
     "gkd-lambda0.5-nothink": {"method": "gkd", "gkd_lambda": 0.5, "thinking": False},

@@ -114,6 +114,9 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     bad("needs deepspeed", params("4gpu-zero3"))
     bad(r"processes is 4 on 1 machine\(s\), but this one has 2 GPU\(s\)", four)
+    for alone in (Params(), params("1gpu")):  # transformers would spread one process over both
+        bad("processes is 1 but this machine shows 2 GPUs: set CUDA_VISIBLE_DEVICES to one of them", alone)
+    launch.check(Params(method="none"))
 
 
 # Workers ----------------------------------------------------------------------------------------------------------
@@ -162,6 +165,11 @@ def test_steps_are_shown_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch)
             "import sys; print('Traceback'); print('kepo: process 1 failed: FloatingPointError: nan at step 3');"
             "print('kepo: process 0 failed: RuntimeError: gloo'); sys.exit(1)",
             "^process 1 failed: FloatingPointError: nan at step 3$",
+        ),
+        (
+            "import sys; print('kepo: process 2 failed: ValueError: the cause');"
+            "[print('line', n) for n in range(1000)]; print('kepo: process 0 failed: RuntimeError: nccl'); sys.exit(1)",
+            "^process 2 failed: ValueError: the cause$",
         ),
         ("import sys; print('traceback : Signal 9 (SIGKILL) received by PID 7'); sys.exit(1)", "SIGKILL, for want of"),
         ("import sys; print('no launcher'); sys.exit(3)", "^no launcher$"),
@@ -245,3 +253,19 @@ def test_who_cannot_join_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ParamError, match="is failed, expected a run that is about to train"):
         launch.join(str(run.path), 1)
     assert read_json(run.training_dir / "rendezvous.json")["address"] == "gone"
+
+
+def test_a_folder_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: float(sum(slept)))
+    with pytest.raises(ParamError, match=r"run_dir .*none has not come within 10 minutes: has the run begun"):
+        launch.join(str(tmp_path / "none"), 1)
+    assert 600 <= len(slept) <= 602
+
+
+def test_who_joins_must_be_able_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = two_machines(tmp_path, use_vllm=True)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ParamError, match="vllm is not installed"):
+        launch.join(str(run.path), 1)

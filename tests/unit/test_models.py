@@ -194,8 +194,11 @@ def test_transformers_is_told_how_to_quantise(monkeypatch: pytest.MonkeyPatch, q
         return model
 
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(models, "best_device", lambda: torch.device("cpu"))
     model = load_model("embedded:teacher", "teacher", trained=False, precision="bf16", quantization=quantization)
     config = told["quantization_config"]
+    assert told["device_map"] == ({"": 3} if bits else None)  # each process has one on its own GPU
     assert not any(p.requires_grad for p in model.parameters()) and told["use_safetensors"]
     if not bits:
         assert config is None
@@ -224,12 +227,13 @@ def test_the_head_is_not_quantised(tiny_model) -> None:
 
 def test_a_quantised_teacher_that_cannot_be_is_refused_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "load_processor", lambda *_: pytest.fail("something was loaded"))
-    monkeypatch.setattr(models, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ParamError, match=r"teacher_quantization is '4bit', which needs bitsandbytes .*pip install"):
         experiment.load_models(Params(teacher_quantization="4bit"))
     monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: True)
     with pytest.raises(ParamError, match=r"teacher_quantization is '8bit', which needs a GPU"):
         experiment.load_models(Params(teacher_quantization="8bit"))
-    monkeypatch.setattr(models, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # the student is then loaded on the CPU, in spite of the GPUs
     models.check_quantizes("8bit")

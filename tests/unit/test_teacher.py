@@ -170,6 +170,17 @@ def test_hidden_states_give_the_models_own_next_token_distribution(batch_size: i
         assert torch.allclose(logits[place, :length], plain, atol=1e-3), row
 
 
+def test_a_sharded_teacher_is_asked_as_often_by_every_process() -> None:
+    """Also by one with fewer rows, or none: it makes the passes of the one with most, and uses its own."""
+    teacher = Teacher(sharp_model(1), build_processor(), batch_size=1)
+    inputs, widths = batch(teacher), []
+    teacher._model.register_forward_pre_hook(
+        lambda model, args, given: widths.append(len(given["input_ids"])), with_kwargs=True
+    )
+    states = teacher.hidden_states(inputs, [2, 1], passes=4)
+    assert widths == [1, 1, 1, 1] and torch.equal(states, teacher.hidden_states(inputs, [2, 1]))
+
+
 def test_select_rows_takes_each_rows_own_pixels(teacher: Teacher) -> None:
     inputs = batch(teacher)
     counts = inputs["image_grid_thw"].prod(1).tolist()

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from kepo_core.method import objective
+from kepo_core.method import loss, objective
 from kepo_core.method.prompts import hint_aware_messages, vqa_messages
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.trainer import KEPOTrainer
@@ -160,6 +160,19 @@ def test_the_teacher_sees_each_row_with_its_own_image(tmp_path: Path) -> None:
     assert torch.allclose(hidden, torch.cat(alone), atol=1e-5)
     swapped = batch | {"pixel_values": batch["pixel_values"].flip(0)}
     assert not torch.allclose(trainer.teacher.hidden_states(swapped, [1, 6]), hidden, atol=1e-3)
+
+
+def test_the_teacher_is_asked_as_often_as_by_the_process_with_most_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, explore=False)
+    trainer.teacher.batch_size, passes = 3, []
+    monkeypatch.setattr(loss, "largest", lambda accelerator, number: number + 2)
+    trainer.teacher._model.register_forward_pre_hook(lambda *_: passes.append(1))
+    batch = score_batch(trainer, 0, 1)
+    rows = int(batch["kepo_gate"].sum())
+    assert trainer._targets(batch).hidden.shape[0] == batch["completion_mask"][batch["kepo_gate"]].sum()
+    assert rows and len(passes) == -(-rows // 3) + 2
 
 
 @pytest.mark.parametrize("normalizer", objective.NORMALIZERS)
