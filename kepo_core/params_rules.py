@@ -73,6 +73,11 @@ def _check_served(params: Any) -> None:
         raise ParamError(f"teacher_url must be like http://HOST:8000/v1, got {params.teacher_url!r}")
     if params.method == "gkd":
         raise ParamError("method gkd needs the whole of the teacher's distribution: leave teacher_url empty")
+    if params.teacher_quantization != "none":
+        raise ParamError(
+            f"teacher_quantization is {params.teacher_quantization!r}, but where teacher_url is set the server decides "
+            "how the teacher is kept: set it to none"
+        )
     if params.method == "kepo" and params.distill and params.distill_temperature != 1:
         raise ParamError(
             f"distill_temperature must be 1 where teacher_url is set, got {params.distill_temperature:g}: it divides "

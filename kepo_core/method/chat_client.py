@@ -134,8 +134,7 @@ class ChatClient:
             last = error.last_attempt
             raise TeacherUnreachableError(
                 f"the teacher at {self.url} stays away (tries: {last.attempt_number}, over "
-                f"{time.monotonic() - started:.0f} s; the last: {last.exception()}); once it is back, `kepo resume` "
-                "goes on with the run"
+                f"{time.monotonic() - started:.0f} s; the last: {last.exception()})"
             ) from last.exception()
 
     def _ask_once(self, body: Body) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from kepo_core.params import ParamError
-from kepo_core.study.models import resolve
+from kepo_core.study.models import read_config, resolve
 
 #: Configurations of two of the paper's models, for where the hub cannot be reached.
 SHIPPED = Path(__file__).parent / "shapes"
@@ -86,7 +86,7 @@ def load_config(name: str, parameter: str = "student") -> tuple[Any, str]:
     """
     source = resolve(name, parameter)
     if Path(source).is_dir():
-        return AutoConfig.from_pretrained(source), "its folder"
+        return read_config(name, parameter), "its folder"
     try:
         return AutoConfig.from_pretrained(source, local_files_only=True), "the hub's cache on this machine"
     except (OSError, ValueError):

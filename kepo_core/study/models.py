@@ -63,6 +63,20 @@ def resolve(name: str, parameter: str) -> str:
     return name
 
 
+def read_config(name: str, parameter: str = "student") -> Any:
+    """The configuration of a model by embedded name, folder or hub name.
+
+    Raises:
+        ParamError: it is broken, of an unknown kind, or cannot be fetched.
+    """
+    source = resolve(name, parameter)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ParamError(f"{parameter} is {name!r}, whose config.json cannot be read: {reason}") from error
+
+
 def _torchvision_works() -> bool:
     try:  # found is not enough: a build for another torch breaks only when imported
         importlib.import_module("torchvision")
@@ -78,7 +92,7 @@ def load_processor(name: str, parameter: str = "student") -> Any:
     from the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
     """
     source = resolve(name, parameter)
-    if AutoConfig.from_pretrained(source).model_type in QWEN and not _torchvision_works():
+    if read_config(name, parameter).model_type in QWEN and not _torchvision_works():
         processor: Any = ImageOnlyQwenProcessor(
             Qwen2VLImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source)
         )

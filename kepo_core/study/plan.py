@@ -5,7 +5,7 @@ is always held and of the largest moment of a step. `tests/bench/planned.py` set
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kepo_core.method.prompts import needs_hint
 from kepo_core.params import ParamError, Params
@@ -22,7 +22,7 @@ ZERO3_LIVE = 1_000_000_000
 #: Ways of running → where weights, gradients and optimizer are.
 WAYS = {"one process": "", "replicated": "DDP", "FSDP2": "sharded", "ZeRO-3": "sharded"}
 #: The items of a step, of which the largest counts.
-MOMENTS = ("rollouts", "hints", "teacher's forward pass", "update", "evaluation")
+MOMENTS = ("rollouts", "hints", "teacher's forward pass", "reference's forward pass", "update", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,29 @@ def moments(setting: Setting, way: str) -> dict[str, float]:
             found["hints"] = memory.rollouts(t, batch, prompts, p.hint_max_tokens) + teacher_copy
         if p.distill:
             found["teacher's forward pass"] = memory.teacher_forward(t, batch) + teacher_copy
+    if p.beta and not p.lora_rank:
+        working = memory.forward_only(a, batch.rows * batch.length, batch.rows * batch.patches, batch.compute, 4)
+        # TRL shares a reference out in one piece under FSDP2: all of it is gathered.
+        found["reference's forward pass"] = working + (batch.compute * a.parameters if way == "FSDP2" else copy)
     return {name: found[name] for name in MOMENTS if name in found and (name != "rollouts" or not p.use_vllm)}
 
 
 def total(setting: Setting, way: str) -> float:
     """Bytes on each GPU: all that is held, the largest moment, and overhead (`CONTEXT`, and `FALLOW` of the rest)."""
     counted = sum(held(setting, way).values()) + max(moments(setting, way).values())
+    return counted * (1 + FALLOW) + CONTEXT
+
+
+def notebook(setting: Setting) -> float:
+    """Bytes on the first GPU while the notebook's process evaluates there, before and after others train; else 0.
+
+    It has the whole student in float32, whatever the precision of training.
+    """
+    p, a = setting.params, setting.student
+    if p.processes == 1 and not p.accelerate_config:
+        return 0.0
+    batch = replace(setting.batch, compute=4, lora_rank=0)
+    counted = 4 * a.parameters + memory.rollouts(a, batch, p.eval_batch_size, p.eval_max_tokens)
     return counted * (1 + FALLOW) + CONTEXT
 
 
@@ -200,18 +217,21 @@ def as_text(setting: Setting, told: list[str]) -> tuple[str, bool]:
     parts, peaks = ({way: kind(setting, way) for way in ways} for kind in (held, moments))
     lines += [*_rows(parts), "the largest of these moments of a step", *_rows(peaks)]
     totals = {way: total(setting, way) for way in ways}
-    fits = {way: value <= gpu for way, value in totals.items()}
+    first = notebook(setting)
+    fits = {way: max(value, first) <= gpu for way, value in totals.items()}
     lines += [
         _row(f"assumed: {CONTEXT / GIB:.0f} GiB of CUDA, {FALLOW:.0%} fallow", [
             f"{(totals[w] - sum(parts[w].values()) - max(peaks[w].values())) / GIB:.2f}" for w in ways]),
         _row("total", [f"{value / GIB:.2f}" for value in totals.values()]),
+        *[_row("notebook's process, on the first GPU", [f"{first / GIB:.2f}"] * len(ways))] * (first > 0),
         _row("", [_verdict(fit) for fit in fits.values()]),
         "", "with one thing changed, the total:",
     ]  # fmt: skip
     best = min(totals, key=lambda way: totals[way])
     saving = {name: other for name, other in changes(setting).items() if total(other, best) < totals[best]}
     for name, other in sorted(saving.items(), key=lambda item: total(item[1], best)):
-        cells = [f"{(value := total(other, way)) / GIB:.2f} {'fits' if value <= gpu else '–'}" for way in ways]
+        values = [total(other, way) for way in ways]
+        cells = [f"{value / GIB:.2f} {'fits' if max(value, notebook(other)) <= gpu else '–'}" for value in values]
         lines.append(_row(name, cells))
     return "\n".join(lines), any(fits.values())
 

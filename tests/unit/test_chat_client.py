@@ -104,10 +104,11 @@ def test_a_slow_server_is_given_up_in_bounded_time(server: Echo) -> None:
     assert time.monotonic() - started < 0.9
 
 
-def test_a_dead_server_ends_it_with_what_to_do() -> None:
+def test_a_dead_server_ends_it() -> None:
+    """What to do then depends on who asks: `kepo run` says that its run can be resumed."""
     with serving(Echo(None, None)) as server:
         pass
-    with pytest.raises(TeacherUnreachableError, match=r"ConnectError: .*once it is back, `kepo resume` goes on"):
+    with pytest.raises(TeacherUnreachableError, match=r"tries: 3, .*ConnectError: [^;`]*$"):
         ask(server)
 
 

@@ -27,6 +27,7 @@ from kepo_core.method import prompts
 from kepo_core.method.teacher import Teacher
 from kepo_core.params import ParamError, Params
 from kepo_core.study import experiment, models
+from kepo_core.study.architecture import load_config
 from kepo_core.study.evaluation import evaluate
 from kepo_core.study.models import check_same_vocabulary, load_model, load_processor, resolve, save_embedded
 from kepo_core.testbed.embedded import build_config, build_model, build_processor
@@ -237,3 +238,14 @@ def test_a_quantised_teacher_that_cannot_be_is_refused_before_anything_loads(mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # the student is then loaded on the CPU, in spite of the GPUs
     models.check_quantizes("8bit")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"model_type": ', "not a valid JSON"), ("[]", "model_type"), ('{"model_type": "x"}', "`x`")]
+)
+def test_a_broken_configuration_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    for read in (load_processor, load_config):
+        with pytest.raises(ParamError, match=rf"teacher is '.*', whose config.json cannot be read: .*{said}") as caught:
+            read(str(tmp_path), "teacher")
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

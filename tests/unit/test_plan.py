@@ -145,6 +145,26 @@ def test_what_the_papers_models_hold_is_arithmetic(nothing_loads: None) -> None:
     assert plan.held(colocated, "FSDP2")["vLLM"] == 20e9 and "rollouts" not in plan.moments(colocated, "FSDP2")
 
 
+def test_a_reference_is_gathered_whole_under_fsdp2(nothing_loads: None) -> None:
+    """In bf16; under ZeRO-3 as the student is."""
+    p, setting = 2_127_532_032, paper(beta=0.1)
+    found = {way: plan.moments(setting, way)["reference's forward pass"] for way in setting.ways}
+    assert found["FSDP2"] > 2 * p > found["FSDP2"] - found["ZeRO-3"] > 0
+    for other in (paper(), paper(beta=0.1, lora_rank=16)):
+        assert "reference's forward pass" not in plan.moments(other, "FSDP2")
+
+
+def test_the_notebooks_process_has_to_fit_too(nothing_loads: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """It evaluates the whole student in float32 on the first GPU, however many share it out in training."""
+    setting = paper(gpus=4, eval_batch_size=256, eval_max_tokens=4096)
+    assert plan.notebook(setting) > plan.notebook(paper()) > 4 * 2_127_532_032
+    text, fits = plan.as_text(setting, [])
+    assert plan.total(paper(), "FSDP2") < setting.gpu < plan.notebook(setting) and not fits
+    assert f"notebook's process, on the first GPU {plan.notebook(setting) / 2**30:>13.2f}" in text
+    alone = paper(gpus=1, accelerate_config="")
+    assert plan.notebook(alone) == 0 and "notebook" not in plan.as_text(alone, [])[0]
+
+
 def test_every_change_is_planned_and_more_of_anything_takes_more(nothing_loads: None) -> None:
     setting = paper(gpus=1, prompts_per_step=2)
     totals = {name: plan.total(other, "one process") for name, other in plan.changes(setting).items()}
