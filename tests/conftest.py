@@ -5,11 +5,16 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from transformers import Qwen3VLForConditionalGeneration
 
 from kepo_core.study.processor import ImageOnlyQwenProcessor
 from kepo_core.testbed.embedded import build_model, build_processor
+
+# A busy machine takes longer than any deadline for an example.
+hypothesis.settings.register_profile("kepo", deadline=None)
+hypothesis.settings.load_profile("kepo")
 
 
 @pytest.fixture(scope="session")
