@@ -46,6 +46,7 @@ def test_main_job_twice_is_the_same_to_the_bit_and_complete(smoke_file: Path) ->
     assert logged[0]["step"] == 1 and not any("time" in key for key in logged[0])
 
 
+@pytest.mark.slow  # notebook 02 itself runs under nbval
 def test_baselines_run_once_and_stand_beside_the_paper(smoke_file: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
 
