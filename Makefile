@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 
 
 help:
 	@echo "make train      train, explore, distil and evaluate (notebook 03) into a new folder under results/"
-	@echo "make test       linter, type checker, tests (at most 15 minutes on two cores); test-all adds the long ones"
+	@echo "make test       linter, type checker, tests (some 15 minutes on two cores); test-all adds the long ones"
 	@echo "make faults     plant faults into a copy of the package, one by one: every one must make its tests fail"
 	@echo "make bench      what a step costs, against GRPO, GRPO + DistillationTrainer and a plain reading of the paper"
 	@echo "make study      many runs, compared over seeds: STUDY=params/study-small.yaml by default; goes on where it stopped"

@@ -22,18 +22,20 @@ from kepo_core.params import ParamError, Params, checked, resolve
 _STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")
 
 if TYPE_CHECKING:
-    from kepo_core.runs import jobs
+    from kepo_core.sweep import jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The ``kepo`` command; returns its exit code."""
+    # jsonschema, which reads notebooks, would build a parser of IRIs for 2.6 s; without that package it knows no IRIs.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "params":
             print(Params.load(arguments.file).to_yaml(), end="")
             return COMPLETED
         if arguments.command == "resume":
-            from kepo_core.runs.execution import resume_run
+            from kepo_core.study.execution import resume_run
 
             return resume_run(arguments.run)
         if arguments.command == "join":
@@ -89,7 +91,7 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> 
     if not path.is_file():
         raise ParamError(f"notebook {notebook} does not exist")
     params = Params.load(file or overrides.get("params_file"), overrides)
-    from kepo_core.runs import execution
+    from kepo_core.study import execution
 
     return execution.run_notebook(path, params, overrides)
 
@@ -99,8 +101,7 @@ def join_run(run: str, rank: int) -> int:
 
     Raises `ParamError` where there is no such run, or it is not about to train.
     """
-    from kepo_core.runs import execution
-    from kepo_core.study import launch
+    from kepo_core.study import execution, launch
 
     signal.signal(signal.SIGTERM, execution.interrupt)
     try:
@@ -119,7 +120,7 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     Raises ``DataError`` if the data cannot be read at all or, under ``strict``, for the first row that cannot.
     """
     from kepo_core.data.check import check
-    from kepo_core.runs.files import write_atomically
+    from kepo_core.files import write_atomically
 
     checked = check(Path(path), strict)
     print(checked.as_text())
@@ -139,7 +140,7 @@ def write_reports(what: Sequence[str], results: str | None) -> int:
 
     for name in what:
         if name.endswith((".yaml", ".yml")):
-            from kepo_core.pages.study_report import write_study_report
+            from kepo_core.sweep.study_report import write_study_report
 
             page = write_study_report(name)
         elif name.endswith(".ipynb"):
@@ -159,12 +160,14 @@ def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
     They compute on this machine, or on the cluster that ``cluster_file`` describes. Raises `ParamError` or
     ``DataError`` before anything runs if a file or the data do not fit.
     """
-    from kepo_core.analysis import studies
-    from kepo_core.runs import board, execution, jobs
-    from kepo_core.study import experiment
+    from kepo_core.study import execution, experiment
+    from kepo_core.sweep import board, jobs, studies
 
     study = studies.read_study(file)
-    places = jobs.Here(slots) if cluster_file is None else _cluster(cluster_file, study.base.results_dir, slots)
+    if cluster_file is None:
+        places: jobs.Places = jobs.Here(slots, study.processes)
+    else:
+        places = _cluster(cluster_file, study.base.results_dir, slots)
     print(f"kepo: {len(study.runs)} runs, {places.count} at a time", flush=True)
     for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # its runs are told, too
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
@@ -201,7 +204,7 @@ def plan_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _cluster(file: str, results_dir: str, slots: int) -> "jobs.Places":
-    from kepo_core.runs.cluster import Cluster  # submitit is wanted by nobody else
+    from kepo_core.sweep.cluster import Cluster  # submitit is wanted by nobody else
 
     return Cluster(file, results_dir, slots)
 

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -72,7 +72,7 @@ class Params:
     teacher_concurrency: int = _p(32, "questions that each process has open with a served teacher, at most", low=1)
     teacher_quantization: str = _p(
         "none",
-        "of the teacher's linear layers, by bitsandbytes on a GPU",
+        "of the teacher's linear layers, by bitsandbytes",
         choices=("none", "8bit", "4bit"),
     )
     lora_rank: int = _p(0, "rank of the adapters (LoRA) that are trained; 0: all weights of the student are", low=0)
@@ -297,14 +297,29 @@ def _checked(f: "dataclasses.Field[Any]", value: Any) -> Any:
     return value
 
 
-def _known(names: Iterable[str], where: str = "") -> None:
-    """Raise for the first name that is no parameter, and name the nearest one."""
-    declared = [f.name for f in dataclasses.fields(Params)]
+def check_names(namespace: Mapping[str, Any]) -> None:
+    """Refuse what papermill lets pass: a name that the first parameter cell of a notebook does not set.
+
+    For notebooks whose parameters are their own. ``namespace`` is the notebook's ``globals()``.
+
+    Raises:
+        ParamError: names the nearest parameter.
+    """
+    declared: set[str] = set()
+    for source in namespace["In"]:
+        names = parameter_cell_names([source])
+        declared = declared or names
+        _known(sorted(names), " in the notebook", sorted(declared))
+
+
+def _known(names: Iterable[str], where: str = "", declared: Sequence[str] = ()) -> None:
+    """Raise for the first name that is no parameter (of ``declared``, or of `Params`), and name the nearest one."""
+    known = declared or [f.name for f in dataclasses.fields(Params)]
     for name in names:
-        if name not in declared:
-            near = difflib.get_close_matches(str(name), declared, n=1, cutoff=0.5)
-            nearest = f"; the nearest is {near[0]}" if near else "; `kepo params` lists them all"
-            raise ParamError(f"{name}{where} is not a parameter{nearest}")
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            every = f"; expected one of {', '.join(known)}" if declared else "; `kepo params` lists them all"
+            raise ParamError(f"{name}{where} is not a parameter{f'; the nearest is {near[0]}' if near else every}")
 
 
 def default_params_file() -> Path:

@@ -1,5 +1,6 @@
 """Hushes what other libraries print and no reader of a notebook can act on. Imported before anything heavy."""
 
+import logging as python_logging
 import os
 import warnings
 
@@ -9,6 +10,8 @@ def quiet_third_parties() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a line about forking after each use
     warnings.filterwarnings("ignore", message="IProgress not found")
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    # An 8-bit layer says at each call that it computes in 16 bits.
+    python_logging.getLogger("bitsandbytes.autograd._functions").setLevel(python_logging.ERROR)
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

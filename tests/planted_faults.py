@@ -5,6 +5,7 @@ one went unnoticed. It takes about ten seconds a fault. A test of the ordinary s
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def noticed(fault: Fault, folder: Path) -> bool:
     shutil.copytree(ROOT / "results" / "reference", copy / "results" / "reference")
     file = copy / "kepo_core" / fault.file
     file.write_text(file.read_text(encoding="utf-8").replace(fault.old, fault.new, 1), encoding="utf-8")
-    words = [f"tests/{word}" if word.endswith(".py") else word for word in fault.tests.split()]
+    words = [f"tests/{word}" if word.endswith(".py") else word for word in shlex.split(fault.tests)]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *words]
     done = subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True)
     if done.returncode not in (0, 1):  # neither passed nor failed: no tests, or a test file that does not load

@@ -18,7 +18,7 @@ from kepo_core.analysis.aggregate import mean_over_runs_and_images
 from kepo_core.analysis.answers import Curve, correctness, from_table, to_table
 from kepo_core.analysis.statistics import AVG_OOD
 from kepo_core.data.records import Answer, Question
-from kepo_core.runs.files import in_place_of
+from kepo_core.files import in_place_of
 
 
 def asked(tests: Mapping[str, Sequence[Question]], n: int) -> list[Question]:

@@ -31,6 +31,15 @@ NUMBERS = ("one", "two")
 CONTRASTS = ("bright", "dark")
 DIAGNOSES = ("velora", "tamsin", "quoril", "nexum")
 GRADES = ("grade I", "grade II", "grade III", "grade IV")
+#: The words of each fact that is drawn.
+WORDS: dict[str, tuple[str, ...]] = {
+    "modality": MODALITIES,
+    "kind": KINDS,
+    "place": PLACES,
+    "size": SIZES,
+    "number": NUMBERS,
+    "contrast": CONTRASTS,
+}
 # A Latin square: neither fact alone gives the name away (each kind has two names, each contrast all four).
 _DIAGNOSIS = {
     **{(kind, "bright"): DIAGNOSES[i] for i, kind in enumerate(KINDS)},

@@ -128,8 +128,14 @@ class ChatClient:
             sleep=tenacity.sleep_using_event(stopped),
             before_sleep=self._say,
         )
+
+        def once() -> Any:
+            if stopped.is_set():  # while it paused
+                raise TeacherServerError("another request has failed")
+            return self._ask_once(body)
+
         try:
-            return retrying(self._ask_once, body)
+            return retrying(once)
         except tenacity.RetryError as error:
             last = error.last_attempt
             raise TeacherUnreachableError(

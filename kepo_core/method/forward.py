@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import FusedCausalLMOutput
@@ -50,6 +50,18 @@ class DistilledOutput(FusedCausalLMOutput):  # type: ignore[misc]  # trl is not 
     """TRL's output with ``divergence`` (B, T): D(π_T‖π_θ) at the distilled tokens, 0 elsewhere."""
 
     divergence: Tensor | None = None
+
+
+def keep_float32_outputs(accelerator: Any) -> None:
+    """Under FSDP2 with bf16: models return what they computed as it is, and gradients are summed in float32.
+
+    accelerate's policy rounds both to bf16, log-probabilities and entropies among them; under DDP they are
+    float32. To be called before anything is shared out.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None and accelerator.is_fsdp2:
+        compute = plugin.mixed_precision_policy.param_dtype
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
 
 
 def check_plain_head(model: Any, role: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kepo_core.method import objective
 from kepo_core.method.config import KEPOConfig
-from kepo_core.method.forward import Targets, require_finite
+from kepo_core.method.forward import Targets, keep_float32_outputs, require_finite
 from kepo_core.method.hinted import largest
 from kepo_core.method.resume import ResumableTrainer
 from kepo_core.method.served import ServedTeacher
@@ -42,6 +42,11 @@ class GatedLossTrainer(ResumableTrainer):
 
     args: KEPOConfig
     teacher: Teacher | ServedTeacher | None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator of transformers, before TRL shares out the reference by it."""
+        super().create_accelerator_and_postprocess()
+        keep_float32_outputs(self.accelerator)
 
     def _targets(self, inputs: dict[str, Any]) -> Targets | TopTargets | None:
         """The teacher's view of the gated rows of a micro-batch; None where there is nothing to ask for.
@@ -102,7 +107,7 @@ class GatedLossTrainer(ResumableTrainer):
             kl_BT = objective.kl_to_reference(forward.output.log_probs[:, -width:], inputs["ref_per_token_logps"])
             terms["kl"] = objective.sequence_mean(kl_BT.detach(), mask).mean()
             terms["policy"] = terms["policy"] - self.beta * terms["kl"]
-        sums = loss.new_zeros(4)  # entropy and its tokens, divergence and its tokens
+        sums = loss.new_zeros(4, dtype=torch.float32)  # entropy and its tokens, divergence and its tokens
         if getattr(forward.output, "divergence", None) is not None:
             divergence_BT, gate = forward.output.divergence, inputs["kepo_gate"]
             distill = objective.distillation_term(

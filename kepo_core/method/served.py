@@ -78,7 +78,8 @@ class ServedTeacher:
     def write_hints(self, rows: Sequence[Mapping[str, Any]], *, max_tokens: int, seed: int = 0) -> list[str | None]:
         """The likeliest hint for each row (greedy); None where none can be read.
 
-        As a hint depends on nothing but model, prompt, picture and length, every one is asked for once and kept.
+        As a hint depends on nothing but model, prompt, picture and length, every one is asked for once and kept; where
+        an answer has none it is asked for again, as the server may have been put right.
 
         Args:
             rows: each with ``question``, ``options``, ``answer`` (a letter) and ``image`` (PIL).
@@ -126,7 +127,7 @@ class ServedTeacher:
         except (OSError, ValueError):
             kept = None
         if isinstance(kept, dict) and kept.get("model") == self._model and isinstance(kept.get("text"), str):
-            return str(kept["text"])
+            return kept["text"] if parse_hint(kept["text"], self._markup) is not None else None
         warnings.warn(f"{path} holds no hint of {self._model}: it is asked for again", stacklevel=2)
         return None
 
@@ -254,6 +255,9 @@ class ServedTeacher:
             raise TeacherMismatchError(f"{where}: no log-probabilities by token ids came back") from None
         if one.completion_ids[place] not in values:
             raise TeacherMismatchError(f"{where}: the student's own token has no log-probability there: misaligned")
+        foreign = next((token for token in values if self._vocabulary and not 0 <= token < self._vocabulary), None)
+        if foreign is not None:
+            raise TeacherMismatchError(f"{where}: token {foreign} came back, expected below {self._vocabulary}")
         if len(values) < self.top_k:
             raise TeacherMismatchError(f"{where}: {len(values)} log-probabilities came back, expected {self.top_k}")
         wrong = next((value for value in values.values() if not (math.isfinite(value) and value <= TOLERANCE)), None)

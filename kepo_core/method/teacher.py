@@ -118,7 +118,10 @@ class Teacher:
             self._wrapped = prepare_deepspeed(self._model, accelerator)
         elif fsdp:
             # Layer by layer, as accelerate does the student: TRL's prepare_fsdp gathers all of it on every GPU at once.
+            plugin = accelerator.state.fsdp_plugin
+            students = plugin.transformer_cls_names_to_wrap  # overwritten by the names of the teacher's layers
             self._wrapped = fsdp2_prepare_model(accelerator, self._model).eval()
+            plugin.transformer_cls_names_to_wrap = students
             let_generate(self._model)
         else:
             self._wrapped = accelerator.prepare_model(self._model, evaluation_mode=True)

@@ -1,7 +1,6 @@
 """The divergence from a teacher of whom only the likeliest next tokens are known, from the student's hidden states."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from kepo_core.method import objective
 CHUNK = 512
 
 
-@dataclass(frozen=True, eq=False)
 class TopTargets:
     """What a served teacher thinks of N completion tokens of a batch.
+
+    No dataclass: FSDP2 looks into these for what it casts to the compute precision.
 
     Attributes:
         positions: (N,) which tokens, as flat indices into (B, T).
@@ -27,11 +27,9 @@ class TopTargets:
         beta: see `objective.divergence`.
     """
 
-    positions: Tensor
-    ids: Tensor
-    log_probs: Tensor
-    completion_length: int
-    beta: float
+    def __init__(self, positions: Tensor, ids: Tensor, log_probs: Tensor, completion_length: int, beta: float) -> None:
+        self.positions, self.ids, self.log_probs = positions, ids, log_probs
+        self.completion_length, self.beta = completion_length, beta
 
 
 def gather_targets(
@@ -81,12 +79,12 @@ class TopKDivergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of each token's divergence reaches k logits by themselves and all others through one bucket."""
         hidden, weight, bias, ids, log_probs = ctx.saved_tensors
-        # Summed up in float32, whatever the dtype of what they are gradients of.
-        sums = [
-            torch.zeros(of.shape, dtype=torch.float32, device=of.device) if needed else None
-            for of, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        ]
-        with maybe_gather_lm_head_ctx(weight, bias):
+        with maybe_gather_lm_head_ctx(weight, bias):  # before it, ZeRO-3's head has no shape
+            # Summed up in float32, whatever the dtype of what they are gradients of.
+            sums = [
+                torch.zeros(of.shape, dtype=torch.float32, device=of.device) if needed else None
+                for of, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            ]
             for chunk in _chunks(len(hidden)):
                 logits = _logits(hidden[chunk], weight, bias, ctx.dtype)
                 buckets = objective.top_k_buckets(logits, ids[chunk]).requires_grad_()

@@ -24,7 +24,7 @@ from kepo_core.analysis.diagnosis import ACCEPTANCE
 from kepo_core.analysis.statistics import AVG, AVG_OOD
 from kepo_core.data.images import load_image
 from kepo_core.data.records import LETTERS, MODALITIES, Question
-from kepo_core.runs.files import in_place_of
+from kepo_core.files import in_place_of
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",

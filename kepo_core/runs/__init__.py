@@ -1,1 +1,1 @@
-"""Run folders: how they are made, found, gone on with, and looked after; many of them at a time."""
+"""Run folders: how they are made, found, gone on with, and looked after."""

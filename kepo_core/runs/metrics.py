@@ -6,14 +6,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kepo_core.runs.files import json_line, write_atomically
+from kepo_core.files import json_line, write_atomically
 from kepo_core.runs.run import Run
 
 
 def is_timing(name: str) -> bool:
     """Whether a logged value depends on the clock; all others are identical between identical runs."""
-    last = name.rsplit("/", 1)[-1]
-    return name.startswith("profiling/") or last == "step_time" or last.endswith(("runtime", "_per_second"))
+    return name.startswith("profiling/") or name.rsplit("/", 1)[-1] == "step_time"
 
 
 _FILES = ("metrics.jsonl", "timings.jsonl")
@@ -52,12 +51,14 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers is n
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line to each file, if there is anything to write; a number that is not finite becomes null."""
-        if not state.is_world_process_zero or not logs:
+        """Append one line to each file, if there is anything to write; a number that is not finite becomes null.
+
+        The trainer's summary at the end is passed over: it is about this process's steps alone, so that of a resumed
+        run it would say something else.
+        """
+        if not state.is_world_process_zero or not logs or "train_loss" in logs:
             return
         step = {"step": state.global_step}
-        if "train_loss" in logs:  # the last line: a mean over this process's steps, which none of several can compute
-            logs = {name: value for name, value in logs.items() if is_timing(name)}
         metrics = {name: value for name, value in logs.items() if not is_timing(name)}
         timings = {name: value for name, value in logs.items() if is_timing(name)}
         for path, row in (

@@ -22,18 +22,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import pandas as pd
 
+from kepo_core.files import in_place_of, in_turn, read_json, write_atomically, write_json
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import PLACES, ParamError, Params, project_root
 from kepo_core.params_io import read_yaml, short_hash
 from kepo_core.runs import checksums, provenance
-from kepo_core.runs.files import in_place_of, in_turn, read_json, write_atomically, write_json
-
-if TYPE_CHECKING:
-    pass
 
 Owner = Literal["kepo run", "notebook"]
 State = Literal["running", "completed", "failed", "interrupted"]

@@ -1,1 +1,1 @@
-"""The experiment: models, evaluation, statistics, run folders, figures, reports."""
+"""The experiment, one run of it: models, training, evaluation, progress; and what it will take."""

@@ -192,7 +192,7 @@ def _decoding(model: Any, processor: Any, max_tokens: int, temperature: float) -
     )
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what it leaves in caches cannot be trained with
             yield stop_tokens
     finally:
         model.generation_config = own

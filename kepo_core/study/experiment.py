@@ -1,7 +1,7 @@
 """From parameters to the parts of one experiment: data, models, trainer, evaluation. Notebooks call these."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,19 @@ from kepo_core.data.source import Source, open_source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.dataset import to_dataset
-from kepo_core.method.prompts import needs_hint
+from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.resume import last_checkpoint, trained_steps
 from kepo_core.method.rewards import reward_functions
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
-from kepo_core.runs import live
 from kepo_core.runs.metrics import MetricsWriter, forget_after
 from kepo_core.runs.run import Run
-from kepo_core.study import launch, serving
+from kepo_core.study import launch, live, serving
 from kepo_core.study.adapters import lora_config, save_student
 from kepo_core.study.evaluation import Progress, evaluate
+from kepo_core.study.methods import needs_teacher
 from kepo_core.study.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
 
 
@@ -129,12 +129,6 @@ class Models:
     teacher: Teacher | ServedTeacher | None
 
 
-def needs_teacher(params: Params) -> bool:
-    """Whether the method asks π_T anything: to guide, or for hints."""
-    hints = params.explore and needs_hint(params.hint_context)
-    return params.method == "gkd" or (params.method == "kepo" and (params.distill or hints))
-
-
 def load_to_run(params: Params) -> Models:
     """`load_models` for the process that makes the run; where others train, it has no teacher but a served one.
 
@@ -217,10 +211,6 @@ def make_trainer(
     if params.method == "none":
         return None
     callbacks = [MetricsWriter(run), *callbacks]
-    if params.curve_steps:
-        questions = curves.asked(data.tests, params.curve_items)
-        ask = partial(evaluate_student, params, models, questions)
-        callbacks.append(curves.CurveWriter(ask, run.evaluation_dir, params.curve_steps))
     pictures = Pictures(params.image_size, params.image_fit)
     if params.method == "kepo":
         trainer: Trainer = KEPOTrainer(
@@ -235,8 +225,17 @@ def make_trainer(
         )
     else:
         trainer = _baseline(params, run, data, models, pictures, callbacks)
+        keep_float32_outputs(trainer.accelerator)
     if (found := trainer.accelerator.num_processes) != params.processes:
         raise RuntimeError(f"{found} processes train together, expected {params.processes} (processes)")
+    if params.curve_steps:
+        questions = curves.asked(data.tests, params.curve_items)
+
+        def ask() -> list[Answer]:  # with its adapters, and as it is shared out, if it is
+            student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            return evaluate_student(params, replace(models, student=student), questions)
+
+        trainer.add_callback(curves.CurveWriter(ask, run.evaluation_dir, params.curve_steps))
     trainer.remove_callback(PrinterCallback)  # prints every logged dictionary whole; they are in metrics.jsonl
     return trainer
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 
+from kepo_core.files import read_json, write_json
 from kepo_core.params import ParamError, Params, project_root, resolve
-from kepo_core.runs.files import read_json, write_json
-from kepo_core.runs.live import LiveTraining, read_step
 from kepo_core.runs.run import Run
+from kepo_core.study.live import LiveTraining, read_step
 
 #: How the processes of a run without ``accelerate_config`` share the models: each has all of them.
 WHOLE = "params/accelerate/ddp.yaml"
@@ -38,6 +38,7 @@ _MIXED = {"fp32": "no", "bf16": "bf16"}
 _RENDEZVOUS = "rendezvous.json"
 #: Seconds that `join` waits for a run folder that is not there yet.
 _PATIENCE = 600.0
+_LOOK_EVERY = 5.0  # seconds between two looks at the first machine's run
 _KILLED = re.compile(r"\b(SIG[A-Z]+)\b.*received")
 
 
@@ -152,8 +153,14 @@ def join(folder: str, rank: int) -> None:
             raise ParamError(f"run_dir {folder} is {state}, expected a run that is about to train")
         time.sleep(1)
     place = read_json(meeting)
-    for _ in _watched(run.params, run, rank=rank, address=place["address"], port=place["port"]):
-        pass
+    lines = _watched(run.params, run, rank, place["address"], place["port"], while_=lambda: run.state == "running")
+    try:
+        for _ in lines:
+            pass
+    except TrainingFailed:
+        if (state := run.state) != "running":
+            raise TrainingFailed(f"run_dir {folder} is {state}: the first machine has stopped") from None
+        raise
 
 
 def command(params: Params, run: Run, rank: int, address: str, port: int) -> list[str]:
@@ -167,10 +174,13 @@ def command(params: Params, run: Run, rank: int, address: str, port: int) -> lis
     return [*launch, "-m", "kepo_core.study.worker", str(run.path)]
 
 
-def _watched(params: Params, run: Run, rank: int, address: str, port: int) -> Iterable[str]:
+def _watched(
+    params: Params, run: Run, rank: int, address: str, port: int, while_: Callable[[], bool] | None = None
+) -> Iterable[str]:
     """Start this machine's workers and yield the lines that they write, to their end.
 
-    All of them are kept in ``training/processes-RANK.log`` until they have ended well.
+    All of them are kept in ``training/processes-RANK.log`` until they have ended well. They are ended where ``while_``,
+    asked every few seconds, no longer holds: who waits for another machine's process may wait for half an hour.
     """
     here = params.processes // configuration(params).num_machines
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // here))}
@@ -189,6 +199,15 @@ def _watched(params: Params, run: Run, rank: int, address: str, port: int) -> It
         errors="replace",
     )
     assert process.stdin is not None and process.stdout is not None
+
+    def look(holds: Callable[[], bool]) -> None:
+        while process.poll() is None:
+            if not holds():
+                process.terminate()
+            time.sleep(_LOOK_EVERY)
+
+    if while_ is not None:
+        threading.Thread(target=look, args=[while_], daemon=True).start()
     try:
         with log.open("w", encoding="utf-8") as kept:
             for line in process.stdout:

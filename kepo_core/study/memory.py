@@ -58,7 +58,7 @@ class Batch:
 
     @property
     def residual(self) -> int:
-        """R."""
+        """Bytes r of a number between two layers."""
         return self.compute if self.lora_rank else 4
 
 
@@ -88,7 +88,7 @@ def compute_copy(a: Architecture, batch: Batch) -> int:
 
 
 def layer(a: Architecture, batch: Batch) -> int:
-    """What one decoder layer keeps of one token: Σ of `_LAYER`, 8 bytes a head, c S for the mask, 7 r of LoRA."""
+    """What a decoder layer keeps of one token: Σ of `_LAYER`, 8 bytes a head, c S for the mask, 7 c a rank of LoRA."""
     h, m, q, k = _LAYER["lora" if batch.lora_rank else "all", batch.compute]
     numbers = h * a.hidden + m * a.mlp + q * a.queries + k * a.keys + 8 * a.heads
     return numbers + batch.compute * (batch.length + 7 * batch.lora_rank)
@@ -146,12 +146,14 @@ def update(a: Architecture, batch: Batch, teacher_hidden: int, gradients: float,
 
     Either at the head (all activations, scores, the head's gradients) or in the last layer that is gone back through
     (the vision tower's activations, and gradients of all weights); with several windows gradients are always there.
+    Where the output embedding is the input's, its gradient as the one and as the other, 4 V H each, are added up last.
     """
     decoder, vision = activations(a, batch)
     kept, passing = scores(a, batch, teacher_hidden)
     before = gradients if batch.windows > 1 else 0.0
     at_head = before + decoder + vision + kept + max(passing, recomputed(a, batch)) + copy
-    at_end = gradients + vision + recomputed(a, batch) + (0.0 if batch.checkpointing else copy)
+    embedding = 0 if batch.lora_rank or a.head else 8 * a.vocabulary * a.hidden
+    at_end = gradients + vision + max(recomputed(a, batch), embedding) + (0.0 if batch.checkpointing else copy)
     return max(at_head, at_end)
 
 

@@ -9,11 +9,18 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from kepo_core.method.prompts import needs_hint
 from kepo_core.params import ParamError, Params
 
 _HERE = Path(__file__).parent
 #: What a method is unless its row says otherwise.
 KEPO: dict[str, Any] = {"method": "kepo", "distill": True, "explore": True, "thinking": True, "tau": 1.0}
+
+
+def needs_teacher(params: Params) -> bool:
+    """Whether the method asks π_T anything: to guide, or for hints."""
+    hints = params.explore and needs_hint(params.hint_context)
+    return params.method == "gkd" or (params.method == "kepo" and (params.distill or hints))
 
 
 @dataclass(frozen=True)

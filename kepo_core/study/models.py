@@ -25,10 +25,11 @@ from transformers.utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_availab
 
 from kepo_core.params import ParamError
 from kepo_core.study.processor import ImageOnlyQwenProcessor
-from kepo_core.testbed.embedded import EMBEDDED_DIR
 
 #: Model types whose own processors need torchvision, though only for videos.
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+#: The shipped weights.
+EMBEDDED_DIR = Path(__file__).parents[1] / "embedded"
 EMBEDDED = {"embedded:student": EMBEDDED_DIR / "student", "embedded:teacher": EMBEDDED_DIR / "teacher"}
 
 
@@ -108,21 +109,15 @@ def load_processor(name: str, parameter: str = "student") -> Any:
 
 
 def check_quantizes(quantization: str) -> None:
-    """Refuse a quantised teacher where bitsandbytes or a GPU is missing, before anything is loaded.
+    """Refuse a quantised teacher where bitsandbytes is missing, before anything is loaded.
 
     Raises:
         ParamError: says what to install, or what to set.
     """
-    if quantization == "none":
-        return
-    if not is_bitsandbytes_available():
+    if quantization != "none" and not is_bitsandbytes_available():
         raise ParamError(
             f"teacher_quantization is {quantization!r}, which needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer: "
             "install it (pip install -U bitsandbytes), or set teacher_quantization to none"
-        )
-    if not torch.cuda.is_available():
-        raise ParamError(
-            f"teacher_quantization is {quantization!r}, which needs a GPU, and none is seen here: set it to none"
         )
 
 
@@ -157,8 +152,9 @@ def load_model(
     those of its linear layers as ``quantization`` says; otherwise they are float32.
     """
     dtype = torch.bfloat16 if precision == "bf16" and not trained else torch.float32
-    # Where bitsandbytes puts the model at once: transformers, if it is not told, takes the first GPU in every process.
-    place = {"": int(os.environ.get("LOCAL_RANK", "0"))} if quantization != "none" else None
+    place: dict[str, int | str] | None = None
+    if quantization != "none":  # bitsandbytes puts it there at once; untold, on the first GPU in every process
+        place = {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
         resolve(name, parameter),
         dtype=dtype,
@@ -168,7 +164,7 @@ def load_model(
         device_map=place,
     )
     model.requires_grad_(trained)
-    if getattr(model, "is_quantized", False):  # it is on this process's GPU, and cannot be moved
+    if getattr(model, "is_quantized", False):  # it is in its place, and cannot be moved
         return model.eval()
     return model.to(best_device()).eval()  # type: ignore[arg-type]
 

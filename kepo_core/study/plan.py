@@ -7,10 +7,10 @@ is always held and of the largest moment of a step. `tests/bench/planned.py` set
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from kepo_core.method.prompts import needs_hint
 from kepo_core.params import ParamError, Params
 from kepo_core.study import memory
 from kepo_core.study.architecture import Architecture, architecture, load_config
+from kepo_core.study.methods import needs_teacher
 
 GIB = 2**30
 #: Assumed beside what is counted: CUDA's context and libraries, and blocks of the allocator that lie fallow.
@@ -80,7 +80,7 @@ def read(params: Params, prompt_tokens: int | None = None, gpu: float = 80e9) ->
     if params.method != "kepo":
         raise ParamError(f"method is {params.method}, expected kepo (or GRPO, its parts off): others are not planned")
     wanted = {"student": params.student}
-    if not params.teacher_url and (params.distill or (params.explore and needs_hint(params.hint_context))):
+    if needs_teacher(params) and not params.teacher_url:
         wanted["teacher"] = params.teacher
     found, told = {}, []
     for role, name in wanted.items():
@@ -134,7 +134,9 @@ def moments(setting: Setting, way: str) -> dict[str, float]:
     """Bytes of each moment of a step that is large, by `MOMENTS`; all rows are taken to pass the gate."""
     p, a, t, batch = setting.params, setting.student, setting.teacher, setting.batch
     sharded = WAYS[way] == "sharded"
-    gradients = 4.0 * memory.trained(a, batch) / (setting.gpus if sharded else 1)
+    # FSDP2 shares out gradients with the last window of a step alone: until then each GPU has all of its own.
+    shared_out = sharded and not (way == "FSDP2" and batch.windows > 1)
+    gradients = 4.0 * memory.trained(a, batch) / (setting.gpus if shared_out else 1)
     copy = gathered(setting, way, a, batch.compute) if sharded else memory.compute_copy(a, batch)
     whole = batch.compute * a.parameters if way == "ZeRO-3" else copy  # which gathers all of it to generate
     rows = batch.rows * batch.windows

@@ -6,9 +6,8 @@ import traceback
 from pathlib import Path
 
 from kepo_core.quiet import quiet_third_parties
-from kepo_core.runs import live
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment, launch
+from kepo_core.study import experiment, launch, live
 
 
 def main(folder: str) -> int:
@@ -39,6 +38,8 @@ def work(run: Run) -> None:
     trainer = experiment.make_trainer(params, run, data, models, callbacks=[live.Relay()])
     assert trainer is not None  # launch.several
     experiment.fit(trainer, run)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process group that is left to the interpreter's end may abort it
 
 
 if __name__ == "__main__":

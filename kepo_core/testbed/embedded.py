@@ -8,7 +8,6 @@ of a laptop-scale world, and why these models know the paper's wording and no ot
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +20,6 @@ from kepo_core.data.records import LETTERS, MODALITIES
 from kepo_core.method import prompts
 from kepo_core.study.processor import ImageOnlyQwenProcessor
 
-EMBEDDED_DIR = Path(__file__).parent.parent / "embedded"
 VOCAB_SIZE = 576
 PATCH, MERGE = 8, 2
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",

@@ -20,15 +20,6 @@ from kepo_core.data.records import LETTERS, MODALITIES
 from kepo_core.method import prompts
 from kepo_core.study.processor import ImageOnlyQwenProcessor
 
-FACT_WORDS = {
-    "modality": MODALITIES,
-    "kind": phantom.KINDS,
-    "place": phantom.PLACES,
-    "size": phantom.SIZES,
-    "number": phantom.NUMBERS,
-    "contrast": phantom.CONTRASTS,
-}
-
 EVEN_TOPICS = 0.3  # of the lessons have a topic drawn evenly: some are too rare in the set to be learned from it
 LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more
 
@@ -69,7 +60,7 @@ def fact_labels(facts: list[Facts]) -> dict[str, Tensor]:
     """Class index (N,) of every fact."""
     return {
         name: torch.tensor([words.index(getattr(f, name)) for f in facts], dtype=torch.long)
-        for name, words in FACT_WORDS.items()
+        for name, words in phantom.WORDS.items()
     }
 
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
+from kepo_core.data import phantom
 from kepo_core.study.models import best_device
 from kepo_core.study.processor import ImageOnlyQwenProcessor
 from kepo_core.testbed.embedded import build_model, build_processor
 from kepo_core.testbed.lessons import (
-    FACT_WORDS,
     NO_HABITS,
     STUDENT_HABITS,
     Pool,
@@ -66,8 +66,8 @@ class FactHeads(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.query = nn.ParameterDict({k: nn.Parameter(torch.randn(hidden) * hidden**-0.5) for k in FACT_WORDS})
-        self.out = nn.ModuleDict({k: nn.Linear(hidden, len(words)) for k, words in FACT_WORDS.items()})
+        self.query = nn.ParameterDict({k: nn.Parameter(torch.randn(hidden) * hidden**-0.5) for k in phantom.WORDS})
+        self.out = nn.ModuleDict({k: nn.Linear(hidden, len(words)) for k, words in phantom.WORDS.items()})
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """(N, tokens, hidden) → logits (N, classes) per fact."""
@@ -121,11 +121,11 @@ def train_vision(model: Qwen3VLForConditionalGeneration, pool: Pool, steps: int,
             model.model.visual(pixels.to(device).flatten(0, 1), grid_thw=grid).pooler_output.view(128, 16, -1)
         )
         labels = {k: v.to(device) for k, v in fact_labels(facts).items()}
-        loss = torch.stack([nn.functional.cross_entropy(logits[k], labels[k]) for k in FACT_WORDS]).sum()
+        loss = torch.stack([nn.functional.cross_entropy(logits[k], labels[k]) for k in phantom.WORDS]).sum()
         loss.backward()
         descent.step()
         if step % 50 == 0:
-            right = {k: f"{(logits[k].argmax(-1) == labels[k]).float().mean():.2f}" for k in FACT_WORDS}
+            right = {k: f"{(logits[k].argmax(-1) == labels[k]).float().mean():.2f}" for k in phantom.WORDS}
             log(f"vision {step}/{steps} loss {loss.item():.3f} {right} {time.time() - start:.0f} s")
 
 

@@ -1,11 +1,14 @@
 """What `kepo plan` says against what is measured: ``python tests/bench/planned.py`` prints a row per item and case.
 
+``python tests/bench/planned.py true`` does so at the paper's own shapes, as far as 24 GiB reach; others name cases.
+
 Tiny models of several shapes are trained for a step by KEPOTrainer in this process, and every tensor that comes and
 goes is counted. Two things differ from a GPU: here the kernels score every position and not only completions, and they
 work on their tiles in several tensors; both are counted with the plan's numbers, as `on_this_machine` says.
 """
 
 import dataclasses
+import gc
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +41,25 @@ CASES: dict[str, tuple[Size, dict[str, Any]]] = {
     "LoRA, checkpointing": (dataclasses.replace(BASE, student=DEEP), {"lora_rank": 4, "checkpointing": True}),
     "bf16": (dataclasses.replace(BASE, tokens=96), {"bf16": True}),
 }
+
+
+def layers(shape: Shape, number: int) -> Shape:
+    """``shape`` with so many decoder layers and, to take as little, so many of the vision tower's."""
+    hidden, _, *text = shape.text
+    vision_hidden, _, *vision = shape.vision
+    return dataclasses.replace(
+        shape, text=(hidden, number, *text), vision=(vision_hidden, number, *vision), deepstack=(0,)
+    )
+
+
+TWO_B = SIZES["paper"].student
+TRUE = dataclasses.replace(SIZES["paper"], prompts=1, group=2, tokens=64, teacher=layers(TWO_B, 2))
+#: The paper's widths, vocabulary and pictures; whole models where they fit into 24 GiB, else fewer layers.
+TRUE_CASES: dict[str, tuple[Size, dict[str, Any]]] = {
+    "2B, LoRA": (TRUE, {"lora_rank": 16}),
+    "2B, LoRA, checkpointing": (TRUE, {"lora_rank": 16, "checkpointing": True}),
+    "2B of 4 layers": (dataclasses.replace(TRUE, student=layers(TWO_B, 4)), {}),
+}  # fmt: skip
 
 
 class Measured:
@@ -111,12 +133,13 @@ def on_this_machine(a: Architecture, teacher: Architecture, batch: memory.Batch)
     """(kept, passing) of the scores without a GPU: every position is scored, and a tile is worked on in six tensors."""
     everywhere = batch.rows * (batch.length - 1)
     kept, passing = memory.scores(a, batch, teacher.hidden, everywhere)
-    return kept, passing + 6 * 4 * min(everywhere, memory.TILE_TOKENS) * a.vocabulary
+    tile = min(everywhere, memory.TILE_TOKENS) * min(a.vocabulary, memory.TILE_WORDS)
+    return kept, passing + 6 * 4 * tile
 
 
 def compare(name: str) -> pd.DataFrame:
     """Planned and measured MiB of one case, item by item."""
-    size, options = CASES[name]
+    size, options = (CASES | TRUE_CASES)[name]
     with TemporaryDirectory() as folder:
         case = Measured(size, Path(folder), **options)
         a, t, b = architecture(config_of(size.student, size)), architecture(config_of(size.teacher, size)), case.planned
@@ -136,13 +159,14 @@ def compare(name: str) -> pd.DataFrame:
     cpu_kept, cpu_passing = on_this_machine(a, t, b)
     copy = memory.compute_copy(a, b)
     everything = sum(memory.activations(a, b)) + cpu_kept
+    at_end = memory.update(a, b, t.hidden, 4 * trained, copy)
     rows = {
         "student's weights": (memory.student_weights(a, b), weights),
         "gradients": (4 * trained, gradients),
         "optimizer": (8 * trained, states),
         "teacher's weights": (memory.teacher_weights(t, b.compute), teacher),
         "kept by the forward pass": (everything + (0 if b.checkpointing else copy), kept),
-        "update, at its largest": (everything + max(cpu_passing, memory.recomputed(a, b)) + copy, peak),
+        "update, at its largest": (max(everything + max(cpu_passing, memory.recomputed(a, b)) + copy, at_end), peak),
         "rollouts": (memory.rollouts(a, b, b.rows, b.completion) + copy, generation),
         "teacher's forward pass": (memory.teacher_forward(t, b), reading),
     }
@@ -152,10 +176,11 @@ def compare(name: str) -> pd.DataFrame:
 
 
 def main(names: list[str]) -> None:
-    """Print the table of the cases called ``names``, or of all."""
+    """Print a table for each of the cases called ``names``, or of all tiny ones."""
     quiet_third_parties()
-    table = pd.concat([compare(name) for name in names or CASES])
-    print(table.round(3).to_string())
+    for name in TRUE_CASES if names == ["true"] else names or CASES:
+        print(compare(name).round(3).to_string(), flush=True)
+        gc.collect()  # trainers hold themselves
 
 
 if __name__ == "__main__":

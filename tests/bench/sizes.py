@@ -15,11 +15,15 @@ from kepo_core.testbed.embedded import build_config, build_processor
 
 @dataclass(frozen=True)
 class Shape:
-    """One Qwen3-VL: text hidden, layers, heads, kv heads, head size, mlp; vision hidden, layers, heads, mlp."""
+    """One Qwen3-VL: text hidden, layers, heads, kv heads, head size, mlp; vision hidden, layers, heads, mlp.
+
+    ``tied``: its output embedding is the input's.
+    """
 
     text: tuple[int, int, int, int, int, int]
     vision: tuple[int, int, int, int]
     deepstack: tuple[int, ...] = (0,)
+    tied: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,6 @@ class Size:
     tokens: int
     side: int = 64
     patch: int = 8
-    tied: bool = True
 
 
 def published(name: str) -> Shape:
@@ -47,6 +50,7 @@ def published(name: str) -> Shape:
          text.intermediate_size),
         (vision.hidden_size, vision.depth, vision.num_heads, vision.intermediate_size),
         tuple(vision.deepstack_visual_indexes),
+        config.tie_word_embeddings,
     )  # fmt: skip
 
 
@@ -71,6 +75,7 @@ def config_of(shape: Shape, size: Size) -> Qwen3VLConfig:
     hidden, layers, heads, kv_heads, head_dim, mlp = shape.text
     v_hidden, v_layers, v_heads, v_mlp = shape.vision
     quarter = head_dim // 2 // 4
+    base["tie_word_embeddings"] = base["text_config"]["tie_word_embeddings"] = shape.tied
     base["text_config"] |= {
         "vocab_size": size.vocabulary, "hidden_size": hidden, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "intermediate_size": mlp,

@@ -38,7 +38,9 @@ def test_main_job_twice_is_the_same_to_the_bit_and_complete(smoke_file: Path) ->
     curve = pd.read_parquet(two / "curve.parquet")
     assert curve.groupby("step").size().to_dict() == {0: 32, 1: 32, 2: 32} and not (one / "curve.parquet").exists()
     rollouts, predictions = pd.read_parquet(one / "rollouts.parquet"), pd.read_parquet(one / "predictions.parquet")
-    assert (rollouts.replaced | rollouts.injected | ~rollouts.replaced).all() and len(rollouts) >= 2 * 4 * 4
+    trained = rollouts[~rollouts.replaced]
+    assert not (rollouts.replaced & rollouts.injected).any() and rollouts.replaced.sum() == rollouts.injected.sum()
+    assert trained.groupby(["step", "group"]).size().eq(4).all() and len(trained) == 2 * 4 * 4
     assert sorted(predictions.model.unique()) == ["kepo-tau1", "untrained"]
     assert len(predictions) == 2 * 8 * 4 and predictions.outcome.isin(["correct", "wrong", "missing"]).any()
     logged = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]

@@ -44,6 +44,7 @@ def test_form(path: Path) -> None:
     lines = [line for cell in code for line in cell.source.splitlines() if not line.startswith("%")]
     (parameters,) = (cell.source.splitlines() for cell in code if "parameters" in cell.metadata.get("tags", []))
     assert len(lines) - len(parameters) < 180  # the list of parameters is as long as there are parameters
+    assert any(f"{check}(globals())" in line for line in lines for check in ("check_names", "Params.from_notebook"))
     kinds = {type(node) for node in ast.walk(ast.parse("\n".join(lines)))}
     assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Lambda}, "a notebook defines functions"
     assert cell_sources(path, "markdown")[0].startswith(f"# {path.name[:2]} · ")
@@ -57,7 +58,10 @@ def test_parameters_cell_of_03_names_every_parameter_and_leaves_it_to_the_file()
     assert scope == dict.fromkeys((field.name for field in dataclasses.fields(Params)), None)
 
 
-@pytest.mark.parametrize("number", ["02 04 05", "00", "01", "03"])  # 04 finds runs that 02 has made, 05 all of them
+LONG = [pytest.param(number, marks=pytest.mark.slow) for number in ("00", "02")]
+
+
+@pytest.mark.parametrize("number", ["04 05", "01", "03", *LONG])  # 05 finds the runs that 04 has made
 def test_nbval(number: str, smoke_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [path for path in NOTEBOOKS if path.name[:2] in number.split()]
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]

@@ -11,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from fake_teacher_server import FakeVLLM, serving
 
 from kepo_core.cli import main
 from kepo_core.params import Params, project_root
 from kepo_core.runs.run import Run
-from kepo_core.study.models import save_embedded
+from kepo_core.study.models import load_model, load_processor, save_embedded
 from kepo_core.testbed.embedded import build_model, build_processor
 
 ROOT = project_root()
@@ -91,6 +92,34 @@ def test_killed_in_several_processes_and_resumed_is_never_stopped(two: Path) -> 
     for name in ("metrics.jsonl", "rollouts.parquet", "predictions.parquet", "model/model.safetensors"):
         assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
     assert not [path for path in run.training_dir.iterdir() if path.name != "rollouts"]
+
+
+@pytest.mark.slow
+def test_a_served_teacher_guides_a_lora_student_in_two_processes_as_one_in_process_does(two: Path) -> None:
+    """Their numbers are the same; and where groups fail, both processes' hints are asked for and kept."""
+    teacher, processor = load_model("embedded:teacher", trained=False), load_processor("embedded:teacher")
+    options = ["-p", "lora_rank", "4", "-p", "max_steps", "2", "-p", "eval_items", "1", "-p", "tau", "0"]
+    made_before: set[Path] = set()
+    logged = []
+    with serving(FakeVLLM(teacher, processor)) as server:
+        served = ["-p", "teacher_url", server.url, "-p", "teacher_top_k", str(teacher.lm_head.weight.shape[0])]
+        for changes in (["-p", "explore", "False"], ["-p", "explore", "False", *served], served):
+            server.bodies = []
+            assert main(["run", NOTEBOOK, "-f", str(two), *options, *changes]) == 0
+            run = made(two, made_before)
+            made_before.add(run.path)
+            rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+            logged.append([{name: value for name, value in row.items() if value is not None} for row in rows])
+            assert (run.path / "adapter").is_dir() and load_model(str(run.path / "model"), "student") is not None
+        rollouts = pd.read_parquet(run.path / "rollouts.parquet")
+    local, asked, explored = logged
+    for one, other in zip(local, asked, strict=True):
+        assert other.pop("kepo/unasked", 0) == 0
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+    assert asked[0]["kepo/divergence"] > 0 and explored[0]["kepo/divergence"] > 0
+    hinted = rollouts.query("exploration != ''")
+    assert hinted["group"].isin([0, 1]).any() and hinted["group"].isin([2, 3]).any()  # of either process
+    assert any("prompt_logprobs" not in body for body in server.bodies)
 
 
 @pytest.mark.slow

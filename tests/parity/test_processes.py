@@ -11,7 +11,10 @@ import pytest
 import torch
 from kepo_harness import sharp_model
 
+from kepo_core.data import phantom
 from kepo_core.method.rollouts import collect_rollouts
+from kepo_core.params import Params
+from kepo_core.runs.run import Run
 
 HERE = Path(__file__).parent
 
@@ -59,6 +62,34 @@ def test_two_processes_equal_one_on_the_same_rollouts(
 
 
 @pytest.mark.slow
+def test_a_sharded_student_in_bf16_logs_what_a_whole_one_does(tmp_path: Path) -> None:
+    """Only its weights and states are rounded, as under DDP: not the log-probabilities that come out of it."""
+    logged = []
+    for name, shard in (("whole", ()), ("shared out", ("shard=accelerate",))):
+        found, _ = launch(tmp_path / name, 2, "precision=bf16", *shard)
+        logged.append(found["log"])
+    for name in ("kepo/entropy", "kepo/divergence", "kepo/loss_distill", "grad_norm"):
+        assert logged[1][name] == pytest.approx(logged[0][name], rel=0.02), name
+        assert logged[0][name] != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kepo", "sft"])
+@pytest.mark.parametrize("shard", [(), ("shard=1",)], ids=["DDP", "FSDP2 by accelerate"])
+def test_a_lora_student_is_asked_on_the_way(tmp_path: Path, shard: tuple[str, ...], method: str) -> None:
+    phantom.write_phantom(tmp_path / "world", 0, {"MRI": 12, "CT": 4})
+    params = Params(
+        data_root=str(tmp_path / "world"), train_items=4, eval_items=2, results_dir=str(tmp_path), explore=False,
+        prompts_per_step=2, prompts_per_device=1, group_size=2, max_steps=2, save_steps=0, processes=2, lora_rank=2,
+        curve_steps=1, curve_items=2, max_completion_length=8, eval_max_tokens=8, precision="bf16", method=method,
+        thinking=method != "sft",
+    )  # fmt: skip
+    run = Run.allocate(params, owner="test")
+    start("two_processes_curve.py", 2, tmp_path / "two", f"run={run.path}", *shard)
+    assert len(pd.read_parquet(run.evaluation_dir / "step-1.parquet")) == 4
+
+
+@pytest.mark.slow
 def test_a_vllm_server_answers_each_process_what_it_asked(tmp_path: Path) -> None:
     start("two_processes_vllm.py", 2, tmp_path / "two")
     assert (tmp_path / "two" / "asked").read_text() == "[[1, 3], [3, 1], [0, 2], [2, 2]]"
@@ -81,14 +112,25 @@ def test_what_two_processes_generate_is_reproducible(tmp_path: Path, shard: tupl
 
 
 @pytest.mark.slow
-def test_resumed_on_two_processes_is_never_stopped(tmp_path: Path) -> None:
-    start("two_processes_real.py", 2, tmp_path / "whole")
-    start("two_processes_real.py", 2, tmp_path / "resumed", f"resume={tmp_path / 'whole' / 'checkpoint-2'}")
-    assert torch.equal(torch.load(tmp_path / "whole" / "weights.pt"), torch.load(tmp_path / "resumed" / "weights.pt"))
-    rows = collect_rollouts(tmp_path / "whole").query("step > 2").reset_index(drop=True)
-    pd.testing.assert_frame_equal(collect_rollouts(tmp_path / "resumed"), rows)
+@pytest.mark.parametrize("lora", [(), ("lora=4",)], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("shard", [(), ("shard=accelerate",)], ids=["DDP", "FSDP2 by accelerate"])
+def test_resumed_on_two_processes_is_never_stopped(
+    tmp_path: Path, shard: tuple[str, ...], lora: tuple[str, ...]
+) -> None:
+    """From the middle, and from behind the last step, where nothing is left but to save the student."""
+    whole = tmp_path / "whole"
+    start("two_processes_real.py", 2, whole, *shard, *lora)
+    for step in (2, 4):
+        resumed = tmp_path / f"resumed-{step}"
+        start("two_processes_real.py", 2, resumed, f"resume={whole / f'checkpoint-{step}'}", *shard, *lora)
+        assert torch.equal(torch.load(whole / "weights.pt"), torch.load(resumed / "weights.pt"))
+        assert (resumed / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+        if step < 4:
+            rows = collect_rollouts(whole).query("step > @step").reset_index(drop=True)
+            pd.testing.assert_frame_equal(collect_rollouts(resumed), rows)
 
 
-def test_algorithm_1_on_two_processes(tmp_path: Path) -> None:
-    start("two_processes_algorithm_1.py", 2, tmp_path / "two", "40")
-    assert (tmp_path / "two" / "agreed").read_text() == "40"
+@pytest.mark.parametrize("batches", [20, pytest.param(40, marks=pytest.mark.slow)])
+def test_algorithm_1_on_two_processes(tmp_path: Path, batches: int) -> None:
+    start("two_processes_algorithm_1.py", 2, tmp_path / "two", str(batches))
+    assert (tmp_path / "two" / "agreed").read_text() == str(batches)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
+from kepo_core.method.loss import _Forward
 from kepo_core.params import project_root
 
 
@@ -38,10 +39,11 @@ def sharded(model: Any, folder: Path, world_size: int) -> Any:
     return parts
 
 
-def shared_out_by_accelerate() -> None:
+def shared_out_by_accelerate(precision: str = "no") -> None:
     """Let accelerate share out models (FSDP2) as params/accelerate/4gpu-fsdp2.yaml says, though there are no GPUs.
 
-    Without one it quietly keeps whole models; the sharding itself does as well with gloo.
+    Without one it quietly keeps whole models; the sharding itself does as well with gloo. ``precision`` is told to
+    its plugin as accelerate does where there are GPUs.
     """
     file = project_root() / "params/accelerate/4gpu-fsdp2.yaml"
     options = yaml.safe_load(file.read_text())["fsdp_config"]
@@ -53,6 +55,8 @@ def shared_out_by_accelerate() -> None:
         make(self, *args, **kwargs)
         if plugin := kwargs.get("fsdp_plugin"):
             self.fsdp_plugin = plugin
+            if precision != "no":
+                plugin.set_mixed_precision(precision)
 
     AcceleratorState.__init__ = told
     AcceleratorState.is_fsdp2 = property(lambda self: True)
@@ -64,10 +68,10 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
-    way = overrides.pop("shard", "")
+    way, precision = overrides.pop("shard", ""), overrides.pop("precision", "no")
     shard = bool(way)
     if way == "accelerate":
-        shared_out_by_accelerate()
+        shared_out_by_accelerate(precision)
     elif shard:
         torch.distributed.init_process_group("gloo")
     models = [sharp_model(0), sharp_model(1)]
@@ -83,6 +87,7 @@ def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
         optim="sgd",
         max_grad_norm=1e9,
         beta=0.0,
+        bf16=precision == "bf16",
         **overrides,
     )
     assert trainer.accelerator.num_processes == world_size
@@ -95,6 +100,15 @@ def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
         return compute(model, inputs)
 
     trainer._compute_loss = remember
+    call = _Forward.__call__
+
+    def look(self: Any, **kwargs: Any) -> Any:
+        output = call(self, **kwargs)
+        given = output.log_probs, output.entropy, getattr(output, "divergence", None)
+        assert {tensor.dtype for tensor in given if tensor is not None} == {torch.float32}  # whatever it computes in
+        return output
+
+    _Forward.__call__ = look  # type: ignore[method-assign]
     trainer.train()
     if world_size > 1:
         pairs = list(zip(*gather_object([gated]), strict=True))
@@ -108,6 +122,8 @@ def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
     if trainer.accelerator.is_main_process:
         log = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("kepo/") or k == "grad_norm"}
         torch.save({"log": log, "weights": weights}, output_dir / "result.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

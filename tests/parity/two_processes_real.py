@@ -7,36 +7,45 @@ from typing import Any
 import torch
 from kepo_harness import config, make_dataset, sharp_model
 from torch.distributed.tensor import DTensor
-from two_processes import sharded, whole
+from two_processes import sharded, shared_out_by_accelerate, whole
 
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.params import Params
+from kepo_core.study.adapters import lora_config, save_student
 from kepo_core.testbed.embedded import build_processor
 
 
 def main(output_dir: Path, world_size: int, settings: dict[str, str]) -> None:
-    shard, resume = "shard" in settings, settings.get("resume")
+    way, resume = settings.get("shard", ""), settings.get("resume")
+    if way == "accelerate":
+        shared_out_by_accelerate()
     student: Any = sharp_model(0)
     teacher: Any = sharp_model(1)
-    if shard:
+    if way == "1":
         torch.distributed.init_process_group("gloo")
         student = sharded(student, output_dir / "student", world_size)
         teacher = sharded(teacher, output_dir / "teacher", world_size)
     args = config(
         output_dir, per_device_train_batch_size=6, num_generations=4, max_completion_length=6, hint_max_tokens=8,
         rejection_budget=2, tau=0.0, max_steps=4, shuffle_dataset=True, gradient_accumulation_steps=2,
-        save_strategy="no" if shard else "steps", save_steps=1,
+        save_strategy="no" if way == "1" else "steps", save_steps=1,
     )  # fmt: skip
+    lora = lora_config(student, Params(lora_rank=int(settings.get("lora", 0))))
     trainer = KEPOTrainer(
         student, None, args, make_dataset(6), teacher=Teacher(teacher, build_processor()),
-        processing_class=build_processor(),
+        processing_class=build_processor(), peft_config=lora,
     )  # fmt: skip
     assert trainer.accelerator.num_processes == world_size
     trainer.train(resume_from_checkpoint=resume)
-    assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == shard
+    assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == bool(way)
     weights = torch.cat([whole(p).flatten() for p in trainer.model.parameters()])
     if trainer.accelerator.is_main_process:
         torch.save(weights, output_dir / "weights.pt")
+    if way != "1":
+        save_student(trainer, output_dir / "model")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from kepo_core.params import Params
-from kepo_core.runs import board
-from kepo_core.runs.board import Board, fitting, row, summary
-from kepo_core.runs.jobs import Job, State
-from kepo_core.runs.live import ProgressBar
+from kepo_core.study.live import ProgressBar
+from kepo_core.sweep import board
+from kepo_core.sweep.board import Board, fitting, row, summary
+from kepo_core.sweep.jobs import Job, State
 
 
 def job(name: str, state: State = "waiting", seconds: float = 0.0, **entries: object) -> Job:

@@ -141,6 +141,14 @@ def test_the_first_failure_ends_all(server: Echo) -> None:
         client(server).ask_all([BODY] * 3, lambda place, answer: answer["missing"])
 
 
+def test_who_pauses_when_another_fails_does_not_ask_again(server: Echo) -> None:
+    server.trouble = lambda number: error(400, "no") if number == 3 else error(503, "busy")
+    with pytest.raises(TeacherRefusedError):
+        ask(server, 4, concurrency=4, retries=9, first_pause=0.5)
+    time.sleep(0.2)
+    assert len(server.bodies) == 4
+
+
 HANGING = """
 import sys
 from kepo_core.method.chat_client import ChatClient, TeacherRefusedError

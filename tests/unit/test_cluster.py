@@ -18,10 +18,11 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kepo_core.cli import REFUSED, main
 from kepo_core.exit_codes import COMPLETED, INTERRUPTED
 from kepo_core.params import ParamError, Params
-from kepo_core.runs import cluster, jobs, provenance, shelf
-from kepo_core.runs.cluster import Cluster
-from kepo_core.runs.live import read_progress
+from kepo_core.runs import provenance, shelf
 from kepo_core.runs.run import Run
+from kepo_core.study.live import read_progress
+from kepo_core.sweep import cluster, jobs
+from kepo_core.sweep.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 DATA = {"train_items": 2}
@@ -194,7 +195,8 @@ def test_a_job_that_ends_without_a_word_has_failed(project: Path, slurm: Path, m
 NODE = """
 import sys
 from kepo_core.params import Params
-from kepo_core.runs import cluster, jobs, shelf
+from kepo_core.runs import shelf
+from kepo_core.sweep import cluster, jobs
 from pathlib import Path
 sys.executable = sys.argv[1]
 print("begins", flush=True)

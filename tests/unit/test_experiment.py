@@ -16,7 +16,7 @@ from kepo_core.data.records import MODALITIES
 from kepo_core.method.config import KEPOConfig
 from kepo_core.params import ParamError, Params
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment
+from kepo_core.study import experiment, methods
 from kepo_core.study.models import save_embedded
 from kepo_core.testbed.embedded import build_model, build_processor
 
@@ -161,7 +161,7 @@ METHODS = {
 def test_a_baseline_trains_on_the_same_items_and_leaves_the_same_files(root: Path, tmp_path: Path, name: str) -> None:
     small = {"max_steps": 1, "prompts_per_step": 4, "prompts_per_device": 2, "max_completion_length": 4}
     given = params(root, results_dir=str(tmp_path), eval_max_tokens=4, **small, **METHODS[name])
-    assert given.method_name == name and experiment.needs_teacher(given) == ("gkd" in name)
+    assert given.method_name == name and methods.needs_teacher(given) == ("gkd" in name)
     data, models, run = experiment.load_data(given), experiment.load_models(given), Run.allocate(given, owner="test")
     before = {key: value.clone() for key, value in models.student.state_dict().items()}
     trainer = experiment.make_trainer(given, run, data, models)

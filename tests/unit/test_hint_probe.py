@@ -8,14 +8,14 @@ import pytest
 import torch
 from scipy import stats
 
-from kepo_core.analysis import curves, hint_probe
+from kepo_core.analysis import curves
 from kepo_core.analysis.claims import Outcome
 from kepo_core.analysis.starts import gain_by_start, starts_of
 from kepo_core.data import phantom
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.method.prompts import vqa_messages
 from kepo_core.params import Params
-from kepo_core.study import experiment
+from kepo_core.study import experiment, hint_probe
 
 
 @pytest.mark.parametrize(

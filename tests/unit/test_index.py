@@ -9,11 +9,11 @@ import time
 
 import pytest
 
+from kepo_core.files import write_json
 from kepo_core.pages import index
 from kepo_core.pages.index import write_index
 from kepo_core.pages.summary import accuracies, changed_parameters, summarize
 from kepo_core.params import Params
-from kepo_core.runs.files import write_json
 from kepo_core.runs.run import Run
 
 EVIL = "<script>document.title='owned'<img src=x onerror=\"document.title='owned'\">"

@@ -20,9 +20,10 @@ from kepo_core.analysis.answers import to_table
 from kepo_core.cli import _parser, parse_value
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.params import ParamError, Params
-from kepo_core.runs import jobs, provenance, shelf
+from kepo_core.runs import provenance, shelf
 from kepo_core.runs.run import Run
 from kepo_core.study.methods import methods
+from kepo_core.sweep import jobs
 
 ROOT = Path(__file__).parents[2]
 DATA = {"train_items": 2, "test_items": {"MRI": 1}, "rows_dropped": {}}
@@ -166,6 +167,10 @@ def test_places_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert jobs.slots(20) == jobs.slots()
     with pytest.raises(ParamError, match="slots must be at least 0, got -1"):
         jobs.slots(-1)
+    assert jobs.slots(processes=4) == [{"OMP_NUM_THREADS": "4"}] * 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    assert jobs.slots(processes=2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    assert jobs.slots(processes=8) == [{"CUDA_VISIBLE_DEVICES": "0,1,2,3,4"}]  # the run says that these are too few
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert jobs.slots() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     assert jobs.slots(1) == [{"CUDA_VISIBLE_DEVICES": "0"}]
@@ -189,7 +194,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(jobs.sys, "executable", str(script))
     monkeypatch.setattr(jobs, "command", lambda params, left: [params.student])
-    monkeypatch.setattr(jobs, "slots", lambda wanted: [{"OMP_NUM_THREADS": "1"}] * wanted)
+    monkeypatch.setattr(jobs, "slots", lambda wanted, _: [{"OMP_NUM_THREADS": "1"}] * wanted)
 
     def completed(params: Params, origin: shelf.Origin) -> Path | None:
         log = tmp_path / f"{params.student}.log"
@@ -309,7 +314,7 @@ def test_a_run_at_work_elsewhere_is_waited_for(
 def test_two_studies_share_the_work_instead_of_doing_it_twice(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_LOOK_EVERY", 0.0)
     holder = (  # another process, as it starts the run: it has no folder yet
-        "import sys; from kepo_core.params import Params; from kepo_core.runs import jobs\n"
+        "import sys; from kepo_core.params import Params; from kepo_core.sweep import jobs\n"
         f"job = jobs.Job('x', Params.load('params/smoke.yaml', {{'results_dir': {params.results_dir!r}}}))\n"
         "assert jobs._claimed(job); print('claimed', flush=True); sys.stdin.read()"
     )

@@ -1,8 +1,10 @@
 """Several processes: accelerate's configurations, what starts the workers, and how these end (stand-ins for them)."""
 
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from kepo_core.files import read_json
 from kepo_core.params import ParamError, Params, project_root
-from kepo_core.runs import live
-from kepo_core.runs.files import read_json
 from kepo_core.runs.run import Run
-from kepo_core.study import launch
+from kepo_core.study import launch, live
 
 FOLDER = project_root() / "params/accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -253,6 +254,22 @@ def test_who_cannot_join_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ParamError, match="is failed, expected a run that is about to train"):
         launch.join(str(run.path), 1)
     assert read_json(run.training_dir / "rendezvous.json")["address"] == "gone"
+
+
+def test_who_has_joined_ends_with_the_first_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers would wait for those that are gone until their own time is up."""
+    run = two_machines(tmp_path)
+    run.training_dir.mkdir()
+    (run.training_dir / "rendezvous.json").write_text(
+        json.dumps({"address": "here", "port": 1, "born": run.status.get("born", "")})
+    )
+    monkeypatch.setattr(launch, "_LOOK_EVERY", 0.05)
+    works(monkeypatch, "import time; print('waits', flush=True); time.sleep(60)")
+    threading.Timer(1.0, run.conclude, ["failed"]).start()
+    started = time.monotonic()
+    with pytest.raises(launch.TrainingFailed, match="is failed: the first machine has stopped"):
+        launch.join(str(run.path), 1)
+    assert time.monotonic() - started < 20
 
 
 def test_a_folder_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

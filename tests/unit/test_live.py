@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kepo_core.runs import live
-from kepo_core.runs.live import LINES, LiveTraining, Progress, ProgressBar, headline, read_progress, watched
+from kepo_core.study import live
+from kepo_core.study.live import LINES, LiveTraining, Progress, ProgressBar, headline, read_progress, watched
 
 
 class Clock:
@@ -148,3 +148,12 @@ def test_who_counts_as_an_onlooker(monkeypatch):
     terminal = type("TerminalInteractiveShell", (), {"__module__": "IPython.terminal", "user_ns": {}})()
     monkeypatch.setattr(live, "get_ipython", lambda: terminal)
     assert not watched()
+
+
+def test_a_torn_line_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    state = live.TrainerState(global_step=1, max_steps=2, is_world_process_zero=True)
+    live.Relay().on_log(None, state, None, {"loss": 0.5})
+    line = capsys.readouterr().out
+    assert live.read_step(line) == (1, 2, {"loss": 0.5})
+    assert live.read_step(line.strip() + "[W1121 a warning of another process") is None
+    assert live.read_step(line[:20]) is None

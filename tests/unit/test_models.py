@@ -8,29 +8,24 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoModelForImageTextToText,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.quantizers import HfQuantizer
 
 from kepo_core.data.images import load_image
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import GRADES, KINDS, PLACES, write_phantom
 from kepo_core.data.records import LETTERS, MODALITIES, Question
 from kepo_core.method import prompts
-from kepo_core.method.teacher import Teacher
-from kepo_core.params import ParamError, Params
-from kepo_core.study import experiment, models
+from kepo_core.params import ParamError
 from kepo_core.study.architecture import load_config
 from kepo_core.study.evaluation import evaluate
 from kepo_core.study.models import check_same_vocabulary, load_model, load_processor, resolve, save_embedded
-from kepo_core.testbed.embedded import build_config, build_model, build_processor
+from kepo_core.testbed.embedded import build_model, build_processor
 
 
 def test_saved_model_and_processor_come_back(tmp_path: Path, tiny_model) -> None:
@@ -177,67 +172,6 @@ def test_seed_fixes_weights_and_leaves_the_global_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     weights = [m.state_dict()["lm_head.weight"] for m in (one, two, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-# Quantised teachers: bitsandbytes needs a GPU, so what reaches transformers is looked at --------------------------
-
-
-@pytest.mark.parametrize(("quantization", "bits"), [("8bit", 8), ("4bit", 4), ("none", 0)])
-def test_transformers_is_told_how_to_quantise(monkeypatch: pytest.MonkeyPatch, quantization: str, bits: int) -> None:
-    told: dict[str, Any] = {}
-    real = AutoModelForImageTextToText.from_pretrained
-
-    def from_pretrained(source: str, **kwargs: Any) -> Any:
-        told.update(kwargs)
-        model = real(source, dtype=kwargs["dtype"])
-        model.is_quantized = bits > 0
-        monkeypatch.setattr(model, "to", lambda *_: pytest.fail("was moved") if bits else model)
-        return model
-
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(models, "best_device", lambda: torch.device("cpu"))
-    model = load_model("embedded:teacher", "teacher", trained=False, precision="bf16", quantization=quantization)
-    config = told["quantization_config"]
-    assert told["device_map"] == ({"": 3} if bits else None)  # each process has one on its own GPU
-    assert not any(p.requires_grad for p in model.parameters()) and told["use_safetensors"]
-    if not bits:
-        assert config is None
-        return
-    assert (config.load_in_8bit, config.load_in_4bit) == (bits == 8, bits == 4)
-    assert bits == 8 or (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
-    assert config.llm_int8_skip_modules is None  # transformers then leaves out the head, as the next test shows
-    teacher = Teacher(model, load_processor("embedded:teacher"))
-    teacher.prepare(None, fsdp=True)  # bitsandbytes' weights are not sharded
-    assert teacher._wrapped is model
-
-
-def test_the_head_is_not_quantised(tiny_model) -> None:
-    """transformers leaves it out, tied or not; a checkpoint whose head is quantised nevertheless is refused."""
-    model = tiny_model()
-    assert {"lm_head"} <= set(HfQuantizer.get_modules_to_not_convert(model))
-    untied = build_config("test")
-    untied.tie_word_embeddings = untied.text_config.tie_word_embeddings = False
-    assert {"lm_head"} <= set(HfQuantizer.get_modules_to_not_convert(Qwen3VLForConditionalGeneration(untied)))
-    head = torch.nn.Linear(4, 4)
-    head.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    model.set_output_embeddings(head)
-    with pytest.raises(ValueError, match=r"the teacher's head is quantised \(torch.int8\)"):
-        Teacher(model, build_processor())
-
-
-def test_a_quantised_teacher_that_cannot_be_is_refused_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "load_processor", lambda *_: pytest.fail("something was loaded"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(ParamError, match=r"teacher_quantization is '4bit', which needs bitsandbytes .*pip install"):
-        experiment.load_models(Params(teacher_quantization="4bit"))
-    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: True)
-    with pytest.raises(ParamError, match=r"teacher_quantization is '8bit', which needs a GPU"):
-        experiment.load_models(Params(teacher_quantization="8bit"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # the student is then loaded on the CPU, in spite of the GPUs
-    models.check_quantizes("8bit")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kepo_core.data.records import MODALITIES
 from kepo_core.method.prompts import HINT_CONTEXTS
-from kepo_core.params import ParamError, Params, default_params_file, project_root, resolve
+from kepo_core.params import ParamError, Params, check_names, default_params_file, project_root, resolve
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {f.name: f for f in dataclasses.fields(Params)}
@@ -280,6 +280,15 @@ def test_a_notebook_names_its_file_and_overrides_it(write):
     assert (params.tau, params.seed, params.params_file) == (1.0, 4, str(file))
     with pytest.raises(ParamError, match="params_file must be a path"):
         Params.from_notebook({"params_file": 3})
+
+
+def test_a_notebook_with_parameters_of_its_own_refuses_others():
+    cells = ["", "rows = 'all'\nslots = 0", "# Parameters\nslots = 2\n", "x = len(y)"]
+    check_names({"In": cells, "rows": "all", "slots": 2})
+    with pytest.raises(ParamError, match=r"slotz in the notebook is not a parameter; the nearest is slots$"):
+        check_names({"In": [*cells, "slotz = 3"]})
+    with pytest.raises(ParamError, match=r"zzz in the notebook is not a parameter; expected one of rows, slots$"):
+        check_names({"In": [*cells, "zzz = 3"]})
 
 
 # -- places

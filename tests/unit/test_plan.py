@@ -1,6 +1,7 @@
 """The plan against what is measured, and what it says of the paper's models without loading anything."""
 
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from peft import inject_adapter_in_model
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 
 from kepo_core.cli import main
+from kepo_core.method.teacher import Teacher
 from kepo_core.params import ParamError, Params
 from kepo_core.study import architecture as shapes
 from kepo_core.study import memory, plan
@@ -154,12 +156,23 @@ def test_a_reference_is_gathered_whole_under_fsdp2(nothing_loads: None) -> None:
         assert "reference's forward pass" not in plan.moments(other, "FSDP2")
 
 
+def test_fsdp2_shares_out_gradients_with_the_last_window_alone(nothing_loads: None) -> None:
+    """Before it, each GPU holds all of its own in float32, whatever their number."""
+    p = 2_127_532_032
+    one, two = (paper(prompts_per_step=4 * 2 * windows) for windows in (1, 2))
+    assert (one.batch.windows, two.batch.windows) == (1, 2)
+    for way, more in (("FSDP2", 4 * p), ("ZeRO-3", p)):
+        found = [plan.moments(setting, way)["update"] for setting in (one, two)]
+        assert found[1] - found[0] == pytest.approx(more, rel=1e-6)
+
+
 def test_the_notebooks_process_has_to_fit_too(nothing_loads: None, capsys: pytest.CaptureFixture[str]) -> None:
     """It evaluates the whole student in float32 on the first GPU, however many share it out in training."""
-    setting = paper(gpus=4, eval_batch_size=256, eval_max_tokens=4096)
+    eight = {"processes": 8, "prompts_per_step": 16, "eval_batch_size": 32, "eval_max_tokens": 4096}
+    setting = plan.read(Params.load("params/paper.yaml", eight), gpu=44 * plan.GIB)[0]
     assert plan.notebook(setting) > plan.notebook(paper()) > 4 * 2_127_532_032
     text, fits = plan.as_text(setting, [])
-    assert plan.total(paper(), "FSDP2") < setting.gpu < plan.notebook(setting) and not fits
+    assert plan.total(setting, "FSDP2") < setting.gpu < plan.notebook(setting) and not fits  # in any way
     assert f"notebook's process, on the first GPU {plan.notebook(setting) / 2**30:>13.2f}" in text
     alone = paper(gpus=1, accelerate_config="")
     assert plan.notebook(alone) == 0 and "notebook" not in plan.as_text(alone, [])[0]
@@ -204,6 +217,10 @@ def test_a_model_that_cannot_be_fetched_is_one_sentence(monkeypatch: pytest.Monk
     monkeypatch.setattr(shapes.AutoConfig, "from_pretrained", offline)
     with pytest.raises(ParamError, match=r"teacher is 'some/model', whose configuration .* config\.json, which is all"):
         shapes.load_config("some/model", "teacher")
+
+
+def test_the_teacher_reads_as_many_rows_at_a_time_as_is_planned() -> None:
+    assert inspect.signature(Teacher).parameters["batch_size"].default == memory.TEACHER_ROWS
 
 
 def test_sizes_of_gpus() -> None:

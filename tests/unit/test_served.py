@@ -100,6 +100,19 @@ def test_each_hint_is_asked_for_once_and_kept(writer: Writer, tmp_path: Path) ->
     assert all(path.suffix == ".json" for path in (tmp_path / "hints").iterdir())
 
 
+@pytest.mark.parametrize("content", [None, "", "no hint at all"])
+def test_what_is_no_hint_is_asked_for_again(writer: Writer, tmp_path: Path, content: str | None) -> None:
+    """As from a server whose settings hide the answer: once they are put right, hints come."""
+    answer = writer.answer
+    writer.answer = lambda body: {"choices": [{"message": {"content": content}}]}  # type: ignore[method-assign]
+    assert served_teacher(writer, tmp_path).write_hints([make_row(0)], max_tokens=9) == [None]
+    writer.answer = answer  # type: ignore[method-assign]
+    assert served_teacher(writer, tmp_path).write_hints([make_row(0)], max_tokens=9) == ["Question 0 is A"]
+    (path,) = (tmp_path / "hints").iterdir()
+    path.write_text(json.dumps({"model": "embedded:teacher", "text": ""}))  # of an older version
+    assert served_teacher(writer, tmp_path).write_hints([make_row(0)], max_tokens=9) == ["Question 0 is A"]
+
+
 @pytest.mark.parametrize("changed", ["picture", "answer", "max_tokens", "model"])
 def test_a_kept_hint_is_that_of_model_prompt_and_picture(writer: Writer, tmp_path: Path, changed: str) -> None:
     row = make_row(0)
@@ -226,7 +239,14 @@ def last_token(answer: dict[str, Any], **changes: float) -> dict[str, Any]:
     return answer
 
 
+def foreign(answer: dict[str, Any]) -> dict[str, Any]:
+    """A likely token that the student does not have."""
+    answer["prompt_logprobs"][-1][str(VOCABULARY)] = {"logprob": -9.0}
+    return answer
+
+
 SPOILT = [
+    (foreign, f"token 12: token {VOCABULARY} came back, expected below {VOCABULARY}"),
     (shifted, r"completion q0, token \d+: the student's own token has no log-probability there: misaligned"),
     (truncated, r"token 0 of the prompt is .* there and '<\|im_start\|>' here, 30 tokens there and \d+ here"),
     (without_picture, r"token \d+ of the prompt is '<\|vision_end\|>' there and '<\|image_pad\|>' here"),
@@ -248,7 +268,9 @@ def test_what_does_not_belong_to_the_students_tokens_is_not_believed(
 ) -> None:
     server.bend, said = SPOILT[number]
     with pytest.raises(TeacherMismatchError, match=f"the teacher at {server.url}, .*{said}"):
-        served_teacher(server, tmp_path, top_k=3).score([completion()])
+        teacher = served_teacher(server, tmp_path, top_k=3)
+        teacher.check_fits(build_model("test", 0), build_processor())
+        teacher.score([completion()])
     assert len(server.bodies) == 1  # asked again, it would say the same
 
 

@@ -1,5 +1,6 @@
 """The teacher: hints that can be read and do no harm, hidden states that are the model's own, and who fits whom."""
 
+import types
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from kepo_harness import make_row, sharp_model
 from transformers import GenerationConfig
 
+from kepo_core.method import teacher as teacher_module
 from kepo_core.method.prompts import hint_aware_messages, hint_messages
 from kepo_core.method.teacher import Teacher, parse_hint, select_rows
 from kepo_core.testbed.embedded import build_model, build_processor
@@ -232,3 +234,17 @@ def test_scaled_logits_are_refused() -> None:
     model.config.text_config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         Teacher(model, build_processor())
+
+
+def test_sharing_out_a_teacher_leaves_the_students_layers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate shares out a student by the names that it notes in its plugin, and notes the teacher's there, too."""
+    plugin = types.SimpleNamespace(transformer_cls_names_to_wrap=None)
+    accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin))
+
+    def prepare(given: Any, model: Any) -> Any:
+        given.state.fsdp_plugin.transformer_cls_names_to_wrap = ["Qwen3VLMoeTextDecoderLayer"]
+        return model
+
+    monkeypatch.setattr(teacher_module, "fsdp2_prepare_model", prepare)
+    Teacher(build_model("test", 0), build_processor()).prepare(accelerator, fsdp=True)
+    assert plugin.transformer_cls_names_to_wrap is None

@@ -1,5 +1,7 @@
 """The divergence from a teacher's likeliest tokens: never above the whole, and the whole at k = V."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -129,3 +131,27 @@ def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyP
     with Widest() as seen:
         TopKDivergence.apply(hidden, weight, bias, ids, log_probs, 0.0).sum().backward()
     assert seen.rows == 9
+
+
+def test_a_head_that_has_no_shape_until_it_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ZeRO-3 has it: a partitioned weight is empty but within the context."""
+    hidden, weight, _, logits = made()
+    ids, log_probs = told(logits, 5)
+    wanted = torch.autograd.grad(
+        TopKDivergence.apply(hidden, weight, None, ids, log_probs, 0.0).sum(), (hidden, weight)
+    )
+    whole = weight.detach().clone()
+
+    @contextmanager
+    def gathered(*parameters: Any) -> Iterator[None]:
+        weight.data = whole
+        try:
+            yield
+        finally:
+            weight.data = torch.empty(0)
+
+    monkeypatch.setattr(top_k, "maybe_gather_lm_head_ctx", gathered)
+    hooked = weight.expand_as(weight)  # as DeepSpeed's hook: autograd knows the whole shape while this lives
+    weight.data = torch.empty(0)
+    found = torch.autograd.grad(TopKDivergence.apply(hidden, weight, None, ids, log_probs, 0.0).sum(), (hidden, weight))
+    assert hooked.shape == whole.shape and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -1,6 +1,5 @@
 """Hints from a real OpenAI-compatible server: ``transformers serve`` on loopback, with the embedded teacher."""
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -18,14 +17,9 @@ from kepo_core.method.dataset import to_dataset
 from kepo_core.method.served import ServedTeacher
 from kepo_core.params import Params
 from kepo_core.study import experiment
-from kepo_core.study.models import load_processor
-from kepo_core.testbed.embedded import EMBEDDED_DIR
+from kepo_core.study.models import EMBEDDED_DIR, load_processor
 
-MISSING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"transformers serve needs {', '.join(MISSING)}: transformers[serving]"),
-]
+pytestmark = pytest.mark.slow
 
 #: AutoProcessor returns a bare tokenizer where torchvision is missing: the server is given the image-only processor.
 LAUNCHER = """

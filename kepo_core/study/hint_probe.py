@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from kepo_core.analysis import faithfulness
 from kepo_core.data.images import Pictures, load_image
 from kepo_core.data.phantom import Facts
 from kepo_core.data.records import LETTERS, Question
@@ -21,7 +22,6 @@ from kepo_core.method.prompts import Messages, hint_aware_messages, vqa_messages
 from kepo_core.params import Params
 from kepo_core.study.evaluation import evaluate, length_batches
 from kepo_core.study.experiment import Models
-from kepo_core.testbed import faithfulness
 
 #: The measures of a hint, each a column of `probe`.
 MEASURES = {
@@ -105,7 +105,7 @@ def letter_log_probs(
         inputs = processor(
             text=[texts[i] for i in batch], images=images, padding=True, padding_side="left", return_tensors="pt"
         )
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = model(**inputs.to(model.device), logits_to_keep=1).logits[:, -1].float().cpu()
         for row, i in zip(logits, batch, strict=True):
             letters = LETTERS[: len(questions[i].options)]

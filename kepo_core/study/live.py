@@ -107,7 +107,27 @@ def read_progress(output: str) -> Progress | None:
     return None
 
 
-class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
+class _Steps(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
+    """Takes in every logged step, on the first process; TRL's summary at the end, which has no loss, is passed over."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Hand one step on to `show`."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.show(state.global_step, state.max_steps, logs)
+
+    def show(self, step: int, total: int, logs: dict[str, Any]) -> None:
+        """Take in what optimiser step ``step`` of ``total`` logged."""
+        raise NotImplementedError
+
+
+class LiveTraining(_Steps):
     """Shows training as it goes: a bar with the last numbers and, in a live notebook, the curves so far.
 
     Args:
@@ -122,18 +142,6 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._every, self._drawn = every_seconds, -float("inf")
         self._rows: list[dict[str, Any]] = []
         self._handle: Any = None
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Take in one logged step and show it; TRL's summary at the end, which has no loss, is passed over."""
-        if state.is_world_process_zero and logs and "loss" in logs:
-            self.show(state.global_step, state.max_steps, logs)
 
     def show(self, step: int, total: int, logs: dict[str, Any]) -> None:
         """Take in what optimiser step ``step`` of ``total`` logged and show it."""
@@ -167,27 +175,22 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._drawn = time.monotonic()
 
 
-class Relay(TrainerCallback):  # type: ignore[misc]
+class Relay(_Steps):
     """In a process that trains for another one: writes each logged step as a line, for `read_step` there."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write one step; TRL's summary at the end is passed over."""
-        if state.is_world_process_zero and logs and "loss" in logs:
-            _print_line(_STEP + json.dumps([state.global_step, state.max_steps, logs]))
+    def show(self, step: int, total: int, logs: dict[str, Any]) -> None:
+        """Write one step."""
+        _print_line(_STEP + json.dumps([step, total, logs]))
 
 
 def read_step(line: str) -> tuple[int, int, dict[str, Any]] | None:
-    """(step, steps in all, what it logged) of a line that `Relay` wrote; ``None`` for any other line."""
+    """(step, steps in all, what it logged) of a line that `Relay` wrote; ``None`` for any other, or a torn one."""
     if not line.startswith(_STEP):
         return None
-    step, total, logs = json.loads(line.removeprefix(_STEP))
+    try:
+        step, total, logs = json.loads(line.removeprefix(_STEP))
+    except ValueError:  # another process wrote into it
+        return None
     return step, total, logs
 
 
@@ -204,4 +207,5 @@ def minutes(seconds: float) -> str:
 
 
 def _print_line(line: str) -> None:
-    print(line, file=sys.stdout, flush=True)
+    sys.stdout.write(f"{line}\n")  # at once, so that lines of several processes do not mix
+    sys.stdout.flush()

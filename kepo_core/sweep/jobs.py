@@ -1,7 +1,7 @@
 """Many runs: each one `kepo run` in a process of its own, several at a time; what has completed already is not run.
 
 There is one loop, `run_all`, over whatever starts processes: this machine (`Here`) or a cluster
-(``kepo_core.runs.cluster``). Whoever computes a run says so twice: the run folder names its process, and a lock in
+(``kepo_core.sweep.cluster``). Whoever computes a run says so twice: the run folder names its process, and a lock in
 ``results/.jobs`` is held from just before its start, so that two studies at once share the work instead of doing it
 twice. Nothing needs to be cleaned up after a kill: locks end with their process, and folders tell whether theirs lives.
 """
@@ -231,20 +231,22 @@ def last_words(output: str) -> str:
 # This machine -------------------------------------------------------------------------------------------------------
 
 
-def slots(wanted: int = 0) -> list[dict[str, str]]:
-    """The environment of each place where a run can compute: a GPU each, else an equal share of the CPU's cores.
+def slots(wanted: int = 0, processes: int = 1) -> list[dict[str, str]]:
+    """The environment of each place where a run can compute: GPUs of its own, else an equal share of the CPU's cores.
 
-    ``wanted``: how many, at most as many as there are GPUs or cores; 0: all of them.
+    ``wanted``: how many, at most as many as there are GPUs or cores for; 0: all of them. ``processes``: of a run, each
+    of which takes a GPU or a core.
     """
     if wanted < 0:
         raise ParamError(f"slots must be at least 0, got {wanted}")
     import torch  # takes seconds, and jobs on a cluster's nodes do not need it
 
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    count = min(wanted or cores, gpus or cores)
+    count = min(wanted or cores, max(1, (gpus or cores) // processes))
     if gpus:
-        allotted = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in allotted.split(",")[:count]]
+        allotted = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
+        shares = [allotted[place * processes : (place + 1) * processes] for place in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
     return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
 
 
@@ -253,8 +255,8 @@ class Here:
 
     pause = 0.2
 
-    def __init__(self, wanted: int = 0) -> None:
-        self._slots = slots(wanted)
+    def __init__(self, wanted: int = 0, processes: int = 1) -> None:
+        self._slots = slots(wanted, processes)
         self._taken: dict[int, Started] = {}
 
     @property

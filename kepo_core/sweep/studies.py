@@ -71,6 +71,11 @@ class Study:
         """Where its figures and its page go."""
         return project_root() / self.base.results_dir / "studies" / self.name
 
+    @property
+    def processes(self) -> int:
+        """The most that any run trains in."""
+        return max(params.processes for params in self.runs.values())
+
     def run_name(self, arm: str, key: Key) -> str:
         """What a run is called: its arm and seed, and its student where there are several."""
         several = len({key[0] for runs in self.arms.values() for key in runs}) > 1

@@ -14,19 +14,10 @@ import pandas as pd
 from kepo_core.analysis.intervals import design_effect, wilson_interval
 from kepo_core.data import phantom
 from kepo_core.data.phantom import TOPICS, Facts
-from kepo_core.data.records import LETTERS, MODALITIES, Answer, Question
+from kepo_core.data.records import LETTERS, Answer, Question
 from kepo_core.data.splits import image_key
 
-_WORDS = {
-    "modality": MODALITIES,
-    "kind": phantom.KINDS,
-    "place": phantom.PLACES,
-    "size": phantom.SIZES,
-    "number": phantom.NUMBERS,
-    "contrast": phantom.CONTRASTS,
-    "diagnosis": phantom.DIAGNOSES,
-    "grade": phantom.GRADES,
-}
+_WORDS = {**phantom.WORDS, "diagnosis": phantom.DIAGNOSES, "grade": phantom.GRADES}
 
 
 def _pattern(template: str) -> re.Pattern[str]:

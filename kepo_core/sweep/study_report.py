@@ -7,13 +7,13 @@ from urllib.parse import quote
 
 from papermill.exceptions import PapermillExecutionError
 
-from kepo_core.analysis import studies
+from kepo_core.files import write_atomically
 from kepo_core.pages import report
 from kepo_core.params import ParamError, from_root, project_root, resolve
-from kepo_core.runs import execution, jobs, shelf
-from kepo_core.runs.files import write_atomically
+from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment
+from kepo_core.study import execution, experiment
+from kepo_core.sweep import jobs, studies
 
 #: Draws a study; nothing is trained in it where it is told so.
 NOTEBOOK = "notebooks/05_figures.ipynb"
