@@ -1,4 +1,4 @@
-"""What a training run's logged numbers say: the table of them, and the known signs that something went wrong.
+"""What a training run's logged numbers say: the table of them, a run's headline, and the known signs of failure.
 
 Metric names are those of ``method.rollouts.GLOSSARY`` and TRL's own.
 """
@@ -11,8 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from kepo_core.analysis.statistics import AVG_OOD
+from kepo_core.analysis.statistics import AVG, AVG_OOD
 from kepo_core.data.records import MODALITIES
+from kepo_core.params import Params
 
 ACCEPTANCE = "acceptance"
 
@@ -44,6 +45,30 @@ def read_training(path: Path) -> pd.DataFrame:
     """``training_table`` of a run's ``metrics.jsonl``."""
     with Path(path).open(encoding="utf-8") as file:
         return training_table(json.loads(line) for line in file if line.strip())
+
+
+def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -> dict[str, Any]:
+    """A run's few numbers: accuracies in [0, 1] before and after, their differences, and what KEPO's parts did.
+
+    Args:
+        params: of the run.
+        differences: from ``statistics.paired_differences``, trained minus untrained.
+        metrics: from `training_table`.
+    """
+    steps = 0 if metrics.empty else int(metrics["step"].max())
+    numbers: dict[str, Any] = {"method": params.method_name, "seed": params.seed, "steps": steps}
+    for row in (params.train_modality, AVG_OOD, AVG):
+        if row in differences.index:
+            cell = differences.loc[row].astype(float)
+            names = ("before", "after", "difference", "low", "high")
+            numbers |= {f"{row} {name}": round(cell[name], 4) for name in names}
+            numbers[f"{row} p"] = float(f"{cell['p_value']:.3g}")
+    for name in metrics.columns.intersection(["kepo/all_fail_rate", "kepo/gate_rate"]):
+        numbers[f"mean {name}"] = round(float(metrics[name].mean()), 4)
+    counted = ["kepo/explored_groups", "kepo/draws", "kepo/accepted", "kepo/rescued_groups"]
+    for name in metrics.columns.intersection(counted, sort=False):
+        numbers[f"total {name}"] = int(metrics[name].sum())
+    return numbers
 
 
 def warnings_for(

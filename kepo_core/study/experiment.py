@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
-from kepo_core.analysis import curves, diagnosis, statistics
+from kepo_core.analysis import curves, diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
 from kepo_core.data.errors import DataError
@@ -329,27 +329,3 @@ def evaluate_student(
         progress=progress,
         kept=kept,
     )
-
-
-def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -> dict[str, Any]:
-    """A run's few numbers: accuracies in [0, 1] before and after, their differences, and what KEPO's parts did.
-
-    Args:
-        params: of the run.
-        differences: from ``statistics.paired_differences``, trained minus untrained.
-        metrics: from ``diagnosis.training_table``.
-    """
-    steps = 0 if metrics.empty else int(metrics["step"].max())
-    numbers: dict[str, Any] = {"method": params.method_name, "seed": params.seed, "steps": steps}
-    for row in (params.train_modality, statistics.AVG_OOD, statistics.AVG):
-        if row in differences.index:
-            cell = differences.loc[row].astype(float)
-            names = ("before", "after", "difference", "low", "high")
-            numbers |= {f"{row} {name}": round(cell[name], 4) for name in names}
-            numbers[f"{row} p"] = float(f"{cell['p_value']:.3g}")
-    for name in metrics.columns.intersection(["kepo/all_fail_rate", "kepo/gate_rate"]):
-        numbers[f"mean {name}"] = round(float(metrics[name].mean()), 4)
-    counted = ["kepo/explored_groups", "kepo/draws", "kepo/accepted", "kepo/rescued_groups"]
-    for name in metrics.columns.intersection(counted, sort=False):
-        numbers[f"total {name}"] = int(metrics[name].sum())
-    return numbers

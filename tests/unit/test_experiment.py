@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from trl import GRPOConfig
 
-from kepo_core.analysis import statistics
+from kepo_core.analysis import diagnosis, statistics
 from kepo_core.data import phantom
 from kepo_core.data.errors import DataError
 from kepo_core.data.records import MODALITIES
@@ -173,7 +173,7 @@ def test_a_baseline_trains_on_the_same_items_and_leaves_the_same_files(root: Pat
         assert (trainer.args.learning_rate, trainer.args.gradient_accumulation_steps) == (given.learning_rate, 2)
         assert (run.path / "model/model.safetensors").is_file() and metrics["loss"].iloc[0] > 0
     differences = statistics.paired_differences(answers, answers)
-    headline = experiment.headline(given, differences, metrics)
+    headline = diagnosis.headline(given, differences, metrics)
     assert headline["steps"] == (0 if name == "zero-shot" else 1) and not any("kepo/" in key for key in headline)
 
 
