@@ -47,7 +47,7 @@ def find(name: str, results: Path) -> Path:
 
     The parameters' hash is such an end. Raises `ParamError` naming the candidates unless it is exactly one.
     """
-    there = {path.name: path for path in folders(results)}
+    there = {path.name: path for path in folders(results) if is_run_folder(path)}
     if name in there:
         return there[name]
     if "/" in name and resolve(name).is_dir():

@@ -74,12 +74,13 @@ def kill(run: Run) -> None:
 def test_a_run_is_found_by_name_part_and_path_and_by_nothing_else(params: Params, tmp_path: Path) -> None:
     results = tmp_path / "results"
     one, again, other = leave(params), leave(params), leave(params.replace(tau=0.0))
+    (results / "nothing-of-a-run").mkdir()
     for name in (other.path.name, other.params.hash, str(other.path)):
         assert listing.find(name, results) == other.path
     assert listing.find(one.path.name, results) == one.path  # its name is the beginning of the next one's
     with pytest.raises(ParamError, match=re.escape(f"several runs: {one.path.name}, {again.path.name}; say which")):
         listing.find(params.hash, results)
-    for name in ("", "nothing-like-it", "params"):
+    for name in ("", "nothing-like-it", "nothing-of-a-run", "params"):
         with pytest.raises(
             ParamError, match=r"no run is called .* expected a folder of .*, such as 20.*beginning or end"
         ):
