@@ -138,7 +138,7 @@ class Params:
 
     # -- optimisation
     group_size: int = _p(8, "G: completions per prompt", low=2)
-    prompts_per_step: int = _p(8, "prompts per optimiser step, over all processes", low=1)
+    prompts_per_step: int = _p(8, "prompts per optimiser step, over all processes; an epoch's rest is left out", low=1)
     prompts_per_device: int = _p(8, "prompts in one forward pass of one process; the rest is accumulated", low=1)
     num_iterations: int = _p(1, "optimiser steps per rollout", low=1)
     learning_rate: float = _p(3e-4, "AdamW's step size", low=0)

@@ -37,6 +37,11 @@ def check_together(params: Any) -> None:
             f"prompts_per_step must be a multiple of prompts_per_device × processes ({params.prompts_per_device} × "
             f"{params.processes}), got {params.prompts_per_step}"
         )
+    if params.method != "none" and params.train_items < params.prompts_per_step:
+        raise ParamError(
+            f"train_items must be at least prompts_per_step ({params.prompts_per_step}), of which a step is made, got "
+            f"{params.train_items}"
+        )
     if params.use_vllm and params.method == "gkd":
         raise ParamError("use_vllm draws the rollouts of method kepo, not of gkd: set use_vllm to False")
     if params.use_vllm and bool(params.vllm_server_base_url) != (params.vllm_mode == "server"):

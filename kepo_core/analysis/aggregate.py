@@ -96,7 +96,7 @@ def mean_over_runs_and_images(
     (Satterthwaite's of the sum). In simulation it covers 93 to 96 % for three to twelve runs; with two, whose spread
     may look small by chance, 87 to 96 %, the less the more runs differ. A bootstrap that draws runs and images at once
     counts the chance of single answers three times and covers 99 %. With one run the interval is over images alone, for
-    that run.
+    that run; (-∞, ∞) where its items are all alike.
 
     ``students_R`` says which pretrained student each run began from: where there are several, the mean over the runs of
     a student counts as one run, and the interval speaks of other students, else of other seeds of the same one.
@@ -134,6 +134,8 @@ def mean_over_runs_and_images(
     if seeds + of_images - of_cells > variance:
         variance = seeds + of_images - of_cells
         free = variance**2 / (seeds**2 / of_freedom[0] + of_images**2 / of_freedom[1])
+    if units == 1 and variance < 1e-24:
+        return Estimate(float(np.mean(values)), -np.inf, np.inf, runs, np.nan)
     return _by_t(float(np.mean(values)), float(np.sqrt(variance)), free, runs, confidence)
 
 

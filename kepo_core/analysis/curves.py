@@ -81,8 +81,9 @@ def bands(
     """What each method's runs, by (student, seed), scored on the way: ``in_domain`` and "Avg. (OOD)" → method → steps.
 
     Columns: ``step``, ``accuracy`` in [0, 1] (mean over modalities and runs), ``low`` and ``high``: 95 %, over runs and
-    images (``mean_over_runs_and_images``; over images alone for a single run), at each step by itself. Methods without
-    runs are left out. Raises ``ValueError`` if runs of a method asked at different steps.
+    images (``mean_over_runs_and_images``; over images alone for a single run, NaN where its answers are all alike), at
+    each step by itself. Methods without runs are left out. Raises ``ValueError`` if runs of a method asked at different
+    steps.
     """
     found: dict[str, dict[str, pd.DataFrame]] = {in_domain: {}, AVG_OOD: {}}
     for method, given in runs.items():
@@ -104,7 +105,7 @@ def _band(runs: Mapping[tuple[int, int], Curve], order: Sequence[Answer], images
         values = np.stack([correctness(run[step], order) for run in runs.values()])
         e = mean_over_runs_and_images(values, where, tasks, students_R=[student for student, _ in runs])
         rows.append({"step": step, "accuracy": e.value, "low": e.low, "high": e.high})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).replace([-np.inf, np.inf], np.nan)
 
 
 def _written(folder: Path) -> dict[int, Path]:

@@ -274,10 +274,10 @@ def _clusters(answers: Sequence[Answer], images: Mapping[str, str] | None) -> li
 
 
 def _deff(values: Floats, answers: Sequence[Answer], images: Mapping[str, str] | None) -> float:
-    """The design effect; where the values cannot show one, at least several answers to a question count as one."""
+    """The design effect; where the values cannot show one, the answers of an image (a question) count as one."""
     clusters = _clusters(answers, images)
     if np.ptp(values) == 0 or len(set(clusters)) == 1:
-        return len(answers) / len({answer.question_id for answer in answers})
+        return len(answers) / len(set(clusters))
     return design_effect(values, clusters)
 
 

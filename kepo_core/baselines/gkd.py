@@ -23,14 +23,15 @@ class MMGKDTrainer(DistillationTrainer):  # type: ignore[misc]  # trl is not fol
 
     Args:
         lmbda: λ in [0, 1], the probability that a generation batch is on-policy.
+        distill_temperature: of both distributions in the divergence; TRL's ``temperature`` is of sampling alone here.
         *args, **kwargs: as for DistillationTrainer; rows need ``answer`` (a letter) where λ < 1.
     """
 
-    def __init__(self, *args: Any, lmbda: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lmbda: float, distill_temperature: float = 1.0, **kwargs: Any) -> None:
         if not 0 <= lmbda <= 1:
             raise ValueError(f"lmbda is {lmbda:g}, expected 0 to 1")
         super().__init__(*args, **kwargs)
-        self.lmbda = lmbda
+        self.lmbda, self.temperature = lmbda, distill_temperature  # that of sampling is in the generation configuration
         self._rows: Sequence[Mapping[str, Any]] = ()
 
     def on_policy(self) -> bool:
@@ -57,6 +58,7 @@ def gkd_trainer(
     processor: Any,
     dataset: Dataset,
     lmbda: float,
+    distill_temperature: float,
     arguments: Mapping[str, Any],
     callbacks: Sequence[TrainerCallback] = (),
     lora: LoraConfig | None = None,
@@ -74,4 +76,5 @@ def gkd_trainer(
         callbacks=list(callbacks),
         peft_config=lora,
         lmbda=lmbda,
+        distill_temperature=distill_temperature,
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -23,6 +24,15 @@ def supervised_dataset(questions: Sequence[Question], pictures: ReadPicture = lo
     return to_dataset(questions, thinking=False, pictures=pictures, target=answer_text)
 
 
+class WholeStepsSFTTrainer(SFTTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
+    """SFTTrainer that leaves out what is left of an epoch and fills no step, as TRL's other trainers do."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RandomSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return RandomSampler(dataset, num_samples=len(dataset) - len(dataset) % step)
+
+
 def sft_trainer(
     model: Any,
     processor: Any,
@@ -30,7 +40,7 @@ def sft_trainer(
     arguments: Mapping[str, Any],
     callbacks: Sequence[TrainerCallback] = (),
     lora: LoraConfig | None = None,
-) -> SFTTrainer:
+) -> WholeStepsSFTTrainer:
     """TRL's SFTTrainer whose loss is the cross entropy of the completions alone (token mean).
 
     Args:
@@ -42,6 +52,6 @@ def sft_trainer(
         lora: what adapters to train; None: all weights.
     """
     args = SFTConfig(completion_only_loss=True, max_length=None, remove_unused_columns=False, **arguments)
-    return SFTTrainer(
+    return WholeStepsSFTTrainer(
         model, args, train_dataset=dataset, processing_class=processor, callbacks=list(callbacks), peft_config=lora
     )

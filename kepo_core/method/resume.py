@@ -41,11 +41,11 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """No step from a checkpoint with ``max_steps`` behind it: the loop of transformers takes one before it looks.
+        """No step from a checkpoint with all steps behind it: the loop of transformers takes one before it looks.
 
         By then everything is prepared as for training, shared out over processes if need be, and can be saved.
         """
-        if 0 < self.args.max_steps <= self.state.global_step:
+        if self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)

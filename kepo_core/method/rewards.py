@@ -10,8 +10,9 @@ The same parser serves training and evaluation. What counts, in full:
 2. Every closed ``<answer>…</answer>`` in the rest is a field; of nested ones the innermost counts.
 3. A field names a letter if it is nothing but that letter, in either case, with white space or punctuation
    around it (``B``, `` b ``, ``B.``, ``(B)``), or if it is the letter, one of ``. ) :`` and a text that offers no
-   other letter (``B) a type A lesion``; not ``B) or C)``). Several different letters (``A or B``) are ambiguous. An
-   option's text without its letter (``a cyst``) is no answer: Appendix C asks for the letter.
+   other option's letter (``B) a type A lesion``, ``B) E. coli`` among four; not ``B) or C)``). Several different
+   letters (``A or B``) are ambiguous. An option's text without its letter (``a cyst``) is no answer: Appendix C
+   asks for the letter.
 4. All fields name one same letter: that letter was answered; fields without a letter are passed over.
    Different letters, in one field or in several: AMBIGUOUS. No letter, or one that is not among the
    options: MISSING, or TRUNCATED if the completion hit the token limit before any field was closed.
@@ -88,7 +89,7 @@ def _outside_thoughts(text: str) -> str:
     return _HEADLESS_THOUGHT.sub(" ", text)
 
 
-def _letters_in(field: str) -> set[str]:
+def _letters_in(field: str, letters: str) -> set[str]:
     """The different letters that one answer field names (upper case); empty when it names none."""
     words = [w for w in re.split(r"[\W_]+", field) if w and w.lower() not in ("or", "and")]
     if words and all(len(w) == 1 and w.isascii() and w.isalpha() for w in words):
@@ -96,7 +97,7 @@ def _letters_in(field: str) -> set[str]:
     marked = _MARKED.match(field)
     if marked:
         offered = {letter.upper() for groups in _OFFERED.findall(marked[2]) for letter in groups if letter}
-        return {marked[1].upper()} | offered
+        return {marked[1].upper()} | offered & set(letters)
     capitals = set(_CAPITAL.findall(field))
     return capitals if len(capitals) > 1 else set()
 
@@ -111,7 +112,7 @@ def parse_completion(text: str, letters: str, *, thinking: bool, finished: bool)
         finished: False if generation stopped at the token limit.
     """
     fields = _FIELD.findall(_outside_thoughts(text))
-    named = set().union(*(_letters_in(field) for field in fields))
+    named = set().union(*(_letters_in(field, letters) for field in fields))
     format_ok = _has_format(text, thinking)
     if len(named) > 1:
         return Parsed("", AnswerOutcome.AMBIGUOUS, format_ok)

@@ -70,7 +70,7 @@ class KEPOTrainer(GatedLossTrainer):
         **kwargs: as for GRPOTrainer (``processing_class``, ``eval_dataset``, ``callbacks``, ``peft_config``, …).
 
     Raises:
-        ValueError: a missing teacher or column, or a teacher that does not fit the student.
+        ValueError: a missing teacher or column, too few rows, or a teacher that does not fit the student.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "kepo"]
@@ -126,6 +126,8 @@ class KEPOTrainer(GatedLossTrainer):
             missing = [name for name in needed if name not in dataset[0]]
             if missing:
                 raise ValueError(f"train_dataset lacks {', '.join(missing)}, expected columns {', '.join(needed)}")
+            if len(dataset) < (least := args.generation_batch_size // args.num_generations):
+                raise ValueError(f"train_dataset has {len(dataset)} rows, expected {least} or more, a generation batch")
 
     # Rollouts ---------------------------------------------------------------------------------------------------
 
@@ -194,9 +196,10 @@ class KEPOTrainer(GatedLossTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, with Eq. 4's advantages if asked for, the gate, and what the loss has to know of injection."""
-        step = self.state.global_step + 1
-        repeated = self._generation_of_step[0] == step
-        self._generation_of_step = (step, self._generation_of_step[1] + 1 if repeated else 0)
+        if self.model.training:  # evaluation draws none of what is named by it
+            step = self.state.global_step + 1
+            repeated = self._generation_of_step[0] == step
+            self._generation_of_step = (step, self._generation_of_step[1] + 1 if repeated else 0)
         now = self._generation = _Generation(inputs)
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))

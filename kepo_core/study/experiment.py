@@ -257,7 +257,15 @@ def _baseline(
     }
     dataset = to_dataset(data.train, params.thinking, pictures)
     return gkd_trainer(
-        models.student, models.teacher.model, models.processor, dataset, params.gkd_lambda, arguments, callbacks, lora
+        models.student,
+        models.teacher.model,
+        models.processor,
+        dataset,
+        params.gkd_lambda,
+        params.distill_temperature,
+        arguments,
+        callbacks,
+        lora,
     )
 
 

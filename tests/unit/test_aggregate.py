@@ -87,6 +87,9 @@ def test_a_difference_over_seeds_and_images_at_its_limits() -> None:
     x = np.random.default_rng(0).normal(size=(1, 50))
     plain = mean_over_runs_and_images(x, [str(i) for i in range(50)], ["MRI"] * 50)
     assert (plain.high - plain.low) / 2 == pytest.approx(stats.t.ppf(0.975, 49) * stats.sem(x[0]))
+    # Where one run's items are all alike, nothing is seen of their spread.
+    alike = mean_over_runs_and_images([[1, 1, 0]], ["a", "b", "c"], ["MRI", "MRI", "CT"])
+    assert (alike.value, alike.low, alike.high) == (0.5, -np.inf, np.inf) and str(alike) == "50.0 (one run)"
     with pytest.raises(ValueError, match="with 320 images and 3 tasks"):
         mean_over_runs_and_images(after - before, images, ["MRI"] * 3)
 

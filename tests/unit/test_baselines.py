@@ -69,6 +69,16 @@ def test_sft_learns_the_answers_alone(questions: list[Question], tmp_path: Path)
     assert first_loss(trainer) == pytest.approx(summed / tokens, rel=1e-4)
 
 
+def test_what_fills_no_step_is_left_out_of_an_epoch(questions: list[Question], tmp_path: Path) -> None:
+    """As by GRPOTrainer's sampler, so that all methods take as many steps."""
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=3, per_device_train_batch_size=3)
+    trainer = sft_trainer(sharp_model(0), build_processor(), supervised_dataset(questions), args)
+    drawn = [list(batch["input_ids"]) for batch in trainer.get_train_dataloader()]
+    assert [len(batch) for batch in drawn] == [3]
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
 def test_supervised_distillation_is_the_forward_kl_at_the_right_answers(
     questions: list[Question], tmp_path: Path
 ) -> None:
@@ -78,13 +88,15 @@ def test_supervised_distillation_is_the_forward_kl_at_the_right_answers(
         text = answer_text(question.answer) + processor.tokenizer.eos_token
         student_logits, said = logits_of(model, processor, question, text)
         teacher_logits, _ = logits_of(teacher, processor, question, text)
-        log_s, log_t = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+        log_s, log_t = (student_logits / 2).log_softmax(-1), (teacher_logits / 2).log_softmax(-1)
         summed += float((log_t.exp() * (log_t - log_s)).sum())
         tokens += len(said)
     trainer = gkd_trainer(
-        model, teacher, processor, supervised_dataset(questions), 0.0, arguments(tmp_path, max_steps=1, beta=0.0)
-    )
+        model, teacher, processor, supervised_dataset(questions), 0.0, 2.0,
+        arguments(tmp_path, max_steps=1, beta=0.0, temperature=0.7),
+    )  # fmt: skip
     assert first_loss(trainer) == pytest.approx(summed / tokens, rel=1e-4)
+    assert trainer.generation_config.temperature == 0.7
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -107,7 +119,7 @@ def test_on_policy_distillation_is_trls_to_the_bit(tmp_path: Path) -> None:
 
 def test_half_of_the_batches_are_on_policy_and_which_depends_on_seed_and_step(tmp_path: Path) -> None:
     trainer = gkd_trainer(
-        sharp_model(0), sharp_model(1), build_processor(), make_dataset(), 0.5,
+        sharp_model(0), sharp_model(1), build_processor(), make_dataset(), 0.5, 1.0,
         arguments(tmp_path, max_completion_length=8),
     )  # fmt: skip
     kinds = []
@@ -117,4 +129,4 @@ def test_half_of_the_batches_are_on_policy_and_which_depends_on_seed_and_step(tm
         assert trainer.on_policy() is kinds[-1]
     assert 160 < sum(kinds) < 240 and kinds[:200] != kinds[200:]
     with pytest.raises(ValueError, match="lmbda is 2, expected 0 to 1"):
-        gkd_trainer(sharp_model(0), sharp_model(1), build_processor(), make_dataset(), 2.0, arguments(tmp_path))
+        gkd_trainer(sharp_model(0), sharp_model(1), build_processor(), make_dataset(), 2.0, 1.0, arguments(tmp_path))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from kepo_core.study import experiment, methods
 from kepo_core.study.models import save_embedded
 from kepo_core.testbed.embedded import build_model, build_processor
 
-SMOKE = {"train_items": 4, "eval_items": 2}
+SMOKE = {"train_items": 4, "eval_items": 2, "prompts_per_step": 4, "prompts_per_device": 4}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,42 @@ METHODS = {
     "gkd-lambda1": {"method": "gkd"},
     "zero-shot": {"method": "none"},
 }
+
+
+#: Parameters that all trainers are told, under transformers' names where those differ; none at any default here.
+SHARED: dict[str, tuple[str, Any]] = {
+    "learning_rate": ("learning_rate", 3e-3), "lr_scheduler": ("lr_scheduler_type", "cosine"),
+    "max_grad_norm": ("max_grad_norm", 0.5), "max_steps": ("max_steps", 3), "epochs": ("num_train_epochs", 2.5),
+    "seed": ("seed", 7), "gradient_checkpointing": ("gradient_checkpointing", True),
+}  # fmt: skip
+#: Those of the methods that generate, and of those that distil.
+FURTHER: dict[str, dict[str, tuple[str, Any]]] = {
+    "sft": {},
+    "gkd": {"temperature": ("temperature", 0.7), "top_p": ("top_p", 0.9), "distill_beta": ("beta", 0.5),
+            "max_completion_length": ("max_completion_length", 7)},
+    "kepo": {"temperature": ("temperature", 0.7), "top_p": ("top_p", 0.9), "distill_beta": ("distill_beta", 0.5),
+             "max_completion_length": ("max_completion_length", 7),
+             "distill_temperature": ("distill_temperature", 2.0)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", FURTHER)
+def test_what_all_methods_are_told_arrives(root: Path, tmp_path: Path, method: str) -> None:
+    told = SHARED | FURTHER[method]
+    own = {"method": method, "thinking": method != "sft", "distill_temperature": 2.0, "gkd_lambda": 1.0}
+    sizes = {"prompts_per_step": 4, "prompts_per_device": 2, "results_dir": str(tmp_path)}
+    given = params(root, **own | sizes | {name: value for name, (_, value) in told.items()})
+    data, models = experiment.load_data(given), experiment.load_models(given)
+    trainer = experiment.make_trainer(given, Run.allocate(given, owner="test"), data, models)
+    assert trainer is not None
+    defaults = type(trainer.args)(output_dir=str(tmp_path), use_cpu=True)
+    for name, (theirs, value) in told.items():
+        assert getattr(trainer.args, theirs) == value, name
+        assert value not in (getattr(Params(), name), getattr(defaults, theirs)), name
+    batch = trainer.args.per_device_train_batch_size // (given.group_size if method == "kepo" else 1)
+    assert (batch, trainer.args.gradient_accumulation_steps) == (2, 2)
+    if method == "gkd":
+        assert trainer.temperature == 2.0 and trainer.generation_config.temperature == 0.7
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -48,8 +48,6 @@ def test_the_paper_and_the_released_code_are_told_apart():
     paper, released = Params.load(ROOT / "params/paper.yaml"), Params.load(ROOT / "params/released.yaml")
     assert (paper.learning_rate, paper.advantage, paper.ratio_clip, paper.gate_reward) == (2e-6, "mean", "eq5", "total")
     assert (released.advantage, released.distill_beta, released.injected_per_group) == ("std", 0.5, 2)
-    # "190 steps": five epochs of 600 questions, the last step of an epoch being half full
-    assert released.epochs * math.ceil(released.train_items / released.prompts_per_step) == 190
 
 
 def test_resolved_yaml_reads_back_and_repeats_the_run(write):
@@ -143,6 +141,11 @@ def test_tau_range_follows_the_gate_signal():
     assert Params(tau=2, gate_reward="total").tau == 2.0
     bad("between 0 and 1, the largest accuracy reward", tau=2)
     bad("between 0 and 2, the largest total reward", tau=3, gate_reward="total")
+
+
+def test_a_step_needs_as_many_train_items():
+    bad(r"train_items must be at least prompts_per_step \(8\), of which a step is made, got 7", train_items=7)
+    assert Params(train_items=8).train_items == Params(train_items=1, method="none").train_items + 7
 
 
 def test_rules_between_parameters():

@@ -19,7 +19,7 @@ def outcome(text: str, answer: str = "B", letters: str = "ABCD", finished: bool 
 @pytest.mark.parametrize(
     "field",
     ["B", " B ", "b", "B.", "B)", "(B)", "(b).", "\nB\n", "B B", "B, B", "**B**", "_B_", "B) the liver", "B: a mass",
-     "B. A type A lesion", "(B) vitamin D", "b) no"],
+     "B. A type A lesion", "(B) vitamin D", "b) no", "B) E. coli", "B. Grade I. Mild", "B) stained (H&E)"],
 )  # fmt: skip
 def test_a_field_with_one_letter_is_that_letter(field: str) -> None:
     assert outcome(f"<answer>{field}</answer>") is RIGHT

@@ -145,7 +145,9 @@ def test_hints_are_those_of_the_teacher_itself_and_its_pictures(
     embedded: FakeVLLM, world: Path, tmp_path: Path
 ) -> None:
     """Greedy, against the model in this process: the picture arrives, and the right letter."""
-    data = experiment.load_data(Params(data_root=str(world), train_items=3, eval_items=1))
+    data = experiment.load_data(
+        Params(data_root=str(world), train_items=3, eval_items=1, prompts_per_step=2, prompts_per_device=2)
+    )
     rows = list(to_dataset(data.train, thinking=True))
     with serving(embedded) as server:
         hints = served_teacher(server, tmp_path).write_hints(rows, max_tokens=32)

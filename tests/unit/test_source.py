@@ -205,7 +205,16 @@ def study_members() -> dict[str, bytes]:
 
 
 def study_params(root: Path, **changes: object) -> Params:
-    return Params.load(overrides={"data_root": str(root), "train_items": 10, "eval_items": 3, **changes})
+    return Params.load(
+        overrides={
+            "data_root": str(root),
+            "train_items": 10,
+            "eval_items": 3,
+            "prompts_per_step": 2,
+            "prompts_per_device": 2,
+            **changes,
+        }
+    )
 
 
 def test_a_study_unpacks_what_it_draws_and_draws_another_for_what_is_broken(tmp_path: Path, cache: Path) -> None:

@@ -191,6 +191,19 @@ def test_shared_images_widen_every_interval():
     assert shared["high"] - shared["low"] > 1.9 * (alone["high"] - alone["low"])
 
 
+def test_where_all_answers_are_right_each_image_counts_once():
+    """Their spread shows no design effect, which need not be small: true at 98 %, images alike, it is several."""
+    images = {f"MRI{i}": str(i // 5) for i in range(100)}
+    low = accuracy_table({"m": answers([1] * 100)}, images=images).loc["m", ("MRI", "low")]
+    assert low == wilson_interval(20, 20)[0] < wilson_interval(100, 100)[0]
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        x = _clustered(rng, 60, 5, 0.98, 1 / 9)  # a correlation of 0.9 within images
+        row = accuracy_table({"m": answers(x)}, images={f"MRI{i}": str(i // 5) for i in range(300)}).loc["m", "MRI"]
+        held += row["low"] <= 0.98 <= row["high"]
+    assert 0.91 <= held / 300 <= 0.99
+
+
 def test_the_paired_interval_is_widened_by_how_alike_the_changes_are_not_the_answers():
     # Answers agree within each image of two, changes do not: every second question is gained.
     images, alike = np.repeat(np.arange(20), 2), np.repeat([1, 0] * 10, 2)

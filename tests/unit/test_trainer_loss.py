@@ -181,17 +181,17 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: P
         return right(row) if before % 2 else wrong(row) + " and much more" * (before % 3)
 
     grads = []
-    for parts in (1, 2, 4):
+    for parts, steps in ((1, 1), (2, 1), (4, 1), (4, 2)):  # the last: rollouts of two optimiser steps at once
         trainer = make_trainer(
-            tmp_path, script, explore=False, distill_normalizer=normalizer,
-            per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts,
+            tmp_path, script, explore=False, distill_normalizer=normalizer, steps_per_generation=parts,
+            per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts // steps,
         )  # fmt: skip
         inputs = batch_of(trainer, 0, 1)
         torch.manual_seed(0)
         for step in range(parts):
             trainer._step = step
             trainer._compute_loss(trainer.model, trainer._prepare_inputs(inputs)).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+        grads.append(torch.cat([p.grad.flatten() / steps for p in trainer.model.parameters() if p.grad is not None]))
     assert grads[0].abs().sum() > 0
     for other in grads[1:]:
         assert torch.allclose(grads[0], other, rtol=1e-3, atol=1e-5 * grads[0].abs().max())
