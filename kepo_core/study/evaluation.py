@@ -88,7 +88,7 @@ def evaluate(
                 answers |= {i: file.known[i] for i in batch}
                 continue
             asked = [questions[i // samples] for i in batch]
-            with _seeded(f"{seed}/evaluation/{number}"):
+            with _seeded(f"{seed}/evaluation/{number}", model.device):
                 completions = _generate(model, processor, [texts[i // samples] for i in batch], asked, pictures)
             now = {
                 i: _record(processor, question, tokens, stop_tokens, thinking, sample=i % samples)
@@ -156,9 +156,9 @@ def _lengths(processor: Any, texts: Sequence[str]) -> list[int]:
 
 
 @contextmanager
-def _seeded(name: str) -> Iterator[None]:
-    """Torch's random state named by ``name`` for a while."""
-    with torch.random.fork_rng():
+def _seeded(name: str, device: torch.device) -> Iterator[None]:
+    """Torch's random state, the CPU's and ``device``'s, named by ``name`` for a while."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(zlib.crc32(name.encode()))
         yield
 

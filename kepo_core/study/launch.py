@@ -27,6 +27,7 @@ from kepo_core.files import read_json, write_json
 from kepo_core.params import ParamError, Params, project_root, resolve
 from kepo_core.runs.run import Run
 from kepo_core.study.live import LiveTraining, read_step
+from kepo_core.study.methods import needs_teacher
 
 #: How the processes of a run without ``accelerate_config`` share the models: each has all of them.
 WHOLE = "params/accelerate/ddp.yaml"
@@ -95,6 +96,17 @@ def check(params: Params) -> None:
         raise ParamError(
             f"accelerate_config {params.accelerate_config} shards models over GPUs, and this machine has none: "
             "leave it empty, for whole models in each process"
+        )
+    quantised = params.teacher_quantization != "none" and needs_teacher(params)
+    if config.distributed_type == DistributedType.FSDP and params.method == "gkd" and not quantised:
+        raise ParamError(
+            f"accelerate_config {params.accelerate_config} is for FSDP2, by which TRL's DistillationTrainer does not "
+            "share out its teacher: take a ZeRO-3 file for method gkd, or a quantised teacher"
+        )
+    if config.distributed_type == DistributedType.DEEPSPEED and quantised:
+        raise ParamError(
+            f"teacher_quantization is {params.teacher_quantization!r} but accelerate_config {params.accelerate_config} "
+            "is for DeepSpeed, which takes no quantised models: take an FSDP2 file, or set it to none"
         )
     if config.distributed_type == DistributedType.DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         raise ParamError(

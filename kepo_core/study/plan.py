@@ -42,8 +42,11 @@ class Setting:
 
     @property
     def ways(self) -> list[str]:
-        """The ways of running that so many GPUs allow."""
-        return ["one process"] if self.gpus == 1 else ["replicated", "FSDP2", "ZeRO-3"]
+        """The ways of running that so many GPUs allow; DeepSpeed takes no quantised models."""
+        if self.gpus == 1:
+            return ["one process"]
+        quantised = self.teacher and self.params.teacher_quantization != "none"
+        return ["replicated", "FSDP2"] if quantised else ["replicated", "FSDP2", "ZeRO-3"]
 
     @property
     def side(self) -> int:
@@ -179,6 +182,18 @@ def notebook(setting: Setting) -> float:
     return counted * (1 + FALLOW) + CONTEXT
 
 
+def loading(setting: Setting, way: str) -> float:
+    """Bytes on each GPU while ZeRO-3 cuts its part out of the teacher: DeepSpeed puts all of it there first; else 0."""
+    if way != "ZeRO-3" or not setting.teacher:
+        return 0.0
+    return memory.teacher_weights(setting.teacher, setting.batch.compute, "none") * (1 + FALLOW) + CONTEXT
+
+
+def fits(setting: Setting, way: str) -> bool:
+    """Whether a GPU holds the run at its largest, the notebook's process, and what loading takes."""
+    return max(total(setting, way), notebook(setting), loading(setting, way)) <= setting.gpu
+
+
 def changes(setting: Setting) -> dict[str, Setting]:
     """Single changes that may save memory, by what to do; smaller batches need not, as gradients then wait."""
     p, found = setting.params, {}
@@ -210,7 +225,7 @@ def as_text(setting: Setting, told: list[str]) -> tuple[str, bool]:
     lines = [
         f"{setting.gpus} × {gpu / GIB:.1f} GiB; nothing is loaded", *told,
         f"each process: {p.prompts_per_device} prompts × {p.group_size} completions in a forward pass, {batch.windows} "
-        f"of them a step; prompts of {batch.prompt} tokens (assumed: {setting.text_tokens} of text, pictures of "
+        f"forward passes a step; prompts of {batch.prompt} tokens (assumed: {setting.text_tokens} of text, pictures of "
         f"{setting.side} pixels), completions of {batch.completion}",
         "",
         _row("GiB on each GPU", ways),
@@ -220,22 +235,27 @@ def as_text(setting: Setting, told: list[str]) -> tuple[str, bool]:
     lines += [*_rows(parts), "the largest of these moments of a step", *_rows(peaks)]
     totals = {way: total(setting, way) for way in ways}
     first = notebook(setting)
-    fits = {way: max(value, first) <= gpu for way, value in totals.items()}
+    fitting = {way: fits(setting, way) for way in ways}
+    taken = {way: loading(setting, way) for way in ways}
     lines += [
         _row(f"assumed: {CONTEXT / GIB:.0f} GiB of CUDA, {FALLOW:.0%} fallow", [
             f"{(totals[w] - sum(parts[w].values()) - max(peaks[w].values())) / GIB:.2f}" for w in ways]),
         _row("total", [f"{value / GIB:.2f}" for value in totals.values()]),
         *[_row("notebook's process, on the first GPU", [f"{first / GIB:.2f}"] * len(ways))] * (first > 0),
-        _row("", [_verdict(fit) for fit in fits.values()]),
+        *[_row("while its part is cut out of the teacher", [f"{v / GIB:.2f}" if v else "–" for v in taken.values()])]
+        * any(taken.values()),
+        _row("", [_verdict(fit) for fit in fitting.values()]),
         "", "with one thing changed, the total:",
     ]  # fmt: skip
     best = min(totals, key=lambda way: totals[way])
     saving = {name: other for name, other in changes(setting).items() if total(other, best) < totals[best]}
     for name, other in sorted(saving.items(), key=lambda item: total(item[1], best)):
-        values = [total(other, way) for way in ways]
-        cells = [f"{value / GIB:.2f} {'fits' if max(value, notebook(other)) <= gpu else '–'}" for value in values]
+        cells = [
+            f"{total(other, way) / GIB:.2f} {'fits' if fits(other, way) else 'no'}" if way in other.ways else "–"
+            for way in ways
+        ]
         lines.append(_row(name, cells))
-    return "\n".join(lines), any(fits.values())
+    return "\n".join(lines), any(fitting.values())
 
 
 def _verdict(fit: bool) -> str:

@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--server", default="", help="a vLLM server's address; without it vLLM is colocated")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48, help="longest completion")
-    parser.add_argument("--length", type=int, default=0, help="longest prompt and completion; 0: the model's")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of the longest prompt and completion")
     parser.add_argument("--memory", type=float, default=0.3, help="share of the GPU for a colocated vLLM")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--tolerance", type=float, default=0.05, help="mean |Δ log-probability| that passes")

@@ -120,6 +120,19 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, monkeypatch: pyte
     launch.check(Params(method="none"))
 
 
+def test_teachers_that_a_way_of_sharing_out_cannot_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
+    fsdp, zero = params("4gpu-fsdp2"), params("4gpu-zero3")
+    with pytest.raises(ParamError, match="does not share out its teacher: take a ZeRO-3 file for method gkd"):
+        launch.check(fsdp.replace(method="gkd"))
+    launch.check(fsdp.replace(method="gkd", teacher_quantization="4bit"))
+    launch.check(zero.replace(method="gkd"))
+    with pytest.raises(ParamError, match="DeepSpeed, which takes no quantised models: take an FSDP2 file"):
+        launch.check(zero.replace(teacher_quantization="8bit"))
+    launch.check(zero.replace(teacher_quantization="8bit", distill=False, explore=False))  # no teacher is loaded
+
+
 # Workers ----------------------------------------------------------------------------------------------------------
 
 

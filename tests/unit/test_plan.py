@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,18 @@ def test_every_change_is_planned_and_more_of_anything_takes_more(nothing_loads: 
     more = ({"gradient_checkpointing": False}, {"max_completion_length": 2048}, {"group_size": 16}, {"beta": 0.1})
     for change in more:
         assert plan.total(paper(gpus=1, prompts_per_step=2, **change), "one process") > planned_total
+
+
+def test_zero3_takes_the_teacher_whole_and_none_that_is_quantised(nothing_loads: None) -> None:
+    """DeepSpeed moves a model to the GPU before it cuts its part out of it."""
+    setting = paper(gpus=8, prompts_per_step=16)
+    assert setting.teacher is not None
+    whole = 2 * setting.teacher.parameters
+    assert plan.loading(setting, "ZeRO-3") > whole > plan.total(setting, "ZeRO-3") and plan.fits(setting, "ZeRO-3")
+    small = replace(setting, gpu=48e9)
+    assert plan.total(small, "ZeRO-3") < 48e9 and not plan.fits(small, "ZeRO-3") and plan.fits(small, "FSDP2")
+    assert plan.loading(setting, "FSDP2") == 0
+    assert paper(gpus=8, prompts_per_step=16, teacher_quantization="4bit").ways == ["replicated", "FSDP2"]
 
 
 @pytest.mark.parametrize(

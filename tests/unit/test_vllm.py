@@ -43,7 +43,8 @@ def test_parameters_arrive(tmp_path: Path) -> None:
     assert (given.use_vllm, given.vllm_mode, given.vllm_server_base_url) == (True, "server", "http://host:8000")
     here = training_config(Params(use_vllm=True, vllm_gpu_memory_utilization=0.2, vllm_max_model_length=4096), tmp_path)
     assert (here.vllm_mode, here.vllm_gpu_memory_utilization, here.vllm_max_model_length) == ("colocate", 0.2, 4096)
-    assert here.vllm_server_base_url is None and training_config(Params(), tmp_path).vllm_max_model_length is None
+    assert here.vllm_server_base_url is None and here.vllm_importance_sampling_correction
+    assert not training_config(Params(use_vllm=True, top_p=0.95), tmp_path).vllm_importance_sampling_correction
 
 
 @pytest.mark.parametrize("mode", ["colocate", pytest.param("server", marks=pytest.mark.slow)])
