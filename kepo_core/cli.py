@@ -8,6 +8,7 @@ the data do not fit; nothing is left behind), 130 interrupted.
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "resume":
             from kepo_core.study.execution import resume_run
 
-            return resume_run(arguments.run)
+            return resume_run(_run_folder(arguments.run))
         if arguments.command == "join":
             return join_run(arguments.run, arguments.rank)
         if arguments.command == "data":
@@ -59,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ParamError, DataError) as error:
         print(f"kepo: {error}", file=sys.stderr)
         return REFUSED
+    except BrokenPipeError:  # who reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return COMPLETED
+    except OSError as error:
+        print(f"kepo: {error}", file=sys.stderr)
+        return FAILED
 
 
 def method_overrides(name: str, file: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +97,13 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> 
     path = resolve(notebook)
     if not path.is_file():
         raise ParamError(f"notebook {notebook} does not exist")
+    from kepo_core.runs.provenance import notebook_code
+
+    if not any("run.finish(" in source for source in notebook_code(path)):
+        raise ParamError(
+            f"notebook {notebook} makes no run (none of its cells calls run.finish): papermill {notebook} out.ipynb "
+            "executes it"
+        )
     params = Params.load(file or overrides.get("params_file"), overrides)
     from kepo_core.study import execution
 
@@ -146,12 +160,19 @@ def write_reports(what: Sequence[str], results: str | None) -> int:
         elif name.endswith(".ipynb"):
             page = write_page(resolve(name))
         else:
-            run = Run.open(resolve(name))
+            run = Run.open(_run_folder(name))
             page = write_report(run, run.status["state"], run.status.get("error", ""))
         print(f"kepo: wrote {page}")
     if results is not None or not what:
         print(f"kepo: wrote {write_index(resolve(results or Params.load().results_dir))}")
     return COMPLETED
+
+
+def _run_folder(name: str) -> str:
+    """The run folder that is meant: a path, or a name as `kepo runs` takes it."""
+    from kepo_core.runs import listing
+
+    return str(listing.find(name, resolve(Params.load().results_dir)))
 
 
 def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
@@ -257,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kepo", description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute a notebook into a new run folder")
-    run.add_argument("notebook", help="a notebook with a cell tagged `parameters`")
+    run.add_argument("notebook", help="a notebook that makes a run, such as notebooks/03_train_kepo.ipynb")
     teacher = commands.add_parser("check-teacher", help="ask a served teacher what a run asks; exit code 1 if it fails")
     plan = commands.add_parser("plan", help="what a run would take on each GPU, and what to change if it does not fit")
     plan.add_argument("file", help="parameter file")
@@ -266,13 +287,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of a prompt without its picture")
     for command in (run, teacher):
         command.add_argument("-f", "--file", metavar="PARAMS_FILE",
-                             help="parameter file (default: params/phantom.yaml)")  # fmt: skip
+                             help="parameter file (default: $KEPO_PARAMS, else params/phantom.yaml)")  # fmt: skip
     for command in (run, teacher, plan):
         command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                              help="one parameter over the file's; repeatable")  # fmt: skip
     run.add_argument("-m", "--method", metavar="NAME", help="a row of the README's table of methods")
     resume = commands.add_parser("resume", help="go on with a run that was interrupted, failed or killed")
-    resume.add_argument("run", help="its folder")
+    resume.add_argument("run", help="a folder's name, its beginning or end (the parameters' hash, say), or its path")
     join = commands.add_parser("join", help="train along in a run of several machines, which the first of them makes")
     join.add_argument("run", help="its folder, on a file system that they share")
     join.add_argument("rank", type=int, help="which machine this is: 1, 2, …")
@@ -287,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--slots", type=int, default=0, help="runs at a time (default: one on each GPU, or each core)")
     many.add_argument("--cluster", metavar="FILE", help="hand the runs to a cluster: a file such as params/slurm.yaml")
     report = commands.add_parser("report", help="a run, study or notebook as a page; alone: the index of all runs")
-    report.add_argument("what", nargs="*", help="run folders, study files, executed notebooks")
+    report.add_argument("what", nargs="*", help="runs (as for resume), study files, executed notebooks")
     report.add_argument(
         "--index", metavar="RESULTS", nargs="?", const="", help="the index of this folder (default: results)"
     )
@@ -307,11 +328,11 @@ def _add_runs(runs: argparse.ArgumentParser) -> None:
                        help="only runs with this value of a parameter; repeatable")  # fmt: skip
     found.add_argument("--json", action="store_true", help="as JSON, with accuracies in [0, 1]")
     show = actions.add_parser("show", help="all about one run: what came of it, from what, and how to repeat it")
-    show.add_argument("run", help="a folder's name, its beginning or end (the parameters' hash, say), or its path")
+    show.add_argument("run", help="as for resume")
     compare = actions.add_parser("compare", help="what differs between runs, and their accuracies against the first's")
-    compare.add_argument("run", nargs="+", help="as for show")
+    compare.add_argument("run", nargs="+", help="as for resume")
     verify = actions.add_parser("verify", help="find folders that are torn, edited or orphaned; exit code 1 if any is")
-    verify.add_argument("run", nargs="*", help="as for show (default: all)")
+    verify.add_argument("run", nargs="*", help="as for resume (default: all)")
     for action in (found, show, compare, verify):
         action.add_argument("--results", default="results", metavar="DIR", help="where the runs are (default: results)")
 

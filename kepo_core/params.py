@@ -84,7 +84,7 @@ class Params:
     # -- method
     method: str = _p(
         "kepo",
-        "kepo (GRPO with its two parts off), a baseline, or none: the student as it is",
+        "kepo (without distill and explore it is GRPO), a baseline, or none, the student as it is",
         choices=("kepo", "sft", "gkd", "none"),
     )
     gkd_lambda: float = _p(1.0, "λ of gkd: 1 on the student's own completions, 0 on the right answers", low=0, high=1)
@@ -201,6 +201,11 @@ class Params:
                 raise ParamError(f"{name} belongs to one run and cannot stand in {path.name}")
             if value is None:
                 raise ParamError(f"{name} in {path.name} has no value; leave the line out for the default")
+            if name not in given:
+                try:
+                    checked(name, value)
+                except ParamError as error:
+                    raise ParamError(f"{error} (in {path.name})") from error
         return cls(**{**values, **given, "params_file": from_root(path)})
 
     @classmethod
@@ -245,7 +250,7 @@ class Params:
         for f in dataclasses.fields(self):
             if f.name in ("run_dir", "params_file"):
                 continue
-            choices = f": {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
+            choices = f" (one of: {', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
             lines += [f"# {f.metadata['doc']}{choices}", f"{f.name}: {yaml_scalar(getattr(self, f.name))}"]
         return "\n".join(lines) + "\n"
 

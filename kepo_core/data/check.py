@@ -50,7 +50,7 @@ class Checked:
     def heading(self) -> str:
         """The layout and, where no pictures were looked for, that they were not."""
         pictures = "" if self.with_images else "; there is no Images folder: pictures were not looked for"
-        return f"{self.root}: {LAYOUTS[self.layout]}{pictures}"
+        return f"{self.root.name}: {LAYOUTS[self.layout]}{pictures}"
 
     def as_text(self) -> str:
         """For a terminal."""

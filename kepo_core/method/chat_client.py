@@ -179,7 +179,8 @@ class ChatClient:
             return
         self._said = now
         problem = state.outcome.exception() if state.outcome else None
-        print(f"kepo: the teacher at {self.url} is asked again ({problem})", file=sys.stderr, flush=True)
+        tries = f"try {state.attempt_number} of {self._retries + 1} failed"
+        print(f"kepo: the teacher at {self.url} is asked again ({tries}: {problem})", file=sys.stderr, flush=True)
 
 
 def _asked_pause(response: httpx.Response) -> float:

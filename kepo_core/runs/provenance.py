@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import kepo_core
-from kepo_core.params import Params, project_root
+from kepo_core.params import ParamError, Params, project_root
 
 #: The packages whose versions can change a number.
 PACKAGES = (
@@ -67,11 +67,18 @@ def package_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def notebook_code(path: Path) -> list[str]:
+    """The code cells of a notebook. Raises `ParamError` for a file that is none."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParamError(f"notebook {path.name} cannot be read as a notebook: {type(error).__name__}") from error
+
+
 def notebook_digest(path: Path) -> str:
     """The code of a notebook, without its texts and outputs, as 16 hexadecimal digits."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(notebook_code(path)).encode()).hexdigest()[:16]
 
 
 def hardware() -> dict[str, Any]:

@@ -87,7 +87,7 @@ def check(params: Params) -> None:
     if gpus > 1 and params.processes == 1 and params.method != "none":
         raise ParamError(
             f"processes is 1 but this machine shows {gpus} GPUs: set CUDA_VISIBLE_DEVICES to one of them (0, say), or "
-            "processes to as many"
+            "processes to as many (and prompts_per_step to a multiple of prompts_per_device × processes)"
         )
     if not several(params):
         return
@@ -146,7 +146,10 @@ def join(folder: str, rank: int) -> None:
     Waits until that run is ready to train. Raises `TrainingFailed` as `train` does, and `ParamError` if the run is
     over, does not begin within ten minutes, is made by one machine alone, or cannot be trained on this one.
     """
+    if rank < 1:
+        raise ParamError(f"rank is {rank}, expected 1 or more: machine 0 makes the run, with `kepo run`")
     until = time.monotonic() + _PATIENCE
+    print(f"kepo: waiting for {folder} and its training to begin", flush=True)
     while not (resolve(folder) / "status.json").is_file():
         if time.monotonic() > until:
             raise ParamError(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from kepo_core.data import phantom
 from kepo_core.data.source import cache_dir
-from kepo_core.method.chat_client import LONGEST_ASKED, ChatClient, TeacherServerError
+from kepo_core.method.chat_client import LONGEST_ASKED, ChatClient, TeacherServerError, TeacherUnreachableError
 from kepo_core.method.prompts import needs_hint, vqa_messages
 from kepo_core.method.served import Completion, ServedTeacher
 from kepo_core.method.teacher import parse_hint
@@ -74,14 +74,17 @@ def report(params: Params, processor: Any) -> tuple[str, bool]:
         "picture": partial(_try_picture, params, teacher),
         "load": partial(_try_load, params, teacher),
     }
-    lines, sound = [], True
+    lines, sound, away = [], True, False
     for name, trial in trials.items():
         started = time.monotonic()
         try:
             verdict, said = "pass", trial()
         except TeacherServerError as error:
             verdict, said, sound = "FAIL", str(error), False
+            away = isinstance(error, TeacherUnreachableError)
         lines.append(f"{verdict}  {name:<10} {time.monotonic() - started:6.2f} s  {said}")
+        if away:  # nothing else could be said of it
+            break
     return "\n".join(lines), sound
 
 

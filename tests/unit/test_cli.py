@@ -12,6 +12,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from papermill.exceptions import PapermillExecutionError
 
 from kepo_core.cli import main, method_overrides, parse_value
+from kepo_core.data import phantom
 from kepo_core.params import Params
 from kepo_core.runs import provenance
 from kepo_core.runs.run import Run
@@ -45,7 +46,7 @@ def kepo_run(tmp_path, results, capsys):
 def write_notebook(folder: Path, *sources: str) -> Path:
     cells = [new_code_cell("tau = None\nresults_dir = None\nrun_dir = ''\nparams_file = ''")]
     cells[0].metadata["tags"] = ["parameters"]
-    cells += [new_code_cell(source) for source in sources]
+    cells += [new_code_cell(source) for source in (*sources, "if 'headline' in globals():\n    run.finish(headline)")]
     path = folder / "tiny.ipynb"
     nbformat.write(new_notebook(cells=cells), path)
     return path
@@ -61,6 +62,35 @@ def test_a_row_of_the_table_of_methods_is_a_set_of_parameters_under_the_given_on
     assert found == {"method": "kepo", "distill": True, "explore": False, "thinking": True, "tau": 0.0, "seed": 3}
     assert method_overrides("teacher", None, {"teacher": "some/model"})["student"] == "some/model"
     assert main(["run", "notebooks/03_train_kepo.ipynb", "-m", "grop"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("notebook", "sentence"),
+    [
+        ("README.md", "notebook README.md cannot be read as a notebook"),
+        ("kepo_core/embedded/student/config.json", "notebook config.json cannot be read as a notebook"),
+        ("notebooks/02_baselines.ipynb", "makes no run (none of its cells calls run.finish): papermill notebooks/02"),
+    ],
+)
+def test_what_makes_no_run_is_refused_before_anything_is_written(
+    notebook: str, sentence: str, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", notebook, "-p", "rows", "all", "-p", "results_dir", str(results)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and not any(results.glob("*"))
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    phantom.write_phantom(tmp_path / "set", seed=0, images={"MRI": 1})
+    assert main(["data", "check", str(tmp_path / "set"), "--html", str(tmp_path / "nowhere" / "x.html")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("kepo: ") and "No such file or directory" in error and error.count("\n") == 1
+
+
+def test_who_reads_has_read_enough(tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m kepo_core.cli params | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
 
 
 def test_a_run_leaves_a_complete_folder(kepo_run, results):
@@ -300,6 +330,8 @@ def test_a_runs_page_is_rendered_again_and_is_the_same(no_kernel, kepo_run, resu
 
 def test_what_is_no_run_has_no_report(tmp_path, capsys):
     assert main(["report", "params"]) == 2
+    assert "no run is called 'params', expected a folder of results" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err
     study = tmp_path / "study.yaml"
     study.write_text(

@@ -259,6 +259,8 @@ def test_who_cannot_join_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run = two_machines(tmp_path)
     with pytest.raises(ParamError, match="rank is 2, expected 1 to 1"):
         launch.join(str(run.path), 2)
+    with pytest.raises(ParamError, match="rank is 0, expected 1 or more"):
+        launch.join("nowhere", 0)  # told at once, though nowhere might still come
     run.training_dir.mkdir()
     place = {"address": "gone", "port": 1, "born": "of a process that was killed"}
     (run.training_dir / "rendezvous.json").write_text(str(place).replace("'", '"'))

@@ -66,6 +66,13 @@ def test_any_text_and_number_survive_yaml(tmp_path_factory, text, number):
     assert (again.data_root, again.learning_rate) == (text, number)
 
 
+def test_a_value_that_does_not_fit_is_told_with_its_file(write):
+    path = write("tau: x\n")
+    with pytest.raises(ParamError, match=rf"tau must be a number, got 'x' \(in {path.name}\)"):
+        Params.load(path)
+    assert Params.load(path, {"tau": 0.5}).tau == 0.5
+
+
 def test_scientific_notation_in_yaml_is_a_number(write):
     assert Params.load(write("learning_rate: 1e-6\n")).learning_rate == 1e-6
     assert Params.load(write("learning_rate: 1.5E+0\n")).learning_rate == 1.5

@@ -503,6 +503,12 @@ def test_check_teacher(embedded: FakeVLLM, capsys: pytest.CaptureFixture[str]) -
     assert "teacher_url is empty" in capsys.readouterr().err
 
 
+def test_check_teacher_does_not_ask_on_where_nobody_is(embedded: FakeVLLM) -> None:
+    params = Params(teacher_url="http://127.0.0.1:9/v1", teacher_top_k=20, teacher_retries=0)
+    text, sound = study_serving.report(params, embedded.processor)
+    assert not sound and text.startswith("FAIL  hint") and "stays away (tries: 1" in text and "\n" not in text
+
+
 def test_check_teacher_finds_a_server_that_does_not_look_at_pictures(embedded: FakeVLLM) -> None:
     class Blind(FakeVLLM):
         def answer(self, body: dict[str, Any]) -> dict[str, Any]:
