@@ -192,7 +192,8 @@ def training_config(params: Params, output_dir: Path) -> KEPOConfig:
     # One name, one meaning: except for data_seed, which is the sampler's in transformers and the data set's here.
     ours, theirs = ({field.name for field in fields(kind)} for kind in (Params, KEPOConfig))
     named = {name: getattr(params, name) for name in (ours & theirs) - {"data_seed"}}
-    named["vllm_server_base_url"] = params.vllm_server_base_url or None  # there, None is what is not given
+    for name in ("vllm_server_base_url", "vllm_max_model_length"):  # there, None is what is not given
+        named[name] = named[name] or None
     # vLLM's log-probabilities are those of the nucleus that it draws from, the trainer's those of all tokens: their
     # quotient would weigh an answer by what top_p cuts off, the less the longer it is.
     named["vllm_importance_sampling_correction"] = params.top_p == 1

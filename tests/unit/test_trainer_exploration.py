@@ -52,6 +52,16 @@ def test_the_accepted_draw_replaces_one_original_and_is_scored_under_the_plain_p
     assert batch["kepo_gate"].tolist() == [text == right(make_row(0)) for text in said[:4]] + [False, True] * 2
 
 
+def test_evaluation_between_steps_names_no_generation(tmp_path: Path) -> None:
+    """What leaves, and hints, are drawn by the generation's name: it must not depend on what was evaluated."""
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h")
+    trainer.model.eval()
+    score_batch(trainer, 0, 1)
+    trainer.model.train()
+    score_batch(trainer, 0, 1)
+    assert trainer._generation_of_step == (1, 0)
+
+
 def test_which_original_leaves_comes_from_the_seed_alone(tmp_path: Path) -> None:
     places = set()
     for seed in range(4):
