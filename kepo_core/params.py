@@ -162,7 +162,7 @@ class Params:
     vllm_mode: str = _p("colocate", "in the training processes, or on a server", choices=("colocate", "server"))
     vllm_server_base_url: str = _p("", "the server's address, http://HOST:PORT")
     vllm_gpu_memory_utilization: float = _p(0.3, "share of a GPU that a colocated vLLM takes", low=_TINY, high=1)
-    vllm_max_model_length: int = _p(2048, "longest prompt and completion of a colocated vLLM; 0: the model's", low=0)
+    vllm_max_model_length: int = _p(4096, "longest prompt and completion of a colocated vLLM; 0: the model's", low=0)
 
     # -- evaluation
     eval_max_tokens: int = _p(48, "longest completion in evaluation, in tokens", low=1)
