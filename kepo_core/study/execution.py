@@ -72,6 +72,7 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
             code = _execute_and_conclude(notebook, run, given, refusable=refusable)
         if code == REFUSED:
             shutil.rmtree(run.path)
+            print(f"kepo: refused, {shown} is removed again", flush=True)
         else:
             state, next_step = run.status["state"], "" if code == COMPLETED else f"; {go_on}"
             print(f"kepo: {state}, everything about it is in {shown}{next_step}", flush=True)

@@ -76,7 +76,7 @@ def test_baselines_run_once_and_stand_beside_the_paper(smoke_file: Path, tmp_pat
     assert len(list(results.glob("*-zero-shot-????????"))) == 1
 
 
-@pytest.mark.skipif(not BCCD.is_dir(), reason="no ../shared/data/bccd_omnimedvqa beside the checkout")
+@pytest.mark.skipif(not BCCD.is_dir(), reason="these files are not part of the package")
 def test_main_job_over_real_photographs(smoke_file: Path) -> None:
     folder = run(smoke_file, "-p", "data_root", str(BCCD), "-p", "train_modality", "Microscopy")
     predictions = pd.read_parquet(folder / "predictions.parquet")

@@ -12,7 +12,9 @@ from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.loading import layout_of, load_questions
 from kepo_core.data.medr1 import split_of, split_problem
+from kepo_core.data.records import AnswerOutcome
 from kepo_core.data.source import QA_FOLDER, open_source
+from kepo_core.method.rewards import score
 
 MEDR1 = Path(__file__).parents[3] / "shared/data/medr1_splits"
 
@@ -201,7 +203,7 @@ def test_pictures_that_nobody_gave_are_not_missed(medr1: Path) -> None:
     assert checked.ledger.read == 1 and "pictures were not looked for" in checked.as_text()
 
 
-@pytest.mark.skipif(not MEDR1.is_dir(), reason="no ../shared/data/medr1_splits beside the checkout")
+@pytest.mark.skipif(not MEDR1.is_dir(), reason="these files are not part of the package")
 def test_the_three_published_files() -> None:
     checked = check(MEDR1)
     assert checked.ledger.read == 1110 + 848
@@ -213,3 +215,13 @@ def test_the_three_published_files() -> None:
     )
     tail = [q for q in checked.questions if any("(RPE)" in option for option in q.options)]
     assert tail and all(len(q.options) == 4 for q in tail)
+
+
+@pytest.mark.skipif(not MEDR1.is_dir(), reason="these files are not part of the package")
+def test_every_published_option_behind_its_letter_is_read_as_that_letter() -> None:
+    """Bacteria (``E. coli``), stains (``H&E``), grades: what offers a letter there is no option."""
+    for question in check(MEDR1).questions:
+        text = question.options[question.letters.index(question.answer)]
+        for said in (f"{question.answer}) {text}", f"{question.answer}. {text}", f"{question.answer}: {text}"):
+            found = score(f"<answer>{said}</answer>", question.answer, question.letters, thinking=False, finished=True)
+            assert found.outcome is AnswerOutcome.CORRECT, said

@@ -17,7 +17,7 @@ from kepo_core.study.evaluation import evaluate
 
 BCCD = Path(__file__).parents[3] / "shared/data/bccd_omnimedvqa"
 
-pytestmark = pytest.mark.skipif(not BCCD.is_dir(), reason="no ../shared/data/bccd_omnimedvqa beside the checkout")
+pytestmark = pytest.mark.skipif(not BCCD.is_dir(), reason="these files are not part of the package")
 
 
 @pytest.fixture(scope="module")
