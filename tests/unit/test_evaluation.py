@@ -237,6 +237,8 @@ def test_samples_follow_their_seed_alone(model, processor, questions, tmp_path):
     assert len({a.completion for a in first[:3]}) > 1
     assert evaluate(model, processor, questions, **asked) == first  # whatever was drawn before
     assert records(1) != first
+    said = [a.completion for a in evaluate(model, processor, questions[:1], **asked | {"samples": 8})]
+    assert said[:4] != said[4:]  # each batch has draws of its own
 
     def stop(done, total):
         assert total == 42
