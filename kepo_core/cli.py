@@ -32,40 +32,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.command == "params":
-            print(Params.load(arguments.file).to_yaml(), end="")
-            return COMPLETED
-        if arguments.command == "resume":
-            from kepo_core.study.execution import resume_run
-
-            return resume_run(_run_folder(arguments.run))
-        if arguments.command == "join":
-            return join_run(arguments.run, arguments.rank)
-        if arguments.command == "data":
-            return check_data(arguments.path, arguments.strict, arguments.html)
-        if arguments.command == "report":
-            return write_reports(arguments.what, arguments.index)
-        if arguments.command == "study":
-            return run_study(arguments.file, arguments.slots, arguments.cluster)
-        if arguments.command == "runs":
-            return look_at_runs(arguments)
-        overrides = {name: parse_value(value) for name, value in arguments.parameter}
-        if arguments.command == "check-teacher":
-            return check_teacher(Params.load(arguments.file, overrides))
-        if arguments.command == "plan":
-            return plan_run(arguments, overrides)
-        if arguments.method:
-            overrides = method_overrides(arguments.method, arguments.file, overrides)
-        return run_notebook(arguments.notebook, arguments.file, overrides)
+        code = _obey(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is met, not at the interpreter's end
+        return code
     except (ParamError, DataError) as error:
         print(f"kepo: {error}", file=sys.stderr)
         return REFUSED
-    except BrokenPipeError:  # who reads has read enough, as `head` does
+    except BrokenPipeError:  # nobody reads any more, as behind `head`: there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return COMPLETED
+        return FAILED
     except OSError as error:
         print(f"kepo: {error}", file=sys.stderr)
         return FAILED
+
+
+def _obey(arguments: argparse.Namespace) -> int:
+    if arguments.command == "params":
+        print(Params.load(arguments.file).to_yaml(), end="")
+        return COMPLETED
+    if arguments.command == "resume":
+        from kepo_core.study.execution import resume_run
+
+        return resume_run(_run_folder(arguments.run))
+    if arguments.command == "join":
+        return join_run(arguments.run, arguments.rank)
+    if arguments.command == "data":
+        return check_data(arguments.path, arguments.strict, arguments.html)
+    if arguments.command == "report":
+        return write_reports(arguments.what, arguments.index)
+    if arguments.command == "study":
+        return run_study(arguments.file, arguments.slots, arguments.cluster)
+    if arguments.command == "runs":
+        return look_at_runs(arguments)
+    overrides = {name: parse_value(value) for name, value in arguments.parameter}
+    if arguments.command == "check-teacher":
+        return check_teacher(Params.load(arguments.file, overrides))
+    if arguments.command == "plan":
+        return plan_run(arguments, overrides)
+    if arguments.method:
+        overrides = method_overrides(arguments.method, arguments.file, overrides)
+    return run_notebook(arguments.notebook, arguments.file, overrides)
 
 
 def method_overrides(name: str, file: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
