@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kepo_core.data.errors import DataError
+from kepo_core.errors import DataError, ParamError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
-from kepo_core.params import ParamError, Params, checked, resolve
+from kepo_core.params import Params, checked, resolve
 
 #: What `run.Run.state` says, and of folders that cannot be read.
 _STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")

@@ -12,7 +12,7 @@ from typing import Any
 if sys.platform != "win32":
     import fcntl
 
-from kepo_core.params import ParamError
+from kepo_core.errors import ParamError
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from kepo_core.errors import ParamError
 from kepo_core.params_io import TINY as _TINY
-from kepo_core.params_io import ParamError as ParamError  # callers import these from here
 from kepo_core.params_io import check_range, parameter_cell_names, read_yaml, short_hash, yaml_scalar
 from kepo_core.params_rules import SERVER, check_together
 from kepo_core.paths import from_root as from_root

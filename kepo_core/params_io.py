@@ -11,10 +11,7 @@ from typing import Any
 
 import yaml
 
-
-class ParamError(ValueError):
-    """A parameter is unknown, of the wrong type or out of range; the message is one sentence that names it."""
-
+from kepo_core.errors import ParamError
 
 #: "Greater than zero", as an allowed lower bound.
 TINY = 1e-12

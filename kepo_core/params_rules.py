@@ -3,7 +3,7 @@
 from typing import Any
 from urllib.parse import urlsplit
 
-from kepo_core.params_io import ParamError
+from kepo_core.errors import ParamError
 
 #: Where the server is and how it is asked, which changes no result: it may move before a run is resumed.
 SERVER = ("teacher_url", "teacher_timeout", "teacher_retries", "teacher_concurrency")

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from kepo_harness import ScriptedTrainer, make_row
 
-from kepo_core.method.prompts import vqa_messages
+from kepo_core.task.prompts import vqa_messages
 
 G = 4
 #: What the teacher writes → the hint that can be read from it.

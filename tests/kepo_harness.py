@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from kepo_core.method.prompts import vqa_messages
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
+from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_model, build_processor
 
 RIGHT = "<think>red</think><answer>{answer}</answer>"

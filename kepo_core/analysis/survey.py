@@ -12,11 +12,11 @@ from PIL import Image
 
 from kepo_core.analysis.intervals import wilson_interval
 from kepo_core.analysis.statistics import chance_levels
-from kepo_core.data.errors import DataError
 from kepo_core.data.images import ReadPicture, load_image
 from kepo_core.data.records import LETTERS, MODALITIES, Question
 from kepo_core.data.splits import SPLITS, image_key, leaked
-from kepo_core.method.prompts import vqa_messages
+from kepo_core.errors import DataError
+from kepo_core.task.prompts import vqa_messages
 
 
 def counts(questions: Iterable[Question], by: str = "question_type") -> pd.DataFrame:

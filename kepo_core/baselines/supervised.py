@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from kepo_core.data.images import ReadPicture, load_image
 from kepo_core.data.records import Question
-from kepo_core.method.dataset import to_dataset
+from kepo_core.task.dataset import to_dataset
 
 
 def answer_text(letter: str) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.records import Question
 from kepo_core.data.source import Source
+from kepo_core.errors import DataError
 
 ReadPicture = Callable[[Path], Image.Image]
 

@@ -4,9 +4,9 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kepo_core.data.errors import DataError
 from kepo_core.data.records import MODALITIES, Question
 from kepo_core.data.splits import image_key
+from kepo_core.errors import DataError
 
 COLUMNS = ("part", "modality", "id", "image")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from kepo_core.data.errors import DataError
+from kepo_core.errors import DataError
 
 
 class RowError(DataError):

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.medr1 import KEYS, load_medr1
 from kepo_core.data.omnimedvqa import load_raw
 from kepo_core.data.records import Question
 from kepo_core.data.source import QA_FOLDER, Source, open_source
+from kepo_core.errors import DataError
 
 
 def layout_of(source: Source) -> str:

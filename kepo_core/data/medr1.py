@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.omnimedvqa import modality_name, read_rows, same_text, text_of, where_of
 from kepo_core.data.records import LETTERS, MODALITIES, Question
 from kepo_core.data.source import Source
+from kepo_core.errors import DataError
 
 _FILE = re.compile(r"(?P<modality>.+)_(?P<split>train|test)")
 _SOLUTION = re.compile(r"<answer>\s*([A-Z])\s*</answer>")

@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
-from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.records import LETTERS, MODALITIES, Question
 from kepo_core.data.source import QA_FOLDER, Source
+from kepo_core.errors import DataError
 
 RESTRICTED_FOLDER = QA_FOLDER.with_name("Restricted-access")
 

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from kepo_core.data import source
-from kepo_core.data.errors import DataError
 from kepo_core.data.phantom_render import render
 from kepo_core.data.records import LETTERS, MODALITIES
+from kepo_core.errors import DataError
 
 VERSION = "3"  # part of the cache folder's name: raise it with every change to what is written
 KINDS = ("disc", "ring", "bar", "cross")

@@ -14,8 +14,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import RowError
+from kepo_core.errors import DataError
 
 QA_FOLDER = PurePosixPath("QA_information") / "Open-access"
 #: Largest member of an archive that is unpacked, in bytes; a question file of the release is a few megabytes.

@@ -13,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from kepo_core.data.errors import DataError
 from kepo_core.data.medr1 import split_of
 from kepo_core.data.records import MODALITIES, Question
+from kepo_core.errors import DataError
 
 T = TypeVar("T")
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from trl import GRPOConfig
 
+from kepo_core.errors import ParamError
 from kepo_core.method.objective import ADVANTAGES, NORMALIZERS
-from kepo_core.method.prompts import HINT_CONTEXTS
-from kepo_core.params import ParamError
+from kepo_core.task.prompts import HINT_CONTEXTS
 
 _CHOICES = {
     "gate_reward": ("accuracy", "total"),

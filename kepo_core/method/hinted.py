@@ -20,10 +20,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from kepo_core.data.records import LETTERS
-from kepo_core.method import exploration, prompts
+from kepo_core.method import exploration
 from kepo_core.method.exploration import Explored, Request
-from kepo_core.method.rewards import score
 from kepo_core.method.rollouts import Completion
+from kepo_core.task import prompts
+from kepo_core.task.rewards import score
 
 Row = Mapping[str, Any]
 _NO_REWARD_COLUMNS = ("prompt", "completion", "completion_ids")

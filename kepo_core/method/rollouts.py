@@ -14,7 +14,7 @@ import pandas as pd
 
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.method.exploration import Explored, GroupOutcome
-from kepo_core.method.rewards import Score
+from kepo_core.task.rewards import Score
 
 #: Every metric that KEPOTrainer logs beside TRL's own, and what it is.
 GLOSSARY: dict[str, str] = {

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kepo_core.method.chat_client import ChatClient, TeacherMismatchError, with_pictures
-from kepo_core.method.prompts import hint_messages
 from kepo_core.method.teacher import markup_of, parse_hint
+from kepo_core.task.prompts import hint_messages
 
 #: How far a log-probability may lie above 0, and their mass above 1: servers compute in bfloat16.
 TOLERANCE = 1e-3

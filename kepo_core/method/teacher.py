@@ -12,7 +12,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
-from kepo_core.method.prompts import hint_messages
+from kepo_core.task.prompts import hint_messages
 
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 _STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")

@@ -23,11 +23,11 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
 from kepo_core.method.loss import GatedLossTrainer
-from kepo_core.method.prompts import needs_hint
-from kepo_core.method.rewards import RewardFunction, checked_reward, reward_functions
 from kepo_core.method.rollouts import Completion, Rollout, rollout_metrics, write_rollouts
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
+from kepo_core.task.prompts import needs_hint
+from kepo_core.task.rewards import RewardFunction, checked_reward, reward_functions
 
 __all__ = ["KEPOConfig", "KEPOTrainer"]
 

@@ -15,10 +15,11 @@ import nbformat
 import nh3
 from nbconvert import HTMLExporter
 
+from kepo_core.errors import ParamError
 from kepo_core.files import write_atomically
 from kepo_core.pages import gallery, shell
 from kepo_core.pages.summary import accuracies, changed_parameters
-from kepo_core.params import ParamError, Params
+from kepo_core.params import Params
 from kepo_core.runs import checksums
 from kepo_core.runs.run import Run
 

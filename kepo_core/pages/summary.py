@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kepo_core.params import PLACES, ParamError, Params
+from kepo_core.errors import ParamError
+from kepo_core.params import PLACES, Params
 from kepo_core.params_io import parse_yaml
 from kepo_core.runs.run import Run
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from kepo_core.errors import ParamError
 from kepo_core.files import write_atomically
-from kepo_core.params import ParamError
 
 NAME = "SHA256SUMS"
 

@@ -14,7 +14,8 @@ import pandas as pd
 from kepo_core.analysis.statistics import AVG, accuracy_table, compare, format_table
 from kepo_core.data.items import read_images
 from kepo_core.data.records import Answer
-from kepo_core.params import PLACES, ParamError, Params, from_root, resolve
+from kepo_core.errors import ParamError
+from kepo_core.params import PLACES, Params, from_root, resolve
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import kepo_core
-from kepo_core.params import ParamError, Params, project_root
+from kepo_core.errors import ParamError
+from kepo_core.params import Params, project_root
 
 #: The packages whose versions can change a number.
 PACKAGES = (

@@ -26,9 +26,10 @@ from typing import Any, Literal, Self, get_args
 
 import pandas as pd
 
+from kepo_core.errors import ParamError
 from kepo_core.files import in_place_of, in_turn, read_json, write_atomically, write_json
 from kepo_core.method.rollouts import collect_rollouts
-from kepo_core.params import PLACES, ParamError, Params, project_root
+from kepo_core.params import PLACES, Params, project_root
 from kepo_core.params_io import read_yaml, short_hash
 from kepo_core.runs import checksums, provenance
 

@@ -9,7 +9,8 @@ import pandas as pd
 
 from kepo_core.analysis.answers import from_table
 from kepo_core.data.records import Answer
-from kepo_core.params import ParamError, Params, project_root
+from kepo_core.errors import ParamError
+from kepo_core.params import Params, project_root
 from kepo_core.runs import provenance
 from kepo_core.runs.run import Run
 

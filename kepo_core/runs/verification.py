@@ -7,7 +7,8 @@ from typing import Literal
 
 import pandas as pd
 
-from kepo_core.params import ParamError, from_root
+from kepo_core.errors import ParamError
+from kepo_core.params import from_root
 from kepo_core.runs import checksums
 from kepo_core.runs.listing import FIRST_FILES, NAME, is_run_folder, next_step, repeat
 from kepo_core.runs.run import Run

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from kepo_core.params import ParamError
+from kepo_core.errors import ParamError
 from kepo_core.study.models import read_config, resolve
 
 #: Configurations of two of the paper's models, for where the hub cannot be reached.

@@ -16,8 +16,8 @@ from transformers import GenerationConfig
 
 from kepo_core.data.images import ReadPicture, load_image
 from kepo_core.data.records import Answer, AnswerOutcome, Question
-from kepo_core.method.prompts import Messages, vqa_messages
-from kepo_core.method.rewards import score
+from kepo_core.task.prompts import Messages, vqa_messages
+from kepo_core.task.rewards import score
 
 #: Called with (questions answered so far, questions in all) after every batch.
 Progress = Callable[[int, int], None]

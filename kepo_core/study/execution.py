@@ -17,10 +17,11 @@ from nbclient.exceptions import DeadKernelError
 from papermill import execute_notebook
 from papermill.exceptions import PapermillExecutionError
 
+from kepo_core.errors import ParamError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.pages.index import write_index
 from kepo_core.pages.report import write_report
-from kepo_core.params import ParamError, Params, from_root, project_root, resolve
+from kepo_core.params import Params, from_root, project_root, resolve
 from kepo_core.runs.provenance import notebook_digest
 from kepo_core.runs.run import Run
 

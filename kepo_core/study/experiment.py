@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from kepo_core.analysis import curves, diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
-from kepo_core.data.errors import DataError
 from kepo_core.data.images import Decodable, Pictures, load_image
 from kepo_core.data.items import read_items, write_items
 from kepo_core.data.ledger import Ledger
@@ -22,11 +21,10 @@ from kepo_core.data.phantom import ensure_phantom
 from kepo_core.data.records import Answer, Question
 from kepo_core.data.source import Source, open_source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
+from kepo_core.errors import DataError
 from kepo_core.method.config import KEPOConfig
-from kepo_core.method.dataset import to_dataset
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.resume import last_checkpoint, trained_steps
-from kepo_core.method.rewards import reward_functions
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
@@ -38,6 +36,8 @@ from kepo_core.study.adapters import lora_config, save_student
 from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.methods import needs_teacher
 from kepo_core.study.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
+from kepo_core.task.dataset import to_dataset
+from kepo_core.task.rewards import reward_functions
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from kepo_core.data.images import Pictures, load_image
 from kepo_core.data.phantom import Facts
 from kepo_core.data.records import LETTERS, Question
 from kepo_core.data.splits import image_key
-from kepo_core.method.dataset import to_dataset
-from kepo_core.method.prompts import Messages, hint_aware_messages, vqa_messages
 from kepo_core.params import Params
 from kepo_core.study.evaluation import evaluate, length_batches
 from kepo_core.study.experiment import Models
+from kepo_core.task.dataset import to_dataset
+from kepo_core.task.prompts import Messages, hint_aware_messages, vqa_messages
 
 #: The measures of a hint, each a column of `probe`.
 MEASURES = {

@@ -23,8 +23,9 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 
+from kepo_core.errors import ParamError
 from kepo_core.files import read_json, write_json
-from kepo_core.params import ParamError, Params, project_root, resolve
+from kepo_core.params import Params, project_root, resolve
 from kepo_core.runs.run import Run
 from kepo_core.study.live import LiveTraining, read_step
 from kepo_core.study.methods import needs_teacher

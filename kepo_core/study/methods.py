@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from kepo_core.method.prompts import needs_hint
-from kepo_core.params import ParamError, Params
+from kepo_core.errors import ParamError
+from kepo_core.params import Params
+from kepo_core.task.prompts import needs_hint
 
 _HERE = Path(__file__).parent
 #: What a method is unless its row says otherwise.

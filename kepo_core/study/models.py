@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
 
-from kepo_core.params import ParamError
+from kepo_core.errors import ParamError
 from kepo_core.study.processor import ImageOnlyQwenProcessor
 
 #: Model types whose own processors need torchvision, though only for videos.

@@ -7,7 +7,8 @@ is always held and of the largest moment of a step. `tests/bench/planned.py` set
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from kepo_core.params import ParamError, Params
+from kepo_core.errors import ParamError
+from kepo_core.params import Params
 from kepo_core.study import memory
 from kepo_core.study.architecture import Architecture, architecture, load_config
 from kepo_core.study.methods import needs_teacher

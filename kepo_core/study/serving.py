@@ -12,11 +12,12 @@ from PIL import Image
 
 from kepo_core.data import phantom
 from kepo_core.data.source import cache_dir
+from kepo_core.errors import ParamError
 from kepo_core.method.chat_client import LONGEST_ASKED, ChatClient, TeacherServerError, TeacherUnreachableError
-from kepo_core.method.prompts import needs_hint, vqa_messages
 from kepo_core.method.served import Completion, ServedTeacher
 from kepo_core.method.teacher import parse_hint
-from kepo_core.params import ParamError, Params
+from kepo_core.params import Params
+from kepo_core.task.prompts import needs_hint, vqa_messages
 
 #: What is asked to try a teacher out: a question of PhantomVQA, about a picture in which its answer is true or not.
 _QUESTION: dict[str, Any] = {

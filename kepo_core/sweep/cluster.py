@@ -26,8 +26,9 @@ from typing import Any
 import submitit
 import submitit.helpers
 
+from kepo_core.errors import ParamError
 from kepo_core.exit_codes import COMPLETED, INTERRUPTED
-from kepo_core.params import ParamError, Params, project_root, resolve
+from kepo_core.params import Params, project_root, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run

@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol
 
 from filelock import FileLock, Timeout
 
-from kepo_core.params import ParamError, Params, project_root
+from kepo_core.errors import ParamError
+from kepo_core.params import Params, project_root
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
 

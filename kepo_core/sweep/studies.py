@@ -35,7 +35,8 @@ from kepo_core.analysis.answers import correctness
 from kepo_core.analysis.claims import Outcome, claims_table
 from kepo_core.analysis.statistics import AVG, AVG_OOD, accuracy_table
 from kepo_core.data.records import MODALITIES, Answer
-from kepo_core.params import ParamError, Params, project_root, resolve
+from kepo_core.errors import ParamError
+from kepo_core.params import Params, project_root, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run

@@ -17,8 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from kepo_core.data import phantom
 from kepo_core.data.records import LETTERS, MODALITIES
-from kepo_core.method import prompts
 from kepo_core.study.processor import ImageOnlyQwenProcessor
+from kepo_core.task import prompts
 
 VOCAB_SIZE = 576
 PATCH, MERGE = 8, 2

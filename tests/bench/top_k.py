@@ -10,10 +10,10 @@ import sys
 import torch
 
 from kepo_core.method import objective
-from kepo_core.method.dataset import to_dataset
 from kepo_core.params import Params
 from kepo_core.study import experiment
 from kepo_core.study.models import load_model
+from kepo_core.task.dataset import to_dataset
 
 SIZES = (1, 2, 5, 10, 20, 50, 100)
 BETAS = {"forward KL": 0.0, "JSD, β = 0.5": 0.5, "reverse KL": 1.0}

@@ -9,7 +9,7 @@ from kepo_harness import ScriptedTrainer, fails_on_0, make_row, make_trainer
 
 from kepo_core.method.exploration import Request
 from kepo_core.method.hinted import _Sampler
-from kepo_core.method.prompts import vqa_messages
+from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_processor
 
 ASKED = [[1, 3], [3, 1], [0, 2], [2, 2]]

@@ -13,7 +13,7 @@ from kepo_core.baselines.gkd import MMGKDTrainer, gkd_trainer
 from kepo_core.baselines.supervised import answer_text, sft_trainer, supervised_dataset
 from kepo_core.data.images import load_image
 from kepo_core.data.records import Question
-from kepo_core.method.prompts import vqa_messages
+from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_processor
 
 

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from kepo_core.data.records import Question
+from kepo_core.errors import ParamError
 from kepo_core.method.rollouts import Rollout, write_rollouts
 from kepo_core.pages import gallery
-from kepo_core.params import ParamError, Params
+from kepo_core.params import Params
 from kepo_core.runs.run import Run
 from kepo_core.study import browser
 from kepo_core.study.browser import FILTERS, RolloutBrowser, browse

@@ -16,8 +16,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from kepo_core.cli import REFUSED, main
+from kepo_core.errors import ParamError
 from kepo_core.exit_codes import COMPLETED, INTERRUPTED
-from kepo_core.params import ParamError, Params
+from kepo_core.params import Params
 from kepo_core.runs import provenance, shelf
 from kepo_core.runs.run import Run
 from kepo_core.study.live import read_progress

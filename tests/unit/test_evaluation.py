@@ -9,10 +9,10 @@ from kepo_core.data.images import Pictures, load_image
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import write_phantom
 from kepo_core.data.records import AnswerOutcome
-from kepo_core.method.dataset import to_dataset
-from kepo_core.method.prompts import vqa_messages
 from kepo_core.study import evaluation
 from kepo_core.study.evaluation import evaluate, length_batches, trim
+from kepo_core.task.dataset import to_dataset
+from kepo_core.task.prompts import vqa_messages
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from trl import GRPOConfig
 
 from kepo_core.analysis import diagnosis, statistics
 from kepo_core.data import phantom
-from kepo_core.data.errors import DataError
 from kepo_core.data.records import MODALITIES
+from kepo_core.errors import DataError, ParamError
 from kepo_core.method.config import KEPOConfig
-from kepo_core.params import ParamError, Params
+from kepo_core.params import Params
 from kepo_core.runs.run import Run
 from kepo_core.study import experiment, methods
 from kepo_core.study.models import save_embedded

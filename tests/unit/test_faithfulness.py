@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from kepo_core.analysis.faithfulness import Faithfulness, faithfulness_table, judge, judge_rollouts, thought
 from kepo_core.data import phantom
-from kepo_core.data.errors import DataError
 from kepo_core.data.phantom import Asked, Facts
 from kepo_core.data.records import LETTERS, Answer, AnswerOutcome, Question
+from kepo_core.errors import DataError
 from kepo_core.testbed.lessons import believed, careful, guess, sloppy
 
 FACTS = Facts("CT", "ring", "upper left", "small", "two", "dark")

@@ -13,9 +13,9 @@ from kepo_core.analysis.claims import Outcome
 from kepo_core.analysis.starts import gain_by_start, starts_of
 from kepo_core.data import phantom
 from kepo_core.data.records import Answer, AnswerOutcome
-from kepo_core.method.prompts import vqa_messages
 from kepo_core.params import Params
 from kepo_core.study import experiment, hint_probe
+from kepo_core.task.prompts import vqa_messages
 
 
 @pytest.mark.parametrize(

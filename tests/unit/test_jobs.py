@@ -19,7 +19,8 @@ import torch
 from kepo_core.analysis.answers import to_table
 from kepo_core.cli import _parser, parse_value
 from kepo_core.data.records import Answer, AnswerOutcome
-from kepo_core.params import ParamError, Params
+from kepo_core.errors import ParamError
+from kepo_core.params import Params
 from kepo_core.runs import provenance, shelf
 from kepo_core.runs.run import Run
 from kepo_core.study.methods import methods

@@ -16,8 +16,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from kepo_core.errors import ParamError
 from kepo_core.files import read_json
-from kepo_core.params import ParamError, Params, project_root
+from kepo_core.params import Params, project_root
 from kepo_core.runs.run import Run
 from kepo_core.study import launch, live
 

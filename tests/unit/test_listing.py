@@ -13,7 +13,8 @@ import pytest
 from kepo_core.analysis.answers import to_table
 from kepo_core.cli import main
 from kepo_core.data.records import Answer, AnswerOutcome
-from kepo_core.params import PLACES, ParamError, Params
+from kepo_core.errors import ParamError
+from kepo_core.params import PLACES, Params
 from kepo_core.params_io import short_hash
 from kepo_core.runs import checksums, listing, provenance, verification
 from kepo_core.runs.run import Run

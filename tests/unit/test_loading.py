@@ -8,13 +8,13 @@ from PIL import Image
 
 from kepo_core.cli import main
 from kepo_core.data.check import check
-from kepo_core.data.errors import DataError
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.loading import layout_of, load_questions
 from kepo_core.data.medr1 import split_of, split_problem
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.data.source import QA_FOLDER, open_source
-from kepo_core.method.rewards import score
+from kepo_core.errors import DataError
+from kepo_core.task.rewards import score
 
 MEDR1 = Path(__file__).parents[3] / "shared/data/medr1_splits"
 

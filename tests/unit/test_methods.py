@@ -8,7 +8,8 @@ import torch
 from kepo_core.analysis.statistics import accuracy_table
 from kepo_core.data import phantom
 from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
-from kepo_core.params import ParamError, Params
+from kepo_core.errors import ParamError
+from kepo_core.params import Params
 from kepo_core.runs.run import Run
 from kepo_core.study import experiment
 from kepo_core.study.experiment import StudyData

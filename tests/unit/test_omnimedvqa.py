@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from kepo_core.data import omnimedvqa
-from kepo_core.data.errors import DataError
 from kepo_core.data.images import Decodable, Pictures, load_image
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.records import MODALITIES
 from kepo_core.data.source import open_source
+from kepo_core.errors import DataError
 
 ROW = {
     "dataset": "Toy",

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kepo_core.data.records import MODALITIES
-from kepo_core.method.prompts import HINT_CONTEXTS
-from kepo_core.params import ParamError, Params, check_names, default_params_file, project_root, resolve
+from kepo_core.errors import ParamError
+from kepo_core.params import Params, check_names, default_params_file, project_root, resolve
+from kepo_core.task.prompts import HINT_CONTEXTS
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {f.name: f for f in dataclasses.fields(Params)}

@@ -13,8 +13,9 @@ from peft import inject_adapter_in_model
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 
 from kepo_core.cli import main
+from kepo_core.errors import ParamError
 from kepo_core.method.teacher import Teacher
-from kepo_core.params import ParamError, Params
+from kepo_core.params import Params
 from kepo_core.study import architecture as shapes
 from kepo_core.study import memory, plan
 from kepo_core.study.adapters import lora_config

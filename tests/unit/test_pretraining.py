@@ -9,7 +9,7 @@ import torch
 from kepo_core.data import phantom
 from kepo_core.data.phantom import Asked, Facts
 from kepo_core.data.records import LETTERS
-from kepo_core.method.rewards import score
+from kepo_core.task.rewards import score
 from kepo_core.testbed.lessons import (
     LETTER_WEIGHT,
     NO_HABITS,

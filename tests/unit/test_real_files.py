@@ -12,8 +12,8 @@ from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions
 from kepo_core.data.source import open_source
 from kepo_core.data.splits import split_by_image, study_split
-from kepo_core.method.dataset import to_dataset
 from kepo_core.study.evaluation import evaluate
+from kepo_core.task.dataset import to_dataset
 
 BCCD = Path(__file__).parents[3] / "shared/data/bccd_omnimedvqa"
 

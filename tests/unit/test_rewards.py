@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kepo_core.data.records import AnswerOutcome
-from kepo_core.method import rewards
-from kepo_core.method.rewards import accuracy_reward, format_reward, parse_completion, reward_functions, score
+from kepo_core.task import rewards
+from kepo_core.task.rewards import accuracy_reward, format_reward, parse_completion, reward_functions, score
 
 RIGHT, WRONG = AnswerOutcome.CORRECT, AnswerOutcome.WRONG
 MISSING, AMBIGUOUS, TRUNCATED = AnswerOutcome.MISSING, AnswerOutcome.AMBIGUOUS, AnswerOutcome.TRUNCATED

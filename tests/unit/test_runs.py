@@ -10,9 +10,10 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from transformers import TrainerControl, TrainerState
 
+from kepo_core.errors import ParamError
 from kepo_core.files import json_line, write_atomically, write_json
 from kepo_core.method.rollouts import Rollout, write_rollouts
-from kepo_core.params import ParamError, Params
+from kepo_core.params import Params
 from kepo_core.runs import provenance
 from kepo_core.runs.metrics import MetricsWriter, is_timing
 from kepo_core.runs.run import Run

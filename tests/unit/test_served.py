@@ -13,17 +13,18 @@ from kepo_harness import batch_of, fails_on_0, make_row, make_trainer, right, sc
 
 from kepo_core import cli
 from kepo_core.data import phantom
+from kepo_core.errors import ParamError
 from kepo_core.method.chat_client import ChatClient, TeacherMismatchError, TeacherUnreachableError
-from kepo_core.method.dataset import to_dataset
-from kepo_core.method.prompts import hint_messages, vqa_messages
 from kepo_core.method.served import Completion, ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
-from kepo_core.params import ParamError, Params
+from kepo_core.params import Params
 from kepo_core.runs.run import Run
 from kepo_core.study import experiment
 from kepo_core.study import serving as study_serving
 from kepo_core.study.models import load_model, load_processor
+from kepo_core.task.dataset import to_dataset
+from kepo_core.task.prompts import hint_messages, vqa_messages
 from kepo_core.testbed.embedded import build_model, build_processor
 
 #: The tokens of the untrained models: the rows of their heads.

@@ -11,11 +11,11 @@ from PIL import Image
 
 from kepo_core.data import source
 from kepo_core.data.check import check
-from kepo_core.data.errors import DataError
 from kepo_core.data.images import Decodable, load_image
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions
 from kepo_core.data.source import Archive, open_source
+from kepo_core.errors import DataError
 from kepo_core.params import Params
 from kepo_core.study import experiment
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kepo_core.data.errors import DataError
 from kepo_core.data.records import Question
 from kepo_core.data.splits import (
     FRACTIONS,
@@ -21,6 +20,7 @@ from kepo_core.data.splits import (
     split_by_question,
     study_split,
 )
+from kepo_core.errors import DataError
 
 TYPES = ("Disease Diagnosis", "Anatomy Identification", "Lesion Grading")
 

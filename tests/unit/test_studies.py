@@ -11,7 +11,8 @@ from scipy import stats
 from kepo_core import cli
 from kepo_core.analysis.aggregate import mean_over_runs
 from kepo_core.data.records import Answer, AnswerOutcome
-from kepo_core.params import ParamError, Params, project_root
+from kepo_core.errors import ParamError
+from kepo_core.params import Params, project_root
 from kepo_core.runs import shelf
 from kepo_core.study import experiment
 from kepo_core.sweep import jobs

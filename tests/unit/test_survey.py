@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kepo_core.analysis import survey
-from kepo_core.data.errors import DataError
 from kepo_core.data.images import load_image
 from kepo_core.data.records import Question
-from kepo_core.method.prompts import vqa_messages
+from kepo_core.errors import DataError
 from kepo_core.pages import figures
+from kepo_core.task.prompts import vqa_messages
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from kepo_harness import make_row, sharp_model
 from transformers import GenerationConfig
 
 from kepo_core.method import teacher as teacher_module
-from kepo_core.method.prompts import hint_aware_messages, hint_messages
 from kepo_core.method.teacher import Teacher, parse_hint, select_rows
+from kepo_core.task.prompts import hint_aware_messages, hint_messages
 from kepo_core.testbed.embedded import build_model, build_processor
 
 

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from kepo_core.method import loss, objective
-from kepo_core.method.prompts import hint_aware_messages, vqa_messages
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.task.prompts import hint_aware_messages, vqa_messages
 
 
 def full_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from kepo_core.method.rewards import reward_functions
+from kepo_core.errors import ParamError
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
-from kepo_core.params import ParamError, Params
+from kepo_core.params import Params
+from kepo_core.task.rewards import reward_functions
 from kepo_core.testbed.embedded import build_model, build_processor
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from kepo_core.data import phantom
 from kepo_core.method.chat_client import ChatClient
-from kepo_core.method.dataset import to_dataset
 from kepo_core.method.served import ServedTeacher
 from kepo_core.params import Params
 from kepo_core.study import experiment
 from kepo_core.study.models import EMBEDDED_DIR, load_processor
+from kepo_core.task.dataset import to_dataset
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,13 @@ from kepo_harness import ScriptedTrainer, config, fails_on_0, make_dataset, make
 
 from kepo_core.method import hinted
 from kepo_core.method.exploration import Request
-from kepo_core.method.prompts import vqa_messages
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
 from kepo_core.study import launch
 from kepo_core.study.experiment import training_config
+from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_processor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from kepo_core.data.images import ReadPicture, load_image
 from kepo_core.data.records import Question
-from kepo_core.method.prompts import vqa_messages
+from kepo_core.task.prompts import vqa_messages
 
 
 def to_dataset(
