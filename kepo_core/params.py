@@ -123,14 +123,18 @@ class Params:
     hint_max_tokens: int = _p(32, "longest hint, in tokens", low=1)
 
     # -- method: policy term (Eq. 2-6)
-    advantage: str = _p("mean", "r − group mean (Eq. 6), over its std, or Eq. 4", choices=("mean", "std", "rloo"))
+    scale_rewards: str = _p(
+        "none",
+        "advantages: r − group mean (none, Eq. 6), that over the std of the group or of the batch, or Eq. 4 (rloo)",
+        choices=("none", "group", "batch", "rloo"),
+    )
     zero_variance: str = _p(
         "keep",
         "groups whose rewards are all equal count in the policy term's mean, or are dropped from it",
         choices=("keep", "drop"),
     )
     ratio_clip: str = _p("ppo", "min(w·A, clip(w)·A), or min(w, clip(w))·A as Eq. 5 is printed", choices=("ppo", "eq5"))
-    importance_level: str = _p(
+    importance_sampling_level: str = _p(
         "token", "ratio w per token, or of whole sequences (Eq. 3)", choices=("token", "sequence")
     )
     epsilon: float = _p(0.2, "ε: the ratio is clipped to 1 ± ε", low=_TINY, high=1)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from kepo_harness import ScriptedTrainer, make_row
+from kepo_harness import ScriptedTrainer, make_row, row_of
 
+from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import vqa_messages
 
 G = 4
@@ -146,14 +147,16 @@ def play(trainer: ScriptedTrainer, scenario: Scenario) -> dict[str, Any]:
         member = before + before_here[row["id"]]
         return group.said(group.originals[member], f"original {member}") if member < G else "a dummy row"
 
-    def raw_hints(asked: list[dict[str, Any]], max_tokens: int) -> list[str]:
+    def raw_hints(prompts: list[Any], max_tokens: int, template: dict[str, Any]) -> list[str]:
+        asked = [row_of(prompt) for prompt in prompts]
         trainer.teacher.asked.append([row["id"] for row in asked])
         return [by_question[row["id"]].teacher for row in asked]
 
     trainer.script, trainer.calls, trainer.pictures = script, [], []
     trainer.teacher.asked, trainer.teacher._generate = [], raw_hints
     trainer.args.rejection_budget, trainer.args.injected_per_group = scenario.budget, scenario.m
-    trainer.args.on_exhausted, trainer.args.hint_context = scenario.on_exhausted, scenario.context
+    trainer.args.on_exhausted, trainer.task = scenario.on_exhausted, MultipleChoice(scenario.context)
+    trainer.asks_hints = "hint" in scenario.context
     trainer._metrics["train"].clear()
     return trainer._generate_and_score_completions(rows[first : first + share])
 

@@ -8,8 +8,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from kepo_core.method.task import with_images
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
+from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_model, build_processor
 
@@ -33,6 +35,17 @@ def make_row(i: int) -> dict[str, Any]:
         "answer": "AB"[i % 2],
         "image": picture((60 * i % 256, 40, 200 - 50 * i % 200)),
     }
+
+
+def row_of(prompt: Any) -> dict[str, Any]:
+    """The row that a prompt's messages ask about."""
+    text = next(part["text"] for part in prompt[-1]["content"] if part["type"] == "text")
+    return make_row(int(text.split("Question ")[1].split("?")[0]))
+
+
+def hint_prompt(row: dict[str, Any]) -> Any:
+    """What the teacher is asked with about a row, its picture included."""
+    return with_images(MultipleChoice().ask(row), row)
 
 
 def make_dataset(count: int = 4, thinking: bool = True) -> Dataset:
@@ -116,6 +129,8 @@ def make_trainer(
     trainer_args: dict[str, Any] | None = None,
     rewards: Any = None,
     no_teacher: bool = False,
+    thinking: bool = True,
+    hint_context: str = "hint+answer",
     **overrides: Any,
 ) -> ScriptedTrainer:
     """A scripted trainer with a real (random) teacher; ``hints`` replaces what the teacher would write."""
@@ -126,17 +141,20 @@ def make_trainer(
         if hints is not None:
             teacher.hint_rows = []
 
-            def write(rows: Sequence[dict[str, Any]], *, max_tokens: int, seed: int) -> list[str | None]:
+            def write(prompts: Sequence[Any], **_: Any) -> list[str | None]:
+                rows = [row_of(prompt) for prompt in prompts]
                 teacher.hint_rows.append([row["id"] for row in rows])
                 return [hints(row) for row in rows]
 
             teacher.write_hints = write
+    task = MultipleChoice(hint_context, thinking)
     trainer = ScriptedTrainer(
         student or sharp_model(0),
-        rewards,
+        rewards or task.reward_funcs,
         args,
         dataset or make_dataset(),
         teacher=teacher,
+        task=task,
         processing_class=build_processor(),
         **(trainer_args or {}),
     )

@@ -6,14 +6,14 @@ and a hidden size of 32. The processors are the PIL ones and refuse videos: torc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
@@ -27,9 +27,11 @@ from kepo_core.study.processor import ImageOnlyQwenProcessor
 HIDDEN, HEAD_DIM, PATCH = 32, 16, 8
 # Side of the square that a vision tower of fixed size takes, and LLaVA-OneVision's (whose prompts are the longest).
 SIDE, LLAVA_SIDE = 32, 16
+GEMMA_TOKENS = 4
 PINPOINTS = [[h * LLAVA_SIDE, w * LLAVA_SIDE] for h in (1, 2) for w in (1, 2)]
-CORPUS = ("<think> </think> <answer> </answer> <hint> </hint> question options user assistant system What is shown in "
-          "the image picture ? Answer with A B C D red green blue left right large small because there is no").split()  # fmt: skip
+CORPUS = "<think> </think><answer> </answer><hint> </hint> What is shown in the image? Answer with red green left right"
+TOWER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIGLIP = TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False, "patch_size": PATCH}
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Markup:
     picture: str
     pad: str
     eos: str
+    named: dict[str, str]
     bos: str | None = None
-    named: dict[str, str] = field(default_factory=dict)
 
     def template(self) -> str:
         return (
@@ -83,13 +85,7 @@ SMOLVLM = Markup(
 class ImageOnlyLlavaProcessor(LlavaOnevisionProcessor):
     """LLaVA-OneVision's processor without the half for videos, which needs torchvision."""
 
-    def __init__(
-        self,
-        image_processor: LlavaOnevisionImageProcessorPil,
-        tokenizer: PreTrainedTokenizerBase,
-        num_image_tokens: int,
-        chat_template: str | None = None,
-    ) -> None:
+    def __init__(self, image_processor: Any, tokenizer: Any, num_image_tokens: int, chat_template: Any = None) -> None:
         self.num_image_tokens = num_image_tokens
         self.vision_feature_select_strategy, self.vision_aspect_ratio = "full", "anyres_max_9"
         self.image_token, self.video_token = "<image>", "<video>"
@@ -101,13 +97,7 @@ class ImageOnlyLlavaProcessor(LlavaOnevisionProcessor):
 class ImageOnlySmolVLMProcessor(SmolVLMProcessor):
     """SmolVLM's processor without the half for videos, which needs torchvision and num2words."""
 
-    def __init__(
-        self,
-        image_processor: SmolVLMImageProcessorPil,
-        tokenizer: PreTrainedTokenizerBase,
-        image_seq_len: int,
-        chat_template: str | None = None,
-    ) -> None:
+    def __init__(self, image_processor: Any, tokenizer: Any, image_seq_len: int, chat_template: Any = None) -> None:
         self.image_seq_len = image_seq_len
         self.image_token, self.video_token = "<image>", None
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -125,14 +115,13 @@ def _tokenizer(markup: Markup) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=384,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=list(markup.special),
-        show_progress=False,
+        vocab_size=384, initial_alphabet=alphabet, special_tokens=list(markup.special), show_progress=False
     )
-    tokenizer.train_from_iterator([f"{word} {word}" for word in CORPUS for _ in range(2)], trainer)
+    tokenizer.train_from_iterator([CORPUS] * 2, trainer)
     if markup.bos is not None:
+        # As Gemma's tokenizer does: a text that already begins with it must be encoded without special tokens.
         begin = (markup.bos, tokenizer.token_to_id(markup.bos))
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{markup.bos} $A", special_tokens=[begin])
     return PreTrainedTokenizerFast(
@@ -148,13 +137,12 @@ def _tokenizer(markup: Markup) -> PreTrainedTokenizerFast:
 
 
 def _processor(name: str, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The processing class of the architecture: the tokenizer itself where the model reads text alone."""
     template = tokenizer.chat_template
     if name == "qwen3":
         return tokenizer
     if name == "gemma3":
         gemma_images = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})
-        return transformers.Gemma3Processor(gemma_images, tokenizer, chat_template=template, image_seq_length=4)
+        return transformers.Gemma3Processor(gemma_images, tokenizer, template, GEMMA_TOKENS)
     if name == "llava-onevision":
         size = {"height": LLAVA_SIDE, "width": LLAVA_SIDE}
         llava_images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=PINPOINTS)
@@ -166,7 +154,7 @@ def _processor(name: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     return ImageOnlyQwenProcessor(Qwen2VLImageProcessorPil(patch_size=PATCH, size=pixels), tokenizer, template)
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, hidden: int, padded_rows: int, **more: Any) -> dict[str, Any]:
+def _text(tokenizer: PreTrainedTokenizerFast, hidden: int, padded_rows: int) -> dict[str, Any]:
     """What the language models have in common."""
     return {
         "vocab_size": len(tokenizer) + padded_rows,
@@ -177,16 +165,8 @@ def _text(tokenizer: PreTrainedTokenizerFast, hidden: int, padded_rows: int, **m
         "num_key_value_heads": 1,
         "head_dim": HEAD_DIM,
         "max_position_embeddings": 2048,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        **more,
+        **{f"{what}_token_id": getattr(tokenizer, f"{what}_token_id") for what in ("bos", "eos", "pad")},
     }
-
-
-def _siglip(side: int) -> dict[str, Any]:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return {**sizes, "image_size": side, "patch_size": PATCH}
 
 
 def _qwen_vl(name: str, text: dict[str, Any], token: Callable[[str], int]) -> PreTrainedConfig:
@@ -198,7 +178,7 @@ def _qwen_vl(name: str, text: dict[str, Any], token: Callable[[str], int]) -> Pr
     if name == "qwen2.5-vl":
         # The first block sees windows, the second everything, as in the real tower.
         vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
-        return transformers.Qwen2_5_VLConfig(text | {"rope_parameters": rope}, vision, **ids)
+        return transformers.Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **ids)
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
     text = text | {"rope_parameters": rope | {"mrope_interleaved": True}}
     return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
@@ -211,23 +191,20 @@ def _config(name: str, tokenizer: PreTrainedTokenizerFast, hidden: int, padded_r
         return transformers.Qwen3Config(**text, tie_word_embeddings=True)
     if name == "gemma3":
         text |= {"query_pre_attn_scalar": HEAD_DIM, "sliding_window": 512, "sliding_window_pattern": 2}
-        edges = {"boi_token_index": token("<start_of_image>"), "eoi_token_index": token("<end_of_image>")}
-        vision = _siglip(SIDE) | {"vision_use_head": False}
-        return transformers.Gemma3Config(
-            text, vision, mm_tokens_per_image=4, image_token_index=token("<image_soft_token>"), **edges
-        )
+        vision = SIGLIP | {"image_size": SIDE}
+        ids = {"boi_token_index": token("<start_of_image>"), "eoi_token_index": token("<end_of_image>")}
+        ids |= {"image_token_index": token("<image_soft_token>"), "mm_tokens_per_image": GEMMA_TOKENS}
+        return transformers.Gemma3Config(text_config=text, vision_config=vision, **ids)
     if name == "llava-onevision":
         ids = {"image_token_index": token("<image>"), "video_token_index": token("<video>")}
-        vision = _siglip(LLAVA_SIDE) | {"model_type": "siglip_vision_model", "vision_use_head": False}
+        ids |= {"image_grid_pinpoints": PINPOINTS}
         text |= {"model_type": "qwen2"}
-        return transformers.LlavaOnevisionConfig(
-            vision_config=vision, text_config=text, image_grid_pinpoints=PINPOINTS, **ids
-        )
+        vision = SIGLIP | {"image_size": LLAVA_SIDE}
+        return transformers.LlavaOnevisionConfig(text_config=text, vision_config=vision, **ids)
     if name == "smolvlm":
         text |= {"model_type": "llama"}
-        return transformers.SmolVLMConfig(
-            text_config=text, vision_config=_siglip(SIDE), image_token_id=token("<image>"), scale_factor=2
-        )
+        vision = TOWER | {"image_size": SIDE, "patch_size": PATCH}
+        return transformers.SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=token("<image>"))
     return _qwen_vl(name, text, token)
 
 
@@ -251,9 +228,7 @@ def _enliven(model: PreTrainedModel) -> None:
             weight.normal_(0, 0.2 if id(weight) in embeddings else weight[0].numel() ** -0.5)
 
 
-def build(
-    name: str, seed: int = 0, hidden: int | None = None, padded_rows: int = 0
-) -> tuple[PreTrainedModel, ProcessorMixin | PreTrainedTokenizerFast]:
+def build(name: str, seed: int = 0, hidden: int | None = None, padded_rows: int = 0) -> tuple[PreTrainedModel, Any]:
     """A random float32 model of ``name`` on the CPU, and its processing class; ``seed`` fixes the weights.
 
     ``hidden`` makes the language model wider, ``padded_rows`` its vocabulary larger than the tokenizer's.
@@ -267,8 +242,8 @@ def build(
         torch.manual_seed(seed)
         model = model_class(_config(name, tokenizer, hidden, padded_rows)).float()
         _enliven(model)
-    ends = dict.fromkeys([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(markup.end)])
-    # Gemma has two, the end of a turn and its tokenizer's own; the others have one.
-    model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else tokenizer.eos_token_id
+    # Gemma has two ends, its tokenizer's own and a turn's; for the others they are one.
+    ends = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(markup.end)})
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), _processor(name, tokenizer)

@@ -73,7 +73,9 @@ class ChatClient:
         first_pause: seconds before the second try; it doubles from try to try, up to `LONGEST_PAUSE`.
     """
 
-    def __init__(self, url: str, *, timeout: float, retries: int, concurrency: int, first_pause: float = 1.0) -> None:
+    def __init__(
+        self, url: str, *, timeout: float = 300.0, retries: int = 8, concurrency: int = 32, first_pause: float = 1.0
+    ) -> None:
         self.url = url.rstrip("/")
         self._retries, self._concurrency, self._first_pause = retries, concurrency, first_pause
         key = os.environ.get(KEY_VARIABLE)
@@ -200,32 +202,25 @@ def _shortened(text: str) -> str:
     return words[:300] + "…" * (len(words) > 300) or "nothing"
 
 
-def with_pictures(messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """Chat messages as the API takes them: each image part holds the next of ``images``, as a lossless PNG.
-
-    Raises:
-        ValueError: there are not as many images as image parts.
-    """
-    left = [_data_url(image) for image in images]
-    sent = []
-    for message in messages:
-        parts = message["content"]
-        if not isinstance(parts, str):
-            parts = [_part(part, left) for part in parts]
-        sent.append({"role": message["role"], "content": parts})
-    if left:
-        raise ValueError(
-            f"{len(images)} images were given, expected {len(images) - len(left)}, one for each image part"
-        )
-    return sent
+def as_sent(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Chat messages as the API takes them; the picture of an image part becomes a lossless PNG."""
+    return [
+        {
+            "role": message["role"],
+            "content": message["content"]
+            if isinstance(message["content"], str)
+            else [_part(part) for part in message["content"]],
+        }
+        for message in messages
+    ]
 
 
-def _part(part: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] != "image":
         return {"type": "text", "text": part["text"]}
-    if not left:
-        raise ValueError("a prompt has more image parts than images, expected as many")
-    return {"type": "image_url", "image_url": {"url": left.pop(0)}}
+    if not isinstance(part.get("image"), Image.Image):
+        raise ValueError(f"an image part holds {part.get('image')!r}, expected a PIL image: the row has too few")
+    return {"type": "image_url", "image_url": {"url": _data_url(part["image"])}}
 
 
 def _data_url(image: Image.Image) -> str:

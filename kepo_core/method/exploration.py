@@ -56,11 +56,17 @@ def failing_groups(rewards: Sequence[float], group_size: int) -> list[int]:
     """The groups without any reward: max_i r(y_i) = 0, line 4 of Algorithm 1.
 
     Args:
-        rewards: of all sequences of the batch over all processes, a group's members side by side.
+        rewards: of all sequences of the batch over all processes, a group's members side by side. NaN is a reward that
+            does not apply: a group of nothing else has not failed.
     """
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not fill groups of {group_size}, expected whole groups")
-    return [g for g in range(len(rewards) // group_size) if max(rewards[g * group_size : (g + 1) * group_size]) <= 0]
+    groups = [rewards[start : start + group_size] for start in range(0, len(rewards), group_size)]
+    return [
+        number
+        for number, group in enumerate(groups)
+        if not any(reward > 0 for reward in group) and any(reward <= 0 for reward in group)
+    ]
 
 
 def explore(

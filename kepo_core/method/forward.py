@@ -77,6 +77,11 @@ def _whole(parameter: Any) -> Any:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+def _first(part: Any, rows: int) -> Any:
+    """The first rows of a head's weight or bias; itself where these are all."""
+    return part if part is None or len(part) == rows else part[:rows]
+
+
 def predicting_states(hidden: Tensor, completion_length: int) -> Tensor:
     """The hidden states that predict the last T tokens: each one's predecessor, (B, P+T, H) → (B, T, H)."""
     return hidden[:, -completion_length - 1 : -1]
@@ -86,15 +91,21 @@ def _divergence(hidden: Tensor, head: Any, targets: Targets | TopTargets) -> Ten
     """(B, P+T, H) student states → (B, T) divergence."""
     states = predicting_states(hidden, targets.completion_length)
     shape = states.shape[:2]
-    student = states.reshape(-1, states.shape[-1])[targets.positions], _whole(head.weight), _whole(head.bias)
+    states = states.reshape(-1, states.shape[-1])[targets.positions]
+    weight, bias = _whole(head.weight), _whole(head.bias)
     if isinstance(targets, TopTargets):
-        per_token = TopKDivergence.apply(*student, targets.ids, targets.log_probs, targets.beta)
+        per_token = TopKDivergence.apply(states, weight, bias, targets.ids, targets.log_probs, targets.beta)
     else:
+        teacher, teacher_bias = _whole(targets.head.weight), _whole(targets.head.bias)
+        # Embeddings padded to different sizes: the rows that both have hold all tokens (`Teacher.check_fits`).
+        rows = min(len(weight), len(teacher))
         per_token, _ = ChunkedDivergenceFunction.apply(
-            *student,
+            states,
+            _first(weight, rows),
+            _first(bias, rows),
             targets.hidden.to(hidden.device),
-            _whole(targets.head.weight).to(hidden.device),
-            None if targets.head.bias is None else _whole(targets.head.bias).to(hidden.device),
+            _first(teacher, rows).to(hidden.device),
+            None if teacher_bias is None else _first(teacher_bias, rows).to(hidden.device),
             targets.beta,
             targets.temperature,
         )

@@ -5,78 +5,36 @@ are then shared, and every process replaces the rows it holds. All processes mak
 a dummy row where they have nothing to ask), so nothing hangs when only some of them explore.
 """
 
-import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
-from kepo_core.data.records import LETTERS
 from kepo_core.method import exploration
 from kepo_core.method.exploration import Explored, Request
 from kepo_core.method.rollouts import Completion
-from kepo_core.task import prompts
-from kepo_core.task.rewards import score
-
-Row = Mapping[str, Any]
-_NO_REWARD_COLUMNS = ("prompt", "completion", "completion_ids")
+from kepo_core.method.task import Prompt, Row, images_in, with_images
+from kepo_core.method.teacher import MODEL_FIELDS
 
 
 def read_completions(trainer: Any, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Completion]:
-    """Decode and score one completion per dataset row; there may be none."""
+    """Decode one completion per dataset row, and read it as the task does; there may be none."""
     if not ids:
         return []  # a tokenizer makes one empty text of no completions
     texts = trainer.processing_class.batch_decode(list(ids), skip_special_tokens=True)
     read = []
     for row, tokens, text in zip(rows, ids, texts, strict=True):
         finished = bool(tokens) and tokens[-1] in trainer.eos_token_ids
-        letters = LETTERS[: len(row["options"])]
-        scored = score(text, row["answer"], letters, thinking=trainer.args.thinking, finished=finished)
-        read.append(Completion(list(tokens), text, finished, scored))
+        facts = {} if trainer.task is None else trainer.task.read(row, text, finished)
+        read.append(Completion(list(tokens), text, finished, facts))
     return read
-
-
-def exploration_rewards(trainer: Any, rows: Sequence[Row], completions: Sequence[Completion]) -> list[float]:
-    """The reward that triggers and accepts: the accuracy, or the weighted sum of all reward functions.
-
-    Only local rows are scored, without any collective operation; what reward functions log about them is left to
-    TRL's own call.
-    """
-    if trainer.args.exploration_reward == "accuracy" or not completions:
-        return [c.score.accuracy for c in completions]
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key not in _NO_REWARD_COLUMNS}
-    total = np.zeros(len(completions))
-    for function, weight in zip(trainer.reward_funcs, trainer.reward_weights.tolist(), strict=True):
-        values = function(
-            prompts=[row["prompt"] for row in rows],
-            completions=[[{"role": "assistant", "content": c.text}] for c in completions],
-            completion_ids=[c.ids for c in completions],
-            trainer_state=trainer.state,
-            log_extra=lambda *_: None,
-            log_metric=lambda *_: None,
-            **columns,
-        )
-        total += weight * np.array(values)
-    return [float(value) for value in total]
-
-
-def with_image(messages: prompts.Messages, row: Row) -> Any:
-    """A prompt's messages with the row's picture in its place."""
-    return prepare_multimodal_messages(messages, images=[row["image"]])
-
-
-def hint_aware_prompt(trainer: Any, row: Row, hint: str) -> Any:
-    """The prompt of π_θ(·|x, h, y) (Eq. 9) with its image."""
-    context = trainer.args.hint_context
-    return with_image(prompts.hint_aware_messages(row["question"], row["options"], hint, row["answer"], context), row)
 
 
 def largest(accelerator: Any, number: int) -> int:
@@ -90,38 +48,44 @@ def largest(accelerator: Any, number: int) -> int:
 class Exploration:
     """What happened in all groups that explored, over all processes, in the order of the groups.
 
-    ``all_fail_rate`` is the share of groups that failed, whether they explored or not; ``draw_tokens`` counts the
-    tokens of all hint-aware draws.
+    ``draw_tokens`` counts the tokens of all hint-aware draws.
     """
 
     explored: tuple[Explored[Completion], ...] = ()
-    all_fail_rate: float = math.nan
     draw_tokens: int = 0
 
 
-def explore_groups(trainer: Any, rows: Sequence[Row], own: Sequence[Completion], seed: str) -> Exploration:
+def explore_groups(
+    trainer: Any,
+    rows: Sequence[Row],
+    prompts: Sequence[Prompt],
+    own: Sequence[Completion],
+    scored: Tensor,
+    seed: str,
+) -> Exploration:
     """Run Algorithm 1 over the generation batch of all processes.
 
     Args:
-        trainer: a KEPOTrainer (its generation, accelerator, teacher and configuration are used).
+        trainer: a KEPOTrainer (its generation, rewards, accelerator, task, teacher and configuration are used).
         rows: this process's dataset rows, one per rollout.
+        prompts: their plain prompts x, pictures filled in.
         own: this process's rollouts.
+        scored: the rewards of all processes' rollouts, (all rows, reward functions).
         seed: names this generation batch; hints depend on it.
+
+    Raises:
+        ValueError: ``hint_source`` is "other" and this process has one group alone.
     """
     accelerator, size = trainer.accelerator, trainer.num_generations
-    local = torch.tensor(exploration_rewards(trainer, rows, own), device=accelerator.device)
-    rewards = accelerator.gather(local).tolist()
-    failing = exploration.failing_groups(rewards, size)
-    rate = len(failing) * size / len(rewards)
-    if not trainer.args.explore or not failing:
-        return Exploration(all_fail_rate=rate)
+    failing = exploration.failing_groups(trainer.signal("exploration_reward", scored).tolist(), size)
+    if not failing:
+        return Exploration()
     first = accelerator.process_index * len(rows)
-    by_group = {group: rows[group * size - first] for group in failing if 0 <= group * size - first < len(rows)}
-    others = {group: rows[(group * size - first + size) % len(rows)] for group in by_group}
-    alone = any(others[group]["id"] == row["id"] for group, row in by_group.items())
+    by_group = {group: group * size - first for group in failing if 0 <= group * size - first < len(rows)}
+    alone = any((first + (row + size) % len(rows)) // size == group for group, row in by_group.items())
     if trainer.args.hint_source == "other" and alone:
         raise ValueError("hint_source is 'other' but a process has one question alone, expected several")
-    sampler = _Sampler(trainer, by_group, others, rows[0], f"{seed}/{accelerator.process_index}")
+    sampler = _Sampler(trainer, rows, prompts, own, by_group, f"{seed}/{accelerator.process_index}")
     results = exploration.explore(
         list(by_group),
         hinter=sampler.hints,
@@ -132,49 +96,89 @@ def explore_groups(trainer: Any, rows: Sequence[Row], own: Sequence[Completion],
         anyone=sampler.anyone,
     )
     tokens = accelerator.gather(torch.tensor([sampler.tokens], device=accelerator.device)).sum()
-    return Exploration(tuple(sorted(gather_object(results), key=lambda e: e.group)), rate, int(tokens))
+    return Exploration(tuple(sorted(gather_object(results), key=lambda e: e.group)), int(tokens))
 
 
 class _Sampler:
-    """The three callables of `exploration.explore` for one process's groups."""
+    """The three callables of `exploration.explore` for one process's groups, ``by_group``: group → its first row."""
 
     def __init__(
-        self, trainer: Any, by_group: Mapping[int, Row], others: Mapping[int, Row], spare: Row, seed: str
+        self,
+        trainer: Any,
+        rows: Sequence[Row],
+        prompts: Sequence[Prompt],
+        own: Sequence[Completion],
+        by_group: Mapping[int, int],
+        seed: str,
     ) -> None:
-        self._trainer, self._by_group, self._others = trainer, by_group, others
-        self._spare, self._seed = spare, seed
+        self._trainer, self._rows, self._prompts, self._own = trainer, rows, prompts, own
+        self._by_group, self._seed = by_group, seed
         self.tokens = 0  # of all draws
 
     def anyone(self, flag: bool) -> bool:
         return bool(largest(self._trainer.accelerator, int(flag)))
 
     def hints(self, groups: Sequence[int]) -> list[str | None]:
-        if not prompts.needs_hint(self._trainer.args.hint_context):
+        trainer = self._trainer
+        if not trainer.asks_hints:
             return [""] * len(groups)
-        source = self._by_group if self._trainer.args.hint_source == "own" else self._others
-        rows = [source[group] for group in groups]
-        padded = rows
-        if self._trainer.teacher.collective:
-            padded = rows + [self._spare] * (largest(self._trainer.accelerator, len(rows)) - len(rows))
-        seed = random.Random(self._seed).getrandbits(31)
-        written = self._trainer.teacher.write_hints(padded, max_tokens=self._trainer.args.hint_max_tokens, seed=seed)
-        return list(written[: len(rows)])
+        away = 0 if trainer.args.hint_source == "own" else trainer.num_generations  # the next group's row
+        rows = [self._rows[(self._by_group[group] + away) % len(self._rows)] for group in groups]
+        if trainer.teacher.collective:
+            rows += [self._rows[0]] * (largest(trainer.accelerator, len(rows)) - len(rows))
+        written = trainer.teacher.write_hints(
+            [with_images(trainer.task.ask(row), row) for row in rows],
+            max_tokens=trainer.args.hint_max_tokens,
+            seed=random.Random(self._seed).getrandbits(31),
+            template=trainer.chat_template_kwargs,
+        )
+        return list(written[: len(groups)])
 
     def draw(self, requests: Sequence[Request]) -> list[Completion]:
-        rows = [self._by_group[request.group] for request in requests]
-        asked = [hint_aware_prompt(self._trainer, row, r.hint) for row, r in zip(rows, requests, strict=True)]
-        spare = with_image(self._spare["prompt"], self._spare)
-        if self._trainer.use_vllm:  # a server answers all processes at once, and each takes out as many as it asked for
-            asked += [spare] * (largest(self._trainer.accelerator, len(asked)) - len(asked))
-        prompt_ids, images, fields = self._trainer._tokenize_prompts(asked or [spare])
-        ids, _ = self._trainer._generate_single_turn(prompt_ids, images, fields, 1)
-        draws = read_completions(self._trainer, rows, ids[: len(rows)])
+        trainer = self._trainer
+        places = [self._by_group[request.group] for request in requests]
+        rows = [self._rows[place] for place in places]
+        asked = [hint_aware_prompt(trainer, row, request.hint) for row, request in zip(rows, requests, strict=True)]
+        spare = self._prompts[0]
+        if trainer.use_vllm:  # a server answers all processes at once, and each takes out as many as it asked for
+            asked += [spare] * (largest(trainer.accelerator, len(asked)) - len(asked))
+        prompt_ids, images, fields = trainer._tokenize_prompts(asked or [spare])
+        ids, _ = trainer._generate_single_turn(prompt_ids, images, fields, 1)
+        draws = read_completions(trainer, rows, ids[: len(rows)])
         self.tokens += sum(len(draw.ids) for draw in draws)
-        return draws
+        return self._scored(places, draws)
+
+    def _scored(self, places: list[int], draws: list[Completion]) -> list[Completion]:
+        """The draws with their rewards, as answers to the plain prompts of the rows in ``places``."""
+        # Rewards are gathered: a process with fewer draws scores its first rollout again, and uses nothing of it.
+        count = largest(self._trainer.accelerator, len(draws))
+        spare = count - len(draws)
+        where = [*places, *[0] * spare]
+        rewards, extras = self._trainer.score_apart(
+            [self._rows[place] for place in where],
+            [self._prompts[place] for place in where],
+            [*draws, *[self._own[0]] * spare],
+        )
+        first = self._trainer.accelerator.process_index * count
+        return [
+            replace(
+                draw,
+                rewards=tuple(rewards[first + i].tolist()),
+                extras={column: values[i] for column, values in extras.items() if len(values) == count},
+            )
+            for i, draw in enumerate(draws)
+        ]
 
     def accept(self, requests: Sequence[Request], draws: Sequence[Completion]) -> list[bool]:
-        rows = [self._by_group[request.group] for request in requests]
-        return [reward > 0 for reward in exploration_rewards(self._trainer, rows, draws)]
+        if not draws:
+            return []
+        rewards = torch.tensor([draw.rewards for draw in draws])
+        return [reward > 0 for reward in self._trainer.signal("exploration_reward", rewards).tolist()]
+
+
+def hint_aware_prompt(trainer: Any, row: Row, hint: str) -> Prompt:
+    """The prompt of π_θ(·|x, h, y) (Eq. 9) with its pictures."""
+    return with_images(trainer.task.tell(row, hint), row)
 
 
 @torch.no_grad()
@@ -184,8 +188,11 @@ def log_probabilities(
     """The student's (log-probabilities, entropies, mask), each (R, T), of completions under given prompts.
 
     Args:
-        asked: R prompts as messages with their images.
+        asked: R prompts, with their pictures.
         ids: R completions.
+
+    Raises:
+        ValueError: the processor makes a model input that GRPOTrainer does not know.
     """
     device = trainer.accelerator.device
     prompt_ids, _, fields = trainer._tokenize_prompts(list(asked))
@@ -198,8 +205,11 @@ def log_probabilities(
     prompts_, completions = padded(prompt_ids, pad_token, "left"), padded(ids, pad_token, "right")
     mask = padded([[1] * len(row) for row in ids], 0, "right")
     attention = torch.cat([padded([[1] * len(row) for row in prompt_ids], 0, "left"), mask], dim=1)
-    model_fields: dict[str, Any] = {"num_images": [1] * len(prompt_ids)}
+    counts = [len(images_in(prompt)) for prompt in asked]
+    model_fields: dict[str, Any] = {"num_images": counts} if any(counts) else {}
     for name, value in fields.items():
+        if name not in MODEL_FIELDS:
+            raise ValueError(f"the processor makes {name}, which is not an input that GRPOTrainer passes on to a model")
         if isinstance(value, list) and value and isinstance(value[0], list):  # one entry per prompt token
             value = torch.cat([padded(value, 0, "left"), torch.zeros_like(completions)], dim=1)
         model_fields[name] = torch.as_tensor(value if isinstance(value, Tensor) else np.array(value)).to(device)

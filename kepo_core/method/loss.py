@@ -104,8 +104,7 @@ class GatedLossTrainer(ResumableTrainer):
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         width = mask.shape[1]
         if self.beta:
-            kl_BT = objective.kl_to_reference(forward.output.log_probs[:, -width:], inputs["ref_per_token_logps"])
-            terms["kl"] = objective.sequence_mean(kl_BT.detach(), mask).mean()
+            terms["kl"] = self._kl(forward.output.log_probs[:, -width:].detach(), mask, inputs)
             terms["policy"] = terms["policy"] - self.beta * terms["kl"]
         sums = loss.new_zeros(4, dtype=torch.float32)  # entropy and its tokens, divergence and its tokens
         if getattr(forward.output, "divergence", None) is not None:
@@ -124,6 +123,19 @@ class GatedLossTrainer(ResumableTrainer):
             sums[:2] += replaced.sum(0)
         self._log_loss("train" if training else "eval", terms, sums)
         return loss
+
+    def _kl(self, logps_BT: Tensor, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """The KL to the reference as TRL's loss has it, in the mean of its loss type, before β."""
+        ratio: Tensor | float = 1.0
+        if self.args.use_bias_correction_kl:
+            old_BT = inputs.get("old_per_token_logps")
+            level = self.importance_sampling_level
+            ratio = objective.importance_ratio(logps_BT, logps_BT if old_BT is None else old_BT, mask, level)
+        kl_BT = objective.kl_to_reference(logps_BT, inputs["ref_per_token_logps"], ratio)
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:  # they count over the generation batch
+            tokens = tokens / self.args.steps_per_generation
+        return objective.aggregate(kl_BT, mask, self.loss_type, tokens=tokens, longest=self.max_completion_length)
 
     def _log_loss(self, mode: str, terms: Mapping[str, Tensor], sums: Tensor) -> None:
         """Average the terms over processes, log them, and stop at the first that is not a number."""

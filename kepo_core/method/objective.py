@@ -10,8 +10,12 @@ import math
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import nanstd
 
-ADVANTAGES = ("mean", "std", "rloo")
+ADVANTAGES = ("none", "group", "batch", "rloo")
+#: TRL's loss types, and those among them that divide by a count of tokens.
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+TOKEN_NORMALIZED = ("dapo", "bnpo", "cispo", "vespo")
 NORMALIZERS = ("sequences", "tokens", "gated_tokens")
 #: TRL's constant in the division by the standard deviation, which the released code keeps.
 STD_EPSILON = 1e-4
@@ -57,11 +61,13 @@ def weighted_advantage(ratio: Tensor, advantages_B: Tensor, epsilon: float, clip
     return torch.minimum(ratio, clipped) * advantages
 
 
-def advantages(rewards_B: Tensor, group_size: int, kind: str = "mean") -> Tensor:
+def advantages(rewards_B: Tensor, group_size: int, kind: str = "none") -> Tensor:
     """Â of each sequence from the rewards of its group, (B,), without gradient.
 
-    kind: "mean", Eq. 6: r_i − mean_j r_j; "rloo", Eq. 4: r_i − mean_{j≠i} r_j = G/(G−1) times Eq. 6;
-        "std": Eq. 6 divided by the group's sample standard deviation + 1e-4.
+    kind: "none", Eq. 6: r_i − mean_j r_j; "rloo", Eq. 4: r_i − mean_{j≠i} r_j = n/(n−1) times Eq. 6; "group" and
+        "batch": Eq. 6 divided by the sample standard deviation of the group, or of all rewards, + 1e-4.
+    A reward that is NaN belongs to a sequence that no function scores: it is left out of means, and its Â is 0. n is
+    G without these.
 
     Raises:
         ValueError: the rewards do not fill whole groups of at least two, or ``kind`` is unknown.
@@ -72,12 +78,15 @@ def advantages(rewards_B: Tensor, group_size: int, kind: str = "mean") -> Tensor
             f"{rewards_B.numel()} rewards do not fill groups of {group_size}, expected whole groups of ≥ 2"
         )
     groups = rewards_B.detach().view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    centred = groups - groups.nanmean(1, keepdim=True)
     if kind == "rloo":
-        centred = centred * group_size / (group_size - 1)
-    elif kind == "std":
-        centred = centred / (groups.std(1, keepdim=True) + STD_EPSILON)
-    return centred.reshape(-1)
+        scored = (~groups.isnan()).sum(1, keepdim=True)
+        centred = centred * scored / (scored - 1).clamp(min=1)
+    elif kind == "group":
+        centred = centred / (nanstd(groups, dim=1, keepdim=True) + STD_EPSILON)
+    elif kind == "batch":
+        centred = centred / (nanstd(groups) + STD_EPSILON)
+    return centred.reshape(-1).nan_to_num(nan=0.0)
 
 
 def without_equal_groups(advantages_B: Tensor, rewards_B: Tensor, group_size: int) -> Tensor:
@@ -88,18 +97,22 @@ def without_equal_groups(advantages_B: Tensor, rewards_B: Tensor, group_size: in
     not drawn in their place, so that all methods see the same ones. ``rewards_B`` fills whole groups of ``group_size``.
     """
     groups = rewards_B.view(-1, group_size)
-    differing = (groups.amax(1) > groups.amin(1)).sum()
+    # Sequences without a reward (NaN) differ from nothing.
+    differing = (groups.nan_to_num(nan=-math.inf).amax(1) > groups.nan_to_num(nan=math.inf).amin(1)).sum()
     return advantages_B * (len(groups) / differing) if differing else advantages_B
 
 
-def kl_to_reference(logps_BT: Tensor, ref_logps_BT: Tensor) -> Tensor:
-    """The estimate of D_KL(π_θ‖π_ref) of Eq. 2 and 7 at each sampled token, (B, T).
+def kl_to_reference(logps_BT: Tensor, ref_logps_BT: Tensor, ratio: Tensor | float = 1.0) -> Tensor:
+    """The estimate of D_KL(π_θ‖π_ref) of Eq. 2 and 7 at each sampled token, (B, T): w · (exp(d) − d − 1).
 
-    k3 = exp(d) − d − 1 with d = log π_ref − log π_θ: never negative, 0 where they agree, and unbiased under
-    samples from π_θ. ``ref_logps_BT`` is detached.
+    d = log π_ref − log π_θ; exp(d) − d − 1 (k3) is never negative, and 0 where the two agree.
+    ratio: w = π_θ/π_old of Eq. 3 as `importance_ratio` gives it, with its gradient. It makes the value unbiased
+        under samples from π_old, and the gradient that of D_KL(π_θ‖π_ref), on-policy too, where w is 1. Without it
+        (1.0) the gradient on-policy is that of D_KL(π_ref‖π_θ), another divergence.
+    ``ref_logps_BT`` is detached.
     """
     d = ref_logps_BT.detach() - logps_BT
-    return d.exp() - d - 1
+    return (d.exp() - d - 1) * ratio
 
 
 def gate(rewards_B: Tensor, tau: float, compare: str = "ge") -> Tensor:
@@ -182,6 +195,28 @@ def distillation_term(
     scale = torch.as_tensor(own if denominator is None else denominator, dtype=total.dtype, device=total.device)
     # Nothing gated means 0 / 0 under "gated_tokens": nothing to learn, not NaN.
     return total / torch.where(scale > 0, scale, 1.0)
+
+
+def aggregate(
+    values_BT: Tensor, mask_BT: Tensor, loss_type: str, *, tokens: Tensor | float = 1.0, longest: int = 1
+) -> Tensor:
+    """The mean of per-token values that a loss type of TRL takes: a scalar.
+
+    loss_type: "grpo", "sapo": over the tokens of a sequence, then over sequences, as in GRPO; "luspo": their sum, then
+        the mean over sequences; "dr_grpo": the sum over all, divided by sequences × ``longest``; "bnpo": over the
+        tokens of this batch; "dapo", "cispo", "vespo": the sum over all, divided by ``tokens``.
+    tokens: those of the optimiser step, as one of its batches counts them.
+    longest: the longest completion allowed, in tokens.
+    """
+    _check("loss_type", loss_type, LOSS_TYPES)
+    if loss_type in ("grpo", "sapo"):
+        return sequence_mean(values_BT, mask_BT).mean()
+    summed_B = torch.where(mask_BT.bool(), values_BT, 0.0).sum(-1)
+    if loss_type == "luspo":
+        return summed_B.mean()
+    if loss_type == "dr_grpo":
+        return summed_B.mean() / longest
+    return summed_B.sum() / (mask_BT.sum().clamp(min=1) if loss_type == "bnpo" else tokens)
 
 
 def hint_importance_weights(logps_BT: Tensor, hinted_logps_BT: Tensor) -> Tensor:

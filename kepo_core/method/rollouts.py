@@ -6,25 +6,24 @@ TRL logs itself (``reward``, ``rewards/*``) are taken after it and flatter the p
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from kepo_core.data.records import AnswerOutcome
+from kepo_core.files import in_place_of
 from kepo_core.method.exploration import Explored, GroupOutcome
-from kepo_core.task.rewards import Score
 
-#: Every metric that KEPOTrainer logs beside TRL's own, and what it is.
+#: Every metric that KEPOTrainer logs beside TRL's own and the task's, and what it is.
 GLOSSARY: dict[str, str] = {
-    "kepo/accuracy": "share of right answers among the student's own rollouts, before injection",
-    "kepo/format": "share of them in the exact format",
-    "kepo/reward": "their mean reward (accuracy + format)",
+    "kepo/reward": "mean reward of the student's own rollouts, before injection: TRL's weighted sum of all reward "
+    "functions",
+    "kepo/rewards/NAME": "mean of the reward function NAME over them, where it applies",
     "kepo/length": "their mean length in tokens, end-of-text token included",
     "kepo/entropy": "mean entropy (nats) of the next-token distribution over all their tokens; replaced originals are "
     "measured when they are replaced, all others in the loss's forward pass; dropped rows are left out",
-    **{f"kepo/outcome/{o}": f"share of them whose answer was {o}" for o in AnswerOutcome},
     "kepo/all_fail_rate": "share of groups in which every rollout has an exploration_reward of 0",
     "kepo/explored_groups": "groups that explored in this generation batch",
     "kepo/unparsable_hints": "groups among them for which no hint could be read; they keep their originals",
@@ -37,10 +36,12 @@ GLOSSARY: dict[str, str] = {
     "log π(y|x,h,a) − log π(y|x), both by the student that drew them: how far the hint pulled them off-policy",
     "kepo/injected_mentions_hint": 'share of injected trajectories that say "hint", "hints", "hinted" or '
     '"ground truth"',
-    "kepo/loss_policy": "the policy term of the loss: −mean over sequences of the token mean of w·Â (about 0 when "
-    "on-policy, as advantages sum to 0 in a group; its gradient is not)",
+    "kepo/loss_policy": "the policy term of the loss: −w·Â in the mean of loss_type (by default over the tokens of a "
+    "sequence, then over sequences), with TRL's entropy bonus and auxiliary loss where they are on; about 0 when "
+    "on-policy, as advantages sum to 0 in a group, while its gradient is not",
     "kepo/loss_distill": "the gated divergence, normalised by distill_normalizer, before distill_coef",
-    "kepo/loss_kl": "the KL to the reference, token mean then sequence mean, before beta",
+    "kepo/loss_kl": "the KL to the reference as it is trained (the estimate times the ratio, unless "
+    "use_bias_correction_kl is off), in the same mean, before beta",
     "kepo/divergence": "mean D(π_T‖π_θ) per gated token; of a served teacher, as far as its likeliest tokens tell",
     "kepo/unasked": "sequences past the gate that a served teacher was not asked about, as their text would be cut "
     "into other tokens than the student wrote; they are not guided",
@@ -55,10 +56,11 @@ class Rollout:
     """One row of the rollouts file: a completion that was trained on, or an original that was replaced.
 
     ``step`` is the optimiser step that first uses it (1, 2, …), ``generation`` counts generation batches of that
-    step, ``row`` is its place in the generation batch over all processes and ``group`` = row // G. ``reward`` is
-    the summed reward and ``advantage`` Â (NaN for replaced originals, which are not trained on). ``hint``,
-    ``exploration`` (a GroupOutcome, or "") and ``draws`` belong to the group. ``hint_log_ratio`` is the token
-    mean of log π(y|x,h,a) − log π(y|x), NaN unless injected.
+    step, ``row`` is its place in the generation batch over all processes and ``group`` = row // G. ``facts`` are what
+    the task reads in it, a column each; ``rewards`` what the reward functions gave it, a column ``rewards/NAME``
+    each (NaN: the function does not apply); ``reward`` is their weighted sum and ``advantage`` Â (NaN for replaced
+    originals, which are not trained on). ``hint``, ``exploration`` (a GroupOutcome, or "") and ``draws`` belong to the
+    group. ``hint_log_ratio`` is the token mean of log π(y|x,h,a) − log π(y|x), NaN unless injected.
     """
 
     step: int
@@ -69,10 +71,8 @@ class Rollout:
     completion: str
     tokens: int
     finished: bool
-    outcome: str
-    letter: str
-    format_ok: bool
-    accuracy: float
+    facts: Mapping[str, Any]
+    rewards: Mapping[str, float]
     reward: float
     advantage: float = math.nan
     gate: bool = False
@@ -84,15 +84,38 @@ class Rollout:
     draws: int = 0
     hint_log_ratio: float = math.nan
 
+    def columns(self) -> dict[str, Any]:
+        """The row as the file has it. Raises ``ValueError`` where the task reads what another column is called."""
+        row: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if name == "facts":
+                row |= {fact: str(v) if isinstance(v, str) else v for fact, v in value.items()}
+            elif name == "rewards":
+                row |= {f"rewards/{reward}": v for reward, v in value.items()}
+            else:
+                row[name] = value
+        if len(row) < len(fields(self)) - 2 + len(self.facts) + len(self.rewards):
+            taken = sorted(set(self.facts) & {f.name for f in fields(self)})
+            raise ValueError(f"the task reads {', '.join(taken)}, a column that the rollouts file has already")
+        return row
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One decoded and scored completion. ``finished`` is whether it ended by itself."""
+    """One decoded completion.
+
+    ``finished`` is whether it ended by itself, ``facts`` what its task reads in it. A hint-aware draw is scored when it
+    is drawn: ``rewards`` holds one number per reward function, ``extras`` what these logged about it for TRL's table of
+    completions.
+    """
 
     ids: list[int]
     text: str
     finished: bool
-    score: Score
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    rewards: tuple[float, ...] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 def mentions_hint(text: str) -> bool:
@@ -114,10 +137,12 @@ def rollout_metrics(rollouts: Sequence[Rollout], explored: Sequence[Explored[Com
     def share(flags: Sequence[bool | float]) -> float:
         return sum(flags) / len(flags) if flags else math.nan
 
-    metrics = {
-        "kepo/accuracy": share([r.accuracy for r in own]),
-        "kepo/format": share([r.format_ok for r in own]),
-        "kepo/reward": share([r.accuracy + r.format_ok for r in own]),
+    def applying(values: Sequence[float]) -> float:
+        return share([value for value in values if not math.isnan(value)])
+
+    return {
+        "kepo/reward": applying([r.reward for r in own]),
+        **{f"kepo/rewards/{name}": applying([r.rewards[name] for r in own]) for name in rollouts[0].rewards},
         "kepo/length": share([r.tokens for r in own]),
         "kepo/gate_rate": share([r.gate for r in trained]),
         "kepo/explored_groups": float(len(explored)),
@@ -128,7 +153,6 @@ def rollout_metrics(rollouts: Sequence[Rollout], explored: Sequence[Explored[Com
         "kepo/injected_log_ratio": share([r.hint_log_ratio for r in injected]),
         "kepo/injected_mentions_hint": share([mentions_hint(r.completion) for r in injected]),
     }
-    return metrics | {f"kepo/outcome/{o}": share([r.outcome == o for r in own]) for o in AnswerOutcome}
 
 
 def write_rollouts(output_dir: str | Path, rollouts: Sequence[Rollout]) -> Path:
@@ -138,15 +162,14 @@ def write_rollouts(output_dir: str | Path, rollouts: Sequence[Rollout]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{first.step:06d}_{first.generation:03d}.parquet"
     ordered = sorted(rollouts, key=lambda r: (r.row, r.replaced))
-    partial = path.with_suffix(".partial")  # the glob of collect_rollouts sees whole files only
-    pd.DataFrame([asdict(r) for r in ordered]).to_parquet(partial, index=False)
-    partial.replace(path)
+    with in_place_of(path) as partial:
+        pd.DataFrame([rollout.columns() for rollout in ordered]).to_parquet(partial, index=False)
     return path
 
 
 def collect_rollouts(output_dir: str | Path) -> pd.DataFrame:
-    """All rollouts of a training run in the order they were made; an empty frame with the columns if none."""
+    """All rollouts of a training run in the order they were made; an empty frame with their own columns if none."""
     shards = sorted((Path(output_dir) / ROLLOUTS_DIR).glob("step_*.parquet"))
     if not shards:
-        return pd.DataFrame(columns=list(Rollout.__dataclass_fields__))
+        return pd.DataFrame(columns=[f.name for f in fields(Rollout) if f.name not in ("facts", "rewards")])
     return pd.concat([pd.read_parquet(shard) for shard in shards], ignore_index=True)

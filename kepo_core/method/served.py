@@ -9,19 +9,19 @@ student's own, prompt and picture included, one by one: nothing is learnt from o
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kepo_core.method.chat_client import ChatClient, TeacherMismatchError, with_pictures
-from kepo_core.method.teacher import markup_of, parse_hint
-from kepo_core.task.prompts import hint_messages
+from kepo_core.files import write_atomically
+from kepo_core.method.chat_client import ChatClient, TeacherMismatchError, as_sent
+from kepo_core.method.task import Prompt, with_images
+from kepo_core.method.teacher import markup_of, parse_hint, tokenizer_of
 
 #: How far a log-probability may lie above 0, and their mass above 1: servers compute in bfloat16.
 TOLERANCE = 1e-3
@@ -31,37 +31,54 @@ _LEAST_REST = 1e-8
 
 @dataclass(frozen=True)
 class Completion:
-    """What log-probabilities are asked for: messages with their images, and the tokens that the student saw and wrote.
+    """What log-probabilities are asked for: messages with their pictures, and the tokens the student saw and wrote.
 
-    ``prompt_ids`` hold every token of the pictures, too; ``name`` is what error messages call it.
+    ``prompt_ids`` hold every token of the pictures, too; ``name`` is what error messages call it, and ``template`` the
+    further arguments of the chat template.
     """
 
     name: str
     messages: Sequence[Mapping[str, Any]]
-    images: Sequence[Any]
     prompt_ids: list[int]
     completion_ids: list[int]
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ServedTeacher:
-    """A teacher that another machine serves, with what the trainer asks of a `Teacher`.
+    """π_T on another machine: served by vLLM, with what the trainer asks of a `Teacher`. Prompts are chats.
 
     Args:
-        client: reaches the server.
+        client: where the API begins, like ``http://HOST:8000/v1``, or a `ChatClient` of one's own.
         model: the name under which it serves the teacher.
-        processor: the student's; its vocabulary and chat template must be the teacher's, which `score` checks.
+        processor: the student's processor or tokenizer; its vocabulary and chat template must be the teacher's, which
+            `score` checks.
         top_k: how many of the likeliest next tokens are asked for; vLLM gives up to 20 unless it was started with
             ``--max-logprobs``.
-        hints: the folder in which hints are kept.
+        hints: the folder in which hints are kept from run to run; None: they are asked for again.
+
+    Example (nothing is asked before training):
+
+    ```python
+    >>> from kepo_core import ServedTeacher
+    >>> from kepo_core.testbed.embedded import build_processor
+    >>> teacher = ServedTeacher("http://localhost:8000/v1", "Qwen/Qwen3-VL-32B-Instruct", build_processor(), top_k=20)
+    >>> teacher.top_k
+    20
+
+    ```
     """
 
     #: No process waits for another one when it asks.
     collective = False
 
-    def __init__(self, client: ChatClient, model: str, processor: Any, *, top_k: int, hints: Path) -> None:
+    def __init__(
+        self, client: ChatClient | str, model: str, processor: Any, *, top_k: int = 20, hints: Path | None = None
+    ) -> None:
         self.processor, self.top_k = processor, top_k
-        self._client, self._model, self._hints = client, model, hints
-        self._markup = markup_of(processor.tokenizer)
+        self._client = ChatClient(client) if isinstance(client, str) else client
+        self._model, self._hints = model, hints
+        self._tokenizer = tokenizer_of(processor)
+        self._markup = markup_of(self._tokenizer)
         self._vocabulary = 0  # known from the student
 
     def check_fits(self, student: Any, processor: Any) -> None:
@@ -75,21 +92,24 @@ class ServedTeacher:
 
     # Hints ------------------------------------------------------------------------------------------------------
 
-    def write_hints(self, rows: Sequence[Mapping[str, Any]], *, max_tokens: int, seed: int = 0) -> list[str | None]:
-        """The likeliest hint for each row (greedy); None where none can be read.
+    def write_hints(
+        self, prompts: Sequence[Prompt], *, max_tokens: int, seed: int = 0, template: Mapping[str, Any] | None = None
+    ) -> list[str | None]:
+        """The likeliest hint for each prompt (greedy); None where none can be read.
 
         As a hint depends on nothing but model, prompt, picture and length, every one is asked for once and kept; where
         an answer has none it is asked for again, as the server may have been put right.
 
         Args:
-            rows: each with ``question``, ``options``, ``answer`` (a letter) and ``image`` (PIL).
+            prompts: messages whose image parts hold their pictures.
             max_tokens: the longest hint, tags included.
             seed: of no effect, as nothing is drawn.
+            template: further arguments of the chat template.
 
         Raises:
             TeacherServerError: as `ChatClient.ask_all` says.
         """
-        bodies = [self.hint_body(row, max_tokens) for row in rows]
+        bodies = [self.hint_body(prompt, max_tokens, template or {}) for prompt in prompts]
         keys = [hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() for body in bodies]
         texts = {key: self._kept(key) for key in keys}
         asked = {key: body for key, body in zip(keys, bodies, strict=True) if texts[key] is None}
@@ -97,10 +117,10 @@ class ServedTeacher:
         texts |= dict(zip(names, self.ask_texts(list(asked.values()), names), strict=True))
         return [parse_hint(texts[key] or "", self._markup) for key in keys]
 
-    def hint_body(self, row: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
-        """The request for a hint: all that it depends on."""
-        messages = with_pictures(hint_messages(row["question"], row["options"], row["answer"]), [row["image"]])
-        return {"model": self._model, "messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
+    def hint_body(self, prompt: Prompt, max_tokens: int, template: Mapping[str, Any]) -> dict[str, Any]:
+        """The request for a hint: all that it depends on. Raises ``ValueError`` for a prompt that is no chat."""
+        body = {"model": self._model, "messages": as_sent(chat(prompt)), "max_tokens": max_tokens, "temperature": 0.0}
+        return body | _template(template)
 
     def ask_texts(self, bodies: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()) -> list[str]:
         """The completions' texts, each kept under its key (of as many, or none) as soon as it is there."""
@@ -119,6 +139,8 @@ class ServedTeacher:
         return self._client.ask_all(bodies, read)
 
     def _kept(self, key: str) -> str | None:
+        if self._hints is None:
+            return None
         path = self._hints / f"{key}.json"
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -132,25 +154,28 @@ class ServedTeacher:
         return None
 
     def _keep(self, key: str, text: str) -> None:
+        if self._hints is None:
+            return
         self._hints.mkdir(parents=True, exist_ok=True)
-        partial = self._hints / f".{key}.{os.getpid()}.partial"  # several processes may ask for one hint
-        try:
-            partial.write_text(json.dumps({"model": self._model, "text": text}, ensure_ascii=False), encoding="utf-8")
-            partial.replace(self._hints / f"{key}.json")
-        finally:
-            partial.unlink(missing_ok=True)
+        kept = json.dumps({"model": self._model, "text": text}, ensure_ascii=False)
+        write_atomically(self._hints / f"{key}.json", kept)  # several processes may ask for one hint
 
     # Log-probabilities ------------------------------------------------------------------------------------------
 
     def score_batch(
-        self, rows: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any], mask_BT: Tensor
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        inputs: Mapping[str, Any],
+        mask_BT: Tensor,
+        template: Mapping[str, Any] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """What `top_k.gather_targets` takes, for the rows of a GRPOTrainer batch; nothing else is asked for.
 
         Args:
-            rows: B dataset rows with ``prompt`` and ``image``.
+            rows: B dataset rows with ``prompt`` and their pictures.
             inputs: with ``prompt_ids``, ``prompt_mask`` and ``completion_ids``, B rows each.
             mask_BT: 1 on the tokens to be guided.
+            template: further arguments of the chat template.
 
         Returns:
             B tensors of ids and B of log-probabilities (on the CPU; of no tokens where nothing was asked for), and
@@ -162,10 +187,10 @@ class ServedTeacher:
         for row in wanted:
             one = Completion(
                 name=str(rows[row].get("id", row)),
-                messages=rows[row]["prompt"],
-                images=[rows[row]["image"]] if rows[row].get("image") is not None else [],
+                messages=chat(with_images(rows[row]["prompt"], rows[row])),
                 prompt_ids=inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()].tolist(),
                 completion_ids=inputs["completion_ids"][row][mask_BT[row].bool()].tolist(),
+                template=template or {},
             )
             if self.is_canonical(one):
                 asked[row] = one
@@ -181,13 +206,14 @@ class ServedTeacher:
         Sampling can put a word together from other pieces than a tokenizer would; a server that takes text cannot
         be asked about those.
         """
-        processor, tokenizer = self.processor, self.processor.tokenizer
-        prompt = processor.apply_chat_template(list(one.messages), tokenize=False, add_generation_prompt=True)
+        tokenizer = self._tokenizer
+        arguments = {"tokenize": False, "add_generation_prompt": True, **one.template}
+        prompt = self.processor.apply_chat_template(list(one.messages), **arguments)
         both = tokenizer(prompt + self._text(one), add_special_tokens=False)["input_ids"]
         return bool(both == tokenizer(prompt, add_special_tokens=False)["input_ids"] + one.completion_ids)
 
     def _text(self, one: Completion) -> str:
-        return str(self.processor.tokenizer.decode(one.completion_ids, skip_special_tokens=False))
+        return str(self._tokenizer.decode(one.completion_ids, skip_special_tokens=False))
 
     def score(self, completions: Sequence[Completion]) -> list[tuple[Tensor, Tensor]]:
         """The teacher's likeliest tokens at each place of each completion: ids (t, k), log-probabilities (t, k+1).
@@ -202,10 +228,9 @@ class ServedTeacher:
         return self._client.ask_all(bodies, lambda index, answer: self._read(completions[index], answer))
 
     def _score_body(self, one: Completion) -> dict[str, Any]:
-        messages = with_pictures(one.messages, one.images)
-        return {
+        body = {
             "model": self._model,
-            "messages": [*messages, {"role": "assistant", "content": self._text(one)}],
+            "messages": [*as_sent(one.messages), {"role": "assistant", "content": self._text(one)}],
             "add_generation_prompt": False,
             "continue_final_message": True,
             "prompt_logprobs": self.top_k,
@@ -213,6 +238,7 @@ class ServedTeacher:
             "max_tokens": 1,
             "temperature": 0.0,
         }
+        return body | _template(one.template)
 
     def _read(self, one: Completion, answer: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         told: Any = answer.get("prompt_logprobs")
@@ -244,7 +270,7 @@ class ServedTeacher:
             raise TeacherMismatchError(f"{where}: {len(told)} tokens have log-probabilities, expected {len(ours)}")
 
     def _token(self, ids: Sequence[Any], place: int) -> str:
-        return repr(self.processor.tokenizer.convert_ids_to_tokens(ids[place])) if place < len(ids) else "none"
+        return repr(self._tokenizer.convert_ids_to_tokens(ids[place])) if place < len(ids) else "none"
 
     def _likeliest(self, one: Completion, place: int, told: Any) -> tuple[list[tuple[int, float]], list[float]]:
         """The k likeliest tokens at one place with their log-probabilities, and that of all others in a list."""
@@ -271,3 +297,15 @@ class ServedTeacher:
             return likeliest, []
         rest = 1 - math.fsum(math.exp(value) for _, value in likeliest)
         return likeliest, [math.log(max(rest, _LEAST_REST))]
+
+
+def chat(prompt: Prompt) -> list[dict[str, Any]]:
+    """``prompt``, which must be a chat: the server cuts it into tokens by its chat template."""
+    if isinstance(prompt, str):
+        raise ValueError("a prompt is text, expected chat messages: a served teacher is asked by chats alone")
+    return prompt
+
+
+def _template(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a request that hands arguments to the server's chat template."""
+    return {"chat_template_kwargs": dict(arguments)} if arguments else {}

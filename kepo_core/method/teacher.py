@@ -7,18 +7,28 @@ from typing import Any
 import torch
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
-from kepo_core.task.prompts import hint_messages
+from kepo_core.method.task import Prompt, images_in
 
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 _STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
 _MARKUP = re.compile(r"<\S+>")
 #: What a batch of GRPOTrainer holds for the model beside the ids, one entry per row (after splitting by images).
-_MODEL_FIELDS = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "token_type_ids")
+MODEL_FIELDS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
 #: What must be equal for one model's image tensors to be readable by another.
 _IMAGE_FIELDS = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor")
 
@@ -41,6 +51,11 @@ def parse_hint(text: str, markup: Sequence[str] = ()) -> str | None:
     return hint.strip() or None
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, or the tokenizer that is the processor of a text model."""
+    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+
+
 def markup_of(tokenizer: Any) -> tuple[str, ...]:
     """The special tokens of a tokenizer, and added ones that look like tags, for `parse_hint`."""
     added = [text for text in tokenizer.get_added_vocab() if _MARKUP.fullmatch(text)]
@@ -48,15 +63,29 @@ def markup_of(tokenizer: Any) -> tuple[str, ...]:
 
 
 class Teacher:
-    """A fixed vision-language model with its processor.
+    """π_T: a fixed language model, with or without vision, in this process.
 
     Args:
-        model: a Hugging Face image-text model; its parameters are frozen here.
-        processor: its processor, with tokenizer and chat template.
+        model: a Hugging Face causal language model or image-text model; its parameters are frozen here.
+        processor: its processor or, for a text model, its tokenizer; with a chat template where prompts are chats.
         batch_size: most rows in one of its forward passes or generations.
 
     Raises:
         ValueError: logits that are more than states times the head, or a quantised head.
+
+    Example:
+    ```python
+    >>> from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    >>> from kepo_core import Teacher
+    >>> from kepo_core.testbed.embedded import build_tokenizer
+    >>> tokenizer = build_tokenizer()
+    >>> config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    >>> teacher = Teacher(Qwen3ForCausalLM(config), tokenizer)
+    >>> teacher.write_hints(["1 + 1 = 2. A hint: "], max_tokens=4, seed=0)  # an untrained model writes no tags
+    [None]
+
+    ```
     """
 
     #: All processes have to ask at the same time: it may be sharded over them.
@@ -72,7 +101,11 @@ class Teacher:
         self.batch_size = batch_size
         self._model = model.requires_grad_(False).eval()
         self._wrapped = self._model
-        self._markup = markup_of(processor.tokenizer)
+        self._tokenizer = tokenizer_of(processor)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token  # as TRL does for the student
+        self._markup = markup_of(self._tokenizer)
+        self._padded_apart = False  # from the student's embedding
         add_hidden_state_output(self._model)
         let_generate(self._model)
 
@@ -89,10 +122,12 @@ class Teacher:
     def check_fits(self, student: Any, processor: Any) -> None:
         """Raise unless the student's tokens and image tensors mean the same to this teacher.
 
+        Heads may be padded to different sizes, as real checkpoints are: the divergence is over the rows that both have.
+
         Raises:
-            ValueError: the vocabularies, the sizes of the heads or the cutting of images into patches differ.
+            ValueError: the vocabularies or the cutting of images into patches differ, or a head lacks tokens.
         """
-        mine, theirs = self.processor.tokenizer.get_vocab(), processor.tokenizer.get_vocab()
+        mine, theirs = self._tokenizer.get_vocab(), tokenizer_of(processor).get_vocab()
         if mine != theirs:
             differing = sorted(set(mine.items()) ^ set(theirs.items()))[0][0]
             raise ValueError(
@@ -100,10 +135,17 @@ class Teacher:
                 f"{differing!r} for one), expected the same tokenizer: distillation compares them token by token"
             )
         sizes = self.head.weight.shape[0], student.get_output_embeddings().weight.shape[0]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"the teacher's head has {sizes[0]} rows and the student's {sizes[1]}, expected as many")
+        if min(sizes) <= (last := max(mine.values())):
+            raise ValueError(
+                f"the teacher's head has {sizes[0]} rows and the student's {sizes[1]}, expected more than {last}, the "
+                "last token's id"
+            )
+        self._padded_apart = sizes[0] != sizes[1]
+        halves = [getattr(p, "image_processor", None) for p in (self.processor, processor)]
+        if halves[1] is not None and halves[0] is None:
+            raise ValueError("the student sees pictures and the teacher none, expected an image-text teacher")
         for name in _IMAGE_FIELDS:
-            values = [getattr(p.image_processor, name, None) for p in (self.processor, processor)]
+            values = [getattr(half, name, None) for half in halves]
             if values[0] != values[1]:
                 raise ValueError(
                     f"the teacher's {name} is {values[0]} and the student's {values[1]}, expected the same: "
@@ -115,6 +157,11 @@ class Teacher:
         if getattr(self._model, "is_quantized", False):
             return
         if deepspeed:
+            if self._padded_apart:
+                raise ValueError(
+                    "the teacher's head has another number of rows than the student's, expected as many under "
+                    "DeepSpeed, which shards them: use FSDP2 or whole copies"
+                )
             self._wrapped = prepare_deepspeed(self._model, accelerator)
         elif fsdp:
             # Layer by layer, as accelerate does the student: TRL's prepare_fsdp gathers all of it on every GPU at once.
@@ -126,31 +173,60 @@ class Teacher:
         else:
             self._wrapped = accelerator.prepare_model(self._model, evaluation_mode=True)
 
-    def write_hints(self, rows: Sequence[Mapping[str, Any]], *, max_tokens: int, seed: int) -> list[str | None]:
-        """Hints h ~ π_T(·|x, y) (Eq. 8), sampled at temperature 1 for each row; None where no hint can be read.
+    def write_hints(
+        self, prompts: Sequence[Prompt], *, max_tokens: int, seed: int, template: Mapping[str, Any] | None = None
+    ) -> list[str | None]:
+        """Hints h ~ π_T(·|x, y) (Eq. 8), sampled at temperature 1 for each prompt; None where no hint can be read.
 
         Args:
-            rows: each with ``question``, ``options``, ``answer`` (a letter) and ``image`` (PIL).
+            prompts: text, or messages whose image parts hold their pictures.
             max_tokens: the longest hint, tags included.
-            seed: all that the hints depend on besides rows and weights; the caller's generators are left alone.
+            seed: all that the hints depend on besides prompts and weights; the caller's generators are left alone.
+            template: further arguments of the chat template.
         """
         devices = [self._model.device] if self._model.device.type == "cuda" else []
         hints: list[str | None] = []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(seed)
-            for start in range(0, len(rows), self.batch_size):
-                texts = self._generate(rows[start : start + self.batch_size], max_tokens)
+            for start in range(0, len(prompts), self.batch_size):
+                texts = self._generate(prompts[start : start + self.batch_size], max_tokens, template or {})
                 hints += [parse_hint(text, self._markup) for text in texts]
         return hints
 
-    def _generate(self, rows: Sequence[Mapping[str, Any]], max_tokens: int) -> list[str]:
-        prompts = [hint_messages(row["question"], row["options"], row["answer"]) for row in rows]
-        texts = [
-            self.processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts
-        ]
-        images = [[row["image"]] for row in rows]
-        inputs = self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-        tokenizer, own = self.processor.tokenizer, self._model.generation_config
+    def _generate(self, prompts: Sequence[Prompt], max_tokens: int, template: Mapping[str, Any]) -> list[str]:
+        """The texts that follow the prompts; those with pictures and those without are two batches."""
+        texts = [""] * len(prompts)
+        for pictured in (True, False):
+            rows = [row for row, prompt in enumerate(prompts) if bool(images_in(prompt)) == pictured]
+            if rows:
+                written = self._generate_alike([prompts[row] for row in rows], max_tokens, template)
+                for row, text in zip(rows, written, strict=True):
+                    texts[row] = text
+        return texts
+
+    def _inputs(self, prompts: Sequence[Prompt], template: Mapping[str, Any]) -> Any:
+        """The model's inputs for prompts that all have pictures, or all have none."""
+        processor, vision = self.processor, isinstance(self.processor, ProcessorMixin)
+
+        def text_of(prompt: Prompt) -> str:
+            if isinstance(prompt, str):
+                return prompt
+            messages = prepare_multimodal_messages(prompt) if vision else prompt
+            arguments = {"tokenize": False, "add_generation_prompt": True, **template}
+            return str(processor.apply_chat_template(messages, **arguments))
+
+        images = [images_in(prompt) for prompt in prompts]
+        pictures = {"images": images} if any(images) else {}
+        texts = [text_of(prompt) for prompt in prompts]
+        bos = self._tokenizer.bos_token
+        # A chat template writes the tokens that a text begins with; a processor's may leave them to the tokenizer.
+        written = not isinstance(prompts[0], str) and (not vision or (bos is not None and texts[0].startswith(bos)))
+        special = {"add_special_tokens": False} if written else {}
+        return processor(text=texts, **pictures, **special, padding=True, padding_side="left", return_tensors="pt")
+
+    def _generate_alike(self, prompts: Sequence[Prompt], max_tokens: int, template: Mapping[str, Any]) -> list[str]:
+        inputs = self._inputs(prompts, template)
+        tokenizer, own = self._tokenizer, self._model.generation_config
         declared = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         image_token = getattr(self._model.config, "image_token_id", None)
         # `generate` fills what an argument leaves open from the model's own configuration, which may carry penalties.
@@ -193,14 +269,17 @@ class Teacher:
 
 def select_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     """Model inputs (prompt and completion joined) of some rows of a GRPOTrainer batch, each with its own images."""
-    fields = {name: inputs[name] for name in (*_MODEL_FIELDS, "num_images") if inputs.get(name) is not None}
+    fields = {name: inputs[name] for name in (*MODEL_FIELDS, "num_images", "num_tiles") if inputs.get(name) is not None}
     split = split_pixel_values_by_grid(fields)
     chosen = {
         name: value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
         for name, value in split.items()
     }
     merged: dict[str, Any] = unsplit_pixel_values_by_grid(chosen)
-    merged.pop("num_images", None)
+    counts = merged.pop("num_images", None)
+    merged.pop("num_tiles", None)  # like num_images TRL's own, not the model's
+    if counts is not None and not any(counts):  # rows of text among rows with pictures
+        merged = {name: value for name, value in merged.items() if name.endswith("token_type_ids")}
     index = list(rows)
     for joined, parts in (("input_ids", "ids"), ("attention_mask", "mask")):
         merged[joined] = torch.cat([inputs[f"prompt_{parts}"], inputs[f"completion_{parts}"]], dim=1)[index]

@@ -7,70 +7,77 @@ around rewards and advantages, and `_compute_loss` (the divergence, from the sam
 ``explore`` off nothing that reaches the weights or TRL's metrics differs from GRPOTrainer by a bit.
 """
 
-import inspect
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
+from datasets import IterableDataset
 from torch import Tensor
+from trl.trainer.utils import get_config_model_id
 
 from kepo_core.method import hinted, objective
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
-from kepo_core.method.loss import GatedLossTrainer
-from kepo_core.method.rollouts import Completion, Rollout, rollout_metrics, write_rollouts
+from kepo_core.method.recording import Generation, record
+from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward
 from kepo_core.method.served import ServedTeacher
+from kepo_core.method.task import Prompt, Row, Task, check_columns, check_task, with_images
 from kepo_core.method.teacher import Teacher
-from kepo_core.task.prompts import needs_hint
-from kepo_core.task.rewards import RewardFunction, checked_reward, reward_functions
 
 __all__ = ["KEPOConfig", "KEPOTrainer"]
 
-#: What a dataset row needs for a completion to be scored, and beside it for a hint to be asked for.
-SCORED_COLUMNS = ("answer", "options")
-HINT_COLUMNS = (*SCORED_COLUMNS, "question", "image", "id")
 
-
-@dataclass
-class _Generation:
-    """One generation batch on this process, between TRL's hooks. Rows are local; groups are global."""
-
-    rows: Sequence[Mapping[str, Any]]
-    own: list[Completion] = field(default_factory=list)  # the student's own rollouts
-    final: list[Completion] = field(default_factory=list)  # after injection
-    exploration: hinted.Exploration = field(default_factory=hinted.Exploration)
-    injected: list[int] = field(default_factory=list)  # rows whose original was replaced
-    rewards: Tensor | None = None  # (all rows, reward functions)
-
-
-def _checked(reward: Any, args: KEPOConfig) -> Any:
-    """A reward function that is checked at every call; reward models and asynchronous functions are TRL's affair."""
-    if inspect.isroutine(reward) and not inspect.iscoroutinefunction(reward):
-        return checked_reward(reward)
-    if args.explore and args.exploration_reward == "total":
-        raise ValueError(f"exploration_reward is 'total' but {reward} is a reward model, expected plain functions")
-    return reward
-
-
-class KEPOTrainer(GatedLossTrainer):
-    """GRPO with the two parts of KEPO, each of which can be switched off.
+class KEPOTrainer(ScoringTrainer):
+    """GRPO with the two parts of KEPO, each of which can be switched off. It takes GRPOTrainer's place.
 
     Args:
-        model: the student, a model or its name or path.
-        reward_funcs: TRL reward functions; by default Appendix B's [accuracy, format].
-        args: a `KEPOConfig`.
-        train_dataset: rows with ``prompt`` (messages of the plain prompt x), ``image`` (PIL), ``question``,
-            ``options`` (texts), ``answer`` (letter) and ``id``.
-        teacher: π_T, in process or served, needed to distil and for hints.
-        **kwargs: as for GRPOTrainer (``processing_class``, ``eval_dataset``, ``callbacks``, ``peft_config``, …).
+        model: the student, as for GRPOTrainer: a model, or its name or path; text alone or with vision.
+        reward_funcs: TRL's rewards: functions, coroutines, reward models. The gate and exploration read those that
+            ``gate_reward`` and ``exploration_reward`` of ``args`` name (by default the first).
+        args: a `KEPOConfig`. Without it TRL's defaults hold, with those parts of KEPO that ``teacher`` and ``task``
+            allow.
+        train_dataset: TRL's rows: ``prompt`` (x, plain), ``image`` or ``images`` where there are any, and what reward
+            functions and ``task`` read.
+        eval_dataset: as for GRPOTrainer. Evaluation never explores.
+        teacher: π_T, in process or served; needed to distil and for hints.
+        task: how hints are asked for and told; needed to explore. What it reads in a completion goes into the rollouts
+            file, and reward functions then get completions as plain text, reasoning included.
+        **kwargs: as for GRPOTrainer (``processing_class``, ``callbacks``, ``peft_config``, …).
 
     Raises:
-        ValueError: a missing teacher or column, too few rows, or a teacher that does not fit the student.
+        ValueError: a missing teacher, task or column, a reward that there is not, too few rows, a task that does not
+            fit the rows or a teacher that does not fit the student; one sentence, before anything is computed.
+
+    Example:
+    ```python
+    >>> from datasets import Dataset
+    >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+    >>> from kepo_core import KEPOConfig, KEPOTrainer, Teacher, Templates
+    >>> from kepo_core.testbed.embedded import build_tokenizer
+    >>> tokenizer = build_tokenizer()
+    >>> def tiny():
+    ...     return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+    ...         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    >>> def correct(completions, solution, **_):
+    ...     return [float(s in c) for c, s in zip(completions, solution)]
+    >>> trainer = KEPOTrainer(
+    ...     model=tiny(),
+    ...     reward_funcs=correct,
+    ...     args=KEPOConfig(output_dir="/tmp/kepo-example", num_generations=2, per_device_train_batch_size=2,
+    ...                     max_completion_length=4, max_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True),
+    ...     train_dataset=Dataset.from_list([{"prompt": "1 + 1 =", "solution": "2"}] * 4),
+    ...     processing_class=tokenizer,
+    ...     teacher=Teacher(tiny(), tokenizer),
+    ...     task=Templates(asking="It is {solution}. Write a <hint>...</hint>.", telling="Hint: {hint}"),
+    ... )
+    >>> int(trainer.train().global_step)
+    1
+
+    ```
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "kepo"]
@@ -78,25 +85,29 @@ class KEPOTrainer(GatedLossTrainer):
     def __init__(
         self,
         model: Any,
-        reward_funcs: list[RewardFunction] | RewardFunction | None = None,
+        reward_funcs: Any = None,
         args: KEPOConfig | None = None,
         train_dataset: Any = None,
+        eval_dataset: Any = None,
         *,
         teacher: Teacher | ServedTeacher | None = None,
+        task: Task | None = None,
         **kwargs: Any,
     ) -> None:
+        args = _default_config(model, teacher, task) if args is None else args
         if not isinstance(args, KEPOConfig):
-            raise ValueError(f"args is {type(args).__name__}, expected a KEPOConfig")
-        self._check_parts(args, train_dataset, teacher, kwargs)
-        given = reward_functions(args.thinking) if reward_funcs is None else reward_funcs
-        reward_funcs = [_checked(f, args) for f in (given if isinstance(given, list) else [given])]
-        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
-        self.teacher = teacher
-        self._generation, self._window = _Generation([]), {}
+            raise ValueError(f"args is a {type(args).__name__}, expected a KEPOConfig: GRPOConfig's fields, and KEPO's")
+        self.task, self.teacher = task, teacher
+        self.asks_hints = self._check_parts(args, train_dataset, kwargs)
+        if reward_funcs is not None:
+            given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            reward_funcs = [checked_reward(reward) for reward in given]
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
+        self._find_rewards()
+        if args.scale_rewards == "rloo":
+            self.scale_rewards = "none"  # TRL computes Eq. 6, of which Eq. 4 is made
+        self._generation, self._window = Generation([]), {}
         self._generation_of_step = (-1, 0)
-        if args.ratio_clip == "eq5":
-            # min(r, clip(r)) = min(r, 1 + ε): no lower bound, and the upper one for either sign of the advantage.
-            self.epsilon_low, self.epsilon_high, args.delta = 1.0, args.epsilon, 1 + args.epsilon
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         let_generate(student)
         if teacher is None:
@@ -107,27 +118,28 @@ class KEPOTrainer(GatedLossTrainer):
             add_distillation_head(student)
         teacher.prepare(self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
 
-    @staticmethod
-    def _check_parts(args: KEPOConfig, dataset: Any, teacher: Any, kwargs: Mapping[str, Any]) -> None:
+    def _check_parts(self, args: KEPOConfig, dataset: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether hints are asked for; raises where KEPO's parts lack something."""
+        first = _first_row(dataset)
+        if self.task is not None and first is not None:
+            check_columns(self.task, first)
         parts = [name for name in ("distill", "explore") if getattr(args, name)]
         if not parts:
-            return
-        if teacher is None and (args.distill or needs_hint(args.hint_context)):
-            raise ValueError(f"{parts[0]} is True but teacher is None, expected a Teacher")
+            return False
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name):
                 raise ValueError(f"{name} is set, expected it unset: {parts[0]} knows single-turn completions only")
-        if args.multi_objective_aggregation != "sum_then_normalize":
+        if args.explore and self.task is None:
             raise ValueError(
-                f"multi_objective_aggregation is {args.multi_objective_aggregation!r}, expected 'sum_then_normalize'"
+                "explore is True but task is None, expected a task that says how hints are asked for and told, like "
+                "Templates(asking=..., telling=...)"
             )
-        if hasattr(dataset, "__getitem__") and len(dataset):
-            needed = ("prompt", *(HINT_COLUMNS if args.explore else SCORED_COLUMNS))
-            missing = [name for name in needed if name not in dataset[0]]
-            if missing:
-                raise ValueError(f"train_dataset lacks {', '.join(missing)}, expected columns {', '.join(needed)}")
-            if len(dataset) < (least := args.generation_batch_size // args.num_generations):
-                raise ValueError(f"train_dataset has {len(dataset)} rows, expected {least} or more, a generation batch")
+        asks = self.task is not None and args.explore and first is not None and check_task(self.task, first)
+        if self.teacher is None and (args.distill or asks):
+            raise ValueError(f"{parts[0]} is True but teacher is None, expected a Teacher")
+        if hasattr(dataset, "__len__") and len(dataset) < (least := args.generation_batch_size // args.num_generations):
+            raise ValueError(f"train_dataset has {len(dataset)} rows, expected {least} or more, a generation batch")
+        return asks
 
     # Rollouts ---------------------------------------------------------------------------------------------------
 
@@ -135,21 +147,20 @@ class KEPOTrainer(GatedLossTrainer):
         """TRL's rollouts (whose lengths it logs here), then exploration where a whole group failed."""
         ids_of_prompts, ids, mask, completions, sampling_logps, *rest = super()._generate(prompts)
         now = self._generation
-        if not all(column in now.rows[0] for column in SCORED_COLUMNS):
-            return ids_of_prompts, ids, mask, completions, sampling_logps, *rest
-        now.own = hinted.read_completions(self, now.rows, ids)
-        now.final = list(now.own)
         if self.model.training:
-            now.exploration = hinted.explore_groups(self, now.rows, now.own, self._seed())
-            self._inject(now)
+            now.own = hinted.read_completions(self, now.rows, ids)
+            now.final = list(now.own)
+            if self.args.explore:
+                self._explore(now, prompts)
         for row in now.injected:
             ids[row] = now.final[row].ids
             if sampling_logps is not None:
                 # Drawn from another prompt: NaN exempts a token from the sampler correction (its ratio is 1).
                 sampling_logps[row] = [math.nan] * len(ids[row])
-        if not isinstance(completions[0], str):
+        if self.task is not None and not self.tools:
             # As text, also where a tokenizer would have parsed the reasoning out of the message.
-            completions = [[{"role": "assistant", "content": c.text}] for c in now.final]
+            read = now.final or hinted.read_completions(self, now.rows, ids)
+            completions = [as_trl(prompt, completion) for prompt, completion in zip(prompts, read, strict=True)]
         return ids_of_prompts, ids, mask, completions, sampling_logps, *rest
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +179,22 @@ class KEPOTrainer(GatedLossTrainer):
         """Names this generation batch: what is drawn for it besides tokens depends on nothing else."""
         return f"{self.args.seed}/{self._generation_of_step[0]}/{self._generation_of_step[1]}"
 
-    def _inject(self, now: _Generation) -> None:
+    def _explore(self, now: Generation, prompts: Sequence[Prompt]) -> None:
+        """Score the student's own rollouts, explore, and put accepted draws in the place of originals."""
+        now.scored = self.score(now.rows, prompts, now.own)
+        now.exploration = hinted.explore_groups(self, now.rows, prompts, now.own, now.scored, self._seed())
+        self._inject(now)
+        first = self.accelerator.process_index * len(now.rows)
+        local = now.scored[first : first + len(now.rows)].clone()
+        for row in now.injected:
+            draw = now.final[row]
+            local[row] = torch.tensor(draw.rewards, device=local.device)
+            for column, values in self._pending_extra_logs.items():  # TRL's table of completions shows the draw
+                if len(values) == len(now.rows):
+                    values[row] = draw.extras.get(column)
+        self._scored = self.accelerator.gather(local)
+
+    def _inject(self, now: Generation) -> None:
         """Put accepted draws in the place of distinct originals, drawn by the run's seed (line 15 of Algorithm 1)."""
         first = self.accelerator.process_index * len(now.rows)
         for result in now.exploration.explored:
@@ -181,53 +207,38 @@ class KEPOTrainer(GatedLossTrainer):
                     now.final[row] = draw
                     now.injected.append(row)
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """TRL's gathered rewards, refused if any is not a number: never a silent 0."""
-        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        bad = (~torch.isfinite(rewards)).nonzero().tolist()
-        if bad:
-            row, function = bad[0]
-            raise ValueError(
-                f"the reward function {self.reward_func_names[function]} returned {rewards[row, function].item()} or "
-                f"None for row {row} of step {self.state.global_step + 1}, expected a finite number"
-            )
-        self._generation.rewards = rewards
-        return rewards
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, with Eq. 4's advantages if asked for, the gate, and what the loss has to know of injection."""
-        if self.model.training:  # evaluation draws none of what is named by it
+        training = self.model.training
+        if training:  # evaluation draws none of what is named by it
             step = self.state.global_step + 1
             repeated = self._generation_of_step[0] == step
             self._generation_of_step = (step, self._generation_of_step[1] + 1 if repeated else 0)
-        now = self._generation = _Generation(inputs)
+        now = self._generation = Generation(inputs)
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
-        assert now.rewards is not None
-        totals = (now.rewards * self.reward_weights.to(now.rewards.device)).sum(1)
-        if self.model.training and self.args.advantage == "rloo":
-            output["advantages"] = objective.advantages(totals, self.num_generations, "rloo")[local]
-        if self.model.training and self.args.zero_variance == "drop":
-            output["advantages"] = objective.without_equal_groups(output["advantages"], totals, self.num_generations)
-        if not now.own:
+        if not training:
             return output
+        rewards = self._rewards
+        local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        totals = self.total(rewards)
+        if self.args.scale_rewards == "rloo":
+            output["advantages"] = objective.advantages(totals, self.num_generations, "rloo")[local]
+        if self.args.zero_variance == "drop":
+            output["advantages"] = objective.without_equal_groups(output["advantages"], totals, self.num_generations)
         advantages, keep = output["advantages"], self._kept(now)
-        signal = totals[local]
-        if self.args.gate_reward == "accuracy":
-            signal = torch.tensor([c.score.accuracy for c in now.final], device=signal.device)
+        signal = self.signal("gate_reward", rewards)[local]
         gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & keep & self.args.distill
-        log_ratio = self._measure_injected(now, output) if self.model.training and self.args.explore else {}
-        if self.model.training and self.args.distill:
+        log_ratio = self._measure_injected(now, output) if self.args.explore else {}
+        if self.args.distill:
             output["kepo_gate"] = self._ask_served(now, output, gate)
             gated_tokens = (output["completion_mask"] * output["kepo_gate"].unsqueeze(1)).sum()
             output["kepo_gated_tokens"] = self.accelerator.gather(gated_tokens).sum()
         if not keep.all():
             output["tool_mask"] = keep.unsqueeze(1).expand_as(output["completion_mask"]).long()
-        if self.model.training:
-            self._record(now, totals[local], advantages, gate, keep, log_ratio)
+        record(self, now, rewards, advantages, gate, keep, log_ratio)
         return output
 
-    def _ask_served(self, now: _Generation, output: dict[str, Any], gate: Tensor) -> Tensor:
+    def _ask_served(self, now: Generation, output: dict[str, Any], gate: Tensor) -> Tensor:
         """The rows to be guided, (B,): those past the gate, but for those that a served teacher cannot be asked about.
 
         A served teacher is asked here, about all rows of the generation batch at once; ``output`` gets its answers.
@@ -236,13 +247,13 @@ class KEPOTrainer(GatedLossTrainer):
             return gate
         mask = output["completion_mask"] * gate.unsqueeze(1)
         output["kepo_top_ids"], output["kepo_top_log_probs"], left_out = self.teacher.score_batch(
-            now.rows, output, mask
+            now.rows, output, mask, self.chat_template_kwargs
         )
         count = self.accelerator.gather(left_out.sum()).sum()
         self._metrics["train"]["kepo/unasked"].append(float(count))
         return gate & ~left_out
 
-    def _kept(self, now: _Generation) -> Tensor:
+    def _kept(self, now: Generation) -> Tensor:
         """Which rows stay in the loss: all, but for exhausted groups under ``on_exhausted="drop"``, (B,)."""
         first = self.accelerator.process_index * len(now.rows)
         dropped = {
@@ -253,7 +264,7 @@ class KEPOTrainer(GatedLossTrainer):
         flags = [(first + row) // self.num_generations not in dropped for row in range(len(now.rows))]
         return torch.tensor(flags, device=self.accelerator.device)
 
-    def _measure_injected(self, now: _Generation, output: dict[str, Any]) -> dict[int, float]:
+    def _measure_injected(self, now: Generation, output: dict[str, Any]) -> dict[int, float]:
         """How far hints pulled the injected rows off-policy: token means of log π(y|x,h,a) − log π(y|x), by row.
 
         In the same forward pass the replaced originals' entropies are measured; ``output`` gets them, and the
@@ -265,7 +276,7 @@ class KEPOTrainer(GatedLossTrainer):
         hints = {e.group: e.hint for e in now.exploration.explored}
         first = self.accelerator.process_index * len(now.rows)
         rows = now.injected + [0] * (count - len(now.injected))  # every process makes as many forward passes
-        plain = [hinted.with_image(now.rows[row]["prompt"], now.rows[row]) for row in rows]
+        plain = [with_images(now.rows[row]["prompt"], now.rows[row]) for row in rows]
         aware = [
             hinted.hint_aware_prompt(self, now.rows[row], hints.get((first + row) // self.num_generations) or "")
             for row in rows
@@ -289,60 +300,17 @@ class KEPOTrainer(GatedLossTrainer):
         means = objective.sequence_mean(hinted_logps - plain_logps, mask_y).tolist()
         return dict(zip(now.injected, means, strict=False))
 
-    def _record(
-        self,
-        now: _Generation,
-        rewards: Tensor,
-        advantages: Tensor,
-        gate: Tensor,
-        keep: Tensor,
-        log_ratio: Mapping[int, float],
-    ) -> None:
-        """Log the metrics of this generation batch and write its rollouts."""
-        first, replaced = self.accelerator.process_index * len(now.rows), set(now.injected)
-        rollouts = []
-        for row, completion in enumerate(now.final):
-            rollout = self._rollout(now, first, row, completion)
-            rollout.reward, rollout.advantage = float(rewards[row]), float(advantages[row])
-            rollout.gate, rollout.dropped = bool(gate[row]), not bool(keep[row])
-            rollout.injected, rollout.hint_log_ratio = row in replaced, log_ratio.get(row, math.nan)
-            rollouts.append(rollout)
-        for row in now.injected:
-            rollout = self._rollout(now, first, row, now.own[row])
-            rollout.replaced = True
-            rollouts.append(rollout)
-        rollouts = gather_object(rollouts)
-        exploration = now.exploration
-        metrics = rollout_metrics(rollouts, exploration.explored) | {
-            "kepo/all_fail_rate": exploration.all_fail_rate,
-            "kepo/draw_tokens": float(exploration.draw_tokens),
-        }
-        if not self.args.distill:  # without guidance there is no gate
-            del metrics["kepo/gate_rate"]
-        for name, value in metrics.items():
-            self._metrics["train"][name].append(value)
-        if self.args.log_rollouts and self.accelerator.is_main_process:
-            write_rollouts(self.args.output_dir, rollouts)
 
-    def _rollout(self, now: _Generation, first: int, row: int, completion: Completion) -> Rollout:
-        """The record of one completion in local row ``row``, with what is known before rewards and gate."""
-        group = (first + row) // self.num_generations
-        result = next((e for e in now.exploration.explored if e.group == group), None)
-        return Rollout(
-            step=self._generation_of_step[0],
-            generation=self._generation_of_step[1],
-            row=first + row,
-            group=group,
-            id=str(now.rows[row].get("id", "")),
-            completion=completion.text,
-            tokens=len(completion.ids),
-            finished=completion.finished,
-            outcome=str(completion.score.outcome),
-            letter=completion.score.letter,
-            format_ok=completion.score.format_ok,
-            accuracy=completion.score.accuracy,
-            reward=completion.score.total,
-            hint=(result.hint or "") if result else "",
-            exploration=str(result.outcome) if result else "",
-            draws=result.draws if result else 0,
-        )
+def _default_config(model: Any, teacher: Any, task: Task | None) -> KEPOConfig:
+    """The configuration of a trainer that is given none: TRL's own folder, and the parts that can work."""
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return KEPOConfig(
+        f"{name.split('/')[-1]}-KEPO", distill=teacher is not None, explore=teacher is not None and task is not None
+    )
+
+
+def _first_row(dataset: Any) -> Row | None:
+    """A first row to try a task on; None where there is none."""
+    if isinstance(dataset, IterableDataset):
+        return next(iter(dataset), None)
+    return dataset[0] if hasattr(dataset, "__getitem__") and len(dataset) else None

@@ -37,7 +37,7 @@ from kepo_core.study.evaluation import Progress, evaluate
 from kepo_core.study.methods import needs_teacher
 from kepo_core.study.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
 from kepo_core.task.dataset import to_dataset
-from kepo_core.task.rewards import reward_functions
+from kepo_core.task.multiple_choice import MultipleChoice
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,17 @@ def training_config(params: Params, output_dir: Path) -> KEPOConfig:
     # vLLM's log-probabilities are those of the nucleus that it draws from, the trainer's those of all tokens: their
     # quotient would weigh an answer by what top_p cuts off, the less the longer it is.
     named["vllm_importance_sampling_correction"] = params.top_p == 1
+    named |= _clipping(params)
     saving = {"save_strategy": "steps" if params.save_steps else "no", "save_total_limit": 1}
     return KEPOConfig(**shared | named | saving, num_generations=params.group_size)
+
+
+def _clipping(params: Params) -> dict[str, float]:
+    """The clip range in TRL's own fields."""
+    if params.ratio_clip == "ppo":
+        return {"epsilon": params.epsilon}
+    # min(r, clip(r)) = min(r, 1 + ε): no lower bound, and the upper one for either sign of the advantage.
+    return {"epsilon": 1.0, "epsilon_high": params.epsilon, "delta": 1 + params.epsilon}
 
 
 def make_trainer(
@@ -216,13 +225,15 @@ def make_trainer(
     callbacks = [MetricsWriter(run), *callbacks]
     pictures = Pictures(params.image_size, params.image_fit)
     if params.method == "kepo":
+        task = MultipleChoice(params.hint_context, params.thinking)
         trainer: Trainer = KEPOTrainer(
             model=models.student,
-            reward_funcs=reward_functions(params.thinking),
+            reward_funcs=task.reward_funcs,
             args=training_config(params, run.training_dir),
             train_dataset=to_dataset(data.train, params.thinking, pictures),
             processing_class=models.processor,
             teacher=models.teacher,
+            task=task,
             callbacks=callbacks,
             peft_config=lora_config(models.student, params),
         )

@@ -17,10 +17,12 @@ from kepo_core.data.images import Pictures, load_image
 from kepo_core.data.phantom import Facts
 from kepo_core.data.records import LETTERS, Question
 from kepo_core.data.splits import image_key
+from kepo_core.method.task import with_images
 from kepo_core.params import Params
 from kepo_core.study.evaluation import evaluate, length_batches
 from kepo_core.study.experiment import Models
 from kepo_core.task.dataset import to_dataset
+from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import Messages, hint_aware_messages, vqa_messages
 
 #: The measures of a hint, each a column of `probe`.
@@ -55,7 +57,10 @@ def probe(
         raise ValueError("models: there is no teacher, expected one that writes hints (explore with a hint).")
     pictures = Pictures(params.image_size, params.image_fit)
     rows = list(to_dataset(questions, thinking=True, pictures=pictures))
-    written = models.teacher.write_hints(rows, max_tokens=params.hint_max_tokens, seed=params.seed)
+    task = MultipleChoice()
+    written = models.teacher.write_hints(
+        [with_images(task.ask(row), row) for row in rows], max_tokens=params.hint_max_tokens, seed=params.seed
+    )
     told = [(q, hint) for q, hint in zip(questions, written, strict=True) if hint is not None]
     if not told:
         return pd.DataFrame(

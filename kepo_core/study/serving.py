@@ -14,10 +14,11 @@ from kepo_core.data import phantom
 from kepo_core.data.source import cache_dir
 from kepo_core.errors import ParamError
 from kepo_core.method.chat_client import LONGEST_ASKED, ChatClient, TeacherServerError, TeacherUnreachableError
-from kepo_core.method.served import Completion, ServedTeacher
+from kepo_core.method.served import Completion, ServedTeacher, chat
+from kepo_core.method.task import Prompt, with_images
 from kepo_core.method.teacher import parse_hint
 from kepo_core.params import Params
-from kepo_core.task.prompts import needs_hint, vqa_messages
+from kepo_core.task.prompts import hint_messages, needs_hint, vqa_messages
 
 #: What is asked to try a teacher out: a question of PhantomVQA, about a picture in which its answer is true or not.
 _QUESTION: dict[str, Any] = {
@@ -58,7 +59,7 @@ def reach(params: Params, processor: Any) -> ServedTeacher:
     teacher = connect(params, processor)
     try:
         if params.explore and needs_hint(params.hint_context):
-            teacher.ask_texts([teacher.hint_body(_row(params), max_tokens=1)])
+            teacher.ask_texts([teacher.hint_body(_hint_prompt(params), 1, {})])
         if params.distill:
             teacher.score([_completion(params, processor)])
     except TeacherServerError as error:
@@ -98,22 +99,26 @@ def _row(params: Params, place: str = "upper left") -> dict[str, Any]:
     return _QUESTION | {"image": picture}
 
 
+def _hint_prompt(params: Params) -> Prompt:
+    row = _row(params)
+    return with_images(hint_messages(row["question"], row["options"], row["answer"]), row)
+
+
 def _completion(params: Params, processor: Any, place: str = "upper left") -> Completion:
     row = _row(params, place)
-    messages = vqa_messages(row["question"], row["options"], params.thinking)
+    messages = with_images(vqa_messages(row["question"], row["options"], params.thinking), row)
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     tokenizer = processor.tokenizer
     return Completion(
         name="of a trial",
-        messages=messages,
-        images=[row["image"]],
+        messages=chat(messages),
         prompt_ids=processor(text=[text], images=[[row["image"]]])["input_ids"][0],
         completion_ids=[*tokenizer(_SAID, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
     )
 
 
 def _try_hint(params: Params, teacher: ServedTeacher) -> str:
-    (text,) = teacher.ask_texts([teacher.hint_body(_row(params), params.hint_max_tokens)])
+    (text,) = teacher.ask_texts([teacher.hint_body(_hint_prompt(params), params.hint_max_tokens, {})])
     if parse_hint(text) is None:
         raise TeacherServerError(f"no <hint>…</hint> within {params.hint_max_tokens} tokens: {text!r}")
     return repr(text)

@@ -1,1 +1,1 @@
-"""The paper's task: lettered multiple choice over one picture, with its prompts (Appendix C) and rewards (Appendix B)."""
+"""The paper's task, lettered multiple choice: its prompts (Appendix C), its rewards (Appendix B), its data set."""

@@ -24,9 +24,8 @@ each tag once and nothing but white space outside. What stands inside a field ma
 """
 
 import functools
-import math
 import re
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +101,13 @@ def _letters_in(field: str, letters: str) -> set[str]:
     return capitals if len(capitals) > 1 else set()
 
 
+@functools.lru_cache(maxsize=4096)  # the task's record and both rewards read one completion
+def _read(text: str, letters: str) -> tuple[frozenset[str], bool]:
+    """The different letters that a completion's answer fields name, and whether it has a closed one."""
+    fields = _FIELD.findall(_outside_thoughts(text))
+    return frozenset().union(*(_letters_in(field, letters) for field in fields)), bool(fields)
+
+
 def parse_completion(text: str, letters: str, *, thinking: bool, finished: bool) -> Parsed:
     """Read one completion as the module's docstring says.
 
@@ -111,18 +117,18 @@ def parse_completion(text: str, letters: str, *, thinking: bool, finished: bool)
         thinking: which of the two formats was asked for.
         finished: False if generation stopped at the token limit.
     """
-    fields = _FIELD.findall(_outside_thoughts(text))
-    named = set().union(*(_letters_in(field, letters) for field in fields))
+    named, answered = _read(text, letters)
     format_ok = _has_format(text, thinking)
     if len(named) > 1:
         return Parsed("", AnswerOutcome.AMBIGUOUS, format_ok)
     letter = next(iter(named), "")
     if letter and letter in letters:
         return Parsed(letter, None, format_ok)
-    truncated = not finished and not fields
+    truncated = not finished and not answered
     return Parsed("", AnswerOutcome.TRUNCATED if truncated else AnswerOutcome.MISSING, format_ok)
 
 
+@functools.lru_cache(maxsize=4096)
 def _has_format(text: str, thinking: bool) -> bool:
     wanted = (1, 1, 1, 1) if thinking else (0, 0, 1, 1)
     if tuple(text.count(tag) for tag in _TAGS) != wanted:
@@ -184,28 +190,3 @@ def reward_functions(thinking: bool) -> list[RewardFunction]:
     # TRL names its metrics after the function.
     bound_format_reward.__name__ = format_reward.__name__
     return [accuracy_reward, bound_format_reward]
-
-
-def checked_reward(function: RewardFunction) -> RewardFunction:
-    """``function``, whose every call must return one finite number per completion: never a silent 0.
-
-    The returned function raises:
-        ValueError: anything else came back; names the function and the first completion it failed for.
-    """
-
-    @functools.wraps(function)
-    def checked(*args: Any, completions: Sequence[Completion], **kwargs: Any) -> list[float]:
-        values = function(*args, completions=completions, **kwargs)
-        name = getattr(function, "__name__", type(function).__name__)
-        if not isinstance(values, Sized) or len(values) != len(completions):
-            got = f"{len(values)} values" if isinstance(values, Sized) else type(values).__name__
-            raise ValueError(f"the reward function {name} returned {got}, expected {len(completions)} numbers")
-        for row, value in enumerate(values):
-            if value is None or not math.isfinite(value):
-                raise ValueError(
-                    f"the reward function {name} returned {value} for completion {row} of {len(completions)}, "
-                    "expected a finite number"
-                )
-        return [float(value) for value in values]
-
-    return checked

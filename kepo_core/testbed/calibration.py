@@ -14,12 +14,14 @@ from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import Facts, load_facts
 from kepo_core.data.records import LETTERS, Answer, Question
 from kepo_core.data.splits import image_key, split_by_image
+from kepo_core.method.task import with_images
 from kepo_core.params import Params
 from kepo_core.study import experiment
 from kepo_core.study.evaluation import evaluate
 from kepo_core.study.experiment import Models, StudyData
 from kepo_core.study.models import load_model
 from kepo_core.task.dataset import to_dataset
+from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import hint_aware_messages
 
 TWO_FACT_TYPES = ("Disease Diagnosis", "Lesion Grading")
@@ -122,9 +124,10 @@ class Calibration:
         """Hint-aware draws on the questions of all-wrong groups, and what another question's hint does."""
         training = self.data.train[: self.groups]
         failed = [q for q, group in zip(training, samples, strict=True) if not any(a.correct for a in group)]
-        rows = list(to_dataset(failed, thinking=True))
+        task = MultipleChoice()
+        asked = [with_images(task.ask(row), row) for row in to_dataset(failed, thinking=True)]
         assert self.models.teacher is not None
-        written = self.models.teacher.write_hints(rows, max_tokens=self.params.hint_max_tokens, seed=self.seed)
+        written = self.models.teacher.write_hints(asked, max_tokens=self.params.hint_max_tokens, seed=self.seed)
         told = [(q, hint) for q, hint in zip(failed, written, strict=True) if hint is not None]
         questions, hints = [q for q, _ in told], [hint for _, hint in told]
         budget = self.params.rejection_budget

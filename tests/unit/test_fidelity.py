@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from kepo_harness import batch_of, make_dataset, make_row, make_trainer, right, sharp_model, wrong
+from kepo_harness import batch_of, make_dataset, make_row, make_trainer, right, row_of, sharp_model, wrong
 
 from kepo_core.method.config import _CHOICES, KEPOConfig
 from kepo_core.params import Params, project_root
 from kepo_core.study.experiment import training_config
+from kepo_core.task.prompts import HINT_CONTEXTS
 from kepo_core.testbed.embedded import build_model
 
 ROOT = project_root()
@@ -45,9 +46,9 @@ def trace(folder: Path, **overrides: Any) -> dict[str, Any]:
     hints: list[int] = []
     if trainer.teacher is not None:
 
-        def write(rows: list[dict[str, Any]], *, max_tokens: int, seed: int) -> list[str]:
+        def write(prompts: list[Any], *, max_tokens: int, **_: Any) -> list[str]:
             hints.append(max_tokens)
-            return [f"look at {row['id']}" for row in rows]
+            return [f"look at {row_of(prompt)['id']}" for prompt in prompts]
 
         trainer.teacher.write_hints = write
     torch.manual_seed(0)
@@ -90,6 +91,9 @@ VALUES: dict[str, list[Any]] = {
     "hint_max_tokens": [8, 32],
     "epsilon": [0.1, 0.2],
     "beta": [0.0, 0.1],
+    "gate_reward": ["accuracy", "total"],
+    "exploration_reward": ["accuracy", "total"],
+    "hint_context": list(HINT_CONTEXTS),
 } | {name: list(choices) for name, choices in _CHOICES.items()}
 #: Where a parameter needs company to matter.
 COMPANY: dict[str, dict[str, Any]] = {
@@ -103,7 +107,7 @@ COMPANY: dict[str, dict[str, Any]] = {
 def test_every_method_parameter_is_listed_here_with_all_its_choices() -> None:
     own = {name for name in KEPOConfig.__annotations__ if name in Params.__dataclass_fields__}
     assert own - {"gradient_checkpointing"} <= set(VALUES) and {"epsilon", "beta"} <= set(VALUES)
-    for name in VALUES:
+    for name in VALUES.keys() & Params.__dataclass_fields__.keys():
         assert set(Params.__dataclass_fields__[name].metadata["choices"]) <= set(VALUES[name]), name
 
 
@@ -176,6 +180,8 @@ RENAMED = {
     "epochs": lambda config, world: config.num_train_epochs,
     "lr_scheduler": lambda config, world: config.lr_scheduler_type,
     "precision": lambda config, world: "bf16" if config.bf16 else "fp32",
+    "ratio_clip": lambda config, world: "ppo" if config.delta is None else "eq5",
+    "epsilon": lambda config, world: config.epsilon if config.delta is None else config.epsilon_high,
 }  # fmt: skip
 
 
@@ -211,7 +217,10 @@ def test_the_steps_of_the_released_code(tmp_path: Path) -> None:
 def test_a_reading_runs_as_it_stands(tmp_path: Path, name: str) -> None:
     """All its method parameters together, over a batch with every kind of group."""
     params = Params.load(ROOT / "params" / f"{name}.yaml")
-    method = {key: getattr(params, key) for key in VALUES if key not in ("thinking", "explore")}
+    config = training_config(params, tmp_path)
+    own = {key for key in VALUES if key in KEPOConfig.__dataclass_fields__} - {"explore"}
+    method = {key: getattr(config, key) for key in (*own, "epsilon_high", "delta")}
+    method["hint_context"] = params.hint_context
     got = trace_of(tmp_path / "x", method)
     # Question 2 has a rollout in the right format, which under "total" is a reward: only question 0 explores.
     asked = [text for call in got["asked"][1:] for text in call]

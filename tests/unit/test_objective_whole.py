@@ -31,6 +31,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "tau": draw(st.sampled_from([0.0, 1.0, 2.0])),
         "compare": draw(st.sampled_from(["ge", "gt"])),
         "kind": draw(st.sampled_from(objective.ADVANTAGES)),
+        "corrected": draw(st.booleans()),
         "clip": draw(st.sampled_from(["ppo", "eq5"])),
         "level": draw(st.sampled_from(["token", "sequence"])),
         "normalizer": draw(st.sampled_from(objective.NORMALIZERS)),
@@ -51,7 +52,7 @@ def by_functions(b: dict[str, Any], student: torch.Tensor) -> torch.Tensor:
     divergence = objective.divergence(student, b["teacher"], b["divergence"], b["temperature"])
     gate = objective.gate(b["rewards"], b["tau"], b["compare"])
     term = objective.distillation_term(divergence, b["mask"], gate, b["normalizer"])
-    kl = objective.kl_to_reference(logps, b["reference"])
+    kl = objective.kl_to_reference(logps, b["reference"], ratio if b["corrected"] else 1.0)
     return objective.kepo_loss(policy, b["mask"], term, kl, coef=b["coef"], beta=b["beta"])
 
 
@@ -71,9 +72,11 @@ def advantage_by_loops(b: dict[str, Any], i: int) -> float:
     if b["kind"] == "rloo":
         return reward - (sum(group) - reward) / (len(group) - 1)
     mean = sum(group) / len(group)
-    if b["kind"] == "mean":
+    if b["kind"] == "none":
         return reward - mean
-    return (reward - mean) / (math.sqrt(sum((r - mean) ** 2 for r in group) / (len(group) - 1)) + 1e-4)
+    others = group if b["kind"] == "group" else b["rewards"].tolist()
+    centre = sum(others) / len(others)
+    return (reward - mean) / (math.sqrt(sum((r - centre) ** 2 for r in others) / (len(others) - 1)) + 1e-4)
 
 
 def clipped_by_loops(b: dict[str, Any], ratio: float, advantage: float) -> float:
@@ -109,7 +112,8 @@ def by_loops(b: dict[str, Any]) -> float:
         advantage = advantage_by_loops(b, i)
         policy += sum(clipped_by_loops(b, math.exp(c), advantage) for c in changes) / length
         apart = [float(b["reference"][i, t]) - logps[t] for t in range(length)]
-        kl += sum(math.exp(d) - d - 1 for d in apart) / length
+        ratios = [math.exp(c) if b["corrected"] else 1.0 for c in changes]
+        kl += sum(w * (math.exp(d) - d - 1) for w, d in zip(ratios, apart, strict=True)) / length
         reward = float(b["rewards"][i])
         if reward >= b["tau"] if b["compare"] == "ge" else reward > b["tau"]:
             own = sum(divergence_by_loops(b, i, t) for t in range(length))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kepo_harness import make_row, sharp_model
+from kepo_harness import hint_prompt, make_row, sharp_model
 from transformers import GenerationConfig
 
 from kepo_core.method import teacher as teacher_module
@@ -87,7 +87,8 @@ def test_each_question_gets_its_own_hint_in_batches(monkeypatch: pytest.MonkeyPa
     script = Scripted(teacher, ["<hint>one</hint>", "no tags", "<hint>a\nlonger three</hint>"])
     monkeypatch.setattr(teacher._model, "generate", script)
     rows = [make_row(0), make_row(1), make_row(2)]
-    assert teacher.write_hints(rows, max_tokens=9, seed=0) == ["one", None, "a\nlonger three"]
+    asked_for = [hint_prompt(row) for row in rows]
+    assert teacher.write_hints(asked_for, max_tokens=9, seed=0) == ["one", None, "a\nlonger three"]
     assert [len(call["input_ids"]) for call in script.calls] == [2, 1]
     asked = [t for c in script.calls for t in teacher.processor.batch_decode(c["input_ids"])]
     for text, row in zip(asked, rows, strict=True):
@@ -103,7 +104,7 @@ def test_hints_are_sampled_plainly_whatever_the_checkpoint_carries(monkeypatch: 
     teacher._model.generation_config = own
     script = Scripted(teacher, ["<hint>x</hint>"])
     monkeypatch.setattr(teacher._model, "generate", script)
-    teacher.write_hints([make_row(0)], max_tokens=7, seed=0)
+    teacher.write_hints([hint_prompt(make_row(0))], max_tokens=7, seed=0)
     used = script.calls[0]["config"]
     assert (used.do_sample, used.temperature, used.top_k, used.max_new_tokens) == (True, 1.0, 0, 7)
     assert used.repetition_penalty in (None, 1.0) and used.suppress_tokens == [teacher._model.config.image_token_id]
@@ -116,7 +117,7 @@ def test_real_hints_follow_the_seed(teacher: Teacher, monkeypatch: pytest.Monkey
     monkeypatch.setattr(teacher, "_generate", lambda *args: said.append(original(*args)) or said[-1])
     for seed in (1, 1, 2):
         torch.manual_seed(seed + len(said))
-        teacher.write_hints([make_row(0), make_row(1)], max_tokens=8, seed=seed)
+        teacher.write_hints([hint_prompt(make_row(0)), hint_prompt(make_row(1))], max_tokens=8, seed=seed)
     assert said[0] == said[1] != said[2]
 
 
@@ -214,11 +215,20 @@ def test_another_vocabulary_is_refused(teacher: Teacher) -> None:
         teacher.check_fits(build_model("test", 0), other)
 
 
-def test_another_head_size_is_refused(teacher: Teacher) -> None:
+def test_a_head_that_lacks_tokens_is_refused(teacher: Teacher) -> None:
+    student = build_model("test", 0)
+    student.resize_token_embeddings(500)
+    with pytest.raises(ValueError, match="head has 576 rows and the student's 500, expected more than 57"):
+        teacher.check_fits(student, build_processor())
+
+
+def test_heads_padded_to_different_sizes_are_refused_where_deepspeed_shards_them(teacher: Teacher) -> None:
     student = build_model("test", 0)
     student.resize_token_embeddings(600)
-    with pytest.raises(ValueError, match="head has 576 rows and the student's 600"):
-        teacher.check_fits(student, build_processor())
+    teacher.check_fits(student, build_processor())
+    with pytest.raises(ValueError, match="expected as many under DeepSpeed"):
+        teacher.prepare(None, deepspeed=True)
+    teacher.check_fits(build_model("test", 0), build_processor())
 
 
 @pytest.mark.parametrize(("name", "value"), [("patch_size", 16), ("image_mean", [0.1, 0.2, 0.3]), ("merge_size", 4)])

@@ -10,6 +10,7 @@ from kepo_harness import (
     config,
     decode,
     fails_on_0,
+    hint_prompt,
     make_dataset,
     make_row,
     make_trainer,
@@ -22,6 +23,7 @@ from kepo_harness import (
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.testbed.embedded import build_processor
 
 
@@ -216,7 +218,7 @@ def test_evaluation_never_explores_and_sees_no_hint(tmp_path: Path) -> None:
 
 def test_hints_depend_on_the_seed_and_leave_the_students_randomness_alone(tmp_path: Path) -> None:
     teacher = Teacher(sharp_model(1), build_processor())
-    rows = [make_row(0), make_row(1)]
+    rows = [hint_prompt(make_row(0)), hint_prompt(make_row(1))]
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = teacher.write_hints(rows, max_tokens=6, seed=3)
@@ -229,9 +231,11 @@ def test_hint_aware_draws_are_one_generation_a_round(tmp_path: Path) -> None:
     args = config(tmp_path, per_device_train_batch_size=16, max_completion_length=4, rejection_budget=3)
     teacher = Teacher(sharp_model(1), build_processor())
     teacher.write_hints = lambda rows, **_: ["look"] * len(rows)
+    task = MultipleChoice()
     trainer = KEPOTrainer(
-        sharp_model(0), None, args, make_dataset(), teacher=teacher, processing_class=build_processor()
-    )
+        sharp_model(0), task.reward_funcs, args, make_dataset(), teacher=teacher, task=task,
+        processing_class=build_processor(),
+    )  # fmt: skip
     trainer.model.train()
     sizes: list[int] = []
     generate = trainer.model.generate

@@ -22,6 +22,8 @@ from kepo_core.method.exploration import leaving_members
 from kepo_core.method.rollouts import GLOSSARY, collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.task.multiple_choice import GLOSSARY as TASK_GLOSSARY
+from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.testbed.embedded import build_model, build_processor
 
 
@@ -30,7 +32,10 @@ def test_metrics_are_taken_before_injection_and_each_has_a_definition(tmp_path: 
     trainer.train()
     first, second = trainer.state.log_history[:2]
     logged = {name for name in first if name.startswith("kepo/")}
-    assert logged == set(GLOSSARY) - {"kepo/unasked"}  # of a served teacher alone
+    rewards = {"kepo/rewards/accuracy_reward", "kepo/rewards/format_reward"}
+    defined = set(GLOSSARY) | set(TASK_GLOSSARY) | rewards
+    assert logged == defined - {"kepo/rewards/NAME", "kepo/unasked"}  # the last is of a served teacher alone
+    assert first["kepo/rewards/accuracy_reward"] == first["kepo/accuracy"]
     assert first["kepo/accuracy"] == pytest.approx(2 / 8) and first["rewards/accuracy_reward/mean"] == pytest.approx(
         3 / 8
     )
@@ -60,6 +65,8 @@ def test_rollouts_file(tmp_path: Path) -> None:
     assert injected["row"] == replaced["row"] and injected["id"] == replaced["id"] == "q0"
     assert injected["completion"] == right(make_row(0)) and replaced["completion"] == wrong(make_row(0))
     assert (injected["outcome"], replaced["outcome"]) == ("correct", "wrong")
+    columns = ["rewards/accuracy_reward", "rewards/format_reward"]
+    assert injected[columns].tolist() == [1.0, 1.0] and replaced[columns].tolist() == [0.0, 1.0]
     assert injected["gate"] and not replaced["gate"] and math.isnan(replaced["advantage"])
     assert injected["advantage"] == pytest.approx(0.75) and injected["reward"] == 2.0 and replaced["reward"] == 1.0
     group = rows.query("step == 1 and group == 0")
@@ -92,7 +99,8 @@ def train_for_real(output_dir: Path, seed: int) -> tuple[pd.DataFrame, list[dict
     args = config(output_dir, max_steps=2, max_completion_length=6, seed=seed, tau=0.0, hint_max_tokens=12,
                   rejection_budget=2, shuffle_dataset=True)  # fmt: skip
     teacher = Teacher(build_model("test", 1), build_processor())
-    trainer = KEPOTrainer(build_model("test", 0), None, args, make_dataset(), teacher=teacher,
+    task = MultipleChoice()
+    trainer = KEPOTrainer(build_model("test", 0), task.reward_funcs, args, make_dataset(), teacher=teacher, task=task,
                           processing_class=build_processor())  # fmt: skip
     trainer.train()
     clock = ("runtime", "per_second", "step_time")

@@ -15,6 +15,9 @@ from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.task.prompts import hint_aware_messages, vqa_messages
 
+#: Eq. 5 as it is printed, at ε = 0.2, in TRL's fields.
+EQ5 = {"epsilon": 1.0, "epsilon_high": 0.2, "delta": 1.2}
+
 
 def full_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """(B, T, V), the plain way."""
@@ -34,8 +37,9 @@ def reference_loss(trainer: KEPOTrainer, teacher: Any, batch: dict[str, Any]) ->
     logits = full_logits(trainer.model, batch)
     logps = logits.log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
     old = batch.get("old_per_token_logps", logps.detach())
-    ratio = objective.importance_ratio(logps, old, mask, args.importance_level)
-    policy = objective.weighted_advantage(ratio, batch["advantages"], args.epsilon, args.ratio_clip)
+    ratio = objective.importance_ratio(logps, old, mask, args.importance_sampling_level)
+    epsilon, clip = (args.epsilon, "ppo") if args.delta is None else (args.epsilon_high, "eq5")
+    policy = objective.weighted_advantage(ratio, batch["advantages"], epsilon, clip)
     with torch.no_grad():
         teacher_logits = full_logits(teacher, batch)
     divergence = objective.divergence(logits, teacher_logits, args.distill_beta, args.distill_temperature)
@@ -49,10 +53,10 @@ def reference_loss(trainer: KEPOTrainer, teacher: Any, batch: dict[str, Any]) ->
         {},
         {"distill_normalizer": "tokens", "distill_beta": 1.0},
         {"distill_normalizer": "gated_tokens", "distill_beta": 0.3, "distill_temperature": 2.0},
-        {"tau": 0.0, "distill_coef": 0.5, "advantage": "std"},
-        {"advantage": "rloo", "ratio_clip": "eq5"},
-        {"ratio_clip": "eq5", "importance_level": "sequence"},
-        {"importance_level": "sequence"},
+        {"tau": 0.0, "distill_coef": 0.5, "scale_rewards": "group"},
+        {"scale_rewards": "rloo", **EQ5},
+        {"importance_sampling_level": "sequence", **EQ5},
+        {"importance_sampling_level": "sequence", "scale_rewards": "batch"},
     ],
 )
 @pytest.mark.parametrize("off_policy", [False, True])

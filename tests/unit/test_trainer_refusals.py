@@ -22,6 +22,7 @@ from kepo_core.errors import ParamError
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
 from kepo_core.params import Params
+from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.rewards import reward_functions
 from kepo_core.testbed.embedded import build_model, build_processor
 
@@ -29,22 +30,18 @@ from kepo_core.testbed.embedded import build_model, build_processor
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"thinking": False}, "explore is True but thinking is False"),
-        ({"tau": 1.5}, "tau is 1.5, expected 0 to 1"),
-        ({"tau": -0.1}, "tau"),
-        ({"tau": 2.5, "gate_reward": "total"}, "expected 0 to 2"),
-        ({"gate_reward": "format"}, "gate_reward is 'format', expected one of accuracy, total"),
+        ({"tau": math.inf}, "tau is inf, expected a finite number"),
         ({"on_exhausted": "retry"}, "on_exhausted"),
-        ({"advantage": "median"}, "advantage"),
+        ({"scale_rewards": "median"}, "scale_rewards is 'median', expected one of none, group, batch, rloo"),
         ({"injected_per_group": 4}, "injected_per_group is 4"),
         ({"rejection_budget": 0}, "rejection_budget"),
         ({"distill_beta": 1.1}, "distill_beta"),
         ({"distill_temperature": 0.0}, "distill_temperature"),
         ({"distill_coef": -1.0}, "distill_coef"),
-        ({"loss_type": "dapo"}, "loss_type"),
-        ({"scale_rewards": "batch"}, "scale_rewards is 'batch'"),
-        ({"importance_sampling_level": "sequence"}, "importance_level"),
-        ({"ratio_clip": "eq5", "epsilon_high": 0.3}, "epsilon_high"),
+        ({"loss_type": "ppo"}, "loss_type is 'ppo', expected one of grpo, dapo"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
+        ({"scale_rewards": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "scale_rewards is 'rloo' but"),
+        ({"zero_variance": "drop", "loss_type": "dapo"}, "zero_variance is 'drop' but loss_type is 'dapo'"),
     ],
 )  # fmt: skip
 def test_a_wrong_parameter_is_named(tmp_path: Path, overrides: dict, sentence: str) -> None:
@@ -54,18 +51,20 @@ def test_a_wrong_parameter_is_named(tmp_path: Path, overrides: dict, sentence: s
 
 def test_every_method_parameter_of_a_run_is_a_field_of_the_configuration() -> None:
     here, defaults = KEPOConfig.__dataclass_fields__, Params()
-    method = ["thinking", "distill", "tau", "gate_reward", "gate_compare", "distill_beta", "distill_coef",
-              "distill_temperature", "distill_normalizer", "explore", "exploration_reward", "rejection_budget",
-              "injected_per_group", "on_exhausted", "hint_context", "hint_source", "hint_importance", "hint_max_tokens",
-              "advantage", "ratio_clip", "importance_level", "epsilon", "beta"]  # fmt: skip
+    method = ["distill", "tau", "gate_compare", "distill_beta", "distill_coef", "distill_temperature",
+              "distill_normalizer", "explore", "rejection_budget", "injected_per_group", "on_exhausted", "hint_source",
+              "hint_importance", "hint_max_tokens", "scale_rewards", "importance_sampling_level", "epsilon",
+              "beta"]  # fmt: skip
     assert {name: here[name].default for name in method} == {name: getattr(defaults, name) for name in method}
 
 
 def build(
-    tmp_path: Path, teacher: Any = None, dataset: Any = None, rewards: Any = None, **overrides: Any
+    tmp_path: Path, teacher: Any = None, dataset: Any = None, rewards: Any = None, task: Any = None, **overrides: Any
 ) -> KEPOTrainer:
-    return KEPOTrainer(build_model("test", 0), rewards, config(tmp_path, **overrides), dataset or make_dataset(),
-                       teacher=teacher, processing_class=build_processor())  # fmt: skip
+    task = task or MultipleChoice()
+    return KEPOTrainer(build_model("test", 0), rewards or MultipleChoice().reward_funcs, config(tmp_path, **overrides),
+                       dataset or make_dataset(), teacher=teacher, task=task,
+                       processing_class=build_processor())  # fmt: skip
 
 
 def test_a_missing_teacher_is_named(tmp_path: Path) -> None:
@@ -75,7 +74,7 @@ def test_a_missing_teacher_is_named(tmp_path: Path) -> None:
         build(tmp_path, distill=False)
 
 
-@pytest.mark.parametrize("column", ["question", "options", "answer", "image", "id"])
+@pytest.mark.parametrize("column", ["question", "options", "answer", "image"])
 def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
     rows = [{k: v for k, v in make_dataset()[i].items() if k != column} for i in range(2)]
 
@@ -102,13 +101,13 @@ def broken(value: Any) -> Any:
     return broken_reward
 
 
-@pytest.mark.parametrize("value", [float("nan"), None, float("inf"), "short"])
+@pytest.mark.parametrize("value", [float("nan"), "many", float("inf"), "short"])
 @pytest.mark.parametrize("parts", [True, False])
 def test_a_reward_that_is_no_number_for_each_completion_stops_the_run(tmp_path: Path, value: Any, parts: bool) -> None:
     trainer = make_trainer(
         tmp_path, fails_on_0, hints=lambda row: "h", distill=parts, explore=parts, rewards=broken(value)
     )
-    said = "1 values, expected 8 numbers" if value == "short" else f"{value} for completion 7 of 8"
+    said = "1 values, expected 8 numbers" if value == "short" else f"{value!r} for completion 7 of 8"
     with pytest.raises(ValueError, match=f"the reward function broken_reward returned {said}"):
         score_batch(trainer, 1, 2)
 
@@ -119,7 +118,7 @@ def test_a_reward_that_is_no_list_stops_the_run(tmp_path: Path) -> None:
         score_batch(trainer, 1, 2)
 
 
-@pytest.mark.parametrize("value", [None, "short"])
+@pytest.mark.parametrize("value", [float("nan"), "short"])
 def test_a_broken_reward_stops_exploration_too(tmp_path: Path, value: Any) -> None:
     trainer = make_trainer(
         tmp_path, fails_on_0, hints=lambda row: "h", exploration_reward="total", rewards=[broken(value)]
@@ -128,14 +127,43 @@ def test_a_broken_reward_stops_exploration_too(tmp_path: Path, value: Any) -> No
         score_batch(trainer, 0, 1)
 
 
-def test_a_reward_model_is_checked_row_by_row_and_cannot_explore_on_totals(tmp_path: Path) -> None:
+def test_a_reward_models_infinite_output_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h")
-    trainer.reward_funcs, trainer.reward_weights = [broken(None)], torch.ones(1)  # as a model's output would pass
+    trainer.reward_funcs, trainer.reward_weights = [broken(math.inf)], torch.ones(1)  # as a model's output would pass
     trainer.reward_func_names, trainer.reward_processing_classes = ["model"], [None]
-    with pytest.raises(ValueError, match="model returned nan or None for row 7 of step 1"):
+    with pytest.raises(ValueError, match="model returned inf for row 7 of step 1"):
         score_batch(trainer, 1, 2)
-    with pytest.raises(ValueError, match="exploration_reward is 'total' but some/model is a reward model"):
-        make_trainer(tmp_path, fails_on_0, exploration_reward="total", rewards=["some/model"])
+
+
+@pytest.mark.parametrize("parameter", ["gate_reward", "exploration_reward"])
+def test_a_reward_that_there_is_not_is_named_with_the_nearest(tmp_path: Path, parameter: str) -> None:
+    with pytest.raises(ValueError, match=f"{parameter} is 'acuracy', .* the nearest is 'accuracy_reward'"):
+        make_trainer(tmp_path, fails_on_0, **{parameter: "acuracy"})
+    with pytest.raises(ValueError, match=f"{parameter} is 'zzz', .*'accuracy_reward', 'format_reward'"):
+        make_trainer(tmp_path, fails_on_0, **{parameter: "zzz"})
+    twice = [lambda completions, **_: [0.0] * len(completions)] * 2
+    with pytest.raises(ValueError, match="2 reward functions are called so"):
+        make_trainer(tmp_path, fails_on_0, rewards=twice, **{parameter: "<lambda>"})
+
+
+def test_exploration_without_a_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="explore is True but task is None"):
+        KEPOTrainer(build_model("test", 0), MultipleChoice().reward_funcs, config(tmp_path), make_dataset(),
+                    teacher=Teacher(build_model("test", 1), build_processor()),
+                    processing_class=build_processor())  # fmt: skip
+
+
+def test_hints_without_reasoning_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="thinking is False, expected True"):
+        make_trainer(tmp_path, fails_on_0, thinking=False)
+
+
+@pytest.mark.parametrize("part", ["distill", "explore"])
+@pytest.mark.parametrize("argument", ["tools", "rollout_func", "environment_factory"])
+def test_completions_of_several_turns_are_refused(tmp_path: Path, part: str, argument: str) -> None:
+    other = "explore" if part == "distill" else "distill"
+    with pytest.raises(ValueError, match=f"{argument} is set, expected it unset: {part} knows single-turn"):
+        make_trainer(tmp_path, fails_on_0, trainer_args={argument: [len]}, **{other: False})
 
 
 def test_a_reward_that_raises_is_not_swallowed(tmp_path: Path) -> None:

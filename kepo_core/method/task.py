@@ -1,0 +1,211 @@
+"""What KEPO has to know of a task: how a hint is asked for and told, and what of a completion is recorded.
+
+Rewards are not part of it: they are TRL's reward functions, given to the trainer.
+"""
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from trl.data_utils import prepare_multimodal_messages
+
+#: A dataset row, and a prompt as TRL has it: text, or chat messages.
+Row = Mapping[str, Any]
+Prompt = str | list[dict[str, Any]]
+
+
+class Task(Protocol):
+    """The protocol. Subclass it and write `ask` and `tell`; `read` and `metrics` record nothing unless overridden.
+
+    Prompts are of the kind of the dataset's ``prompt`` column (text or messages). Pictures are not their business:
+    image parts stay unfilled, and the trainer puts the row's own pictures into them.
+
+    Attributes:
+        columns: the dataset columns that its methods read, ``prompt`` apart.
+
+    Example:
+    ```python
+    >>> from kepo_core.method.task import Task
+    >>> class Riddles(Task):
+    ...     columns = ("solution",)
+    ...
+    ...     def ask(self, row):
+    ...         return f"{row['prompt']} The answer is {row['solution']}. Write a hint in <hint>...</hint>."
+    ...
+    ...     def tell(self, row, hint):
+    ...         return f"{row['prompt']} Hint: {hint}"
+    >>> Riddles().tell({"prompt": "What has keys but no locks?", "solution": "a piano"}, "It makes music.")
+    'What has keys but no locks? Hint: It makes music.'
+
+    ```
+    """
+
+    columns: tuple[str, ...] = ()
+
+    def ask(self, row: Row) -> Prompt | None:
+        """The teacher's prompt for h ~ π_T(·|x, y) (Eq. 8); None where `tell` needs no hint, and no teacher is asked.
+
+        The hint is what the teacher then writes inside ``<hint>...</hint>``.
+        """
+        ...
+
+    def tell(self, row: Row, hint: str) -> Prompt:
+        """The student's prompt for y_h ~ π_θ(·|x, h, y) (Eq. 9); ``hint`` is "" where `ask` gave None."""
+        ...
+
+    def read(self, row: Row, text: str, finished: bool) -> Mapping[str, Any]:
+        """What the rollouts file says of one completion, by column; the same columns for every completion.
+
+        Args:
+            row: its dataset row.
+            text: the completion, without special tokens.
+            finished: False if it was cut off at the token limit.
+        """
+        return {}
+
+    def metrics(self, facts: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
+        """What is logged of a generation batch, by metric name.
+
+        Args:
+            facts: what `read` said of the student's own rollouts, over all processes, before injection.
+        """
+        return {}
+
+
+class Templates(Task):
+    r"""A task given by two format strings over the columns of a row.
+
+    The filled string is added to the row's prompt as a paragraph of its own: to the text, or to the last user message
+    of a conversation. A string that names ``{prompt}`` takes its place instead.
+
+    Args:
+        asking: what the teacher is asked for a hint with (Eq. 8). It should ask for ``<hint>...</hint>``.
+        telling: what the student is told with a hint (Eq. 9); it names ``{hint}``.
+
+    Raises:
+        ValueError: a string that is not a format string over plain column names, ``{hint}`` missing in ``telling`` or
+            named in ``asking``.
+
+    Example:
+    ```python
+    >>> from kepo_core import Templates
+    >>> task = Templates(
+    ...     asking="The answer is {solution}. Write a hint inside <hint>...</hint>.",
+    ...     telling="Hint: {hint}",
+    ... )
+    >>> row = {"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "solution": "5"}
+    >>> task.tell(row, "Count on from 3.")
+    [{'role': 'user', 'content': 'What is 2 + 3?\n\nHint: Count on from 3.'}]
+
+    ```
+    """
+
+    def __init__(self, asking: str, telling: str) -> None:
+        asked, told = _names("asking", asking), _names("telling", telling)
+        if "hint" in asked:
+            raise ValueError("asking names {hint}, expected it in telling alone: asking is what a hint is asked with")
+        if "hint" not in told:
+            raise ValueError(f"telling is {telling!r}, expected {{hint}} in it: the student would not see the hint")
+        self._asking, self._telling = asking, telling
+        self.columns = tuple(sorted((asked | told) - {"prompt", "hint"}))
+
+    def ask(self, row: Row) -> Prompt:
+        """The prompt with ``asking``."""
+        return _extended(row["prompt"], self._asking, row)
+
+    def tell(self, row: Row, hint: str) -> Prompt:
+        """The prompt with ``telling``."""
+        return _extended(row["prompt"], self._telling, {**row, "hint": hint})
+
+
+def _names(argument: str, template: str) -> set[str]:
+    """The names in a format string; ValueError unless each is a plain one."""
+    try:
+        parts = [(name, spec) for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{argument} is {template!r}, which is not a format string: {error}") from error
+    for name, spec in parts:
+        if not name.isidentifier() or "{" in (spec or ""):
+            raise ValueError(
+                f"{argument} names {{{name}}}, expected a column's name (write {{{{ and }}}} for plain braces)"
+            )
+    return {name for name, _ in parts}
+
+
+def _extended(prompt: Prompt, template: str, values: Mapping[str, Any]) -> Prompt:
+    """``prompt`` with the filled ``template`` behind its text, or around it where it names ``{prompt}``."""
+    replaces = "prompt" in _names("template", template)
+
+    def new(text: str) -> str:
+        filled = template.format_map({**values, "prompt": text})
+        return filled if replaces else f"{text}\n\n{filled}" if text else filled
+
+    if isinstance(prompt, str):
+        return new(prompt)
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if last is None:
+        raise ValueError(f"the prompt has no user message, expected one to extend: {prompt!r}")
+    message = {**prompt[last], "content": _extended_content(prompt[last]["content"], new, replaces)}
+    return [*prompt[:last], message, *prompt[last + 1 :]]
+
+
+def _extended_content(content: Any, new: Any, replaces: bool) -> Any:
+    if isinstance(content, str):
+        return new(content)
+    texts = [i for i, part in enumerate(content) if part["type"] == "text"]
+    if replaces:  # one text behind the pictures
+        kept = [part for part in content if part["type"] != "text"]
+        return [*kept, {"type": "text", "text": new("\n\n".join(content[i]["text"] for i in texts))}]
+    if not texts:
+        return [*content, {"type": "text", "text": new("")}]
+    parts = list(content)
+    parts[texts[-1]] = {"type": "text", "text": new(content[texts[-1]]["text"])}
+    return parts
+
+
+def images_of(row: Row) -> list[Any]:
+    """A row's pictures, from ``images`` or ``image``, as TRL reads them; there may be none."""
+    if "images" in row:
+        return list(row["images"] or [])
+    return [] if row.get("image") is None else [row["image"]]
+
+
+def with_images(prompt: Prompt | None, row: Row) -> Prompt:
+    """A prompt with the row's pictures in its image parts (in front of the text where it has no parts)."""
+    images = images_of(row)
+    if prompt is None:
+        raise ValueError("the task asks for no hint of this row, but did of the first: expected the same for all rows")
+    if not images:
+        return prompt
+    messages: Prompt = prepare_multimodal_messages(prompt, images=images)
+    return messages
+
+
+def images_in(prompt: Prompt) -> list[Any]:
+    """The pictures that a prompt's messages hold, in their order."""
+    if isinstance(prompt, str):
+        return []
+    contents = [message.get("content") for message in prompt]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part["image"] for part in parts if part["type"] == "image"]
+
+
+def check_task(task: Task, row: Row) -> bool:
+    """Whether hints are asked for, after trying the task's prompts on a first row.
+
+    Raises:
+        ValueError: they are not of the kind of the row's own prompt.
+    """
+    asked, told = task.ask(row), task.tell(row, "a hint")
+    for name, prompt in (("ask", asked), ("tell", told)):
+        if prompt is not None and isinstance(prompt, str) != isinstance(row["prompt"], str):
+            kinds = [type(value).__name__ for value in (prompt, row["prompt"])]
+            raise ValueError(f"the task's {name} gives {kinds[0]} and the prompt column {kinds[1]}, expected one kind")
+    return asked is not None
+
+
+def check_columns(task: Task, row: Row) -> None:
+    """Raise ``ValueError``, naming what is there, for the columns that ``row`` lacks."""
+    missing = [name for name in ("prompt", *task.columns) if name not in row]
+    if missing:
+        raise ValueError(f"train_dataset lacks {', '.join(missing)}, which the task reads: it has {', '.join(row)}")

@@ -1,0 +1,88 @@
+"""The paper's task as KEPO's trainer takes it: lettered multiple choice, asked and told in Appendix C's words."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kepo_core.data.records import LETTERS, AnswerOutcome
+from kepo_core.method.task import Row, Task
+from kepo_core.task.prompts import HINT_CONTEXTS, Messages, hint_aware_messages, hint_messages, needs_hint
+from kepo_core.task.rewards import RewardFunction, reward_functions, score
+
+#: The metrics that this task adds to KEPOTrainer's, all of the student's own rollouts before injection.
+GLOSSARY: dict[str, str] = {
+    "kepo/accuracy": "share of right answers among the student's own rollouts, before injection",
+    "kepo/format": "share of them in the exact format",
+    **{f"kepo/outcome/{o}": f"share of them whose answer was {o}" for o in AnswerOutcome},
+}
+
+
+class MultipleChoice(Task):
+    """Multiple choice by letter: columns ``question``, ``options`` (texts), ``answer`` (a letter) and ``image``.
+
+    Args:
+        context: what the hint-aware prompt gives beside the question: "hint+answer", "hint", "answer" or, for further
+            draws under the plain prompt, "none". Without a hint no teacher is asked.
+        thinking: whether prompts ask for explicit reasoning. The paper has no hint-aware prompt without it.
+
+    Raises:
+        ValueError: an unknown context.
+
+    Example:
+    ```python
+    >>> from kepo_core import MultipleChoice
+    >>> task = MultipleChoice()
+    >>> row = {"question": "Which colour?", "options": ["red", "blue"], "answer": "B"}
+    >>> facts = task.read(row, "<think>It is blue.</think><answer>B</answer>", finished=True)
+    >>> str(facts["outcome"]), facts["accuracy"]
+    ('correct', 1.0)
+    >>> [f.__name__ for f in task.reward_funcs]
+    ['accuracy_reward', 'format_reward']
+
+    ```
+    """
+
+    columns = ("question", "options", "answer", "image")
+
+    def __init__(self, context: str = "hint+answer", thinking: bool = True) -> None:
+        if context not in HINT_CONTEXTS:
+            raise ValueError(f"context is {context!r}, expected one of {', '.join(HINT_CONTEXTS)}")
+        self.context, self.thinking = context, thinking
+
+    @property
+    def reward_funcs(self) -> list[RewardFunction]:
+        """Appendix B's two rewards, [accuracy, format]."""
+        return reward_functions(self.thinking)
+
+    def ask(self, row: Row) -> Messages | None:
+        """Appendix C's teacher prompt (Eq. 8), where the context has a hint in it."""
+        return hint_messages(row["question"], row["options"], row["answer"]) if needs_hint(self.context) else None
+
+    def tell(self, row: Row, hint: str) -> Messages:
+        """Appendix C's hint-aware prompt (Eq. 9). Raises ``ValueError`` without thinking."""
+        if not self.thinking:
+            raise ValueError("thinking is False, expected True: the paper has no hint-aware prompt without reasoning")
+        return hint_aware_messages(row["question"], row["options"], hint, row["answer"], self.context)
+
+    def read(self, row: Row, text: str, finished: bool) -> Mapping[str, Any]:
+        """The answer's outcome, the letter that was read, whether the format is exact, and the accuracy."""
+        letters = LETTERS[: len(row["options"])]
+        scored = score(text, row["answer"], letters, thinking=self.thinking, finished=finished)
+        return {
+            "outcome": scored.outcome,
+            "letter": scored.letter,
+            "format_ok": scored.format_ok,
+            "accuracy": scored.accuracy,
+        }
+
+    def metrics(self, facts: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
+        """See `GLOSSARY`."""
+
+        def share(flags: Sequence[float]) -> float:
+            return sum(flags) / len(flags) if flags else math.nan
+
+        metrics = {
+            "kepo/accuracy": share([f["accuracy"] for f in facts]),
+            "kepo/format": share([f["format_ok"] for f in facts]),
+        }
+        return metrics | {f"kepo/outcome/{o}": share([f["outcome"] == o for f in facts]) for o in AnswerOutcome}
