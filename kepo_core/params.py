@@ -125,7 +125,7 @@ class Params:
     # -- method: policy term (Eq. 2-6)
     scale_rewards: str = _p(
         "none",
-        "advantages: r − group mean (none, Eq. 6), that over the std of the group or of the batch, or Eq. 4 (rloo)",
+        "advantages: reward − group mean (Eq. 6), or that over the std of group or batch, or Eq. 4",
         choices=("none", "group", "batch", "rloo"),
     )
     zero_variance: str = _p(

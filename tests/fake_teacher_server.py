@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from kepo_core.method.teacher import tokenizer_of
+
 #: What vLLM's chat endpoint takes, as far as it is asked for here.
 FIELDS = {
     *("model", "messages", "max_tokens", "temperature", "add_generation_prompt", "continue_final_message"),
-    *("prompt_logprobs", "return_token_ids"),
+    *("prompt_logprobs", "return_token_ids", "chat_template_kwargs"),
 }
 #: (status, headers, body) in place of an answer.
 Reply = tuple[int, dict[str, str], bytes]
@@ -76,12 +78,15 @@ class FakeVLLM:
             tokenize=False,
             add_generation_prompt=body.get("add_generation_prompt", True),
             continue_final_message=body.get("continue_final_message", False),
+            **body.get("chat_template_kwargs", {}),
         )
-        inputs = self.processor(text=[text], images=[images], return_tensors="pt")
+        pictures = {"images": [images]} if images else {"add_special_tokens": False}
+        inputs = self.processor(text=[text], **pictures, return_tensors="pt")
         ids = inputs["input_ids"][0].tolist()
-        eos = self.processor.tokenizer.eos_token_id
+        tokenizer = tokenizer_of(self.processor)
+        eos = tokenizer.eos_token_id
         out = self.model.generate(**inputs, do_sample=False, max_new_tokens=body["max_tokens"], eos_token_id=eos)
-        said = self.processor.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        said = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         answer: dict[str, Any] = {"choices": [{"index": 0, "message": {"role": "assistant", "content": said}}]}
         if body.get("return_token_ids"):
             answer["prompt_token_ids"] = ids

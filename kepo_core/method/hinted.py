@@ -22,6 +22,7 @@ from kepo_core.method.exploration import Explored, Request
 from kepo_core.method.rollouts import Completion
 from kepo_core.method.task import Prompt, Row, images_in, with_images
 from kepo_core.method.teacher import MODEL_FIELDS
+from kepo_core.method.vision import COUNTS
 
 
 def read_completions(trainer: Any, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Completion]:
@@ -208,7 +209,7 @@ def log_probabilities(
     counts = [len(images_in(prompt)) for prompt in asked]
     model_fields: dict[str, Any] = {"num_images": counts} if any(counts) else {}
     for name, value in fields.items():
-        if name not in MODEL_FIELDS:
+        if name not in (*MODEL_FIELDS, COUNTS):
             raise ValueError(f"the processor makes {name}, which is not an input that GRPOTrainer passes on to a model")
         if isinstance(value, list) and value and isinstance(value[0], list):  # one entry per prompt token
             value = torch.cat([padded(value, 0, "left"), torch.zeros_like(completions)], dim=1)

@@ -11,10 +11,10 @@ from kepo_core.method import objective
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import Targets, keep_float32_outputs, require_finite
 from kepo_core.method.hinted import largest
-from kepo_core.method.resume import ResumableTrainer
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.top_k import TopTargets, gather_targets
+from kepo_core.method.vision import VisionTrainer
 
 
 class _Forward:
@@ -29,7 +29,7 @@ class _Forward:
         return self.output
 
 
-class GatedLossTrainer(ResumableTrainer):
+class GatedLossTrainer(VisionTrainer):
     """GRPOTrainer whose batches may carry a gate.
 
     What it reads in a batch beside TRL's entries (all optional, (B, …) on this process):

@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import nanstd
 
 ADVANTAGES = ("none", "group", "batch", "rloo")
 #: TRL's loss types, and those among them that divide by a count of tokens.
@@ -83,10 +82,16 @@ def advantages(rewards_B: Tensor, group_size: int, kind: str = "none") -> Tensor
         scored = (~groups.isnan()).sum(1, keepdim=True)
         centred = centred * scored / (scored - 1).clamp(min=1)
     elif kind == "group":
-        centred = centred / (nanstd(groups, dim=1, keepdim=True) + STD_EPSILON)
+        centred = centred / (_std(groups) + STD_EPSILON)
     elif kind == "batch":
-        centred = centred / (nanstd(groups) + STD_EPSILON)
+        centred = centred / (_std(groups.reshape(1, -1)) + STD_EPSILON)
     return centred.reshape(-1).nan_to_num(nan=0.0)
+
+
+def _std(values: Tensor) -> Tensor:
+    """The sample standard deviation of each row, (rows, 1), without its NaNs."""
+    squares = (values - values.nanmean(1, keepdim=True)) ** 2
+    return (squares.nansum(1, keepdim=True) / ((~values.isnan()).sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
 
 
 def without_equal_groups(advantages_B: Tensor, rewards_B: Tensor, group_size: int) -> Tensor:

@@ -14,6 +14,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
 from kepo_core.method.task import Prompt, images_in
+from kepo_core.method.vision import aligned
 
 _HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
 _STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
@@ -281,6 +282,8 @@ def select_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any
     if counts is not None and not any(counts):  # rows of text among rows with pictures
         merged = {name: value for name, value in merged.items() if name.endswith("token_type_ids")}
     index = list(rows)
+    width = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
+    merged = aligned(merged, width)
     for joined, parts in (("input_ids", "ids"), ("attention_mask", "mask")):
         merged[joined] = torch.cat([inputs[f"prompt_{parts}"], inputs[f"completion_{parts}"]], dim=1)[index]
     return merged

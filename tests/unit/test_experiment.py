@@ -134,7 +134,7 @@ def test_another_vocabulary_is_refused(root: Path, tmp_path: Path) -> None:
 
 def test_training_config_says_what_the_parameters_say(tmp_path: Path) -> None:
     changed = {"tau": 0.0, "group_size": 4, "prompts_per_step": 6, "prompts_per_device": 2, "beta": 0.1, "seed": 7,
-               "data_seed": 3, "learning_rate": 1e-5, "advantage": "std", "distill_beta": 0.5}  # fmt: skip
+               "data_seed": 3, "learning_rate": 1e-5, "scale_rewards": "group", "distill_beta": 0.5}  # fmt: skip
     config = experiment.training_config(Params.load(overrides=changed), tmp_path)
     assert (config.num_generations, config.per_device_train_batch_size, config.gradient_accumulation_steps) == (4, 8, 3)
     assert (config.tau, config.beta, config.seed, config.learning_rate) == (0.0, 0.1, 7, 1e-5)

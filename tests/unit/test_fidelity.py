@@ -95,6 +95,7 @@ VALUES: dict[str, list[Any]] = {
     "exploration_reward": ["accuracy", "total"],
     "hint_context": list(HINT_CONTEXTS),
 } | {name: list(choices) for name, choices in _CHOICES.items()}
+VALUES["loss_type"].remove("bnpo")  # which is dapo where a step is one batch of one process
 #: Where a parameter needs company to matter.
 COMPANY: dict[str, dict[str, Any]] = {
     "tau": {"gate_reward": "total"},

@@ -91,9 +91,9 @@ def test_advantages_carry_no_gradient_through_the_policy_term() -> None:
 
 def test_advantages_by_hand() -> None:
     rewards = T([2.0, 0.0, 1.0, 1.0, 1.0, 1.0])
-    assert objective.advantages(rewards, 3, "mean").tolist() == [1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
+    assert objective.advantages(rewards, 3, "none").tolist() == [1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
     assert objective.advantages(rewards, 3, "rloo").tolist() == [1.5, -1.5, 0.0, 0.0, 0.0, 0.0]
-    assert objective.advantages(rewards, 3, "std")[:3].tolist() == pytest.approx([1 / 1.0001, -1 / 1.0001, 0.0])
+    assert objective.advantages(rewards, 3, "group")[:3].tolist() == pytest.approx([1 / 1.0001, -1 / 1.0001, 0.0])
 
 
 @given(st.integers(2, 6), st.lists(st.floats(-2, 2), min_size=12, max_size=12))

@@ -47,8 +47,13 @@ def test_every_shipped_file_loads(name):
 
 def test_the_paper_and_the_released_code_are_told_apart():
     paper, released = Params.load(ROOT / "params/paper.yaml"), Params.load(ROOT / "params/released.yaml")
-    assert (paper.learning_rate, paper.advantage, paper.ratio_clip, paper.gate_reward) == (2e-6, "mean", "eq5", "total")
-    assert (released.advantage, released.distill_beta, released.injected_per_group) == ("std", 0.5, 2)
+    assert (paper.learning_rate, paper.scale_rewards, paper.ratio_clip, paper.gate_reward) == (
+        2e-6,
+        "none",
+        "eq5",
+        "total",
+    )
+    assert (released.scale_rewards, released.distill_beta, released.injected_per_group) == ("group", 0.5, 2)
 
 
 def test_resolved_yaml_reads_back_and_repeats_the_run(write):
