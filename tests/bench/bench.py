@@ -24,9 +24,11 @@ from trl import DistillationConfig, DistillationTrainer, GRPOTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from kepo_core.method import hinted, objective
+from kepo_core.method.task import with_images
 from kepo_core.method.teacher import Teacher, select_rows
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
 from kepo_core.quiet import quiet_third_parties
+from kepo_core.task.multiple_choice import MultipleChoice
 
 CUDA = torch.cuda.is_available()
 Batch = dict[str, Any]
@@ -64,11 +66,13 @@ class Bench:
         shared["gradient_checkpointing"] = CUDA
         args = KEPOConfig(
             str(folder / "k"), num_generations=size.group, rejection_budget=5, hint_max_tokens=16,
-            hint_context="answer", log_rollouts=False, **shared,
+            log_rollouts=False, **shared,
         )  # fmt: skip
+        task = MultipleChoice("answer")
         self.trainer = Replay(
-            student, None, args, data, teacher=Teacher(teacher, processor), processing_class=processor
-        )
+            student, task.reward_funcs, args, data, teacher=Teacher(teacher, processor), task=task,
+            processing_class=processor,
+        )  # fmt: skip
         self.student = self.trainer.model = self.trainer.accelerator.prepare_model(self.trainer.model)
         self.student.train()
         self.teacher = teacher
@@ -190,7 +194,7 @@ class Bench:
     def explore(self) -> None:
         """B rounds over all failing groups at once, hints included."""
         rows, _ = self._failing()
-        hints = self.trainer.teacher.write_hints(rows, max_tokens=16, seed=0)
+        hints = self.trainer.teacher.write_hints([hint_prompt(row) for row in rows], max_tokens=16, seed=0)
         asked = [
             hinted.hint_aware_prompt(self.trainer, row, hint or "look") for row, hint in zip(rows, hints, strict=True)
         ]
@@ -200,13 +204,13 @@ class Bench:
     def explore_one_by_one(self) -> None:
         """The same hints and draws, each on its own."""
         for row in self._failing()[0]:
-            (hint,) = self.trainer.teacher.write_hints([row], max_tokens=16, seed=0)
+            (hint,) = self.trainer.teacher.write_hints([hint_prompt(row)], max_tokens=16, seed=0)
             for _ in range(5):
                 self._draw([hinted.hint_aware_prompt(self.trainer, row, hint or "look")])
 
     def plain_generations(self) -> None:
         """As many rounds of as many rows under the plain prompt."""
-        asked = [hinted.with_image(row["prompt"], row) for row in self._failing()[0]]
+        asked = [with_images(row["prompt"], row) for row in self._failing()[0]]
         for _ in range(5):
             self._draw(asked)
 
@@ -224,7 +228,12 @@ class Bench:
 
     def generation(self) -> None:
         """The rollouts of a whole step: prompts × G rows."""
-        self._draw([hinted.with_image(row["prompt"], row) for row in self.rows])
+        self._draw([with_images(row["prompt"], row) for row in self.rows])
+
+
+def hint_prompt(row: Mapping[str, Any]) -> Any:
+    """What the teacher is asked with, the picture included."""
+    return with_images(MultipleChoice().ask(row), row)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ import torch
 from bench import CUDA, LiveBytes, Replay, peak_mib
 from sizes import MIDDLE, SIZES, Shape, Size, build, config_of, dataset_of, processor_of
 
-from kepo_core.method import hinted
+from kepo_core.method.task import with_images
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig
 from kepo_core.params import Params
@@ -27,6 +27,7 @@ from kepo_core.quiet import quiet_third_parties
 from kepo_core.study import memory
 from kepo_core.study.adapters import lora_config
 from kepo_core.study.architecture import Architecture, architecture
+from kepo_core.task.multiple_choice import MultipleChoice
 
 BASE = dataclasses.replace(SIZES["small"], prompts=2, group=4, tokens=48, vocabulary=2048)
 WIDE = Shape((96, 3, 8, 2, 16, 512), (48, 2, 4, 160))
@@ -78,9 +79,10 @@ class Measured:
         )  # fmt: skip
         data = dataset_of(size, uneven=True)
         lora = lora_config(student, Params(lora_rank=lora_rank))
+        task = MultipleChoice()
         self.trainer = Replay(
-            student, None, args, data, teacher=Teacher(self.teacher, processor), processing_class=processor,
-            peft_config=lora,
+            student, task.reward_funcs, args, data, teacher=Teacher(self.teacher, processor), task=task,
+            processing_class=processor, peft_config=lora,
         )  # fmt: skip
         self.own = self.trainer.model
         self.model = self.trainer.model = self.trainer.accelerator.prepare_model(self.trainer.model)
@@ -114,7 +116,7 @@ class Measured:
         """As many tokens as are planned with, whatever is said."""
         said, self.trainer.said = self.trainer.said, None
         self.trainer.generation_config.min_new_tokens = self.size.tokens
-        asked = [hinted.with_image(row["prompt"], row) for row in self.data]
+        asked = [with_images(row["prompt"], row) for row in self.data]
         prompt_ids, images, fields = self.trainer._tokenize_prompts(asked)
         self.trainer._generate_single_turn(prompt_ids, images, fields, 1)
         self.trainer.said = said

@@ -13,6 +13,7 @@ from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
 from kepo_core.study.adapters import lora_config, save_student
+from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.testbed.embedded import build_processor
 
 
@@ -32,8 +33,9 @@ def main(output_dir: Path, world_size: int, settings: dict[str, str]) -> None:
         save_strategy="no" if way == "1" else "steps", save_steps=1,
     )  # fmt: skip
     lora = lora_config(student, Params(lora_rank=int(settings.get("lora", 0))))
+    task = MultipleChoice()
     trainer = KEPOTrainer(
-        student, None, args, make_dataset(6), teacher=Teacher(teacher, build_processor()),
+        student, task.reward_funcs, args, make_dataset(6), teacher=Teacher(teacher, build_processor()), task=task,
         processing_class=build_processor(), peft_config=lora,
     )  # fmt: skip
     assert trainer.accelerator.num_processes == world_size

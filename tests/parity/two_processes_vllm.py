@@ -9,6 +9,8 @@ from kepo_harness import ScriptedTrainer, fails_on_0, make_row, make_trainer
 
 from kepo_core.method.exploration import Request
 from kepo_core.method.hinted import _Sampler
+from kepo_core.method.rollouts import Completion
+from kepo_core.method.task import with_images
 from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_processor
 
@@ -30,13 +32,16 @@ def main(output_dir: Path, world_size: int) -> None:
     trainer = make_trainer(output_dir, fails_on_0, per_device_train_batch_size=4, **server)
     index = trainer.accelerator.process_index
     assert trainer.accelerator.num_processes == world_size
-    spare = make_row(7) | {"prompt": vqa_messages("Question 7?", ["red", "blue"], True)}
     for numbers in ASKED:
-        rows = {group: make_row(3 * index + group) for group in range(numbers[index])}
-        groups = {g: row | {"prompt": vqa_messages(row["question"], row["options"], True)} for g, row in rows.items()}
-        sampler = _Sampler(trainer, groups, groups, spare, "0")
+        rows = [make_row(3 * index + group) for group in range(max(numbers[index], 1))]
+        rows = [row | {"prompt": vqa_messages(row["question"], row["options"], True)} for row in rows]
+        prompts = [with_images(row["prompt"], row) for row in rows]
+        groups = range(numbers[index])
+        own = [Completion([5], "not scored", True)]
+        sampler = _Sampler(trainer, rows, prompts, own, {group: group for group in groups}, "0")
         draws = sampler.draw([Request(group, "look", 1) for group in groups])
         assert [draw.text for draw in draws] == [f"<think>{3 * index + g} True</think>" for g in groups], draws
+        assert all(draw.rewards == (0.0, 0.0) for draw in draws)
     if trainer.accelerator.is_main_process:
         (output_dir / "asked").write_text(str(ASKED))
 

@@ -1,6 +1,6 @@
 """The rollout browser without a front end: what its controls choose is what its card shows."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -18,17 +18,24 @@ from kepo_core.study.browser import FILTERS, RolloutBrowser, browse
 
 EVIL = "<script>alert(1)</script>"
 RIGHT = Rollout(step=1, generation=0, row=0, group=0, id="q0", completion="x", tokens=9, finished=True,
-                outcome="correct", letter="B", format_ok=True, accuracy=1.0, reward=2.0, gate=True)  # fmt: skip
-WRONG = replace(RIGHT, outcome="wrong", accuracy=0.0, reward=1.0, gate=False)
+                facts={"outcome": "correct", "letter": "B", "format_ok": True, "accuracy": 1.0},
+                rewards={"accuracy_reward": 1.0, "format_reward": 1.0}, reward=2.0, gate=True)  # fmt: skip
+WRONG = replace(RIGHT, facts=RIGHT.facts | {"outcome": "wrong", "accuracy": 0.0}, reward=1.0, gate=False)
+
+
+def wrong(**facts):
+    return replace(WRONG, facts=WRONG.facts | facts)
+
+
 #: Groups by step, two rollouts each.
 GROUPS = {
     "right": (1, RIGHT, RIGHT),
     "mixed": (1, RIGHT, WRONG),
-    "wrong": (2, WRONG, replace(WRONG, outcome="ambiguous")),
+    "wrong": (2, WRONG, wrong(outcome="ambiguous")),
     "rescued": (3, replace(RIGHT, injected=True, exploration="rescued"), replace(WRONG, exploration="rescued"),
                 replace(WRONG, replaced=True, exploration="rescued")),
     "in vain": (3, replace(WRONG, exploration="exhausted"),
-                replace(WRONG, exploration="exhausted", outcome="truncated", format_ok=False)),
+                replace(wrong(outcome="truncated", format_ok=False), exploration="exhausted")),
 }  # fmt: skip
 
 
@@ -49,7 +56,7 @@ def rollouts():
 
 @pytest.fixture
 def shown(questions):
-    return RolloutBrowser(pd.DataFrame(map(asdict, rollouts())), questions)
+    return RolloutBrowser(pd.DataFrame([rollout.columns() for rollout in rollouts()]), questions)
 
 
 def name(shown):
@@ -71,7 +78,7 @@ def walk(shown):
 
 def test_the_first_group_is_shown_as_the_report_shows_it(shown, questions):
     assert (name(shown), shown.place.value, shown.step.value) == ("right", "1 of 5", 1)
-    frame = pd.DataFrame(map(asdict, rollouts()))
+    frame = pd.DataFrame([rollout.columns() for rollout in rollouts()])
     assert gallery.card(frame[frame["group"] == 0], questions[0]) in shown.card.value
     assert gallery.STYLE in shown.card.value
     assert "<script" not in shown.card.value

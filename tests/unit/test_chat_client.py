@@ -19,8 +19,9 @@ from kepo_core.method.chat_client import (
     ChatClient,
     TeacherRefusedError,
     TeacherUnreachableError,
-    with_pictures,
+    as_sent,
 )
+from kepo_core.method.task import with_images
 from kepo_core.params import project_root
 
 BODY = {"model": "embedded:teacher", "messages": []}
@@ -189,12 +190,12 @@ def test_pictures_are_sent_whole_and_in_their_places() -> None:
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
               {"role": "assistant", "content": "two"}]  # fmt: skip
     images = [picture((200, 10, 30)), picture((1, 2, 3))]
-    sent = json.loads(json.dumps(with_pictures(prompt, images)))
+    sent = json.loads(json.dumps(as_sent(with_images(prompt, {"images": images}))))
     assert [part["type"] for part in sent[0]["content"]] == ["image_url", "text", "image_url"]
-    assert sent[0]["content"][1]["text"] == "and" and sent[1] == prompt[1]
+    assert sent[0]["content"][1]["text"] == "and"
+    assert sent[1] == {"role": "assistant", "content": [{"type": "text", "text": "two"}]}
     for part, image in zip(sent[0]["content"][::2], images, strict=True):
         data = part["image_url"]["url"].removeprefix("data:image/png;base64,")
         assert Image.open(io.BytesIO(b64decode(data))).tobytes() == image.tobytes()
-    for count in (1, 3):
-        with pytest.raises(ValueError, match="expected"):
-            with_pictures(prompt, [images[0]] * count)
+    with pytest.raises(ValueError, match="an image part holds None, expected a PIL image"):
+        as_sent(prompt)

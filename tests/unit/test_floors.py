@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "kepo_core"
 #: From the ground up. Modules beside the packages are the ground, but for the command line, which is the roof.
-FLOORS = ("", "data", "method", "baselines", "analysis", "runs", "pages", "study", "sweep", "testbed", "cli")
+FLOORS = ("", "method", "data", "task", "baselines", "analysis", "runs", "pages", "study", "sweep", "testbed", "cli")
 MODULES = {
     ".".join(("kepo_core", *path.relative_to(PACKAGE).with_suffix("").parts)): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -36,6 +36,14 @@ def floor(module: str) -> int:
 def test_a_module_imports_from_its_own_floor_and_from_below() -> None:
     above = {module: [name for name in imported(module) if floor(name) > floor(module)] for module in MODULES}
     assert not {module: names for module, names in above.items() if names}
+
+
+def test_the_method_imports_the_ground_floor_alone() -> None:
+    """It is a library for any task: nothing of the study reaches into it."""
+    own = {module: set(imported(module)) for module in MODULES if module.startswith("kepo_core.method.")}
+    foreign = {name for names in own.values() for name in names if not name.startswith("kepo_core.method.")}
+    assert len(own) > 10 and foreign == {"kepo_core.errors", "kepo_core.files"}
+    assert set(imported("kepo_core.files")) == {"kepo_core.errors"} and not set(imported("kepo_core.errors"))
 
 
 def test_no_import_runs_in_a_circle() -> None:

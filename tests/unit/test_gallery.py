@@ -1,6 +1,6 @@
 """Cards of rollouts: nothing a model or a file wrote becomes markup, and every mark is there in words."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import nh3
@@ -18,7 +18,8 @@ from kepo_core.pages.report import clean_html
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&lt;<b>"
 PLAIN = Rollout(
     step=1, generation=0, row=0, group=0, id="q0", completion="<think>bright</think><answer>B</answer>", tokens=9,
-    finished=True, outcome="correct", letter="B", format_ok=True, accuracy=1.0, reward=2.0, advantage=0.5, gate=True,
+    finished=True, facts={"outcome": "correct", "letter": "B", "format_ok": True, "accuracy": 1.0},
+    rewards={"accuracy_reward": 1.0, "format_reward": 1.0}, reward=2.0, advantage=0.5, gate=True,
 )  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def question(tmp_path):
 
 
 def frame(*rollouts):
-    return pd.DataFrame([asdict(rollout) for rollout in rollouts])
+    return pd.DataFrame([rollout.columns() for rollout in rollouts])
 
 
 class Reader(HTMLParser):
@@ -55,7 +56,9 @@ class Reader(HTMLParser):
 
 def test_nothing_that_was_written_becomes_markup(question):
     evil = replace(question, id=EVIL, question=EVIL, options=(EVIL, "cross"), modality=EVIL)
-    row = replace(PLAIN, id=EVIL, completion=EVIL, hint=EVIL, exploration="rescued", outcome=EVIL)
+    row = replace(
+        PLAIN, id=EVIL, completion=EVIL, hint=EVIL, exploration="rescued", facts=PLAIN.facts | {"outcome": EVIL}
+    )
     page = Reader(show_rollouts(frame(row), [evil]).data)
     assert page.open == []
     assert {tag for tag, _ in page.tags} <= {"style", "div", "b", "p", "ul", "ol", "li", "span", "img"}
@@ -65,12 +68,14 @@ def test_nothing_that_was_written_becomes_markup(question):
 
 
 def test_what_happened_is_said_in_words(question):
+    wrong = PLAIN.facts | {"outcome": "wrong", "accuracy": 0.0}
+    truncated = PLAIN.facts | {"outcome": "truncated", "format_ok": False, "accuracy": 0.0}
+    explored = replace(PLAIN, row=0, exploration="rescued", hint="look left", draws=3)
     rows = [
-        replace(PLAIN, row=0, exploration="rescued", hint="look left", draws=3, injected=True),
-        replace(PLAIN, row=0, exploration="rescued", hint="look left", draws=3, replaced=True, outcome="wrong",
-                accuracy=0.0, reward=1.0, advantage=float("nan"), gate=False, completion="the old one"),
-        replace(PLAIN, row=1, exploration="rescued", hint="look left", draws=3, outcome="truncated", format_ok=False,
-                accuracy=0.0, reward=0.0, advantage=-0.5, gate=False, finished=False),
+        replace(explored, injected=True),
+        replace(explored, replaced=True, facts=wrong, reward=1.0, advantage=float("nan"), gate=False,
+                completion="the old one"),
+        replace(explored, row=1, facts=truncated, reward=0.0, advantage=-0.5, gate=False, finished=False),
     ]  # fmt: skip
     page = show_rollouts(frame(*rows), [question]).data
     lines = page.split("<li")[-3:]  # of the card's last list
@@ -123,7 +128,8 @@ def groups(kinds):
     for i, kind in enumerate(kinds):
         for row in range(2):
             right = kind == "o" or row == 0
-            rows.append(replace(PLAIN, step=i + 1, row=row, accuracy=float(right), injected=kind == "r" and row == 0))
+            facts = PLAIN.facts | {"accuracy": float(right)}
+            rows.append(replace(PLAIN, step=i + 1, row=row, facts=facts, injected=kind == "r" and row == 0))
     return frame(*rows)
 
 

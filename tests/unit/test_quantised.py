@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from kepo_harness import hint_prompt
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 from transformers.quantizers import HfQuantizer
 
@@ -46,7 +47,8 @@ def test_a_quantised_teacher_takes_what_is_planned_and_writes_hints(
     teacher.prepare(None, fsdp=True)  # bitsandbytes' weights are not sharded
     assert teacher._wrapped is model
     data = experiment.load_data(Params(data_root=str(world), train_items=8, eval_items=1))
-    hints = teacher.write_hints(list(to_dataset(data.train, thinking=True)), max_tokens=32, seed=0)
+    asked = [hint_prompt(row) for row in to_dataset(data.train, thinking=True)]
+    hints = teacher.write_hints(asked, max_tokens=32, seed=0)
     assert all(hints) and len(set(hints)) > 1  # each can be read
 
 

@@ -108,8 +108,8 @@ def test_a_notebook_must_mean_what_its_folder_says(params):
 
 
 def rollout(step: int) -> Rollout:
-    score = {"outcome": "correct", "letter": "A", "format_ok": True, "accuracy": 1.0, "reward": 2.0}
-    return Rollout(step, 0, 0, 0, "q1", "näh", 3, True, **score)
+    facts = {"outcome": "correct", "letter": "A", "format_ok": True, "accuracy": 1.0}
+    return Rollout(step, 0, 0, 0, "q1", "näh", 3, True, facts, {"accuracy_reward": 1.0, "format_reward": 1.0}, 2.0)
 
 
 @pytest.mark.parametrize("end", ["finish", "fail"])

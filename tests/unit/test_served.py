@@ -9,13 +9,24 @@ from typing import Any
 import pytest
 import torch
 from fake_teacher_server import FakeVLLM, error, serving
-from kepo_harness import batch_of, fails_on_0, make_row, make_trainer, right, score_batch, sharp_model, wrong
+from kepo_harness import (
+    batch_of,
+    fails_on_0,
+    hint_prompt,
+    make_row,
+    make_trainer,
+    right,
+    score_batch,
+    sharp_model,
+    wrong,
+)
 
 from kepo_core import cli
 from kepo_core.data import phantom
 from kepo_core.errors import ParamError
 from kepo_core.method.chat_client import ChatClient, TeacherMismatchError, TeacherUnreachableError
 from kepo_core.method.served import Completion, ServedTeacher
+from kepo_core.method.task import images_in, with_images
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
@@ -24,7 +35,7 @@ from kepo_core.study import experiment
 from kepo_core.study import serving as study_serving
 from kepo_core.study.models import load_model, load_processor
 from kepo_core.task.dataset import to_dataset
-from kepo_core.task.prompts import hint_messages, vqa_messages
+from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_model, build_processor
 
 #: The tokens of the untrained models: the rows of their heads.
@@ -61,12 +72,11 @@ def served_teacher(server: FakeVLLM, folder: Path, top_k: int = 5, **options: An
 
 def completion(said: str = "<think>red</think><answer>A</answer><|im_end|>", number: int = 0) -> Completion:
     row, processor = make_row(number), build_processor()
-    messages = vqa_messages(row["question"], row["options"], thinking=True)
+    messages = with_images(vqa_messages(row["question"], row["options"], thinking=True), row)
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return Completion(
         name=row["id"],
         messages=messages,
-        images=[row["image"]],
         prompt_ids=processor(text=[text], images=[[row["image"]]])["input_ids"][0],
         completion_ids=processor.tokenizer(said)["input_ids"],
     )
@@ -92,7 +102,7 @@ def writer() -> Iterator[Writer]:
 
 def test_each_hint_is_asked_for_once_and_kept(writer: Writer, tmp_path: Path) -> None:
     teacher = served_teacher(writer, tmp_path)
-    rows = [make_row(0), make_row(1), make_row(0)]
+    rows = [hint_prompt(make_row(i)) for i in (0, 1, 0)]
     hints = ["Question 0 is A", "Question 1 is B", "Question 0 is A"]
     assert teacher.write_hints(rows, max_tokens=9) == hints
     assert len(writer.bodies) == 2 and all(body["temperature"] == 0 for body in writer.bodies)
@@ -106,25 +116,25 @@ def test_what_is_no_hint_is_asked_for_again(writer: Writer, tmp_path: Path, cont
     """As from a server whose settings hide the answer: once they are put right, hints come."""
     answer = writer.answer
     writer.answer = lambda body: {"choices": [{"message": {"content": content}}]}  # type: ignore[method-assign]
-    assert served_teacher(writer, tmp_path).write_hints([make_row(0)], max_tokens=9) == [None]
+    assert served_teacher(writer, tmp_path).write_hints([hint_prompt(make_row(0))], max_tokens=9) == [None]
     writer.answer = answer  # type: ignore[method-assign]
-    assert served_teacher(writer, tmp_path).write_hints([make_row(0)], max_tokens=9) == ["Question 0 is A"]
+    assert served_teacher(writer, tmp_path).write_hints([hint_prompt(make_row(0))], max_tokens=9) == ["Question 0 is A"]
     (path,) = (tmp_path / "hints").iterdir()
     path.write_text(json.dumps({"model": "embedded:teacher", "text": ""}))  # of an older version
-    assert served_teacher(writer, tmp_path).write_hints([make_row(0)], max_tokens=9) == ["Question 0 is A"]
+    assert served_teacher(writer, tmp_path).write_hints([hint_prompt(make_row(0))], max_tokens=9) == ["Question 0 is A"]
 
 
 @pytest.mark.parametrize("changed", ["picture", "answer", "max_tokens", "model"])
 def test_a_kept_hint_is_that_of_model_prompt_and_picture(writer: Writer, tmp_path: Path, changed: str) -> None:
     row = make_row(0)
-    served_teacher(writer, tmp_path).write_hints([row], max_tokens=9)
+    served_teacher(writer, tmp_path).write_hints([hint_prompt(row)], max_tokens=9)
     if changed == "picture":
         row["image"] = make_row(1)["image"]
     elif changed == "answer":
         row["answer"] = "B"
     elif changed == "model":
         writer.name = "another"
-    served_teacher(writer, tmp_path).write_hints([row], max_tokens=8 if changed == "max_tokens" else 9)
+    served_teacher(writer, tmp_path).write_hints([hint_prompt(row)], max_tokens=8 if changed == "max_tokens" else 9)
     assert len(writer.bodies) == 2
 
 
@@ -133,12 +143,12 @@ def test_a_kept_hint_is_that_of_model_prompt_and_picture(writer: Writer, tmp_pat
 )
 def test_a_kept_hint_that_cannot_be_read_is_asked_for_again(writer: Writer, tmp_path: Path, content: str) -> None:
     teacher = served_teacher(writer, tmp_path)
-    teacher.write_hints([make_row(0)], max_tokens=9)
+    teacher.write_hints([hint_prompt(make_row(0))], max_tokens=9)
     (path,) = (tmp_path / "hints").iterdir()
     whole = path.read_text()
     path.write_text(content)
     with pytest.warns(UserWarning, match="holds no hint of embedded:teacher"):
-        assert teacher.write_hints([make_row(0)], max_tokens=9) == ["Question 0 is A"]
+        assert teacher.write_hints([hint_prompt(make_row(0))], max_tokens=9) == ["Question 0 is A"]
     assert path.read_text() == whole
 
 
@@ -149,7 +159,7 @@ def test_hints_are_those_of_the_teacher_itself_and_its_pictures(
     data = experiment.load_data(
         Params(data_root=str(world), train_items=3, eval_items=1, prompts_per_step=2, prompts_per_device=2)
     )
-    rows = list(to_dataset(data.train, thinking=True))
+    rows = [hint_prompt(row) for row in to_dataset(data.train, thinking=True)]
     with serving(embedded) as server:
         hints = served_teacher(server, tmp_path).write_hints(rows, max_tokens=32)
     teacher = Teacher(load_model("embedded:teacher", trained=False), embedded.processor)
@@ -159,12 +169,11 @@ def test_hints_are_those_of_the_teacher_itself_and_its_pictures(
 
 
 def _greedy(teacher: Teacher) -> Any:
-    def generate(rows: Sequence[dict[str, Any]], max_tokens: int) -> list[str]:
+    def generate(prompts: Sequence[Any], max_tokens: int, template: dict[str, Any]) -> list[str]:
         texts = []
-        for row in rows:
-            messages = hint_messages(row["question"], row["options"], row["answer"])
+        for messages in prompts:
             text = teacher.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            inputs = teacher.processor(text=[text], images=[[row["image"]]], return_tensors="pt")
+            inputs = teacher.processor(text=[text], images=[images_in(messages)], return_tensors="pt")
             eos = teacher.processor.tokenizer.eos_token_id
             out = teacher.model.generate(**inputs, do_sample=False, max_new_tokens=max_tokens, eos_token_id=eos)
             ids = out[0, inputs["input_ids"].shape[1] :]
@@ -177,7 +186,7 @@ def _greedy(teacher: Teacher) -> Any:
 def test_an_answer_without_a_message_ends_it(server: FakeVLLM, tmp_path: Path) -> None:
     server.bend = lambda answer: {"choices": []}
     with pytest.raises(TeacherMismatchError, match=f"{server.url} answers without a message"):
-        served_teacher(server, tmp_path).write_hints([make_row(0)], max_tokens=3)
+        served_teacher(server, tmp_path).write_hints([hint_prompt(make_row(0))], max_tokens=3)
 
 
 # Log-probabilities ------------------------------------------------------------------------------------------------
@@ -187,7 +196,7 @@ def own_log_probs(model: Any, one: Completion) -> torch.Tensor:
     """(t, V), by the model in this process."""
     processor = build_processor()
     text = processor.apply_chat_template(one.messages, tokenize=False, add_generation_prompt=True)
-    inputs = processor(text=[text], images=[one.images], return_tensors="pt")
+    inputs = processor(text=[text], images=[images_in(one.messages)], return_tensors="pt")
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([one.completion_ids])], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     more = torch.zeros(1, len(one.completion_ids), dtype=torch.long)
@@ -335,7 +344,7 @@ def test_completions_that_text_cannot_carry_are_counted_and_not_guided(server: F
         ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
     prompt = torch.tensor([completion().prompt_ids] * 3)
     inputs = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": ids}
-    rows = [make_row(0) | {"prompt": completion().messages}] * 3
+    rows = [make_row(0) | {"prompt": vqa_messages("Question 0?", ["red", "blue"], thinking=True)}] * 3
     found, log_probs, left_out = teacher.score_batch(rows, inputs, mask)
     assert left_out.tolist() == [False, True, False] and len(server.bodies) == 2
     assert [len(f) for f in found] == [len(p) for p in log_probs] == [len(usual), 0, len(usual)]

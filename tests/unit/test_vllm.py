@@ -13,11 +13,13 @@ from kepo_harness import ScriptedTrainer, config, fails_on_0, make_dataset, make
 from kepo_core.method import hinted
 from kepo_core.method.exploration import Request
 from kepo_core.method.rollouts import collect_rollouts
+from kepo_core.method.task import with_images
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
 from kepo_core.study import launch
 from kepo_core.study.experiment import training_config
+from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_processor
 
@@ -53,10 +55,13 @@ def test_the_engine_draws_what_the_student_would(tmp_path: Path, install: Any, m
     install()
     args = config(
         tmp_path, use_vllm=True, vllm_mode=mode, per_device_train_batch_size=4, max_completion_length=5, max_steps=3,
-        tau=0.0, temperature=0.9, hint_context="answer", rejection_budget=1,
+        tau=0.0, temperature=0.9, rejection_budget=1,
     )  # fmt: skip
     teacher, processor = Teacher(sharp_model(1), build_processor()), build_processor()
-    trainer = KEPOTrainer(sharp_model(0), None, args, make_dataset(3), teacher=teacher, processing_class=processor)
+    task = MultipleChoice("answer")
+    trainer = KEPOTrainer(
+        sharp_model(0), task.reward_funcs, args, make_dataset(3), teacher=teacher, task=task, processing_class=processor
+    )
     trainer.train()
     for step in trainer.state.log_history[:3]:
         assert step["sampling/sampling_logp_difference/max"] < 1e-3
@@ -109,8 +114,10 @@ def test_a_process_asks_a_server_for_as_many_as_the_others(tmp_path: Path, insta
     trainer = make_trainer(tmp_path, fails_on_0, **server)
     trainer.state.global_step = 0
     monkeypatch.setattr(hinted, "largest", lambda accelerator, number: max(3, number))
+    monkeypatch.setattr(hinted._Sampler, "_scored", lambda self, places, draws: draws)
     row = make_row(0) | {"prompt": vqa_messages("Question 9?", ["red", "blue"], True)}
-    draws = hinted._Sampler(trainer, {0: row}, {0: row}, row, "0").draw([Request(0, "look", 1)])
+    prompt = with_images(row["prompt"], row)
+    draws = hinted._Sampler(trainer, [row], [prompt], [], {0: 0}, "0").draw([Request(0, "look", 1)])
     asked = trainer.vllm_generation.engine.asked
     assert len(draws) == 1 and len(asked) == 3
     assert ["look" in text for text in asked] == [True, False, False]
