@@ -112,12 +112,18 @@ def config(output_dir: Path, **overrides: Any) -> KEPOConfig:
     return KEPOConfig(output_dir=str(output_dir), **(defaults | overrides))
 
 
+def text_of(prompt: Any) -> str:
+    """The text of a prompt's last message."""
+    content = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
 def hinting(teacher: Any) -> Any:
     """``teacher``, whose hints are written for it: a random model writes no tags. What it is asked is kept."""
     teacher.asked = []
 
     def write(prompts: Any, **_: Any) -> list[str]:
-        texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+        texts = [text_of(prompt) for prompt in prompts]
         teacher.asked += texts
         return [f"h{text.split('Riddle ')[1].split('?')[0]}" for text in texts]
 

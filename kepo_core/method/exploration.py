@@ -92,6 +92,30 @@ def explore(
         anyone: whether the argument is true on any process. All processes make the same calls of the hinter and
             the sampler, with empty lists where they have nothing to ask, so that collective operations inside
             them never wait for a process that is done.
+
+    Returns:
+        What became of each group, in their order.
+
+    Raises:
+        ValueError: a budget or number of draws below 1.
+
+    Example, of numbers instead of completions (group 7 finds an even one in its second round, group 9 none):
+
+    ```python
+    >>> from kepo_core import explore
+    >>> drawn = {7: iter([1, 4]), 9: iter([3, 5])}
+    >>> found = explore(
+    ...     [7, 9],
+    ...     hinter=lambda groups: [f"a hint for {group}" for group in groups],
+    ...     sampler=lambda requests: [next(drawn[request.group]) for request in requests],
+    ...     accept=lambda requests, draws: [draw % 2 == 0 for draw in draws],
+    ...     rejection_budget=2,
+    ...     injected_per_group=1,
+    ... )
+    >>> [(group.group, group.accepted, group.draws, str(group.outcome)) for group in found]
+    [(7, (4,), 2, 'rescued'), (9, (), 2, 'exhausted')]
+
+    ```
     """
     if rejection_budget < 1 or injected_per_group < 1:
         raise ValueError(

@@ -4,6 +4,19 @@ Shapes are suffixes: ``_B`` sequences (groups × G, a group's members side by si
 ``_V`` vocabulary. ``mask_BT`` is 1 on the tokens of a completion (its end-of-sequence token included) and 0 on
 padding. Log-probabilities are natural logarithms. Which arguments receive gradient is said in each function; the
 trainer takes Eq. 3, 5 and the policy term from TRL, and tests hold these functions against it.
+
+Example: two groups of two; the gate of Eq. 7 at τ = 1, and the advantages of Eq. 6.
+
+```python
+>>> import torch
+>>> from kepo_core import objective
+>>> rewards_B = torch.tensor([0.0, 1.0, 2.0, 2.0])
+>>> objective.gate(rewards_B, tau=1.0).tolist()
+[False, True, True, True]
+>>> objective.advantages(rewards_B, group_size=2).tolist()
+[-0.5, 0.5, 0.0, 0.0]
+
+```
 """
 
 import math

@@ -83,8 +83,8 @@ class Teacher:
     >>> config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
     ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     >>> teacher = Teacher(Qwen3ForCausalLM(config), tokenizer)
-    >>> teacher.write_hints(["1 + 1 = 2. A hint: "], max_tokens=4, seed=0)  # an untrained model writes no tags
-    [None]
+    >>> len(teacher.write_hints(["1 + 1 = 2. Write a <hint>...</hint>."], max_tokens=4, seed=0))
+    1
 
     ```
     """

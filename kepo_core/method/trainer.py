@@ -74,7 +74,8 @@ class KEPOTrainer(ScoringTrainer):
     ...     teacher=Teacher(tiny(), tokenizer),
     ...     task=Templates(asking="It is {solution}. Write a <hint>...</hint>.", telling="Hint: {hint}"),
     ... )
-    >>> int(trainer.train().global_step)
+    >>> trainer.train().global_step
+    {'train_runtime': ...}
     1
 
     ```
