@@ -133,3 +133,21 @@ def test_resumed_on_two_processes_is_never_stopped(
 def test_algorithm_1_on_two_processes(tmp_path: Path) -> None:
     start("two_processes_algorithm_1.py", 2, tmp_path / "two", "30")
     assert (tmp_path / "two" / "agreed").read_text() == "30"
+
+
+def test_a_task_of_ones_own_on_two_processes_equals_one(tmp_path: Path) -> None:
+    """Rewards by name, an asynchronous one among them, while one process alone explores and a group straddles both."""
+    found = []
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        start("two_processes_text.py", world_size, folder)
+        found.append((torch.load(folder / "result.pt"), collect_rollouts(folder)))
+    (one, rows), (two, rows_of_two) = found
+    pd.testing.assert_frame_equal(rows, rows_of_two, rtol=1e-4)
+    assert one["log"].keys() == two["log"].keys()
+    for name, value in one["log"].items():
+        assert value is None or two["log"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert torch.allclose(one["weights"], two["weights"], rtol=1e-4, atol=1e-6)
+    kept = rows.query("not replaced")
+    assert (kept["gate"] == (kept["rewards/correct_later"] >= 5)).all() and kept["gate"].sum() == 1 + 4
+    assert one["log"]["kepo/explored_groups"] == 2 and one["log"]["kepo/accepted"] == 1

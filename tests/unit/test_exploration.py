@@ -217,3 +217,8 @@ def test_leaving_members_are_uniform() -> None:
 def test_a_whole_group_never_leaves() -> None:
     with pytest.raises(ValueError, match="fewer than all"):
         leaving_members(4, 4, random.Random(0))
+
+
+def test_a_group_that_the_reward_does_not_apply_to_has_not_failed() -> None:
+    nan = float("nan")
+    assert failing_groups([nan, nan, 0.0, nan, -1.0, 0.0, nan, 1.0], 2) == [1, 2]

@@ -313,3 +313,63 @@ def test_signs_descending_the_loss_favours_good_answers_and_approaches_teacher_a
 def test_an_unknown_choice_names_the_choices(call) -> None:
     with pytest.raises(ValueError, match="expected one of"):
         call()
+
+
+# KL to the reference ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_the_kl_estimate_times_the_ratio_is_the_kl_in_value_and_gradient(on_policy: bool) -> None:
+    """In expectation over samples from π_old, which a vocabulary of seven lets us sum exactly."""
+    g = torch.Generator().manual_seed(0)
+    logits, old, reference = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(3))
+    logits.requires_grad_()
+    old = logits.detach().log_softmax(-1) if on_policy else old.log_softmax(-1)
+    reference = reference.log_softmax(-1)
+    kl = (logits.softmax(-1) * (logits.log_softmax(-1) - reference)).sum()
+    (wanted,) = torch.autograd.grad(kl, logits)
+
+    def expectation(corrected: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        logps = logits.log_softmax(-1)
+        ratio = (logps - old).exp() if corrected else 1.0
+        value = (old.exp() * objective.kl_to_reference(logps, reference, ratio)).sum()
+        return value, torch.autograd.grad(value, logits)[0]
+
+    value, gradient = expectation(True)
+    assert torch.allclose(value, kl) and torch.allclose(gradient, wanted)
+    plain, other = expectation(False)
+    assert not torch.allclose(other, wanted, rtol=0.1)
+    if on_policy:  # right in value, and the gradient of the other direction
+        assert torch.allclose(plain, kl)
+        backward = (reference.exp() * (reference - logits.log_softmax(-1))).sum()
+        assert torch.allclose(other, torch.autograd.grad(backward, logits)[0])
+
+
+@pytest.mark.parametrize("loss_type", objective.LOSS_TYPES)
+def test_aggregate_by_hand(loss_type: str) -> None:
+    values, mask = T([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    wanted = {
+        "grpo": (1.5 + 4) / 2,
+        "sapo": (1.5 + 4) / 2,
+        "luspo": (3 + 4) / 2,
+        "dr_grpo": (3 + 4) / 2 / 5,
+        "bnpo": 7 / 3,
+    }
+    got = objective.aggregate(values, mask, loss_type, tokens=10.0, longest=5)
+    assert got.item() == pytest.approx(wanted.get(loss_type, 7 / 10))
+    assert objective.aggregate(values, torch.zeros_like(mask), loss_type, tokens=1.0).item() == 0
+
+
+def test_an_unknown_loss_type_is_named() -> None:
+    with pytest.raises(ValueError, match="loss_type is 'ppo', expected one of grpo"):
+        objective.aggregate(T([[1.0]]), torch.ones(1, 1), "ppo")
+
+
+def test_rewards_that_do_not_apply_are_left_out_of_advantages() -> None:
+    rewards = T([2.0, math.nan, 0.0, math.nan, math.nan, math.nan])
+    assert objective.advantages(rewards, 3).tolist() == [1.0, 0.0, -1.0, 0.0, 0.0, 0.0]
+    assert objective.advantages(rewards, 3, "rloo").tolist() == [2.0, 0.0, -2.0, 0.0, 0.0, 0.0]
+    scaled = objective.advantages(rewards, 3, "group")[:3].tolist()
+    assert scaled == pytest.approx([1 / (2**0.5 + 1e-4), 0.0, -1 / (2**0.5 + 1e-4)])
+    kept = objective.without_equal_groups(objective.advantages(rewards, 3), rewards, 3)
+    assert kept.tolist() == [2.0, 0.0, -2.0, 0.0, 0.0, 0.0]  # one group of two differs

@@ -9,6 +9,7 @@ from kepo_harness import batch_of, fails_on_0, make_row, make_trainer, right, sc
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from kepo_core.method import loss, objective
 from kepo_core.method.rollouts import collect_rollouts
@@ -102,6 +103,70 @@ def test_kl_joins_the_loss_and_is_logged_apart(tmp_path: Path) -> None:
     assert logged["kl"] == [0.0, pytest.approx(kl, rel=1e-4)]
     assert logged["policy"][1] == pytest.approx(logged["policy"][0], abs=1e-5)
     assert logged["distill"][1] == pytest.approx(logged["distill"][0], rel=1e-5)
+
+
+def off_policy_batch(trainer: KEPOTrainer) -> dict[str, Any]:
+    """A batch whose old and reference policies are any others, under a β."""
+    batch = score_batch(trainer, 0, 1)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        logits = full_logits(trainer.model, batch)
+    logps = logits.log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    batch["old_per_token_logps"] = logps + 0.5 * torch.randn(logps.shape, generator=g)
+    trainer.beta, batch["ref_per_token_logps"] = 0.3, logps + 0.5 * torch.randn(logps.shape, generator=g)
+    return batch
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_kl_that_is_logged_is_the_kl_that_trains(tmp_path: Path, corrected: bool, level: str) -> None:
+    """Value and gradient off-policy against Eq. 7 from full logits, in float64."""
+    trainer = make_trainer(
+        tmp_path, fails_on_0, explore=False, use_bias_correction_kl=corrected, importance_sampling_level=level
+    )
+    batch = off_policy_batch(trainer)
+    mask, reference = batch["completion_mask"], sharp_model(0).double()
+    pictures = {"pixel_values": batch["pixel_values"].double()}
+    logits = full_logits(reference, batch | pictures)
+    logps = logits.log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    ratio = objective.importance_ratio(logps, batch["old_per_token_logps"].double(), mask, level)
+    kl = objective.kl_to_reference(logps, batch["ref_per_token_logps"].double(), ratio if corrected else 1.0)
+    policy = objective.weighted_advantage(ratio, batch["advantages"].double(), trainer.args.epsilon)
+    expected = objective.kepo_loss(policy, mask, 0.0, kl, beta=0.3)
+    expected.backward()
+    loss = trainer._compute_loss(trainer.model, {k: v for k, v in batch.items() if k != "kepo_gate"})
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    wanted = dict(reference.named_parameters())
+    for name, p in trainer.model.named_parameters():
+        scale = wanted[name].grad.abs().max().item()
+        assert torch.allclose(p.grad.double(), wanted[name].grad, rtol=1e-3, atol=1e-5 * scale + 1e-8), name
+    own = objective.sequence_mean(kl.detach(), mask).mean().item()
+    assert trainer._metrics["train"]["kepo/loss_kl"] == [pytest.approx(own, rel=1e-5)]
+    assert trainer._metrics["train"]["kepo/loss_policy"] == [pytest.approx(expected.item() - 0.3 * own, abs=1e-5)]
+
+
+@pytest.mark.parametrize("loss_type", objective.LOSS_TYPES)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_every_loss_type_takes_the_divergence_and_its_terms_add_up(tmp_path: Path, loss_type: str, parts: int) -> None:
+    """Over the micro-batches of a step: the whole is policy + coef·D + β·KL, D is what it is under grpo, and KL what
+    β adds to TRL's own loss."""
+    trainer = make_trainer(
+        tmp_path, fails_on_0, explore=False, loss_type=loss_type, distill_coef=0.7, max_completion_length=30,
+        per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts,
+    )  # fmt: skip
+    batch = off_policy_batch(trainer)
+    micro = split_tensor_dict(split_pixel_values_by_grid(batch), parts)
+    micro = [unsplit_pixel_values_by_grid(each) for each in micro]
+    whole = sum(trainer._compute_loss(trainer.model, each).item() for each in micro)
+    logged = {name: sum(trainer._metrics["train"][f"kepo/loss_{name}"]) / parts for name in ("policy", "distill", "kl")}
+    assert whole == pytest.approx(logged["policy"] + 0.7 * logged["distill"] + 0.3 * logged["kl"], rel=1e-4, abs=1e-5)
+    trainer.beta = 0.0
+    without = sum(trainer._compute_loss(trainer.model, each).item() for each in micro)
+    assert whole - without == pytest.approx(0.3 * logged["kl"], rel=1e-3, abs=1e-5) and logged["kl"] > 0
+    plain = make_trainer(tmp_path / "grpo", fails_on_0, explore=False, distill_coef=0.7)
+    plain._compute_loss(plain.model, off_policy_batch(plain))
+    assert logged["distill"] == pytest.approx(plain._metrics["train"]["kepo/loss_distill"][0], rel=1e-4)
 
 
 class WidestTensors(TorchDispatchMode):
