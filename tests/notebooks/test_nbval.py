@@ -32,7 +32,7 @@ def test_the_start_page_leads_to_every_notebook() -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert {path.name[:2] for path in NOTEBOOKS} == {"00", "01", "02", "03", "04", "05"}
+    assert {path.name[:2] for path in NOTEBOOKS} == {"00", "01", "02", "03", "04", "05", "06"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -61,7 +61,7 @@ def test_parameters_cell_of_03_names_every_parameter_and_leaves_it_to_the_file()
 LONG = [pytest.param(number, marks=pytest.mark.slow) for number in ("00", "02")]
 
 
-@pytest.mark.parametrize("number", ["04 05", "01", "03", *LONG])  # 05 finds the runs that 04 has made
+@pytest.mark.parametrize("number", ["04 05", "01", "03", "06", *LONG])  # 05 finds the runs that 04 has made
 def test_nbval(number: str, smoke_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [path for path in NOTEBOOKS if path.name[:2] in number.split()]
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]

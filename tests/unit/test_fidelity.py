@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from kepo_harness import batch_of, make_dataset, make_row, make_trainer, right, row_of, sharp_model, wrong
+from trl import GRPOConfig
 
 from kepo_core.method.config import _CHOICES, KEPOConfig
 from kepo_core.params import Params, project_root
@@ -232,3 +233,21 @@ def test_a_reading_runs_as_it_stands(tmp_path: Path, name: str) -> None:
     assert gate[4:8] == [True, True, False, False]  # "wrong and more" is outside the format, as is "none"
     assert gate[8:12] == [False, True, False, True]  # wrong answers in the right format pass τ = 1 on the sum
     assert got["hints"] == [256] and make_row(0)["answer"] == "A"
+
+
+def test_what_trl_decides_without_being_asked_is_what_the_readme_says(tmp_path: Path) -> None:
+    """Fields of TRL's that enter the loss and that the study does not set: an upgrade that changes one is noticed."""
+    ours = KEPOConfig(str(tmp_path), use_cpu=True)
+    told = {
+        "use_bias_correction_kl": True, "temperature": 1.0, "mask_truncated_completions": False,
+        "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "delta": None,
+        "epsilon_high": None, "off_policy_mask_threshold": None, "sync_ref_model": False, "disable_dropout": False,
+        "router_aux_loss_coef": None, "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0,
+        "vllm_importance_sampling_clip_min": None, "max_grad_norm": 1.0, "weight_decay": 0.0, "reward_weights": None,
+        "multi_objective_aggregation": "sum_then_normalize", "label_smoothing_factor": 0.0,
+    }  # fmt: skip
+    assert {name: getattr(ours, name) for name in told} == told
+    theirs = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    others = {"loss_type": "dapo", "scale_rewards": "group"}
+    assert {name: getattr(theirs, name) for name in told | others} == told | others

@@ -22,7 +22,7 @@ def test_glossary_is_the_codes() -> None:
 def test_every_module_is_in_the_tree_and_every_name_in_the_tree_exists() -> None:
     tree = README.split("## What is where")[1].split("```")[1]
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    there = {path.name for path in (ROOT / "kepo_core").rglob("*.py")} - {"__init__.py"}
+    there = {path.name for part in ("kepo_core", "examples") for path in (ROOT / part).rglob("*.py")} - {"__init__.py"}
     assert named == there
 
 

@@ -1,0 +1,107 @@
+"""A task of one's own for notebook 06: one Python file that says what its rewards, hints, data and models are."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+
+from kepo_core.errors import ParamError
+from kepo_core.method.task import Prompt, Row, Task, with_images
+from kepo_core.params import resolve
+
+#: What the file must define.
+NEEDED = {
+    "REWARDS": "a list of TRL reward functions",
+    "TASK": "a task, like Templates(asking=..., telling=...)",
+    "load_data": "a function that returns the training rows and the held-out rows",
+    "load_models": "a function that returns student, teacher and processing class",
+}
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """What a task file defines; see `NEEDED`."""
+
+    rewards: Sequence[Any]
+    task: Task
+    load_data: Callable[[], tuple[Sequence[Row], Sequence[Row]]]
+    load_models: Callable[[], tuple[Any, Any, Any]]
+
+
+def read_task(file: str) -> OwnTask:
+    """Run a task file and take its four names; a relative path counts from here, else from the project's root.
+
+    Raises:
+        ParamError: the file does not exist or lacks one of the names. What its own code raises passes through.
+    """
+    path = resolve(file)
+    if not path.is_file():
+        raise ParamError(f"task_file is {file!r}, which does not exist, expected a Python file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ParamError(f"task_file is {file!r}, expected a Python file (.py)")
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, what in NEEDED.items():
+        if not hasattr(module, name):
+            raise ParamError(f"{path.name} does not define {name}, expected {what}")
+    return OwnTask(module.REWARDS, module.TASK, module.load_data, module.load_models)
+
+
+def new_folder(results: str) -> Path:
+    """A folder of its own below ``results``, named by UTC time; nothing is ever overwritten."""
+    parent, stamp = resolve(results), datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    for number in range(1000):
+        folder = parent / f"own-task-{stamp}Z{f'-{number}' if number else ''}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ParamError(f"results_dir {parent} cannot be written: {error.strerror}") from error
+        return folder
+    raise ParamError(f"results_dir {parent} holds a thousand folders named own-task-{stamp}Z")
+
+
+def reward_table(before: Mapping[str, float], after: Mapping[str, float], rows: int) -> pd.DataFrame:
+    """Mean rewards on held-out rows before and after training, each with half the width of its 95 % interval.
+
+    Args:
+        before, after: what ``trainer.evaluate()`` returned, with one completion a row.
+        rows: how many rows it was.
+    """
+    names = ["eval_reward", *(name for name in before if name.startswith("eval_rewards/") and name.endswith("/mean"))]
+    table = {}
+    for name in names:
+        spread = f"{name}_std" if name == "eval_reward" else name.removesuffix("mean") + "std"
+        label = "sum" if name == "eval_reward" else name.removeprefix("eval_rewards/").removesuffix("/mean")
+        table[label] = {
+            column: value
+            for when, numbers in (("before", before), ("after", after))
+            for column, value in ((when, numbers[name]), (f"± {when}", 1.96 * numbers[spread] / math.sqrt(rows)))
+        }
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def text_of(prompt: Prompt) -> str:
+    """The text of a prompt's last message, to show."""
+    content = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return content if isinstance(content, str) else "\n".join(part.get("text") or "[picture]" for part in content)
+
+
+def first_hint(trainer: Any, max_tokens: int, seed: int) -> tuple[str, list[str | None]]:
+    """What the teacher is asked with for the first training row, and the hint that can be read from what it writes."""
+    row = trainer.train_dataset[0]
+    asked = trainer.task.ask(row)
+    if asked is None:
+        return "(this task asks for no hint)", [None]
+    hints = trainer.teacher.write_hints(
+        [with_images(asked, row)], max_tokens=max_tokens, seed=seed, template=trainer.chat_template_kwargs
+    )
+    return text_of(asked), hints
