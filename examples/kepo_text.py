@@ -23,8 +23,8 @@ It becomes GSM8K with real models by three other functions:
     def last_number(text):
         return (re.findall(r"-?\d+", text.replace(",", "")) or [""])[-1]
 
-In KEPOConfig: `max_completion_length=1024, hint_max_tokens=256, learning_rate=1e-6`, a batch that fits and, so that Qwen3
-answers and writes its hint at once, `chat_template_kwargs={"enable_thinking": False}`. In place of `accuracy`:
+In KEPOConfig: `max_completion_length=1024, hint_max_tokens=256, learning_rate=1e-6`, a batch that fits and, so that
+Qwen3 answers and writes its hint at once, `chat_template_kwargs={"enable_thinking": False}`. In place of `accuracy`:
 `trainer.evaluate()`, with held-out rows as `eval_dataset`.
 
 The same file serves `notebooks/06_own_task.ipynb`, which reads REWARDS, TASK, load_data and load_models from it.
