@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from text_harness import ASKING, TELLING, make_trainer, riddles
+from text_harness import ASKING, TELLING, make_trainer, riddles, text_model, tokenizer
 
 import kepo_core
 from kepo_core.method.task import Task, Templates, check_task, images_of, with_images
@@ -138,7 +138,6 @@ def test_pictures_come_from_either_column() -> None:
 
 def test_a_teacher_of_text_takes_a_tokenizer_and_a_teacher_without_eyes_fits_no_student_with_some() -> None:
     from kepo_harness import sharp_model
-    from text_harness import text_model, tokenizer
 
     from kepo_core.testbed.embedded import build_processor
 
@@ -162,6 +161,29 @@ def test_the_public_face_is_there_and_lazy() -> None:
     code = "import sys, kepo_core; assert not {'torch', 'transformers', 'trl', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert time.perf_counter() - start < 3  # an interpreter's own start, on a busy machine
+
+
+def test_the_readmes_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is written, but for the names of models and data, and one step instead of all."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(kepo_core.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = readme.split("## Use it as a library")[1].split("```python\n")[1].split("```")[0]
+    for seed, name in enumerate(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")):
+        text_model(seed).save_pretrained(tmp_path / str(seed))
+        tokenizer().save_pretrained(tmp_path / str(seed))
+        assert name in code
+        code = code.replace(name, str(tmp_path / str(seed)))
+    quick = {"max_steps": 1, "use_cpu": True, "per_device_train_batch_size": 8, "max_completion_length": 8}
+    settings = ", ".join(f"{name}={value}" for name, value in quick.items())
+    assert code.count('output_dir="out",') == 1
+    code = code.replace('output_dir="out",', f'output_dir="out", {settings},')
+    rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(4)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: datasets.Dataset.from_list(rows))
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert scope["trainer"].state.global_step == 1
 
 
 @pytest.mark.parametrize("name", kepo_core.__all__)
