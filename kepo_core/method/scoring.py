@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
 from kepo_core.method.loss import GatedLossTrainer
 from kepo_core.method.rollouts import Completion
@@ -139,6 +139,13 @@ class ScoringTrainer(GatedLossTrainer):
 def as_trl(prompt: Prompt, completion: Completion) -> Any:
     """A completion as TRL hands it to reward functions: text after text, a message after messages."""
     return completion.text if isinstance(prompt, str) else [{"role": "assistant", "content": completion.text}]
+
+
+def reward_name(reward: Any) -> str:
+    """What TRL calls a reward: the last part of a model's id, or a function's own name."""
+    if isinstance(reward, nn.Module):
+        reward = get_config_model_id(reward.config)
+    return str(reward.split("/")[-1] if isinstance(reward, str) else get_callable_name(reward))
 
 
 def find_reward(parameter: str, name: str, known: Sequence[str]) -> int | None:

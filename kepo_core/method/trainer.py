@@ -23,7 +23,7 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
 from kepo_core.method.recording import Generation, record
-from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward
+from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward, find_reward, reward_name
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Prompt, Row, Task, check_columns, check_task, with_images
 from kepo_core.method.teacher import Teacher
@@ -103,6 +103,9 @@ class KEPOTrainer(ScoringTrainer):
         if reward_funcs is not None:
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [checked_reward(reward) for reward in given]
+            if args.distill or args.explore:  # before a model is loaded
+                for name in ("gate_reward", "exploration_reward"):
+                    find_reward(name, getattr(args, name), [reward_name(reward) for reward in reward_funcs])
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         self._find_rewards()
         if args.scale_rewards == "rloo":
@@ -215,7 +218,8 @@ class KEPOTrainer(ScoringTrainer):
             step = self.state.global_step + 1
             repeated = self._generation_of_step[0] == step
             self._generation_of_step = (step, self._generation_of_step[1] + 1 if repeated else 0)
-        now = self._generation = Generation(inputs)
+        now, self._scored = Generation(inputs), None
+        self._generation = now
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if not training:
             return output

@@ -22,6 +22,7 @@ from kepo_core.method.exploration import leaving_members
 from kepo_core.method.rollouts import GLOSSARY, collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.task import rewards
 from kepo_core.task.multiple_choice import GLOSSARY as TASK_GLOSSARY
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.testbed.embedded import build_model, build_processor
@@ -120,3 +121,14 @@ def test_two_runs_are_equal_bit_for_bit_and_another_seed_is_not(tmp_path: Path) 
                for x in "ab" for n in names)  # fmt: skip
     other = train_for_real(tmp_path / "c", 1)
     assert not torch.equal(weights, other[2])
+
+
+def test_no_completion_is_parsed_twice(tmp_path: Path) -> None:
+    """The record of a rollout and both rewards read one parse."""
+    rewards._read.cache_clear()
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h")
+    score_batch(trainer, 0, 1)
+    rows, own, final = trainer._generation.rows, trainer._generation.own, trainer._generation.final
+    said = {(c.text, len(row["options"])) for made in (own, final) for row, c in zip(rows, made, strict=True)}
+    found = rewards._read.cache_info()
+    assert found.misses == len(said) and found.hits + found.misses == 2 * (8 + 1)  # eight rollouts and a draw
