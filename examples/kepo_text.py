@@ -152,7 +152,8 @@ def main() -> None:
     set_seed(0)
     student, teacher, tokenizer = load_models(options.schooling)
     rows, held_out = load_data()
-    before = accuracy(student, tokenizer, held_out)
+    parts = {"held out": held_out, "trained on": rows}
+    before = {name: accuracy(student, tokenizer, part) for name, part in parts.items()}
     args = KEPOConfig(
         output_dir=options.output,
         gate_reward="correct",
@@ -189,7 +190,8 @@ def main() -> None:
         print(f"{log['step']:4}", *(f"{log[f'kepo/{name}']:15.2f}" for name in names))
     explored, rescued = (sum(log[f"kepo/{kind}_groups"] for log in logs) for kind in ("explored", "rescued"))
     print(f"{explored:.0f} groups failed and explored; hints rescued {rescued:.0f} of them")
-    print(f"held-out sums right: {before:.0%} before, {accuracy(student, tokenizer, held_out):.0%} after")
+    for name, part in parts.items():
+        print(f"sums right, {name}: {before[name]:.0%} before, {accuracy(student, tokenizer, part):.0%} after")
 
 
 if __name__ == "__main__":

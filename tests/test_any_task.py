@@ -192,11 +192,14 @@ def test_a_served_teacher_is_asked_by_chats_alone(tmp_path: Path) -> None:
             make_trainer(tmp_path, chat=False, teacher=teacher).train()
 
 
-def test_a_wider_teacher_padded_to_another_size_guides_over_the_tokens_that_both_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [(0, 37), (37, 0)], ids=["teacher", "student"])
+def test_a_wider_teacher_padded_to_another_size_guides_over_the_tokens_that_both_have(
+    tmp_path: Path, rows: tuple[int, int]
+) -> None:
     from text_harness import hinting
 
-    teacher = hinting(Teacher(text_model(1, hidden=48, padded_rows=37), tokenizer()))
-    trainer = make_trainer(tmp_path, teacher=teacher)
+    teacher = hinting(Teacher(text_model(1, hidden=48, padded_rows=rows[1]), tokenizer()))
+    trainer = make_trainer(tmp_path, teacher=teacher, student=text_model(0, padded_rows=rows[0]))
     log, rows = trained(trainer, tmp_path)
     check(log, rows)
     with pytest.raises(ValueError, match="different vocabularies"):

@@ -133,11 +133,11 @@ def hinting(teacher: Any) -> Any:
 
 def make_trainer(
     output_dir: Path, chat: bool = True, teacher: Any = None, rewards: Any = None, cls: type = ScriptedText,
-    **overrides: Any,
+    student: Any = None, **overrides: Any,
 ) -> Any:  # fmt: skip
     teacher = hinting(Teacher(text_model(1), tokenizer())) if teacher is None else teacher
     return cls(
-        text_model(0),
+        student or text_model(0),
         rewards or [correct, brief],
         config(output_dir, **overrides),
         riddles(chat),
