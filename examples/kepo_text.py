@@ -7,7 +7,7 @@ student tries again with it; whatever comes out right is learned, with the teach
 
 It becomes GSM8K with real models by three other functions:
 
-    def load_models():
+    def load_models(schooling=0):  # pretrained: nothing to school
         tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")
         student, teacher = (AutoModelForCausalLM.from_pretrained(f"Qwen/Qwen3-{size}") for size in ("0.6B", "8B"))
         return student, teacher, tokenizer

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kepo_harness
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -94,22 +95,7 @@ class ScriptedText(KEPOTrainer):
 
 
 def config(output_dir: Path, **overrides: Any) -> KEPOConfig:
-    defaults: dict[str, Any] = {
-        "num_generations": 4,
-        "per_device_train_batch_size": 16,
-        "max_completion_length": 24,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "shuffle_dataset": False,
-        "report_to": "none",
-        "tau": 5.0,
-    }
-    return KEPOConfig(output_dir=str(output_dir), **(defaults | overrides))
+    return kepo_harness.config(output_dir, **({"per_device_train_batch_size": 16, "tau": 5.0} | overrides))
 
 
 def text_of(prompt: Any) -> str:

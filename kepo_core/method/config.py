@@ -73,7 +73,9 @@ class KEPOConfig(GRPOConfig):  # type: ignore[misc]  # trl is not followed by th
     )
     rejection_budget: int = field(default=5, metadata={"help": "B: rounds of hint-aware draws."})
     injected_per_group: int = field(default=1, metadata={"help": "m: draws a round, and at most injected."})
-    on_exhausted: str = field(default="keep", metadata={"help": "keep or drop a group that found nothing."})
+    on_exhausted: str = field(
+        default="keep", metadata={"help": "keep or drop a group whose budget ran out without an accepted draw."}
+    )
     hint_source: str = field(
         default="own", metadata={"help": "own: the row's hint; other (control): a hint written for another row."}
     )
@@ -92,8 +94,8 @@ class KEPOConfig(GRPOConfig):  # type: ignore[misc]  # trl is not followed by th
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ParamError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
-        if not math.isfinite(self.tau):
-            raise ParamError(f"tau is {self.tau:g}, expected a finite number")
+        if isinstance(self.tau, str | bool) or not math.isfinite(self.tau):
+            raise ParamError(f"tau is {self.tau!r}, expected a finite number")
         if not 0 <= self.distill_beta <= 1:
             raise ParamError(f"distill_beta is {self.distill_beta:g}, expected 0 to 1")
         if self.distill_temperature <= 0:
@@ -112,6 +114,16 @@ class KEPOConfig(GRPOConfig):  # type: ignore[misc]  # trl is not followed by th
             raise ParamError(
                 f"scale_rewards is 'rloo' but multi_objective_aggregation is {self.multi_objective_aggregation!r}, "
                 "expected 'sum_then_normalize': Eq. 4 is of one summed reward"
+            )
+        if self.zero_variance == "drop" and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ParamError(
+                f"zero_variance is 'drop' but multi_objective_aggregation is {self.multi_objective_aggregation!r}, "
+                "expected 'sum_then_normalize': groups of equal sums can have advantages there"
+            )
+        if self.explore and self.on_exhausted == "drop" and self.loss_type == "bnpo":
+            raise ParamError(
+                "on_exhausted is 'drop' but loss_type is 'bnpo', expected another loss type: it divides by the tokens "
+                "that are left, so dropped groups would not stay in the denominator"
             )
         if self.zero_variance == "drop" and self.loss_type in TOKEN_NORMALIZED:
             raise ParamError(

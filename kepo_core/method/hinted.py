@@ -85,7 +85,9 @@ def explore_groups(
     by_group = {group: group * size - first for group in failing if 0 <= group * size - first < len(rows)}
     alone = any((first + (row + size) % len(rows)) // size == group for group, row in by_group.items())
     if trainer.args.hint_source == "other" and alone:
-        raise ValueError("hint_source is 'other' but a process has one question alone, expected several")
+        raise ValueError(
+            "hint_source is 'other' but a process holds one prompt only, expected two or more: raise the batch size"
+        )
     sampler = _Sampler(trainer, rows, prompts, own, by_group, f"{seed}/{accelerator.process_index}")
     results = exploration.explore(
         list(by_group),
@@ -122,6 +124,8 @@ class _Sampler:
     def hints(self, groups: Sequence[int]) -> list[str | None]:
         trainer = self._trainer
         if not trainer.asks_hints:
+            if any(trainer.task.ask(self._rows[self._by_group[group]]) is not None for group in groups):
+                raise ValueError("task.ask returned None for the first row but not for this one, expected the same")
             return [""] * len(groups)
         away = 0 if trainer.args.hint_source == "own" else trainer.num_generations  # the next group's row
         rows = [self._rows[(self._by_group[group] + away) % len(self._rows)] for group in groups]

@@ -121,6 +121,8 @@ class GatedLossTrainer(VisionTrainer):
         sums[:2] = torch.stack([(forward.output.entropy[:, -width:].detach() * own_BT).sum(), own_BT.sum()])
         if replaced is not None:
             sums[:2] += replaced.sum(0)
+        if not training:
+            del terms["distill"]  # evaluation asks no teacher
         self._log_loss("train" if training else "eval", terms, sums)
         return loss
 

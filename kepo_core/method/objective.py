@@ -178,7 +178,7 @@ def top_k_buckets(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def top_k_divergence(student_logits: Tensor, ids: Tensor, teacher_buckets: Tensor, beta: float = 0.0) -> Tensor:
-    """D(π_T‖π_θ) at each token as far as the teacher's k likeliest next tokens and its remaining mass tell, (…).
+    """D(π_T‖π_θ) at each token over the teacher's top-k tokens and one bucket for the rest, (…).
 
     Both distributions are summed over the same parts of the vocabulary, so this is never more than `divergence` (the
     data-processing inequality), grows as parts are divided, and equals it at k = V, in value and gradient.

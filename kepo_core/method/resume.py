@@ -24,7 +24,7 @@ _PARTIAL = ".partial"
 class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
     """GRPOTrainer whose ``train(resume_from_checkpoint=…)`` is exact on the CPU.
 
-    The tables of ``log_completions`` alone begin anew: completions that were not written yet are not kept.
+    Only the tables of ``log_completions`` restart empty: completions that were not written yet are not kept.
     """
 
     #: (step, number within the step) of the newest generation batch.
@@ -62,13 +62,23 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(folder)
+        if self.state.best_model_checkpoint == str(partial / name):
+            self.state.best_model_checkpoint = str(folder / name)
+            if main:
+                self.state.save_to_json(str(partial / name / "trainer_state.json"))
         torch.save(self._loop_state(), partial / name / f"loop_{self.accelerator.process_index}.pt")
         self.accelerator.wait_for_everyone()
         if main:
             shutil.rmtree(folder / name, ignore_errors=True)
             (partial / name).rename(folder / name)
+            if (card := partial / "README.md").is_file():  # TRL's model card
+                card.replace(folder / card.name)
             shutil.rmtree(partial)
-            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
         self.accelerator.wait_for_everyone()
 
     def _loop_state(self) -> dict[str, Any]:

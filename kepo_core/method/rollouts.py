@@ -24,7 +24,8 @@ GLOSSARY: dict[str, str] = {
     "kepo/length": "their mean length in tokens, end-of-text token included",
     "kepo/entropy": "mean entropy (nats) of the next-token distribution over all their tokens; replaced originals are "
     "measured when they are replaced, all others in the loss's forward pass; dropped rows are left out",
-    "kepo/all_fail_rate": "share of groups in which every rollout has an exploration_reward of 0",
+    "kepo/all_fail_rate": "share of groups in which no rollout has an exploration_reward above 0 (rewards "
+    "that do not apply are ignored)",
     "kepo/explored_groups": "groups that explored in this generation batch",
     "kepo/unparsable_hints": "groups among them for which no hint could be read; they keep their originals",
     "kepo/rescued_groups": "groups among them with at least one accepted draw",
@@ -42,7 +43,8 @@ GLOSSARY: dict[str, str] = {
     "kepo/loss_distill": "the gated divergence, normalised by distill_normalizer, before distill_coef",
     "kepo/loss_kl": "the KL to the reference as it is trained (the estimate times the ratio, unless "
     "use_bias_correction_kl is off), in the same mean, before beta",
-    "kepo/divergence": "mean D(π_T‖π_θ) per gated token; of a served teacher, as far as its likeliest tokens tell",
+    "kepo/divergence": "mean D(π_T‖π_θ) per gated token; with a served teacher, over its top-k tokens and "
+    "one bucket for the rest",
     "kepo/unasked": "sequences past the gate that a served teacher was not asked about, as their text would be cut "
     "into other tokens than the student wrote; they are not guided",
 }
@@ -96,8 +98,9 @@ class Rollout:
             else:
                 row[name] = value
         if len(row) < len(fields(self)) - 2 + len(self.facts) + len(self.rewards):
-            taken = sorted(set(self.facts) & {f.name for f in fields(self)})
-            raise ValueError(f"the task reads {', '.join(taken)}, a column that the rollouts file has already")
+            own = {f.name for f in fields(self)} | {f"rewards/{name}" for name in self.rewards}
+            taken = ", ".join(sorted(set(self.facts) & own))
+            raise ValueError(f"task.read returns a column named {taken}, which the rollouts file already uses")
         return row
 
 
@@ -165,6 +168,13 @@ def write_rollouts(output_dir: str | Path, rollouts: Sequence[Rollout]) -> Path:
     with in_place_of(path) as partial:
         pd.DataFrame([rollout.columns() for rollout in ordered]).to_parquet(partial, index=False)
     return path
+
+
+def forget_rollouts(output_dir: str | Path, step: int) -> None:
+    """Remove what an earlier training wrote of the steps after ``step``: they are about to be trained again."""
+    for shard in (Path(output_dir) / ROLLOUTS_DIR).glob("step_*.parquet"):
+        if int(shard.stem.split("_")[1]) > step:
+            shard.unlink()
 
 
 def collect_rollouts(output_dir: str | Path) -> pd.DataFrame:

@@ -7,6 +7,7 @@ they are drawn, and TRL then gets the rewards of what it trains on without a sec
 import difflib
 import functools
 import inspect
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -26,11 +27,13 @@ Rewards = list[float | None]
 def checked_reward(reward: Any) -> Any:
     """A reward function whose every call must return one finite number, or None, per completion: never a silent 0.
 
-    Reward models, and their names, are returned as they are. The returned function raises:
+    Reward models, and their names, are returned as they are; ``ValueError`` for what is no reward. The function raises:
         ValueError: anything else came back; names the function and the first completion it failed for.
     """
-    if isinstance(reward, str | nn.Module) or not callable(reward):
+    if isinstance(reward, str | nn.Module):
         return reward
+    if not callable(reward):
+        raise ValueError(f"a reward is {reward!r}, expected a function, a reward model or its name, or a list of these")
     name, is_async = get_callable_name(reward), is_async_callable(reward)
 
     async def checked_async(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Rewards:
@@ -60,7 +63,7 @@ def _checked(name: str, values: Any, count: int) -> Rewards:
 
 def _number(name: str, value: Any, row: int, count: int) -> float:
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
@@ -75,7 +78,7 @@ class ScoringTrainer(GatedLossTrainer):
     """GRPOTrainer that can score completions before TRL asks for their rewards, and knows rewards by name."""
 
     _scored: Tensor | None = None  # what TRL is going to ask for, (rows of all processes, reward functions)
-    _rewards: Tensor  # what it was told last
+    _rewards: Tensor  # the rewards last returned to TRL
     # What reward functions have logged and TRL has not shown yet.
     _pending_extra_logs: dict[str, list[Any]]
     _pending_metrics: dict[str, list[float]]
@@ -107,7 +110,7 @@ class ScoringTrainer(GatedLossTrainer):
     ) -> tuple[Tensor, dict[str, list[Any]]]:
         """`score` of completions that may never be trained on, and what functions logged of them, by column.
 
-        Nothing of that reaches TRL's tables; metrics that they log are dropped.
+        These logs do not enter TRL's tables, and metrics are dropped.
         """
         kept = self._pending_extra_logs, self._pending_metrics
         self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
@@ -152,15 +155,17 @@ def find_reward(parameter: str, name: str, known: Sequence[str]) -> int | None:
     """The column of the reward called ``name`` (``_reward`` at its end may be left out); None for the weighted sum.
 
     Raises:
-        ValueError: there is none of that name, which names the nearest, or there are several.
+        ValueError: no reward has that name (the message suggests the nearest), or several do.
     """
     if name == "total":
+        if name in known:
+            raise ValueError(f"{parameter} is 'total', the weighted sum, but a reward has that name: rename the reward")
         return None
     if not name:
         return 0
     for wanted in (name, f"{name}_reward"):
         if (found := known.count(wanted)) > 1:
-            raise ValueError(f"{parameter} is {name!r}, but {found} reward functions are called so: rename them")
+            raise ValueError(f"{parameter} is {name!r}, but {found} reward functions have that name: rename one")
         if found:
             return known.index(wanted)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -171,5 +176,9 @@ def find_reward(parameter: str, name: str, known: Sequence[str]) -> int | None:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """``names`` with a number behind those that occur a second time."""
-    return [f"{name}_{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
+    """``names`` with a number, behind those that occur a second time, that makes them like no other."""
+    made: list[str] = []
+    for i, name in enumerate(names):
+        free = (f"{name}_{k}" for k in itertools.count(2) if f"{name}_{k}" not in (*names, *made))
+        made.append(next(free) if name in names[:i] else name)
+    return made

@@ -25,7 +25,7 @@ from kepo_core.method.teacher import markup_of, parse_hint, tokenizer_of
 
 #: How far a log-probability may lie above 0, and their mass above 1: servers compute in bfloat16.
 TOLERANCE = 1e-3
-#: The least mass of all tokens that were not told: rounding leaves nothing, of which there is no logarithm.
+#: Floor for the tail mass, so that its log is finite.
 _LEAST_REST = 1e-8
 
 
@@ -87,6 +87,10 @@ class ServedTeacher:
         if self.top_k > self._vocabulary:
             raise ValueError(f"top_k is {self.top_k}, expected at most the student's {self._vocabulary} tokens")
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise ``ValueError`` for a prompt that is no chat."""
+        chat(prompt)
+
     def prepare(self, accelerator: Any, *, deepspeed: bool = False, fsdp: bool = False) -> None:
         """Nothing: the model is elsewhere."""
 
@@ -103,7 +107,7 @@ class ServedTeacher:
         Args:
             prompts: messages whose image parts hold their pictures.
             max_tokens: the longest hint, tags included.
-            seed: of no effect, as nothing is drawn.
+            seed: ignored, as decoding is greedy.
             template: further arguments of the chat template.
 
         Raises:
@@ -302,7 +306,7 @@ class ServedTeacher:
 def chat(prompt: Prompt) -> list[dict[str, Any]]:
     """``prompt``, which must be a chat: the server cuts it into tokens by its chat template."""
     if isinstance(prompt, str):
-        raise ValueError("a prompt is text, expected chat messages: a served teacher is asked by chats alone")
+        raise ValueError("a prompt is text, expected chat messages: a served teacher takes chats only")
     return prompt
 
 

@@ -1,4 +1,4 @@
-"""What KEPO has to know of a task: how a hint is asked for and told, and what of a completion is recorded.
+"""What KEPO has to know of a task: how a hint is requested and given, and what of a completion is recorded.
 
 Rewards are not part of it: they are TRL's reward functions, given to the trainer.
 """
@@ -103,7 +103,7 @@ class Templates(Task):
     def __init__(self, asking: str, telling: str) -> None:
         asked, told = _names("asking", asking), _names("telling", telling)
         if "hint" in asked:
-            raise ValueError("asking names {hint}, expected it in telling alone: asking is what a hint is asked with")
+            raise ValueError("asking names {hint}, expected it in telling alone: asking is the request for the hint")
         if "hint" not in told:
             raise ValueError(f"telling is {telling!r}, expected {{hint}} in it: the student would not see the hint")
         self._asking, self._telling = asking, telling
@@ -132,12 +132,26 @@ def _names(argument: str, template: str) -> set[str]:
     return {name for name, _ in parts}
 
 
+def _filled(template: str, values: Mapping[str, Any]) -> str:
+    """``template`` with ``values``; ValueError for a column that a row lacks, or that does not fit its format."""
+    empty = [name for name in _names("template", template) if values.get(name) is None]
+    if empty:
+        raise ValueError(
+            f"a row has no {sorted(empty)[0]}, which the template {template!r} names: fill the column, or remove the "
+            f"row (its prompt: {values['prompt'][:80]!r})"
+        )
+    try:
+        return template.format_map(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the template {template!r} cannot be filled: {error}") from error
+
+
 def _extended(prompt: Prompt, template: str, values: Mapping[str, Any]) -> Prompt:
     """``prompt`` with the filled ``template`` behind its text, or around it where it names ``{prompt}``."""
     replaces = "prompt" in _names("template", template)
 
     def new(text: str) -> str:
-        filled = template.format_map({**values, "prompt": text})
+        filled = _filled(template, {**values, "prompt": text})
         return filled if replaces else f"{text}\n\n{filled}" if text else filled
 
     if isinstance(prompt, str):
@@ -174,7 +188,7 @@ def with_images(prompt: Prompt | None, row: Row) -> Prompt:
     """A prompt with the row's pictures in its image parts (in front of the text where it has no parts)."""
     images = images_of(row)
     if prompt is None:
-        raise ValueError("the task asks for no hint of this row, but did of the first: expected the same for all rows")
+        raise ValueError("task.ask returned None for this row but not for the first, expected the same for every row")
     if not images:
         return prompt
     messages: Prompt = prepare_multimodal_messages(prompt, images=images)
@@ -188,24 +202,3 @@ def images_in(prompt: Prompt) -> list[Any]:
     contents = [message.get("content") for message in prompt]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [part["image"] for part in parts if part["type"] == "image"]
-
-
-def check_task(task: Task, row: Row) -> bool:
-    """Whether hints are asked for, after trying the task's prompts on a first row.
-
-    Raises:
-        ValueError: they are not of the kind of the row's own prompt.
-    """
-    asked, told = task.ask(row), task.tell(row, "a hint")
-    for name, prompt in (("ask", asked), ("tell", told)):
-        if prompt is not None and isinstance(prompt, str) != isinstance(row["prompt"], str):
-            kinds = [type(value).__name__ for value in (prompt, row["prompt"])]
-            raise ValueError(f"the task's {name} gives {kinds[0]} and the prompt column {kinds[1]}, expected one kind")
-    return asked is not None
-
-
-def check_columns(task: Task, row: Row) -> None:
-    """Raise ``ValueError``, naming what is there, for the columns that ``row`` lacks."""
-    missing = [name for name in ("prompt", *task.columns) if name not in row]
-    if missing:
-        raise ValueError(f"train_dataset lacks {', '.join(missing)}, which the task reads: it has {', '.join(row)}")

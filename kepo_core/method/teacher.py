@@ -153,6 +153,11 @@ class Teacher:
                     "the teacher reads the images as they were prepared for the student"
                 )
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise ``ValueError`` where a hint cannot be asked for with prompts like this one."""
+        if not isinstance(prompt, str) and getattr(self.processor, "chat_template", None) is None:
+            raise ValueError("the teacher's tokenizer has no chat template, expected one: the prompts are chats")
+
     def prepare(self, accelerator: Any, *, deepspeed: bool = False, fsdp: bool = False) -> None:
         """Put the model where the student is, sharded if the student is; a quantised one is whole on every process."""
         if getattr(self._model, "is_quantized", False):

@@ -9,23 +9,26 @@ around rewards and advantages, and `_compute_loss` (the divergence, from the sam
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
 from kepo_core.method import hinted, objective
+from kepo_core.method.checks import check_arguments, check_parts
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
 from kepo_core.method.recording import Generation, record
+from kepo_core.method.resume import last_checkpoint, trained_steps
+from kepo_core.method.rollouts import forget_rollouts
 from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward, find_reward, reward_name
 from kepo_core.method.served import ServedTeacher
-from kepo_core.method.task import Prompt, Row, Task, check_columns, check_task, with_images
+from kepo_core.method.task import Prompt, Task, with_images
 from kepo_core.method.teacher import Teacher
 
 __all__ = ["KEPOConfig", "KEPOTrainer"]
@@ -38,19 +41,19 @@ class KEPOTrainer(ScoringTrainer):
         model: the student, as for GRPOTrainer: a model, or its name or path; text alone or with vision.
         reward_funcs: TRL's rewards: functions, coroutines, reward models. The gate and exploration read those that
             ``gate_reward`` and ``exploration_reward`` of ``args`` name (by default the first).
-        args: a `KEPOConfig`. Without it TRL's defaults hold, with those parts of KEPO that ``teacher`` and ``task``
-            allow.
+        args: a `KEPOConfig`. By default one with ``distill`` on if there is a teacher, and ``explore`` on if there is a
+            task as well.
         train_dataset: TRL's rows: ``prompt`` (x, plain), ``image`` or ``images`` where there are any, and what reward
             functions and ``task`` read.
         eval_dataset: as for GRPOTrainer. Evaluation never explores.
         teacher: π_T, in process or served; needed to distil and for hints.
-        task: how hints are asked for and told; needed to explore. What it reads in a completion goes into the rollouts
+        task: how hints are requested and given; needed to explore. What it reads in a completion goes into the rollouts
             file, and reward functions then get completions as plain text, reasoning included.
         **kwargs: as for GRPOTrainer (``processing_class``, ``callbacks``, ``peft_config``, …).
 
     Raises:
-        ValueError: a missing teacher, task or column, a reward that there is not, too few rows, a task that does not
-            fit the rows or a teacher that does not fit the student; one sentence, before anything is computed.
+        ValueError: a missing teacher, task or column, an unknown reward name, too few rows, a task that does not fit
+            the rows or a teacher that does not fit the student; one sentence, before anything is computed.
 
     Example:
     ```python
@@ -82,6 +85,14 @@ class KEPOTrainer(ScoringTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "kepo"]
+    _name = "KEPO"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "KEPO: Knowledge-Enhanced Preference Optimization for Reinforcement Learning with Reasoning",
+        "id": "2602.00400",
+        "citation": "@article{yang2026kepo,\n    title = {{KEPO: Knowledge-Enhanced Preference Optimization for "
+        "Reinforcement Learning with Reasoning}},\n    author = {Fan Yang and Rui Meng and Trudi Di Qi and Ali Ezzati "
+        "and Yuxin Wen},\n    year = 2026,\n    eprint = {arXiv:2602.00400},\n}",
+    }
 
     def __init__(
         self,
@@ -97,9 +108,10 @@ class KEPOTrainer(ScoringTrainer):
     ) -> None:
         args = _default_config(model, teacher, task) if args is None else args
         if not isinstance(args, KEPOConfig):
-            raise ValueError(f"args is a {type(args).__name__}, expected a KEPOConfig: GRPOConfig's fields, and KEPO's")
+            raise ValueError(f"args is a {type(args).__name__}, expected a KEPOConfig (it has all GRPOConfig's fields)")
         self.task, self.teacher = task, teacher
-        self.asks_hints = self._check_parts(args, train_dataset, kwargs)
+        check_arguments(args, teacher, task, eval_dataset)
+        self.asks_hints = check_parts(args, teacher, task, train_dataset, kwargs)
         if reward_funcs is not None:
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [checked_reward(reward) for reward in given]
@@ -116,34 +128,22 @@ class KEPOTrainer(ScoringTrainer):
         let_generate(student)
         if teacher is None:
             return
+        if isinstance(teacher, Teacher) and teacher.model is student:
+            raise ValueError("teacher and student are one model, expected two: the teacher is frozen (load it twice)")
         teacher.check_fits(student, self.processing_class)
         if args.distill:
             check_plain_head(student, "student")
             add_distillation_head(student)
         teacher.prepare(self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
 
-    def _check_parts(self, args: KEPOConfig, dataset: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether hints are asked for; raises where KEPO's parts lack something."""
-        first = _first_row(dataset)
-        if self.task is not None and first is not None:
-            check_columns(self.task, first)
-        parts = [name for name in ("distill", "explore") if getattr(args, name)]
-        if not parts:
-            return False
-        for name in ("tools", "rollout_func", "environment_factory"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} is set, expected it unset: {parts[0]} knows single-turn completions only")
-        if args.explore and self.task is None:
-            raise ValueError(
-                "explore is True but task is None, expected a task that says how hints are asked for and told, like "
-                "Templates(asking=..., telling=...)"
-            )
-        asks = self.task is not None and args.explore and first is not None and check_task(self.task, first)
-        if self.teacher is None and (args.distill or asks):
-            raise ValueError(f"{parts[0]} is True but teacher is None, expected a Teacher")
-        if hasattr(dataset, "__len__") and len(dataset) < (least := args.generation_batch_size // args.num_generations):
-            raise ValueError(f"train_dataset has {len(dataset)} rows, expected {least} or more, a generation batch")
-        return asks
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in transformers. Rollouts that an earlier training left of steps that are trained now are removed."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+        if self.args.log_rollouts and self.accelerator.is_main_process:
+            step = trained_steps(str(resume_from_checkpoint)) if resume_from_checkpoint else 0
+            forget_rollouts(self.args.output_dir, step)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # Rollouts ---------------------------------------------------------------------------------------------------
 
@@ -230,9 +230,12 @@ class KEPOTrainer(ScoringTrainer):
             output["advantages"] = objective.advantages(totals, self.num_generations, "rloo")[local]
         if self.args.zero_variance == "drop":
             output["advantages"] = objective.without_equal_groups(output["advantages"], totals, self.num_generations)
+        if self.args.scale_rewards == "rloo" or self.args.zero_variance == "drop":
+            self._correct_table(output["advantages"])
         advantages, keep = output["advantages"], self._kept(now)
         signal = self.signal("gate_reward", rewards)[local]
         gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & keep & self.args.distill
+        gate = gate & output["completion_mask"].any(1)  # under mask_truncated_completions some rows have no tokens
         log_ratio = self._measure_injected(now, output) if self.args.explore else {}
         if self.args.distill:
             output["kepo_gate"] = self._ask_served(now, output, gate)
@@ -242,6 +245,13 @@ class KEPOTrainer(ScoringTrainer):
             output["tool_mask"] = keep.unsqueeze(1).expand_as(output["completion_mask"]).long()
         record(self, now, rewards, advantages, gate, keep, log_ratio)
         return output
+
+    def _correct_table(self, advantages: Tensor) -> None:
+        """Put the advantages that are trained with into TRL's table of completions, in the place of its own."""
+        table, trained = self._logs["advantages"], self.accelerator.gather(advantages).tolist()
+        for _ in range(min(len(trained), len(table))):
+            table.pop()
+        table.extend(trained)
 
     def _ask_served(self, now: Generation, output: dict[str, Any], gate: Tensor) -> Tensor:
         """The rows to be guided, (B,): those past the gate, but for those that a served teacher cannot be asked about.
@@ -312,10 +322,3 @@ def _default_config(model: Any, teacher: Any, task: Task | None) -> KEPOConfig:
     return KEPOConfig(
         f"{name.split('/')[-1]}-KEPO", distill=teacher is not None, explore=teacher is not None and task is not None
     )
-
-
-def _first_row(dataset: Any) -> Row | None:
-    """A first row to try a task on; None where there is none."""
-    if isinstance(dataset, IterableDataset):
-        return next(iter(dataset), None)
-    return dataset[0] if hasattr(dataset, "__getitem__") and len(dataset) else None

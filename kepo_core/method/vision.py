@@ -1,4 +1,4 @@
-"""Where GRPOTrainer's way with pictures fails, or is wrong without a word: mended where it can be, refused elsewhere.
+"""Fixes for GRPOTrainer's handling of pictures; what cannot be fixed is refused.
 
 Nothing here changes a batch that GRPOTrainer gets right.
 """

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from kepo_harness import config, make_dataset, sharp_model
+from transformers import TrainerState
 
 from kepo_core.method.resume import last_checkpoint
 from kepo_core.method.rollouts import collect_rollouts
@@ -38,7 +39,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(folder: Path, lora_rank: int = 0, **overrides: Any) -> KEPOTrainer:
+def make(folder: Path, lora_rank: int = 0, eval_dataset: Any = None, **overrides: Any) -> KEPOTrainer:
     args = config(
         folder, **{
             "max_steps": STEPS, "max_completion_length": 6, "tau": 0.0, "hint_max_tokens": 8, "rejection_budget": 2,
@@ -55,7 +56,7 @@ def make(folder: Path, lora_rank: int = 0, **overrides: Any) -> KEPOTrainer:
     lora = lora_config(student, Params(lora_rank=lora_rank))
     task = MultipleChoice()
     return KEPOTrainer(
-        student, task.reward_funcs, args, make_dataset(), teacher=teacher, task=task,
+        student, task.reward_funcs, args, make_dataset(), eval_dataset, teacher=teacher, task=task,
         processing_class=build_processor(), peft_config=lora,
     )  # fmt: skip
 
@@ -180,3 +181,30 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, place: str) -> None
     assert_equal(resumed, whole)
     pd.testing.assert_frame_equal(collect_rollouts(folder), collect_rollouts(tmp_path / "whole"))
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-5", "checkpoint-6", "rollouts"]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_the_best_checkpoint_is_kept_known_and_loaded(tmp_path: Path, strategy: str) -> None:
+    worlds = {"save_strategy": strategy, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3,
+              "load_best_model_at_end": True, "save_total_limit": 1, "metric_for_best_model": "eval_score",
+              "greater_is_better": True, "explore": False, "per_device_eval_batch_size": 8}  # fmt: skip
+    trainer = make(tmp_path, eval_dataset=make_dataset(), **worlds)
+    weights: list[torch.Tensor] = []
+
+    def evaluate(*_: Any, **__: Any) -> dict[str, float]:
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+        return {"eval_score": {1: 0.2, 2: 0.9, 3: 0.5}[trainer.state.global_step]}
+
+    trainer.evaluate = evaluate  # type: ignore[method-assign]
+    trainer.train()
+    best = tmp_path / "checkpoint-2"
+    assert trainer.state.best_model_checkpoint == str(best) and best.is_dir()
+    assert torch.equal(trainer.model.lm_head.weight, weights[1]) and not torch.equal(weights[1], weights[2])
+    assert TrainerState.load_from_json(str(best / "trainer_state.json")).best_model_checkpoint == str(best)
+    assert not list(tmp_path.glob(".partial*")) and "KEPO" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_second_training_in_a_folder_leaves_no_rollouts_of_the_first(tmp_path: Path) -> None:
+    make(tmp_path, max_steps=3, explore=False).train()
+    make(tmp_path, max_steps=2, explore=False, save_strategy="no").train()
+    assert set(collect_rollouts(tmp_path)["step"]) == {1, 2}

@@ -12,7 +12,8 @@ from PIL import Image
 from text_harness import ASKING, TELLING, make_trainer, riddles, text_model, tokenizer
 
 import kepo_core
-from kepo_core.method.task import Task, Templates, check_task, images_of, with_images
+from kepo_core.method.checks import check_task
+from kepo_core.method.task import Task, Templates, images_of, with_images
 from kepo_core.method.teacher import Teacher
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Riddle 0?"}]
@@ -89,7 +90,7 @@ def test_a_column_that_the_rows_lack_is_named_with_what_they_have(tmp_path: Path
     task = Templates(asking=ASKING, telling=TELLING)
     assert task.columns == ("solution",)
     bare = riddles().remove_columns("solution").add_column("answer", ["x"] * 8)
-    with pytest.raises(ValueError, match="train_dataset lacks solution, which the task reads: it has prompt, answer"):
+    with pytest.raises(ValueError, match="train_dataset lacks solution, which the task needs: it has prompt, answer"):
         trainer = make_trainer(tmp_path)
         type(trainer)(
             trainer.model, trainer.reward_funcs, trainer.args, bare, processing_class=trainer.processing_class,
@@ -111,19 +112,19 @@ def test_a_task_of_two_methods_records_nothing_and_may_ask_no_teacher() -> None:
     task = Riddles()
     assert task.columns == () and task.read({}, "x", True) == {} and task.metrics([]) == {}
     assert not check_task(task, {"prompt": "p"})
-    with pytest.raises(ValueError, match="the task's tell gives str and the prompt column list, expected one kind"):
 
-        class Texts(Riddles):
-            def tell(self, row: Any, hint: str) -> Any:
-                return "Think!"
+    class Texts(Riddles):
+        def tell(self, row: Any, hint: str) -> Any:
+            return "Think!"
 
+    with pytest.raises(ValueError, match="the task's tell gives str and the prompt column list, expected both"):
         check_task(Texts(), {"prompt": CHAT})
 
 
 def test_what_a_task_reads_must_not_be_called_as_another_column(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, explore=False)
     trainer.task.read = lambda row, text, finished: {"reward": 1.0}
-    with pytest.raises(ValueError, match="the task reads reward, a column that the rollouts file has already"):
+    with pytest.raises(ValueError, match="returns a column named reward, which the rollouts file already uses"):
         trainer.train()
 
 
@@ -144,6 +145,25 @@ def test_a_teacher_of_text_takes_a_tokenizer_and_a_teacher_without_eyes_fits_no_
     teacher = Teacher(text_model(1), tokenizer())
     with pytest.raises(ValueError, match="the student sees pictures and the teacher none"):
         teacher.check_fits(sharp_model(0), build_processor())
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Riddle 7?"}, {"prompt": "Riddle 7?", "solution": None}])
+def test_a_column_that_a_row_lacks_never_enters_a_prompt(row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"a row has no solution, which the template .* names.*Riddle 7\?"):
+        Templates(ASKING, TELLING).ask(row)
+
+
+def test_a_format_that_does_not_fit_its_column_is_named() -> None:
+    with pytest.raises(ValueError, match=r"the template .* cannot be filled: .*'f'"):
+        Templates("It is {solution:.2f}.", TELLING).ask({"prompt": "p", "solution": "egg"})
+
+
+def test_a_task_that_asks_of_a_later_row_alone_is_told_of(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    ask = trainer.task.ask
+    trainer.asks_hints, trainer.task.ask = False, lambda row: ask(row)  # as after a first row without a hint
+    with pytest.raises(ValueError, match=r"task\.ask returned None for the first row but not for this one"):
+        trainer.train()
 
 
 # The public face --------------------------------------------------------------------------------------------------

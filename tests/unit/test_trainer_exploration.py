@@ -133,7 +133,7 @@ def test_another_questions_hint_is_told_and_the_own_answer(tmp_path: Path) -> No
     assert trainer.teacher.hint_rows == [["q1"]]
     assert "<hint>of q1</hint> and the ground truth answer is <answer>A</answer>" in trainer.calls[1][0]
     assert "Question 0?" in trainer.calls[1][0]
-    with pytest.raises(ValueError, match="hint_source is 'other' but a process has one question alone"):
+    with pytest.raises(ValueError, match="hint_source is 'other' but a process holds one prompt only"):
         score_batch(trainer, 0)
 
 

@@ -132,3 +132,30 @@ def test_no_completion_is_parsed_twice(tmp_path: Path) -> None:
     said = {(c.text, len(row["options"])) for made in (own, final) for row, c in zip(rows, made, strict=True)}
     found = rewards._read.cache_info()
     assert found.misses == len(said) and found.hits + found.misses == 2 * (8 + 1)  # eight rollouts and a draw
+
+
+@pytest.mark.parametrize("choice", [{"scale_rewards": "rloo"}, {"zero_variance": "drop"}])
+def test_trls_table_of_completions_shows_the_advantages_that_train(tmp_path: Path, choice: dict[str, str]) -> None:
+    trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h", **choice)
+    output = score_batch(trainer, 0, 1)
+    assert list(trainer._logs["advantages"]) == output["advantages"].tolist()
+    rows = collect_rollouts(tmp_path).query("not replaced")
+    assert rows["advantage"].tolist() == output["advantages"].tolist()
+
+
+def test_a_rollout_whose_tokens_are_masked_passes_no_gate(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, lambda text, row, before, hinted: right(row) + "…", explore=False, mask_truncated_completions=True
+    )
+    output = score_batch(trainer, 0, 1)
+    assert not output["completion_mask"].any() and not output["kepo_gate"].any()
+
+
+def test_evaluation_logs_no_divergence(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, fails_on_0, hints=lambda row: "h", per_device_eval_batch_size=8,
+        trainer_args={"eval_dataset": make_dataset(2)},
+    )  # fmt: skip
+    logged = trainer.evaluate()
+    assert any(name.endswith("loss_policy") for name in logged | trainer.state.log_history[-1])
+    assert not any("loss_distill" in name for name in logged | trainer.state.log_history[-1])

@@ -19,6 +19,9 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from kepo_core.errors import ParamError
+from kepo_core.method.checks import check_arguments
+from kepo_core.method.scoring import checked_reward, distinct, find_reward
+from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
 from kepo_core.params import Params
@@ -31,6 +34,7 @@ from kepo_core.testbed.embedded import build_model, build_processor
     ("overrides", "sentence"),
     [
         ({"tau": math.inf}, "tau is inf, expected a finite number"),
+        ({"tau": "1"}, "tau is '1', expected a finite number"),
         ({"on_exhausted": "retry"}, "on_exhausted"),
         ({"scale_rewards": "median"}, "scale_rewards is 'median', expected one of none, group, batch, rloo"),
         ({"injected_per_group": 4}, "injected_per_group is 4"),
@@ -42,6 +46,8 @@ from kepo_core.testbed.embedded import build_model, build_processor
         ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
         ({"scale_rewards": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "scale_rewards is 'rloo' but"),
         ({"zero_variance": "drop", "loss_type": "dapo"}, "zero_variance is 'drop' but loss_type is 'dapo'"),
+        ({"zero_variance": "drop", "multi_objective_aggregation": "normalize_then_sum"}, "zero_variance is .drop. but"),
+        ({"on_exhausted": "drop", "loss_type": "bnpo"}, "on_exhausted is 'drop' but loss_type is 'bnpo'"),
     ],
 )  # fmt: skip
 def test_a_wrong_parameter_is_named(tmp_path: Path, overrides: dict, sentence: str) -> None:
@@ -142,7 +148,7 @@ def test_a_reward_that_there_is_not_is_named_with_the_nearest(tmp_path: Path, pa
     with pytest.raises(ValueError, match=f"{parameter} is 'zzz', .*'accuracy_reward', 'format_reward'"):
         make_trainer(tmp_path, fails_on_0, **{parameter: "zzz"})
     twice = [lambda completions, **_: [0.0] * len(completions)] * 2
-    with pytest.raises(ValueError, match="2 reward functions are called so"):
+    with pytest.raises(ValueError, match="2 reward functions have that name"):
         make_trainer(tmp_path, fails_on_0, rewards=twice, **{parameter: "<lambda>"})
 
 
@@ -162,7 +168,7 @@ def test_hints_without_reasoning_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("argument", ["tools", "rollout_func", "environment_factory"])
 def test_completions_of_several_turns_are_refused(tmp_path: Path, part: str, argument: str) -> None:
     other = "explore" if part == "distill" else "distill"
-    with pytest.raises(ValueError, match=f"{argument} is set, expected it unset: {part} knows single-turn"):
+    with pytest.raises(ValueError, match=f"{argument} is set, expected it unset: {part} supports single-turn"):
         make_trainer(tmp_path, fails_on_0, trainer_args={argument: [len]}, **{other: False})
 
 
@@ -222,3 +228,48 @@ def test_reward_functions_fit_the_prompt(tmp_path: Path) -> None:
     score_batch(trainer, 0, 1)
     assert trainer._metrics["train"]["kepo/reward"] == [2.0] and trainer._metrics["train"]["reward"] == [2.0]
     assert trainer.reward_func_names == [f.__name__ for f in reward_functions(False)]
+
+
+def test_a_teacher_or_task_of_another_kind_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"teacher is a Qwen3VL\w+, expected a Teacher"):
+        build(tmp_path, teacher=build_model("test", 1))
+    with pytest.raises(ValueError, match="task is the class MultipleChoice, expected an instance"):
+        build(tmp_path, teacher=Teacher(build_model("test", 1), build_processor()), task=MultipleChoice)
+
+
+def test_a_teacher_that_is_the_student_is_refused(tmp_path: Path) -> None:
+    model = build_model("test", 0)
+    with pytest.raises(ValueError, match="teacher and student are one model"):
+        make_trainer(tmp_path, fails_on_0, student=model, teacher_model=model)
+
+
+def test_a_teacher_without_a_chat_template_is_refused_before_training(tmp_path: Path) -> None:
+    processor = build_processor()
+    teacher = Teacher(build_model("test", 1), processor)
+    teacher.processor.chat_template = None
+    with pytest.raises(ValueError, match="the teacher's tokenizer has no chat template"):
+        build(tmp_path, teacher=teacher)
+
+
+def test_a_served_teacher_takes_no_distill_temperature(tmp_path: Path) -> None:
+    teacher = ServedTeacher("http://127.0.0.1:9/v1", "teacher", build_processor())
+    with pytest.raises(ValueError, match="distill_temperature is 2, expected 1 with a served teacher"):
+        build(tmp_path, teacher=teacher, distill_temperature=2.0)
+
+
+def test_columns_of_held_out_rows_are_checked_too(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in make_dataset()[0].items() if k != "answer"}]
+    with pytest.raises(ValueError, match="eval_dataset ood lacks answer"):
+        check_arguments(config(tmp_path), None, MultipleChoice(), {"id": make_dataset(), "ood": rows})
+
+
+@pytest.mark.parametrize("reward", [3.0, ["accuracy"], {"accuracy": 1}])
+def test_what_is_no_reward_is_refused(reward: Any) -> None:
+    with pytest.raises(ValueError, match="expected a function, a reward model or its name"):
+        checked_reward(reward)
+
+
+def test_names_of_rewards_stay_apart() -> None:
+    assert distinct(["a", "a", "a_2", "a"]) == ["a", "a_3", "a_2", "a_4"]
+    with pytest.raises(ValueError, match="gate_reward is 'total', the weighted sum, but a reward has that name"):
+        find_reward("gate_reward", "total", ["total", "other"])

@@ -1,0 +1,91 @@
+"""What KEPOTrainer is given, checked before a model is loaded: each problem in one sentence that says what to do."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import IterableDataset
+
+from kepo_core.method.config import KEPOConfig
+from kepo_core.method.served import ServedTeacher
+from kepo_core.method.task import Row, Task
+from kepo_core.method.teacher import Teacher
+
+
+def check_arguments(args: KEPOConfig, teacher: Any, task: Any, eval_dataset: Any) -> None:
+    """Raise ``ValueError`` for a teacher or task of another kind, and for what they cannot do."""
+    if not isinstance(teacher, Teacher | ServedTeacher | None):
+        kind = type(teacher).__name__
+        raise ValueError(f"teacher is a {kind}, expected a Teacher(model, tokenizer) or a ServedTeacher")
+    if isinstance(task, type):
+        raise ValueError(f"task is the class {task.__name__}, expected an instance: {task.__name__}(...)")
+    if isinstance(teacher, ServedTeacher) and args.distill and args.distill_temperature != 1:
+        raise ValueError(
+            f"distill_temperature is {args.distill_temperature:g}, expected 1 with a served teacher: it would divide "
+            "all logits, and the server gives log-probabilities of its top k"
+        )
+    for name, part in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
+        if task is not None and (first := first_row(part)) is not None:
+            check_columns(task, first, f"eval_dataset {name}".strip())
+
+
+def check_parts(args: KEPOConfig, teacher: Any, task: Task | None, dataset: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether hints are asked for. Raises ``ValueError`` where KEPO's parts lack something.
+
+    Args:
+        args, teacher, task: the trainer's.
+        dataset: the training rows.
+        arguments: what is passed on to GRPOTrainer.
+    """
+    first = first_row(dataset)
+    if task is not None and first is not None:
+        check_columns(task, first)
+    parts = [name for name in ("distill", "explore") if getattr(args, name)]
+    if not parts:
+        return False
+    for name in ("tools", "rollout_func", "environment_factory"):
+        if arguments.get(name):
+            raise ValueError(f"{name} is set, expected it unset: {parts[0]} supports single-turn completions only")
+    if args.explore and task is None:
+        raise ValueError(
+            "explore is True but task is None, expected a task that says how hints are requested and given, like "
+            "Templates(asking=..., telling=...)"
+        )
+    asks = task is not None and args.explore and first is not None and check_task(task, first)
+    if teacher is None and (args.distill or asks):
+        raise ValueError(f"{parts[0]} is True but teacher is None, expected a Teacher")
+    if asks and first is not None:
+        teacher.check_prompt(first["prompt"])
+    if hasattr(dataset, "__len__") and len(dataset) < (least := args.generation_batch_size // args.num_generations):
+        raise ValueError(f"train_dataset has {len(dataset)} rows, expected {least} or more, a generation batch")
+    return asks
+
+
+def check_task(task: Task, row: Row) -> bool:
+    """Whether hints are asked for, after trying the task's prompts on a first row.
+
+    Raises:
+        ValueError: they are not of the kind of the row's own prompt.
+    """
+    asked, told = task.ask(row), task.tell(row, "a hint")
+    for name, prompt in (("ask", asked), ("tell", told)):
+        if prompt is not None and isinstance(prompt, str) != isinstance(row["prompt"], str):
+            kinds = [type(value).__name__ for value in (prompt, row["prompt"])]
+            raise ValueError(
+                f"the task's {name} gives {kinds[0]} and the prompt column {kinds[1]}, expected both to be text, or "
+                "both chats"
+            )
+    return asked is not None
+
+
+def check_columns(task: Task, row: Row, dataset: str = "train_dataset") -> None:
+    """Raise ``ValueError``, naming what is there, for the columns that the first ``row`` of a data set lacks."""
+    missing = [name for name in ("prompt", *task.columns) if name not in row]
+    if missing:
+        raise ValueError(f"{dataset} lacks {', '.join(missing)}, which the task needs: it has {', '.join(row)}")
+
+
+def first_row(dataset: Any) -> Row | None:
+    """A first row to try a task on; None where there is none."""
+    if isinstance(dataset, IterableDataset):
+        return next(iter(dataset), None)
+    return dataset[0] if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) else None
