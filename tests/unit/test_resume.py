@@ -189,17 +189,17 @@ def test_the_best_checkpoint_is_kept_known_and_loaded(tmp_path: Path, strategy: 
               "load_best_model_at_end": True, "save_total_limit": 1, "metric_for_best_model": "eval_score",
               "greater_is_better": True, "explore": False, "per_device_eval_batch_size": 8}  # fmt: skip
     trainer = make(tmp_path, eval_dataset=make_dataset(), **worlds)
-    weights: list[torch.Tensor] = []
+    weights: dict[int, torch.Tensor] = {}
 
     def evaluate(*_: Any, **__: Any) -> dict[str, float]:
-        weights.append(trainer.model.lm_head.weight.detach().clone())
+        weights[trainer.state.global_step] = trainer.model.lm_head.weight.detach().clone()
         return {"eval_score": {1: 0.2, 2: 0.9, 3: 0.5}[trainer.state.global_step]}
 
     trainer.evaluate = evaluate  # type: ignore[method-assign]
     trainer.train()
     best = tmp_path / "checkpoint-2"
     assert trainer.state.best_model_checkpoint == str(best) and best.is_dir()
-    assert torch.equal(trainer.model.lm_head.weight, weights[1]) and not torch.equal(weights[1], weights[2])
+    assert torch.equal(trainer.model.lm_head.weight, weights[2]) and not torch.equal(weights[2], weights[3])
     assert TrainerState.load_from_json(str(best / "trainer_state.json")).best_model_checkpoint == str(best)
     assert not list(tmp_path.glob(".partial*")) and "KEPO" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
