@@ -241,7 +241,8 @@ def test_what_trl_decides_without_being_asked_is_what_the_readme_says(tmp_path: 
     told = {
         "use_bias_correction_kl": True, "temperature": 1.0, "mask_truncated_completions": False,
         "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "delta": None,
-        "epsilon_high": None, "off_policy_mask_threshold": None, "sync_ref_model": False, "disable_dropout": False,
+        "epsilon": 0.2, "num_iterations": 1, "epsilon_high": None,
+        "off_policy_mask_threshold": None, "sync_ref_model": False, "disable_dropout": False,
         "router_aux_loss_coef": None, "vllm_importance_sampling_correction": True,
         "vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0,
         "vllm_importance_sampling_clip_min": None, "max_grad_norm": 1.0, "weight_decay": 0.0, "reward_weights": None,
