@@ -23,7 +23,7 @@ from kepo_core.params import Params, checked, resolve
 _STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")
 
 if TYPE_CHECKING:
-    from kepo_core.sweep import jobs
+    from kepo_core.study import jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def _obey(arguments: argparse.Namespace) -> int:
         print(Params.load(arguments.file).to_yaml(), end="")
         return COMPLETED
     if arguments.command == "resume":
-        from kepo_core.study.execution import resume_run
+        from kepo_core.experiment.execution import resume_run
 
         return resume_run(_run_folder(arguments.run))
     if arguments.command == "join":
@@ -76,7 +76,7 @@ def _obey(arguments: argparse.Namespace) -> int:
 
 def method_overrides(name: str, file: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a row of the table of methods, under those that are given one by one."""
-    from kepo_core.study.methods import method
+    from kepo_core.experiment.methods import method
 
     chosen = method(name)
     return {**chosen.overrides(Params.load(file, {"teacher": overrides.get("teacher")})), **overrides}
@@ -111,7 +111,7 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> 
             "executes it"
         )
     params = Params.load(file or overrides.get("params_file"), overrides)
-    from kepo_core.study import execution
+    from kepo_core.experiment import execution
 
     return execution.run_notebook(path, params, overrides)
 
@@ -121,7 +121,7 @@ def join_run(run: str, rank: int) -> int:
 
     Raises `ParamError` where there is no such run, or it is not about to train.
     """
-    from kepo_core.study import execution, launch
+    from kepo_core.experiment import execution, launch
 
     signal.signal(signal.SIGTERM, execution.interrupt)
     try:
@@ -160,7 +160,7 @@ def write_reports(what: Sequence[str], results: str | None) -> int:
 
     for name in what:
         if name.endswith((".yaml", ".yml")):
-            from kepo_core.sweep.study_report import write_study_report
+            from kepo_core.study.study_report import write_study_report
 
             page = write_study_report(name)
         elif name.endswith(".ipynb"):
@@ -187,8 +187,8 @@ def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
     They compute on this machine, or on the cluster that ``cluster_file`` describes. Raises `ParamError` or
     ``DataError`` before anything runs if a file or the data do not fit.
     """
-    from kepo_core.study import execution, experiment
-    from kepo_core.sweep import board, jobs, studies
+    from kepo_core.experiment import execution, experiment
+    from kepo_core.study import board, jobs, studies
 
     study = studies.read_study(file)
     if cluster_file is None:
@@ -223,7 +223,7 @@ def plan_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     params = Params.load(arguments.file, overrides)
     if arguments.prompt_tokens is not None and arguments.prompt_tokens < 1:
         raise ParamError(f"--prompt-tokens must be at least 1, got {arguments.prompt_tokens}")
-    from kepo_core.study import plan
+    from kepo_core.plan import plan
 
     text, fits = plan.as_text(*plan.read(params, arguments.prompt_tokens, plan.gpu_bytes(arguments.gpu)))
     print(f"{arguments.file} on {text}")
@@ -231,7 +231,7 @@ def plan_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _cluster(file: str, results_dir: str, slots: int) -> "jobs.Places":
-    from kepo_core.sweep.cluster import Cluster  # submitit is wanted by nobody else
+    from kepo_core.study.cluster import Cluster  # submitit is wanted by nobody else
 
     return Cluster(file, results_dir, slots)
 
@@ -245,7 +245,7 @@ def check_teacher(params: Params) -> int:
         raise ParamError(
             "teacher_url is empty, expected the address of a served teacher: -p teacher_url and teacher_top_k"
         )
-    from kepo_core.study import models, serving
+    from kepo_core.experiment import models, serving
 
     text, sound = serving.report(params, models.load_processor(params.student))
     print(_printable(text))

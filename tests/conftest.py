@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 from transformers import Qwen3VLForConditionalGeneration
 
-from kepo_core.study.processor import ImageOnlyQwenProcessor
+from kepo_core.experiment.processor import ImageOnlyQwenProcessor
 from kepo_core.testbed.embedded import build_model, build_processor
 
 # A busy machine takes longer than any deadline for an example.

@@ -1,1 +1,1 @@
-"""The experiment, one run of it: models, training, evaluation, progress; and what it will take."""
+"""Many runs: methods × seeds from a study file, as jobs here or on Slurm, and what comes of them."""

@@ -14,12 +14,12 @@ from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import Facts, load_facts
 from kepo_core.data.records import LETTERS, Answer, Question
 from kepo_core.data.splits import image_key, split_by_image
+from kepo_core.experiment import experiment
+from kepo_core.experiment.evaluation import evaluate
+from kepo_core.experiment.experiment import Models, StudyData
+from kepo_core.experiment.models import load_model
 from kepo_core.method.task import with_images
 from kepo_core.params import Params
-from kepo_core.study import experiment
-from kepo_core.study.evaluation import evaluate
-from kepo_core.study.experiment import Models, StudyData
-from kepo_core.study.models import load_model
 from kepo_core.task.dataset import to_dataset
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import hint_aware_messages

@@ -19,14 +19,14 @@ import torch
 from bench import CUDA, LiveBytes, Replay, peak_mib
 from sizes import MIDDLE, SIZES, Shape, Size, build, config_of, dataset_of, processor_of
 
+from kepo_core.experiment.adapters import lora_config
 from kepo_core.method.task import with_images
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig
 from kepo_core.params import Params
+from kepo_core.plan import memory
+from kepo_core.plan.architecture import Architecture, architecture
 from kepo_core.quiet import quiet_third_parties
-from kepo_core.study import memory
-from kepo_core.study.adapters import lora_config
-from kepo_core.study.architecture import Architecture, architecture
 from kepo_core.task.multiple_choice import MultipleChoice
 
 BASE = dataclasses.replace(SIZES["small"], prompts=2, group=4, tokens=48, vocabulary=2048)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from kepo_core.study.architecture import load_config
+from kepo_core.plan.architecture import load_config
 from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_config, build_processor
 

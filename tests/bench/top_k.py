@@ -9,10 +9,10 @@ import sys
 
 import torch
 
+from kepo_core.experiment import experiment
+from kepo_core.experiment.models import load_model
 from kepo_core.method import objective
 from kepo_core.params import Params
-from kepo_core.study import experiment
-from kepo_core.study.models import load_model
 from kepo_core.task.dataset import to_dataset
 
 SIZES = (1, 2, 5, 10, 20, 50, 100)

@@ -18,11 +18,11 @@ from typing import Any
 import pandas as pd
 
 from kepo_core.errors import ParamError
+from kepo_core.experiment import experiment
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import Params
 from kepo_core.quiet import quiet_third_parties
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment
 
 
 def parameters(arguments: argparse.Namespace, folder: str) -> Params:

@@ -14,9 +14,9 @@ import yaml
 from fake_teacher_server import FakeVLLM, serving
 
 from kepo_core.cli import main
+from kepo_core.experiment.models import load_model, load_processor, save_embedded
 from kepo_core.params import Params, project_root
 from kepo_core.runs.run import Run
-from kepo_core.study.models import load_model, load_processor, save_embedded
 from kepo_core.testbed.embedded import build_model, build_processor
 
 ROOT = project_root()

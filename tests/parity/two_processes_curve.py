@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from two_processes import shared_out_by_accelerate
 
+from kepo_core.experiment import experiment
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment
 
 
 def main(output_dir: Path, world_size: int, settings: dict[str, str]) -> None:

@@ -9,10 +9,10 @@ from kepo_harness import config, make_dataset, sharp_model
 from torch.distributed.tensor import DTensor
 from two_processes import sharded, shared_out_by_accelerate, whole
 
+from kepo_core.experiment.adapters import lora_config, save_student
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
-from kepo_core.study.adapters import lora_config, save_student
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.testbed.embedded import build_processor
 

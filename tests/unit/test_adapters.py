@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from kepo_core.data import phantom
 from kepo_core.data.records import MODALITIES
+from kepo_core.experiment import experiment
+from kepo_core.experiment.adapters import language_layers, lora_config, merged, save_student
+from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment
-from kepo_core.study.adapters import language_layers, lora_config, merged, save_student
-from kepo_core.study.models import load_model, load_processor
 from kepo_core.testbed.embedded import build_model, build_processor
 
 

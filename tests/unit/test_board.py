@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from kepo_core.experiment.live import ProgressBar
 from kepo_core.params import Params
-from kepo_core.study.live import ProgressBar
-from kepo_core.sweep import board
-from kepo_core.sweep.board import Board, fitting, row, summary
-from kepo_core.sweep.jobs import Job, State
+from kepo_core.study import board
+from kepo_core.study.board import Board, fitting, row, summary
+from kepo_core.study.jobs import Job, State
 
 
 def job(name: str, state: State = "waiting", seconds: float = 0.0, **entries: object) -> Job:

@@ -9,12 +9,12 @@ from PIL import Image
 
 from kepo_core.data.records import Question
 from kepo_core.errors import ParamError
+from kepo_core.experiment import browser
+from kepo_core.experiment.browser import FILTERS, RolloutBrowser, browse
 from kepo_core.method.rollouts import Rollout, write_rollouts
 from kepo_core.pages import gallery
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
-from kepo_core.study import browser
-from kepo_core.study.browser import FILTERS, RolloutBrowser, browse
 
 EVIL = "<script>alert(1)</script>"
 RIGHT = Rollout(step=1, generation=0, row=0, group=0, id="q0", completion="x", tokens=9, finished=True,

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 
 from kepo_core.analysis.statistics import AVG, AVG_OOD
+from kepo_core.experiment.methods import released_curves
 from kepo_core.pages import captions
-from kepo_core.study.methods import released_curves
 
 
 def intervals(rows: dict[str, dict[str, tuple[float, float, float]]]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import pytest
 from kepo_core.analysis.aggregate import Estimate
 from kepo_core.analysis.claims import METRICS, Claim, Outcome, claims, claims_table, score, thirds, verdict
 from kepo_core.data.records import Answer, AnswerOutcome
-from kepo_core.study.methods import methods, paper_table
+from kepo_core.experiment.methods import methods, paper_table
 
 MADE = Answer("", "MRI", "", "", AnswerOutcome.CORRECT, "A", True, True, 5, True)
 IMAGES = {f"q{i}": f"image{i}" for i in range(400)}

@@ -144,7 +144,7 @@ def test_an_input_error_keeps_the_folder_once_training_began(kepo_run, results, 
             (output.parent / "metrics.jsonl").touch()
         raise PapermillExecutionError(3, 3, "load()", "ParamError", "late", [])
 
-    monkeypatch.setattr("kepo_core.study.execution.execute", execute)
+    monkeypatch.setattr("kepo_core.experiment.execution.execute", execute)
     code, _, err = kepo_run()
     assert code == (1 if began else 2)
     assert len(list(results.glob("*/"))) == began
@@ -154,7 +154,7 @@ def test_an_input_error_keeps_the_folder_once_training_began(kepo_run, results, 
 
 
 def test_our_own_bug_is_told_by_the_folder_and_shown(kepo_run, results, monkeypatch):
-    monkeypatch.setattr("kepo_core.study.execution.execute", lambda *_: {}["bug"])
+    monkeypatch.setattr("kepo_core.experiment.execution.execute", lambda *_: {}["bug"])
     with pytest.raises(KeyError):
         kepo_run()
     assert json.loads((only_folder(results) / "status.json").read_text())["error"] == "KeyError: 'bug'"
@@ -168,7 +168,7 @@ def test_a_dead_kernel_is_a_failure(kepo_run, results):
 
 
 def test_a_notebook_without_a_headline_did_not_complete(kepo_run, results, monkeypatch):
-    monkeypatch.setattr("kepo_core.study.execution.execute", lambda *_: None)
+    monkeypatch.setattr("kepo_core.experiment.execution.execute", lambda *_: None)
     code, _, err = kepo_run()
     assert code == 1
     assert "before run.finish" in err
@@ -312,7 +312,7 @@ def no_kernel(monkeypatch):
         output.write_bytes(notebook.read_bytes())
         Run.open(given["run_dir"]).finish({})
 
-    monkeypatch.setattr("kepo_core.study.execution.execute", execute)
+    monkeypatch.setattr("kepo_core.experiment.execution.execute", execute)
 
 
 def test_a_runs_page_is_rendered_again_and_is_the_same(no_kernel, kepo_run, results, capsys):

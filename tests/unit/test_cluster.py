@@ -18,12 +18,12 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kepo_core.cli import REFUSED, main
 from kepo_core.errors import ParamError
 from kepo_core.exit_codes import COMPLETED, INTERRUPTED
+from kepo_core.experiment.live import read_progress
 from kepo_core.params import Params
 from kepo_core.runs import provenance, shelf
 from kepo_core.runs.run import Run
-from kepo_core.study.live import read_progress
-from kepo_core.sweep import cluster, jobs
-from kepo_core.sweep.cluster import Cluster
+from kepo_core.study import cluster, jobs
+from kepo_core.study.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 DATA = {"train_items": 2}
@@ -197,7 +197,7 @@ NODE = """
 import sys
 from kepo_core.params import Params
 from kepo_core.runs import shelf
-from kepo_core.sweep import cluster, jobs
+from kepo_core.study import cluster, jobs
 from pathlib import Path
 sys.executable = sys.argv[1]
 print("begins", flush=True)

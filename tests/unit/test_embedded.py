@@ -2,9 +2,9 @@
 
 import pytest
 
+from kepo_core.experiment import experiment
+from kepo_core.experiment.models import EMBEDDED_DIR, load_processor
 from kepo_core.params import Params
-from kepo_core.study import experiment
-from kepo_core.study.models import EMBEDDED_DIR, load_processor
 from kepo_core.testbed.calibration import Calibration, Measured
 from kepo_core.testbed.embedded import build_tokenizer
 

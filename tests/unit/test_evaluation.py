@@ -9,8 +9,8 @@ from kepo_core.data.images import Pictures, load_image
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import write_phantom
 from kepo_core.data.records import AnswerOutcome
-from kepo_core.study import evaluation
-from kepo_core.study.evaluation import evaluate, length_batches, trim
+from kepo_core.experiment import evaluation
+from kepo_core.experiment.evaluation import evaluate, length_batches, trim
 from kepo_core.task.dataset import to_dataset
 from kepo_core.task.prompts import vqa_messages
 

@@ -14,11 +14,11 @@ from kepo_core.analysis import diagnosis, statistics
 from kepo_core.data import phantom
 from kepo_core.data.records import MODALITIES
 from kepo_core.errors import DataError, ParamError
+from kepo_core.experiment import experiment, methods
+from kepo_core.experiment.models import save_embedded
 from kepo_core.method.config import KEPOConfig
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment, methods
-from kepo_core.study.models import save_embedded
 from kepo_core.testbed.embedded import build_model, build_processor
 
 SMOKE = {"train_items": 4, "eval_items": 2, "prompts_per_step": 4, "prompts_per_device": 4}

@@ -10,9 +10,9 @@ import yaml
 from kepo_harness import batch_of, make_dataset, make_row, make_trainer, right, row_of, sharp_model, wrong
 from trl import GRPOConfig
 
+from kepo_core.experiment.experiment import training_config
 from kepo_core.method.config import _CHOICES, KEPOConfig
 from kepo_core.params import Params, project_root
-from kepo_core.study.experiment import training_config
 from kepo_core.task.prompts import HINT_CONTEXTS
 from kepo_core.testbed.embedded import build_model
 
@@ -194,7 +194,7 @@ def test_each_key_of_a_reading_arrives(tmp_path: Path, name: str, processes: int
     params, keys = Params.load(file), yaml.safe_load(file.read_text())
     config = training_config(params, tmp_path)
     assert params.processes == processes
-    sources = "".join(path.read_text() for path in sorted((ROOT / "kepo_core" / "study").glob("*.py")))
+    sources = "".join(path.read_text() for path in sorted((ROOT / "kepo_core" / "experiment").glob("*.py")))
     for key in keys:
         value = getattr(params, key)
         if key in RENAMED:

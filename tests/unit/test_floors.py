@@ -7,7 +7,21 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "kepo_core"
 #: From the ground up. Modules beside the packages are the ground, but for the command line, which is the roof.
-FLOORS = ("", "method", "data", "task", "baselines", "analysis", "runs", "pages", "study", "sweep", "testbed", "cli")
+FLOORS = (
+    "",
+    "method",
+    "data",
+    "task",
+    "baselines",
+    "analysis",
+    "runs",
+    "pages",
+    "experiment",
+    "study",
+    "testbed",
+    "plan",
+    "cli",
+)
 MODULES = {
     ".".join(("kepo_core", *path.relative_to(PACKAGE).with_suffix("").parts)): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -44,6 +58,11 @@ def test_the_method_imports_the_ground_floor_alone() -> None:
     foreign = {name for names in own.values() for name in names if not name.startswith("kepo_core.method.")}
     assert len(own) > 10 and foreign == {"kepo_core.errors", "kepo_core.files"}
     assert set(imported("kepo_core.files")) == {"kepo_core.errors"} and not set(imported("kepo_core.errors"))
+
+
+def test_nothing_imports_the_planner_but_the_command() -> None:
+    importers = {module for module in MODULES for name in imported(module) if name.startswith("kepo_core.plan.")}
+    assert {module for module in importers if not module.startswith("kepo_core.plan.")} == {"kepo_core.cli"}
 
 
 def test_no_import_runs_in_a_circle() -> None:

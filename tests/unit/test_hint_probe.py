@@ -13,8 +13,8 @@ from kepo_core.analysis.claims import Outcome
 from kepo_core.analysis.starts import gain_by_start, starts_of
 from kepo_core.data import phantom
 from kepo_core.data.records import Answer, AnswerOutcome
+from kepo_core.experiment import experiment, hint_probe
 from kepo_core.params import Params
-from kepo_core.study import experiment, hint_probe
 from kepo_core.task.prompts import vqa_messages
 
 

@@ -20,10 +20,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kepo_core import files
 from kepo_core.cli import main
 from kepo_core.errors import ParamError
+from kepo_core.experiment import execution
 from kepo_core.params import Params
 from kepo_core.runs import checksums, verification
 from kepo_core.runs.run import Run
-from kepo_core.study import execution
 
 ROOT = Path(__file__).parents[2]
 HEADER = """

@@ -20,11 +20,11 @@ from kepo_core.analysis.answers import to_table
 from kepo_core.cli import _parser, parse_value
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.errors import ParamError
+from kepo_core.experiment.methods import methods
 from kepo_core.params import Params
 from kepo_core.runs import provenance, shelf
 from kepo_core.runs.run import Run
-from kepo_core.study.methods import methods
-from kepo_core.sweep import jobs
+from kepo_core.study import jobs
 
 ROOT = Path(__file__).parents[2]
 DATA = {"train_items": 2, "test_items": {"MRI": 1}, "rows_dropped": {}}
@@ -315,7 +315,7 @@ def test_a_run_at_work_elsewhere_is_waited_for(
 def test_two_studies_share_the_work_instead_of_doing_it_twice(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_LOOK_EVERY", 0.0)
     holder = (  # another process, as it starts the run: it has no folder yet
-        "import sys; from kepo_core.params import Params; from kepo_core.sweep import jobs\n"
+        "import sys; from kepo_core.params import Params; from kepo_core.study import jobs\n"
         f"job = jobs.Job('x', Params.load('params/smoke.yaml', {{'results_dir': {params.results_dir!r}}}))\n"
         "assert jobs._claimed(job); print('claimed', flush=True); sys.stdin.read()"
     )

@@ -17,10 +17,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, pa
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from kepo_core.errors import ParamError
+from kepo_core.experiment import launch, live
 from kepo_core.files import read_json
 from kepo_core.params import Params, project_root
 from kepo_core.runs.run import Run
-from kepo_core.study import launch, live
 
 FOLDER = project_root() / "params/accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -64,7 +64,7 @@ def test_a_configuration_is_what_accelerate_reads(path: Path, monkeypatch: pytes
     run = Run.allocate(given.replace(run_dir=str(tmp_path / "run")))
     command = launch.command(given, run, 0, "first-machine" if machines > 1 else "", 29511)
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
-    assert (arguments.num_processes, arguments.training_script) == (processes, "kepo_core.study.worker")
+    assert (arguments.num_processes, arguments.training_script) == (processes, "kepo_core.experiment.worker")
     assert arguments.mixed_precision == {"bf16": "bf16", "fp32": "no"}[given.precision]
     if config.distributed_type == DistributedType.FSDP:
         with patch_environment(**prepare_multi_gpu_env(arguments)):
@@ -199,7 +199,7 @@ def test_the_first_that_fails_says_why(run: Run, monkeypatch: pytest.MonkeyPatch
 
 
 #: A worker that says its number and then does nothing; and one whose starter is killed.
-IDLE = "import os, time; from kepo_core.study import launch; launch.end_with_starter(); print(os.getpid(), flush=True)"
+IDLE = "import os, time; from kepo_core.experiment import launch as l; l.end_with_starter(); print(os.getpid(), flush=1)"
 
 
 def test_an_interrupt_ends_the_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kepo_core.study import live
-from kepo_core.study.live import LINES, LiveTraining, Progress, ProgressBar, headline, read_progress, watched
+from kepo_core.experiment import live
+from kepo_core.experiment.live import LINES, LiveTraining, Progress, ProgressBar, headline, read_progress, watched
 
 
 class Clock:

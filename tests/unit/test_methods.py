@@ -9,11 +9,11 @@ from kepo_core.analysis.statistics import accuracy_table
 from kepo_core.data import phantom
 from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
 from kepo_core.errors import ParamError
+from kepo_core.experiment import experiment
+from kepo_core.experiment.experiment import StudyData
+from kepo_core.experiment.methods import as_markdown, beside_paper, choose, method, methods, paper_table, table
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment
-from kepo_core.study.experiment import StudyData
-from kepo_core.study.methods import as_markdown, beside_paper, choose, method, methods, paper_table, table
 
 ROOT = Path(__file__).parents[2]
 

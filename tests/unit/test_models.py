@@ -21,9 +21,9 @@ from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import GRADES, KINDS, PLACES, write_phantom
 from kepo_core.data.records import LETTERS, MODALITIES, Question
 from kepo_core.errors import ParamError
-from kepo_core.study.architecture import load_config
-from kepo_core.study.evaluation import evaluate
-from kepo_core.study.models import check_same_vocabulary, load_model, load_processor, resolve, save_embedded
+from kepo_core.experiment.evaluation import evaluate
+from kepo_core.experiment.models import check_same_vocabulary, load_model, load_processor, resolve, save_embedded
+from kepo_core.plan.architecture import load_config
 from kepo_core.task import prompts
 from kepo_core.testbed.embedded import build_model, build_processor
 

@@ -7,8 +7,8 @@ import pytest
 from text_harness import make_trainer
 
 from kepo_core.errors import ParamError
+from kepo_core.experiment import own_task
 from kepo_core.params import project_root
-from kepo_core.study import own_task
 
 LINES = {
     "REWARDS": "REWARDS = [lambda completions, **_: [0.0] * len(completions)]",

@@ -10,8 +10,8 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from kepo_core.experiment.methods import released_curves
 from kepo_core.pages import figures, panels
-from kepo_core.study.methods import released_curves
 
 
 @pytest.fixture

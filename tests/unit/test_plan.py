@@ -14,12 +14,12 @@ from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGener
 
 from kepo_core.cli import main
 from kepo_core.errors import ParamError
+from kepo_core.experiment.adapters import lora_config
+from kepo_core.experiment.models import load_model
 from kepo_core.method.teacher import Teacher
 from kepo_core.params import Params
-from kepo_core.study import architecture as shapes
-from kepo_core.study import memory, plan
-from kepo_core.study.adapters import lora_config
-from kepo_core.study.models import load_model
+from kepo_core.plan import architecture as shapes
+from kepo_core.plan import memory, plan
 from kepo_core.testbed.embedded import build_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))

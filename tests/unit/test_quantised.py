@@ -14,12 +14,13 @@ from transformers.quantizers import HfQuantizer
 
 from kepo_core.data import phantom
 from kepo_core.errors import ParamError
+from kepo_core.experiment import experiment, models
+from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.method.teacher import Teacher
 from kepo_core.params import Params
+from kepo_core.plan import architecture, memory
 from kepo_core.quiet import quiet_third_parties
 from kepo_core.runs.run import Run
-from kepo_core.study import architecture, experiment, memory, models
-from kepo_core.study.models import load_model, load_processor
 from kepo_core.task.dataset import to_dataset
 from kepo_core.testbed.embedded import build_config, build_processor
 

@@ -12,7 +12,7 @@ from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions
 from kepo_core.data.source import open_source
 from kepo_core.data.splits import split_by_image, study_split
-from kepo_core.study.evaluation import evaluate
+from kepo_core.experiment.evaluation import evaluate
 from kepo_core.task.dataset import to_dataset
 
 BCCD = Path(__file__).parents[3] / "shared/data/bccd_omnimedvqa"

@@ -14,12 +14,12 @@ import torch
 from kepo_harness import config, make_dataset, sharp_model
 from transformers import TrainerState
 
+from kepo_core.experiment.adapters import lora_config
 from kepo_core.method.resume import last_checkpoint
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
-from kepo_core.study.adapters import lora_config
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.testbed.embedded import build_model, build_processor
 

@@ -24,6 +24,9 @@ from kepo_harness import (
 from kepo_core import cli
 from kepo_core.data import phantom
 from kepo_core.errors import ParamError
+from kepo_core.experiment import experiment
+from kepo_core.experiment import serving as study_serving
+from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.method.chat_client import ChatClient, TeacherMismatchError, TeacherUnreachableError
 from kepo_core.method.served import Completion, ServedTeacher
 from kepo_core.method.task import images_in, with_images
@@ -31,9 +34,6 @@ from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment
-from kepo_core.study import serving as study_serving
-from kepo_core.study.models import load_model, load_processor
 from kepo_core.task.dataset import to_dataset
 from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_model, build_processor

@@ -16,8 +16,8 @@ from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions
 from kepo_core.data.source import Archive, open_source
 from kepo_core.errors import DataError
+from kepo_core.experiment import experiment
 from kepo_core.params import Params
-from kepo_core.study import experiment
 
 SPACES = "Images/Adam Challenge/A & B..1.PNG"
 

@@ -12,11 +12,11 @@ from kepo_core import cli
 from kepo_core.analysis.aggregate import mean_over_runs
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.errors import ParamError
+from kepo_core.experiment import experiment
 from kepo_core.params import Params, project_root
 from kepo_core.runs import shelf
-from kepo_core.study import experiment
-from kepo_core.sweep import jobs
-from kepo_core.sweep.studies import comparison_table, read_study, results_table
+from kepo_core.study import jobs
+from kepo_core.study.studies import comparison_table, read_study, results_table
 
 ROOT = Path(__file__).parents[2]
 FILE = """

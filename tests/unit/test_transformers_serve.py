@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from kepo_core.data import phantom
+from kepo_core.experiment import experiment
+from kepo_core.experiment.models import EMBEDDED_DIR, load_processor
 from kepo_core.method.chat_client import ChatClient
 from kepo_core.method.served import ServedTeacher
 from kepo_core.params import Params
-from kepo_core.study import experiment
-from kepo_core.study.models import EMBEDDED_DIR, load_processor
 from kepo_core.task.dataset import to_dataset
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 LAUNCHER = """
 import sys
 from transformers import AutoProcessor
-from kepo_core.study.models import load_processor
+from kepo_core.experiment.models import load_processor
 AutoProcessor.from_pretrained = staticmethod(lambda name, **_: load_processor(name, "teacher"))
 from transformers.cli.transformers import main
 main()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from kepo_harness import ScriptedTrainer, config, fails_on_0, make_dataset, make_row, make_trainer, sharp_model
 
+from kepo_core.experiment import launch
+from kepo_core.experiment.experiment import training_config
 from kepo_core.method import hinted
 from kepo_core.method.exploration import Request
 from kepo_core.method.rollouts import collect_rollouts
@@ -17,8 +19,6 @@ from kepo_core.method.task import with_images
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
-from kepo_core.study import launch
-from kepo_core.study.experiment import training_config
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import vqa_messages
 from kepo_core.testbed.embedded import build_processor

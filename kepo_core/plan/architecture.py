@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from kepo_core.errors import ParamError
-from kepo_core.study.models import read_config, resolve
+from kepo_core.experiment.models import read_config, resolve
 
 #: Configurations of two of the paper's models, for where the hub cannot be reached.
 SHIPPED = Path(__file__).parent / "shapes"

@@ -16,8 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kepo_core.study.live import minutes, read_progress, watched
-from kepo_core.sweep.jobs import Job
+from kepo_core.experiment.live import minutes, read_progress, watched
+from kepo_core.study.jobs import Job
 
 _COLUMNS = ("run", "state", "progress", "passed", "left")
 _STYLES = {"running": "bold", "completed": "green", "found": "green", "failed": "red", "elsewhere": "yellow"}

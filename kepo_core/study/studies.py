@@ -36,11 +36,11 @@ from kepo_core.analysis.claims import Outcome, claims_table
 from kepo_core.analysis.statistics import AVG, AVG_OOD, accuracy_table
 from kepo_core.data.records import MODALITIES, Answer
 from kepo_core.errors import ParamError
+from kepo_core.experiment.methods import KEPO, method
 from kepo_core.params import Params, project_root, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
-from kepo_core.study.methods import KEPO, method
 
 #: What decides which questions are asked; all runs of a study share them.
 DATA = ("data_root", "data_seed", "split", "train_modality", "train_items", "eval_items", "eval_split", "items_file",

@@ -8,13 +8,13 @@ from urllib.parse import quote
 from papermill.exceptions import PapermillExecutionError
 
 from kepo_core.errors import ParamError
+from kepo_core.experiment import execution, experiment
 from kepo_core.files import write_atomically
 from kepo_core.pages import report
 from kepo_core.params import from_root, project_root, resolve
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
-from kepo_core.study import execution, experiment
-from kepo_core.sweep import jobs, studies
+from kepo_core.study import jobs, studies
 
 #: Draws a study; nothing is trained in it where it is told so.
 NOTEBOOK = "notebooks/05_figures.ipynb"

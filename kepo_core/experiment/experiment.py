@@ -22,6 +22,11 @@ from kepo_core.data.records import Answer, Question
 from kepo_core.data.source import Source, open_source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
 from kepo_core.errors import DataError
+from kepo_core.experiment import launch, live, serving
+from kepo_core.experiment.adapters import lora_config, save_student
+from kepo_core.experiment.evaluation import Progress, evaluate
+from kepo_core.experiment.methods import needs_teacher
+from kepo_core.experiment.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.resume import last_checkpoint, trained_steps
@@ -31,11 +36,6 @@ from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
 from kepo_core.runs.metrics import MetricsWriter, forget_after
 from kepo_core.runs.run import Run
-from kepo_core.study import launch, live, serving
-from kepo_core.study.adapters import lora_config, save_student
-from kepo_core.study.evaluation import Progress, evaluate
-from kepo_core.study.methods import needs_teacher
-from kepo_core.study.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
 from kepo_core.task.dataset import to_dataset
 from kepo_core.task.multiple_choice import MultipleChoice
 

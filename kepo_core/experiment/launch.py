@@ -1,4 +1,4 @@
-"""Training on several processes: ``accelerate launch`` starts `kepo_core.study.worker`, and its progress is shown here.
+"""Training on several processes: ``accelerate launch`` starts `experiment.worker`, and its progress is shown here.
 
 The workers read everything from the run folder and leave everything in it; only the first of them writes. Their
 standard input is a pipe that this process holds: it closes when this process ends, however it ends, and then they end.
@@ -24,11 +24,11 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 
 from kepo_core.errors import ParamError
+from kepo_core.experiment.live import LiveTraining, read_step
+from kepo_core.experiment.methods import needs_teacher
 from kepo_core.files import read_json, write_json
 from kepo_core.params import Params, project_root, resolve
 from kepo_core.runs.run import Run
-from kepo_core.study.live import LiveTraining, read_step
-from kepo_core.study.methods import needs_teacher
 
 #: How the processes of a run without ``accelerate_config`` share the models: each has all of them.
 WHOLE = "params/accelerate/ddp.yaml"
@@ -187,7 +187,7 @@ def command(params: Params, run: Run, rank: int, address: str, port: int) -> lis
     launch += ["--main_process_port", str(port)]
     if address:
         launch += ["--main_process_ip", address, "--machine_rank", str(rank)]
-    return [*launch, "-m", "kepo_core.study.worker", str(run.path)]
+    return [*launch, "-m", "kepo_core.experiment.worker", str(run.path)]
 
 
 def _watched(

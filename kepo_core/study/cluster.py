@@ -32,7 +32,7 @@ from kepo_core.params import Params, project_root, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
-from kepo_core.sweep import jobs
+from kepo_core.study import jobs
 
 _LATE = 10.0  # seconds that a shared disk may take to show what a job left
 _PATIENCE = 45.0  # seconds that cancelled jobs get to end: Slurm kills them after 30

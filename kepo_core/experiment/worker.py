@@ -1,13 +1,13 @@
-"""One of the processes that train together: ``python -m kepo_core.study.worker RUN_FOLDER``, as `launch` starts it."""
+"""A training process: ``python -m kepo_core.experiment.worker RUN_FOLDER``, which `launch` starts."""
 
 import os
 import sys
 import traceback
 from pathlib import Path
 
+from kepo_core.experiment import experiment, launch, live
 from kepo_core.quiet import quiet_third_parties
 from kepo_core.runs.run import Run
-from kepo_core.study import experiment, launch, live
 
 
 def main(folder: str) -> int:

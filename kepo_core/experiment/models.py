@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
 
 from kepo_core.errors import ParamError
-from kepo_core.study.processor import ImageOnlyQwenProcessor
+from kepo_core.experiment.processor import ImageOnlyQwenProcessor
 
 #: Model types whose own processors need torchvision, though only for videos.
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

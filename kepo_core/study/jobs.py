@@ -1,7 +1,7 @@
 """Many runs: each one `kepo run` in a process of its own, several at a time; what has completed already is not run.
 
 There is one loop, `run_all`, over whatever starts processes: this machine (`Here`) or a cluster
-(``kepo_core.sweep.cluster``). Whoever computes a run says so twice: the run folder names its process, and a lock in
+(``kepo_core.study.cluster``). Whoever computes a run says so twice: the run folder names its process, and a lock in
 ``results/.jobs`` is held from just before its start, so that two studies at once share the work instead of doing it
 twice. Nothing needs to be cleaned up after a kill: locks end with their process, and folders tell whether theirs lives.
 """

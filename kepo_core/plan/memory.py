@@ -8,7 +8,7 @@ What is said of layers was counted on Qwen3-VL (it is what PyTorch keeps, to the
 
 from dataclasses import dataclass
 
-from kepo_core.study.architecture import Architecture
+from kepo_core.plan.architecture import Architecture
 
 #: Bytes that a decoder layer keeps for the backward pass, per token, as multiples of H, M, Q and K.
 _LAYER = {

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kepo_core.errors import ParamError
+from kepo_core.experiment.methods import needs_teacher
 from kepo_core.params import Params
-from kepo_core.study import memory
-from kepo_core.study.architecture import Architecture, architecture, load_config
-from kepo_core.study.methods import needs_teacher
+from kepo_core.plan import memory
+from kepo_core.plan.architecture import Architecture, architecture, load_config
 
 GIB = 2**30
 #: Assumed beside what is counted: CUDA's context and libraries, and blocks of the allocator that lie fallow.

@@ -14,12 +14,12 @@ from kepo_core.data import phantom
 from kepo_core.data.phantom import Facts
 from kepo_core.data.records import AnswerOutcome, Question
 from kepo_core.errors import ParamError
+from kepo_core.experiment.experiment import StudyData, load_data
 from kepo_core.method.exploration import GroupOutcome
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.pages import gallery
 from kepo_core.params import resolve
 from kepo_core.runs.run import Run
-from kepo_core.study.experiment import StudyData, load_data
 
 
 def _trained(group: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,1 @@
+"""The experiment, one run of it: models, training, evaluation, progress."""
