@@ -199,7 +199,12 @@ def test_the_first_that_fails_says_why(run: Run, monkeypatch: pytest.MonkeyPatch
 
 
 #: A worker that says its number and then does nothing; and one whose starter is killed.
-IDLE = "import os, time; from kepo_core.experiment import launch as l; l.end_with_starter(); print(os.getpid(), flush=1)"
+IDLE = """
+import os, time
+from kepo_core.experiment import launch
+launch.end_with_starter()
+print(os.getpid(), flush=True)
+"""
 
 
 def test_an_interrupt_ends_the_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +221,8 @@ def test_an_interrupt_ends_the_workers(run: Run, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_worker_ends_when_its_starter_is_killed() -> None:
-    worker = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {IDLE + '; time.sleep(30)'!r}], " \
-             "stdin=subprocess.PIPE); p.wait()"  # fmt: skip
+    code = IDLE + "time.sleep(30)"
+    worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], stdin=subprocess.PIPE)"
     starter = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True, cwd=project_root())
     assert starter.stdout is not None
     number = int(starter.stdout.readline())
