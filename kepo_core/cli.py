@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kepo_core.errors import DataError, ParamError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.params import Params, checked, resolve
+from kepo_core.params_io import tagged_cell
 
 #: What `run.Run.state` says, and of folders that cannot be read.
 _STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")
@@ -110,10 +111,11 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> 
             f"notebook {notebook} makes no run (none of its cells calls run.finish): papermill {notebook} out.ipynb "
             "executes it"
         )
-    params = Params.load(file or overrides.get("params_file"), overrides)
+    cell = tagged_cell(path)
+    params = Params.load(file, overrides, cell=cell)
     from kepo_core.experiment import execution
 
-    return execution.run_notebook(path, params, overrides)
+    return execution.run_notebook(path, params, cell)
 
 
 def join_run(run: str, rank: int) -> int:
@@ -293,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of a prompt without its picture")
     for command in (run, teacher):
         command.add_argument("-f", "--file", metavar="PARAMS_FILE",
-                             help="parameter file (default: $KEPO_PARAMS, else params/phantom.yaml)")  # fmt: skip
+                             help="parameter file (default: the defaults, as in params/phantom.yaml)")  # fmt: skip
     for command in (run, teacher, plan):
         command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                              help="one parameter over the file's; repeatable")  # fmt: skip

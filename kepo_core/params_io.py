@@ -1,11 +1,12 @@
 """How parameters are read and written: strict YAML, and the parameter cells of a notebook."""
 
 import ast
+import difflib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,7 @@ import yaml
 
 from kepo_core.errors import ParamError
 
-#: "Greater than zero", as an allowed lower bound.
-TINY = 1e-12
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise `ParamError` unless ``low`` ≤ ``value`` ≤ ``high``."""
-    if math.isfinite(value) and low <= value <= high:
-        return
-    above = "greater than 0" if low == TINY else f"at least {low:g}"
-    upto = f" and at most {high:g}" if high < math.inf else ""
-    raise ParamError(f"{name} must be {above}{upto}, got {value:g}")
+_NUMBER = re.compile(r"[-+.0-9eE]+")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -50,7 +41,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ParamError(f"params_file {path} cannot be read: {reason}") from error
+        raise ParamError(f"the parameter file {path} cannot be read: {reason}") from error
     return parse_yaml(text, path.name)
 
 
@@ -62,13 +53,13 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise ParamError(f"params_file {name} must hold one `name: value` per line")
+            raise ParamError(f"the parameter file {name} must hold one `name: value` per line")
         keys = [str(key.value) for key, _ in node.value]
         if repeated := sorted({key for key in keys if keys.count(key) > 1}):
             raise ParamError(f"{repeated[0]} stands twice in {name}")
         return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
     except yaml.YAMLError as error:
-        raise ParamError(f"params_file {name} is not YAML: {' '.join(str(error).split())}") from error
+        raise ParamError(f"the parameter file {name} is not YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()
 
@@ -85,26 +76,51 @@ def short_hash(values: Mapping[str, bool | int | float | str]) -> str:
     return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def parameter_cell_names(cells: Iterable[str]) -> set[str]:
-    """The names set by those cells that do nothing but set names to literals (papermill's injected cell is one)."""
-    names: set[str] = set()
+def as_number(text: str) -> int | float | str:
+    """The number that ``text`` writes, as YAML 1.2 reads it; ``text`` itself where it is none."""
+    value = yaml.load(text, _StrictLoader) if _NUMBER.fullmatch(text) else text
+    return value if isinstance(value, int | float) else text
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of a sentence that names the nearest of ``known``; empty where none is near."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"; the nearest is {near[0]}" if near else ""
+
+
+def tagged_cell(notebook: Path) -> dict[str, Any]:
+    """What the cell of a notebook sets that is tagged ``parameters``; `ParamError` for a file that is no notebook."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+        return parameter_cells("".join(cell["source"]) for cell in tagged)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParamError(f"notebook {notebook.name} cannot be read as a notebook: {type(error).__name__}") from error
+
+
+def parameter_cells(cells: Iterable[str]) -> dict[str, Any]:
+    """What those cells set that do nothing but set names to literals (papermill's injected cell is one)."""
+    found: dict[str, Any] = {}
     for source in cells:
         try:
             body = ast.parse(source).body
         except SyntaxError:  # a cell that never ran
             continue
-        if all(_is_literal_assignment(statement) for statement in body):
-            names |= {node.id for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name)}
-    return names
+        values = [_literals(statement) for statement in body]
+        if None not in values:
+            found |= {name: value for value in values if value for name, value in value.items()}
+    return found
 
 
-def _is_literal_assignment(statement: ast.stmt) -> bool:
-    if isinstance(statement, ast.Expr):  # a docstring
-        return isinstance(statement.value, ast.Constant)
+def _literals(statement: ast.stmt) -> dict[str, Any] | None:
+    """The names that a statement sets to literals; none for a docstring, None for any other statement."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return {}
     if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
-        return False
+        return None
+    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
     try:
-        ast.literal_eval(statement.value)
+        value = ast.literal_eval(statement.value)
     except ValueError:
-        return False
-    return True
+        return None
+    return {node.id: value for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}

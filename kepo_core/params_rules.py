@@ -4,18 +4,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kepo_core.errors import ParamError
+from kepo_core.method.options import Range
 
-#: Where the server is and how it is asked, which changes no result: it may move before a run is resumed.
-SERVER = ("teacher_url", "teacher_timeout", "teacher_retries", "teacher_concurrency")
+#: The rewards of the paper's task (Appendix B), by the names that a gate reads them by, and their largest values.
+REWARDS = {"": 1, "accuracy": 1, "format": 1, "total": 2}
 
 
 def check_together(params: Any) -> None:
     """Raise `ParamError`, a sentence that names what to change, for ``Params`` that do not go together."""
-    largest = 1 if params.gate_reward == "accuracy" else 2
-    if params.tau > largest:
+    for name in ("gate_reward", "exploration_reward"):
+        if getattr(params, name) not in REWARDS:
+            raise ParamError(f"{name} must be one of {', '.join(filter(None, REWARDS))}, got {getattr(params, name)!r}")
+    largest = REWARDS[params.gate_reward]
+    if not 0 <= params.tau <= largest:
         raise ParamError(
-            f"tau must lie between 0 and {largest}, the largest {params.gate_reward} reward (gate_reward), "
-            f"got {params.tau:g}"
+            f"tau must lie between 0 and {largest}, the largest {params.gate_reward or 'accuracy'} reward "
+            f"(gate_reward), got {params.tau:g}"
         )
     if params.thinking and (params.method == "sft" or (params.method == "gkd" and params.gkd_lambda < 1)):
         raise ParamError(
@@ -27,11 +31,8 @@ def check_together(params: Any) -> None:
             "explore needs thinking: the paper has no hint-aware prompt without it; set explore to False or "
             "thinking to True"
         )
-    if params.injected_per_group >= params.group_size:
-        raise ParamError(
-            f"injected_per_group must be smaller than group_size ({params.group_size}), so that originals stay, "
-            f"got {params.injected_per_group}"
-        )
+    Range(2).check("group_size", params.group_size)
+    params.check_group(params.group_size, "group_size")
     if params.prompts_per_step % (params.prompts_per_device * params.processes):
         raise ParamError(
             f"prompts_per_step must be a multiple of prompts_per_device × processes ({params.prompts_per_device} × "
@@ -42,21 +43,29 @@ def check_together(params: Any) -> None:
             f"train_items must be at least prompts_per_step ({params.prompts_per_step}), of which a step is made, got "
             f"{params.train_items}"
         )
-    if params.use_vllm and params.method == "gkd":
-        raise ParamError("use_vllm draws the rollouts of method kepo, not of gkd: set use_vllm to False")
-    if params.use_vllm and bool(params.vllm_server_base_url) != (params.vllm_mode == "server"):
-        raise ParamError(
-            f"vllm_server_base_url must be set for vllm_mode server and for no other, got "
-            f"{params.vllm_server_base_url!r} with {params.vllm_mode}"
-        )
+    _check_trl(params)
     if params.eval_samples > 1 and not params.eval_temperature:
         raise ParamError(
             f"eval_samples is {params.eval_samples} but eval_temperature is 0, and greedy answers are all the same: "
             "set eval_temperature, to 1 say"
         )
     _check_served(params)
-    if params.max_steps == 0:
-        raise ParamError("max_steps must be -1 (as epochs say) or at least 1, got 0")
+
+
+def _check_trl(params: Any) -> None:
+    """Raise `ParamError` for fields of TRL's that do not go with the study's parameters."""
+    given = params.trl
+    if given.get("use_vllm") and params.method == "gkd":
+        raise ParamError("use_vllm draws the rollouts of method kepo, not of gkd: set use_vllm to False")
+    mode, address = given.get("vllm_mode", "colocate"), given.get("vllm_server_base_url")
+    if given.get("use_vllm") and bool(address) != (mode == "server"):
+        raise ParamError(
+            f"vllm_server_base_url must be set for vllm_mode server and for no other, got {address!r} with {mode}"
+        )
+    for name, least in (("max_completion_length", 1), ("save_steps", 0), ("vllm_max_model_length", 1)):
+        Range(least).check(name, given[name])
+    if given["max_steps"] != -1:
+        Range(1).check("max_steps", given["max_steps"])
 
 
 def _check_served(params: Any) -> None:

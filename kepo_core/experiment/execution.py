@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +22,7 @@ from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.pages.index import write_index
 from kepo_core.pages.report import write_report
 from kepo_core.params import Params, from_root, project_root, resolve
+from kepo_core.params_io import tagged_cell
 from kepo_core.runs.provenance import notebook_digest
 from kepo_core.runs.run import Run
 
@@ -31,17 +32,16 @@ _INPUT_ERRORS = ("ParamError", "DataError")
 _SIGN_OF_LIFE = 30.0
 
 
-def run_notebook(notebook: Path, params: Params, overrides: dict[str, Any]) -> int:
+def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int:
     """Allocate the folder, execute, render, write the status; print the folder. Returns the exit code.
 
-    ``params`` are ``overrides`` over their parameter file, checked.
+    ``params`` override what the notebook's own parameters ``cell`` sets.
     """
     run = Run.allocate(params, owner="kepo run")
     run.remember(notebook=from_root(notebook), notebook_sha256=notebook_digest(notebook))
     shown = from_root(run.path)
     print(f"kepo: run folder {shown}", flush=True)
-    given = {name: value for name, value in overrides.items() if value is not None}
-    given |= {"params_file": params.params_file, "run_dir": shown}
+    given = {**params.differing(cell), "run_dir": shown}
     return _make(notebook, run, given, refusable=True)
 
 
@@ -57,7 +57,7 @@ def resume_run(folder: str) -> int:
     run = Run.reopen(folder)
     shown = from_root(run.path)
     print(f"kepo: going on in {shown}", flush=True)
-    given = {"params_file": f"{shown}/params.yaml", "run_dir": shown}
+    given = {**run.params.differing(tagged_cell(resolve(notebook))), "run_dir": shown}
     return _make(resolve(notebook), run, given, refusable=False)
 
 

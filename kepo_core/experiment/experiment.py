@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from kepo_core.analysis import curves, diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
@@ -29,6 +29,7 @@ from kepo_core.experiment.methods import needs_teacher
 from kepo_core.experiment.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
+from kepo_core.method.options import MethodOptions, declared
 from kepo_core.method.resume import last_checkpoint, trained_steps
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
@@ -162,26 +163,26 @@ def load_models(params: Params, *, with_teacher: bool = True) -> Models:
 
 
 def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
-    """What the trainers of all methods are told alike."""
+    """What the trainers of all methods are given: the study's parameters under TRL's names, then TRL's own fields."""
+    common = {field.name for field in fields(TrainingArguments)} - {"activation_checkpointing"}
     return {
         "ddp_timeout": 1800 + serving.patience(params),
         "output_dir": str(output_dir),
         "per_device_train_batch_size": params.prompts_per_device,
         "gradient_accumulation_steps": params.prompts_per_step // (params.prompts_per_device * params.processes),
         "num_train_epochs": params.epochs,
-        "max_steps": params.max_steps,
         "learning_rate": params.learning_rate,
-        "lr_scheduler_type": params.lr_scheduler,
-        "max_grad_norm": params.max_grad_norm,
-        "gradient_checkpointing": params.gradient_checkpointing,
         "bf16": params.precision == "bf16",
+        # By its old name, which TRL's configurations switch on unless told otherwise.
+        "gradient_checkpointing": bool(params.of_trl("activation_checkpointing")),
         "seed": params.seed,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": 1,
-        "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,  # the notebook shows its own progress
+        **{name: value for name, value in params.trl.items() if name in common},
+        "save_strategy": "no",
     }
 
 
@@ -189,25 +190,13 @@ def training_config(params: Params, output_dir: Path) -> KEPOConfig:
     """`Params` → `KEPOConfig`; batch sizes are in prompts there and in completions here."""
     shared = _shared_arguments(params, output_dir)
     shared["per_device_train_batch_size"] *= params.group_size
-    # One name, one meaning: except for data_seed, which is the sampler's in transformers and the data set's here.
-    ours, theirs = ({field.name for field in fields(kind)} for kind in (Params, KEPOConfig))
-    named = {name: getattr(params, name) for name in (ours & theirs) - {"data_seed"}}
-    for name in ("vllm_server_base_url", "vllm_max_model_length"):  # there, None is what is not given
-        named[name] = named[name] or None
+    method = {name: getattr(params, name) for name in declared(MethodOptions)}
+    saving = {"save_strategy": "steps" if params.trl["save_steps"] else "no", "save_total_limit": 1}
     # vLLM's log-probabilities are those of the nucleus that it draws from, the trainer's those of all tokens: their
     # quotient would weigh an answer by what top_p cuts off, the less the longer it is.
-    named["vllm_importance_sampling_correction"] = params.top_p == 1
-    named |= _clipping(params)
-    saving = {"save_strategy": "steps" if params.save_steps else "no", "save_total_limit": 1}
-    return KEPOConfig(**shared | named | saving, num_generations=params.group_size)
-
-
-def _clipping(params: Params) -> dict[str, float]:
-    """The clip range in TRL's own fields."""
-    if params.ratio_clip == "ppo":
-        return {"epsilon": params.epsilon}
-    # min(r, clip(r)) = min(r, 1 + ε): no lower bound, and the upper one for either sign of the advantage.
-    return {"epsilon": 1.0, "epsilon_high": params.epsilon, "delta": 1 + params.epsilon}
+    vllm = {"vllm_importance_sampling_correction": params.of_trl("top_p") == 1}
+    trl = {name: value for name, value in params.trl.items() if name != "activation_checkpointing"}
+    return KEPOConfig(num_generations=params.group_size, **{**vllm, **method, **trl, **shared, **saving})
 
 
 def make_trainer(
@@ -263,12 +252,8 @@ def _baseline(
         dataset = supervised_dataset(data.train, pictures)
         return sft_trainer(models.student, models.processor, dataset, shared, callbacks, lora)
     assert isinstance(models.teacher, Teacher)
-    arguments = shared | {
-        "beta": params.distill_beta,
-        "max_completion_length": params.max_completion_length,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-    }
+    drawing = {name: params.of_trl(name) for name in ("max_completion_length", "temperature", "top_p")}
+    arguments = shared | drawing | {"beta": params.distill_beta}
     dataset = to_dataset(data.train, params.thinking, pictures)
     return gkd_trainer(
         models.student,

@@ -186,7 +186,7 @@ def _accepted(
         models.processor,
         questions,
         thinking=True,
-        max_tokens=params.max_completion_length,
+        max_tokens=params.of_trl("max_completion_length"),
         batch_size=params.eval_batch_size,
         pictures=partial(load_image, image_size=params.image_size, fit=params.image_fit),
         messages=messages,

@@ -80,7 +80,7 @@ def configuration(params: Params) -> ClusterConfig:
 def check(params: Params) -> None:
     """Raise `ParamError` where this machine cannot train as ``params`` say."""
     gpus = torch.cuda.device_count()
-    if params.use_vllm and params.method == "kepo":
+    if params.of_trl("use_vllm") and params.method == "kepo":
         if importlib.util.find_spec("vllm") is None:
             raise ParamError("use_vllm is True but vllm is not installed: pip install 'trl[vllm]', or set it to False")
         if not gpus:

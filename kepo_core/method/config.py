@@ -1,30 +1,35 @@
-"""KEPOConfig: TRL's GRPOConfig plus the method's own choices, each named as in the parameter files."""
+"""KEPOConfig: TRL's GRPOConfig and the method's own parameters, which a study declares no second time."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from trl import GRPOConfig
 
 from kepo_core.errors import ParamError
-from kepo_core.method.objective import ADVANTAGES, LOSS_TYPES, NORMALIZERS, TOKEN_NORMALIZED
+from kepo_core.method.objective import ADVANTAGES, LOSS_TYPES, TOKEN_NORMALIZED
+from kepo_core.method.options import MethodOptions, Range, check_options
 
+#: TRL's own fields whose values are checked here, as TRL meets a wrong one in the middle of a step.
 _CHOICES = {
-    "gate_compare": ("ge", "gt", "lt"),
-    "distill_normalizer": NORMALIZERS,
-    "on_exhausted": ("keep", "drop"),
-    "hint_source": ("own", "other"),
-    "hint_importance": ("none", "truncated"),
-    "zero_variance": ("keep", "drop"),
     "loss_type": LOSS_TYPES,
     "scale_rewards": ADVANTAGES,
     "importance_sampling_level": ("token", "sequence"),
 }
+#: … and their ranges.
+_RANGES = {
+    "temperature": Range(0, above=True),
+    "top_p": Range(0, 1, above=True),
+    "num_iterations": Range(1),
+    "learning_rate": Range(0),
+    "max_grad_norm": Range(0),
+    "epsilon": Range(0),
+    "beta": Range(0),
+}
 
 
 @dataclass
-class KEPOConfig(GRPOConfig):  # type: ignore[misc]  # trl is not followed by the type checker
-    """TRL's GRPOConfig with KEPO's own choices; every field of GRPOConfig keeps its name and meaning.
+class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not followed by the type checker
+    """TRL's GRPOConfig with KEPO's own choices, `MethodOptions`; GRPOConfig's fields keep their names and meanings.
 
     Two of GRPOConfig's defaults are the paper's here: ``loss_type`` is ``"grpo"`` (token mean, then sequence mean), and
     ``scale_rewards`` is ``"none"`` (Eq. 6); it may also be ``"rloo"`` (Eq. 4). Eq. 5 as it is printed,
@@ -57,31 +62,6 @@ class KEPOConfig(GRPOConfig):  # type: ignore[misc]  # trl is not followed by th
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name; TRL turns it on."})
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default on a GPU, off without."})
 
-    distill: bool = field(default=True, metadata={"help": "Add the gated divergence from the teacher (Eq. 7)."})
-    tau: float = field(default=1.0, metadata={"help": "The gate's threshold on gate_reward, in that reward's units."})
-    gate_reward: str = field(
-        default="", metadata={"help": "The reward that the gate reads: total, or a reward by name; empty: the first."}
-    )
-    gate_compare: str = field(default="ge", metadata={"help": "ge: reward ≥ τ; gt: reward > τ; lt: reward < τ."})
-    distill_beta: float = field(default=0.0, metadata={"help": "0 forward KL(π_T‖π_θ), 1 reverse, between: JSD."})
-    distill_coef: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
-    distill_temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits in it."})
-    distill_normalizer: str = field(default="sequences", metadata={"help": "sequences, tokens or gated_tokens."})
-    explore: bool = field(default=True, metadata={"help": "Explore with hints where a whole group fails."})
-    exploration_reward: str = field(
-        default="", metadata={"help": "The reward that triggers and accepts (> 0); named as gate_reward."}
-    )
-    rejection_budget: int = field(default=5, metadata={"help": "B: rounds of hint-aware draws."})
-    injected_per_group: int = field(default=1, metadata={"help": "m: draws a round, and at most injected."})
-    on_exhausted: str = field(
-        default="keep", metadata={"help": "keep or drop a group whose budget ran out without an accepted draw."}
-    )
-    hint_source: str = field(
-        default="own", metadata={"help": "own: the row's hint; other (control): a hint written for another row."}
-    )
-    hint_importance: str = field(default="none", metadata={"help": "none, or truncated off-policy weights."})
-    hint_max_tokens: int = field(default=32, metadata={"help": "Longest hint, in tokens."})
-    zero_variance: str = field(default="keep", metadata={"help": "keep or drop groups whose rewards are all equal."})
     log_rollouts: bool = field(default=True, metadata={"help": "Write every rollout to <output_dir>/rollouts/."})
 
     def __post_init__(self) -> None:
@@ -91,25 +71,13 @@ class KEPOConfig(GRPOConfig):  # type: ignore[misc]  # trl is not followed by th
         self._check_method()
 
     def _check_method(self) -> None:
+        check_options(MethodOptions, self)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ParamError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
-        if isinstance(self.tau, str | bool) or not math.isfinite(self.tau):
-            raise ParamError(f"tau is {self.tau!r}, expected a finite number")
-        if not 0 <= self.distill_beta <= 1:
-            raise ParamError(f"distill_beta is {self.distill_beta:g}, expected 0 to 1")
-        if self.distill_temperature <= 0:
-            raise ParamError(f"distill_temperature is {self.distill_temperature:g}, expected more than 0")
-        if self.distill_coef < 0:
-            raise ParamError(f"distill_coef is {self.distill_coef:g}, expected at least 0")
-        for name in ("rejection_budget", "injected_per_group", "hint_max_tokens"):
-            if getattr(self, name) < 1:
-                raise ParamError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.explore and self.injected_per_group >= self.num_generations:
-            raise ParamError(
-                f"injected_per_group is {self.injected_per_group}, expected less than the group size "
-                f"(num_generations, {self.num_generations}), so that originals stay"
-            )
+        for name, allowed in _RANGES.items():
+            allowed.check(name, getattr(self, name))
+        self.check_group(self.num_generations, "num_generations")
         if self.scale_rewards == "rloo" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ParamError(
                 f"scale_rewards is 'rloo' but multi_objective_aggregation is {self.multi_objective_aggregation!r}, "

@@ -24,11 +24,12 @@ import math
 import torch
 from torch import Tensor
 
+from kepo_core.method.options import NORMALIZERS as NORMALIZERS
+
 ADVANTAGES = ("none", "group", "batch", "rloo")
 #: TRL's loss types, and those among them that divide by a count of tokens.
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 TOKEN_NORMALIZED = ("dapo", "bnpo", "cispo", "vespo")
-NORMALIZERS = ("sequences", "tokens", "gated_tokens")
 #: TRL's constant in the division by the standard deviation, which the released code keeps.
 STD_EPSILON = 1e-4
 

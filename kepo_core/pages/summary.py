@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kepo_core.errors import ParamError
+from kepo_core.method.options import declared
 from kepo_core.params import PLACES, Params
 from kepo_core.params_io import parse_yaml
 from kepo_core.runs.run import Run
@@ -108,7 +109,7 @@ def _default_lines() -> frozenset[str]:
 
 def _method(changed: Mapping[str, Any], headline: Mapping[str, Any]) -> str:
     try:
-        return Params(**changed).method_name
+        return Params(**{n: v for n, v in changed.items() if n in declared(Params)}).method_name
     except (ParamError, TypeError):  # of another version, with other parameters
         return str(headline.get("method", ""))
 

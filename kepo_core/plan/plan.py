@@ -64,11 +64,11 @@ class Setting:
             rows=p.prompts_per_device * p.group_size,
             windows=windows,
             prompt=self.text_tokens + patches // self.student.merge**2,
-            completion=p.max_completion_length,
+            completion=p.of_trl("max_completion_length"),
             patches=patches,
             compute=2 if p.precision == "bf16" else 4,
             lora_rank=p.lora_rank,
-            checkpointing=p.gradient_checkpointing,
+            checkpointing=p.of_trl("activation_checkpointing"),
         )
 
 
@@ -114,10 +114,10 @@ def held(setting: Setting, way: str) -> dict[str, float]:
     items = {"student's weights": own / share, "optimizer": 8 * trained / share}
     if way == "replicated":
         items["gradient buckets of DDP"] = 4.0 * trained
-    if p.beta and not p.lora_rank:
+    if p.of_trl("beta") and not p.lora_rank:
         items["reference"] = 4 * a.parameters / share
-    if p.use_vllm and p.vllm_mode == "colocate":
-        items["vLLM"] = p.vllm_gpu_memory_utilization * setting.gpu
+    if p.of_trl("use_vllm") and p.of_trl("vllm_mode") == "colocate":
+        items["vLLM"] = p.of_trl("vllm_gpu_memory_utilization") * setting.gpu
     if t:
         whole = memory.teacher_weights(t, batch.compute, p.teacher_quantization)
         items["teacher's weights"] = whole / (share if p.teacher_quantization == "none" else 1)
@@ -157,11 +157,11 @@ def moments(setting: Setting, way: str) -> dict[str, float]:
             found["hints"] = memory.rollouts(t, batch, prompts, p.hint_max_tokens) + teacher_copy
         if p.distill:
             found["teacher's forward pass"] = memory.teacher_forward(t, batch) + teacher_copy
-    if p.beta and not p.lora_rank:
+    if p.of_trl("beta") and not p.lora_rank:
         working = memory.forward_only(a, batch.rows * batch.length, batch.rows * batch.patches, batch.compute, 4)
         # TRL shares a reference out in one piece under FSDP2: all of it is gathered.
         found["reference's forward pass"] = working + (batch.compute * a.parameters if way == "FSDP2" else copy)
-    return {name: found[name] for name in MOMENTS if name in found and (name != "rollouts" or not p.use_vllm)}
+    return {name: found[name] for name in MOMENTS if name in found and (name != "rollouts" or not p.of_trl("use_vllm"))}
 
 
 def total(setting: Setting, way: str) -> float:
@@ -198,8 +198,8 @@ def fits(setting: Setting, way: str) -> bool:
 def changes(setting: Setting) -> dict[str, Setting]:
     """Single changes that may save memory, by what to do; smaller batches need not, as gradients then wait."""
     p, found = setting.params, {}
-    if not p.gradient_checkpointing:
-        found["gradient_checkpointing True"] = p.replace(gradient_checkpointing=True)
+    if not p.of_trl("activation_checkpointing"):
+        found["activation_checkpointing True"] = p.replace(activation_checkpointing=True)
     if not p.lora_rank:
         found["lora_rank 16"] = p.replace(lora_rank=16)
     if setting.teacher and p.teacher_quantization == "none":
@@ -208,7 +208,9 @@ def changes(setting: Setting) -> dict[str, Setting]:
         found["prompts_per_device 1"] = p.replace(prompts_per_device=1)
     if p.precision == "fp32":
         found["precision bf16"] = p.replace(precision="bf16")
-    found["half of max_completion_length"] = p.replace(max_completion_length=max(1, p.max_completion_length // 2))
+    found["half of max_completion_length"] = p.replace(
+        max_completion_length=max(1, p.of_trl("max_completion_length") // 2)
+    )
     made = {name: _with(setting, params=params) for name, params in found.items()}
     if setting.teacher:
         made["a teacher that is served elsewhere"] = _with(setting, teacher=None)

@@ -163,8 +163,7 @@ def show(path: Path) -> str:
     run = Run.open(path)
     status, found = run.status, run.provenance
     defaults = Params().to_dict()
-    changed = {n: f"{v!r} (default {defaults[n]!r})" for n, v in run.params.to_dict().items()
-               if v != defaults[n] and n not in ("run_dir", "params_file")}  # fmt: skip
+    changed = {n: f"{v!r} (default {defaults.get(n, 'of TRL')!r})" for n, v in run.params.differing().items()}
     times = {"started": status["started"], "resumed": ", ".join(status.get("resumed", [])),
              "finished": status.get("finished", ""), "minutes": _or_dash(minutes(run), ".1f")}  # fmt: skip
     parts = {
@@ -203,11 +202,9 @@ def next_step(run: Run) -> str:
 
 
 def repeat(run: Run) -> str:
-    """The command that makes such a run again, from the parameter file that it was made from or else its own."""
-    file = run.provenance.get("params_file", "")
-    params = run.params.replace(params_file=file) if file and resolve(file).is_file() else run.params
+    """The command that makes such a run again."""
     notebook = run.provenance.get("notebook", "NOTEBOOK")
-    return shlex.join(["kepo", "run", notebook, *params.to_arguments()])
+    return shlex.join(["kepo", "run", notebook, *run.params.to_arguments()])
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -34,7 +34,6 @@ def collect(params: Params) -> dict[str, Any]:
     """What is known when the folder is made. Hardware follows from the process that computes, data when it is read."""
     return {
         "params_hash": params.hash,
-        "params_file": params.params_file,
         "code": {**code(project_root()), "package": package_digest()},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "seeds": {"seed": params.seed, "data_seed": params.data_seed},

@@ -73,7 +73,7 @@ class Run:
         path = project_root() / path
         if not (path / "status.json").is_file():
             raise ParamError(f"run_dir {path} is no run folder: it has no status.json")
-        return cls(path, Params.load(path / "params.yaml"))
+        return cls(path, Params.of_run(path / "params.yaml"))
 
     @classmethod
     def reopen(cls, path: str | Path) -> Self:
@@ -113,12 +113,11 @@ class Run:
             run = cls.open(params.run_dir)
             if run.status["state"] != "running":
                 raise ParamError(f"run_dir {params.run_dir} holds a finished run, and no run is ever overwritten")
-            asked = {**run.params.to_dict(), "run_dir": "", "params_file": ""}
-            given = {**params.to_dict(), "run_dir": "", "params_file": ""}
-            if changed := [name for name in asked if asked[name] != given[name]]:
+            asked, given = ({**each.to_dict(), "run_dir": ""} for each in (run.params, params))
+            if changed := [name for name in asked | given if asked.get(name) != given.get(name)]:
                 raise ParamError(
-                    f"{changed[0]} is {given[changed[0]]!r} in the notebook but {asked[changed[0]]!r} in its run "
-                    "folder; parameter cells leave values to the parameter file (None)"
+                    f"{changed[0]} is {given.get(changed[0])!r} in the notebook but {asked.get(changed[0])!r} in its "
+                    "run folder: a cell after the parameters cell sets it"
                 )
         run.remember(hardware=provenance.hardware())
         return run

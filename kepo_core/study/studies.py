@@ -1,7 +1,7 @@
 """A study file → runs: methods × values × seeds over one parameter file, and the table that says what came of them.
 
 ```yaml
-params: params/phantom.yaml        # optional: all that is not said here (without it: $KEPO_PARAMS, else this file)
+params: params/phantom.yaml        # optional: what is not set here (without it: the defaults)
 methods: [grpo, kepo-tau1]         # names from the table of methods
 compared_with: grpo                # the one that all others are compared with
 seeds: [0, 1, 2]
@@ -37,7 +37,7 @@ from kepo_core.analysis.statistics import AVG, AVG_OOD, accuracy_table
 from kepo_core.data.records import MODALITIES, Answer
 from kepo_core.errors import ParamError
 from kepo_core.experiment.methods import KEPO, method
-from kepo_core.params import Params, project_root, resolve
+from kepo_core.params import Params, checked, project_root, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
@@ -118,13 +118,13 @@ def _check_lists(file: str, lists: Mapping[str, Any], grid: Mapping[str, Any]) -
 
 def _check_names(file: str, everywhere: Mapping[str, Any], grid: Mapping[str, Any], students: Sequence[Any]) -> None:
     """Nothing is said twice, or where it would have no effect."""
-    places = ("seed", "run_dir", "params_file", "results_dir")
-    if fixed := [name for name in everywhere if name in (*KEPO, *places[:3])]:
+    places = ("seed", "run_dir", "results_dir")
+    if fixed := [name for name in everywhere if name in (*KEPO, *places[:2])]:
         raise ParamError(f"set in {file} has {fixed[0]}, which methods and seeds decide: choose a method, or use grid")
     if fixed := [name for name in grid if name in (*DATA, *places)]:
         raise ParamError(f"grid in {file} has {fixed[0]}, which all runs of a study share: write it under set")
-    if unknown := [name for name in grid if name not in Params().to_dict()]:
-        raise ParamError(f"grid in {file} has {unknown[0]!r}, which is not a parameter; `kepo params` lists them all")
+    for name, values in grid.items():
+        checked(name, values[0], f" (under grid in {file})")
     for number, pair in enumerate(students, start=1):
         if not isinstance(pair, dict) or set(pair) - {"student", "teacher"} or (len(students) > 1 and not pair):
             raise ParamError(f"students in {file}: entry {number} is {pair!r}, expected student and teacher")

@@ -173,7 +173,7 @@ class Calibration:
             self.models.processor,
             questions,
             thinking=True,
-            max_tokens=self.params.max_completion_length,
+            max_tokens=self.params.of_trl("max_completion_length"),
             batch_size=self.params.eval_batch_size,
             messages=messages,
             temperature=1.0,

@@ -7,13 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kepo_core import params_trl
 from kepo_core.data.records import MODALITIES
 from kepo_core.errors import ParamError
-from kepo_core.params import Params, check_names, default_params_file, project_root, resolve
+from kepo_core.method.options import declared, kind_of
+from kepo_core.params import Params, check_names, project_root, resolve
 from kepo_core.task.prompts import HINT_CONTEXTS
 
 ROOT = Path(__file__).parents[2]
-FIELDS = {f.name: f for f in dataclasses.fields(Params)}
+FIELDS = declared(Params)
+TRL = {"temperature": 0.5, "loss_type": "dapo", "use_vllm": True, "num_iterations": 2, "lr_scheduler_type": "cosine"}
 
 
 def bad(match: str, **overrides):
@@ -47,13 +50,9 @@ def test_every_shipped_file_loads(name):
 
 def test_the_paper_and_the_released_code_are_told_apart():
     paper, released = Params.load(ROOT / "params/paper.yaml"), Params.load(ROOT / "params/released.yaml")
-    assert (paper.learning_rate, paper.scale_rewards, paper.ratio_clip, paper.gate_reward) == (
-        2e-6,
-        "none",
-        "eq5",
-        "total",
-    )
-    assert (released.scale_rewards, released.distill_beta, released.injected_per_group) == ("group", 0.5, 2)
+    assert (paper.learning_rate, paper.of_trl("scale_rewards"), paper.gate_reward) == (2e-6, "none", "total")
+    assert [paper.trl[name] for name in ("epsilon", "epsilon_high", "delta")] == [1.0, 0.2, 1.2]
+    assert (released.trl["scale_rewards"], released.distill_beta, released.injected_per_group) == ("group", 0.5, 2)
 
 
 def test_resolved_yaml_reads_back_and_repeats_the_run(write):
@@ -61,7 +60,7 @@ def test_resolved_yaml_reads_back_and_repeats_the_run(write):
     again = Params.load(write(params.to_yaml()))
     assert again.run_dir == ""
     assert again.hash == params.hash
-    assert again.replace(run_dir="somewhere", params_file="") == params
+    assert again.replace(run_dir="somewhere") == params
 
 
 @given(st.text(min_size=1).filter(str.strip), st.floats(1e-9, 1.0))
@@ -100,7 +99,7 @@ def test_yaml_yes_is_no_boolean(write):
         ("tau:\n", "tau in some.yaml has no value"),
         ("tau: [1]\n", r"tau must be a number, got \[1\]"),
         ("run_dir: x\n", "run_dir belongs to one run"),
-        ("tau: .nan\n", "tau must be at least 0, got nan"),
+        ("tau: .nan\n", "tau must be a finite number, got nan"),
         ("learning_rate: .inf\n", "learning_rate must be at least 0, got inf"),
         ("1: 2\n", "1 in some.yaml is not a parameter"),
     ],
@@ -112,7 +111,7 @@ def test_a_bad_file_is_one_sentence(write, text, match):
 
 
 def test_an_empty_file_is_the_defaults_and_a_missing_one_an_error(write, tmp_path):
-    assert Params.load(write("# nothing\n")).replace(params_file="") == Params()
+    assert Params.load(write("# nothing\n")) == Params()
     with pytest.raises(ParamError, match=r"nowhere\.yaml cannot be read"):
         Params.load(tmp_path / "nowhere.yaml")
 
@@ -170,7 +169,7 @@ def test_rules_between_parameters():
     bad(r"prompts_per_device × processes \(2 × 8\), got 8", prompts_per_device=2, processes=8)
     bad("vllm_server_base_url must be set for vllm_mode server", use_vllm=True, vllm_mode="server")
     bad("use_vllm draws the rollouts of method kepo", use_vllm=True, method="gkd")
-    bad("max_steps must be -1 .* or at least 1", max_steps=0)
+    bad("max_steps must be at least 1, got 0", max_steps=0)
     bad("eval_samples is 3 but eval_temperature is 0", eval_samples=3)
 
 
@@ -182,7 +181,9 @@ def test_rules_between_parameters():
         ("top_p", 0),
         ("top_p", 1.5),
         ("temperature", 0),
-        ("epsilon", 0),
+        ("num_iterations", 0),
+        ("max_completion_length", 0),
+        ("save_steps", -1),
         ("epochs", 0),
         ("learning_rate", -1),
         ("distill_beta", 1.1),
@@ -195,7 +196,7 @@ def test_numbers_out_of_range_are_refused(name, value):
     bad(f"^{name} must be", **{name: value})
 
 
-@pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if f.metadata["choices"]])
+@pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if "choices" in f.metadata])
 def test_choices_are_closed(name):
     bad(f"^{name} must be one of", **{name: "no such choice"})
 
@@ -224,18 +225,17 @@ def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
     base = Params(explore=False, tau=0.0, eval_temperature=1, **sizes)
     if name.startswith("teacher_") and name != "teacher_quantization":  # a served teacher's: one goes with the other
         base = base.replace(teacher_url="http://host/v1", teacher_top_k=5)
-    f, value = FIELDS[name], getattr(base, name)
-    if f.type is bool:
+    (kind, _), value = kind_of(Params, name), getattr(base, name)
+    if kind is bool:
         other = not value
-    elif f.metadata["choices"]:
-        other = next(choice for choice in f.metadata["choices"] if choice not in (value, "sft"))  # sft does not think
+    elif name in ("gate_reward", "exploration_reward"):
+        other = "total"
+    elif choices := FIELDS[name].metadata.get("choices"):
+        other = next(choice for choice in choices if choice not in (value, "sft"))  # sft does not think
     else:
-        other = {str: lambda: value + "x", int: lambda: value + 2, float: lambda: value * 0.5 + 0.03}[f.type]()
+        other = {str: lambda: value + "x", int: lambda: value + 2, float: lambda: value * 0.5 + 0.03}[kind]()
     changed = base.replace(**{name: other})
-    assert (changed.hash == base.hash) == (
-        name in ("results_dir", "run_dir", "params_file", "save_steps")
-        or name in ("teacher_url", "teacher_timeout", "teacher_retries", "teacher_concurrency")
-    )
+    assert (changed.hash == base.hash) == (name in ("results_dir", "run_dir", "teacher_url"))
 
 
 def test_method_names():
@@ -290,12 +290,16 @@ def test_a_cell_can_be_run_again_after_later_cells_left_variables():
         Params.from_notebook({**namespace, "In": [*cells, "# Parameters\ntaw = -1"], "taw": -1})
 
 
-def test_a_notebook_names_its_file_and_overrides_it(write):
-    file = write("tau: 0\nseed: 4\n")
-    params = Params.from_notebook({"params_file": str(file), "tau": 1})
-    assert (params.tau, params.seed, params.params_file) == (1.0, 4, str(file))
-    with pytest.raises(ParamError, match="params_file must be a path"):
-        Params.from_notebook({"params_file": 3})
+def test_a_notebook_takes_any_field_of_trl_and_numbers_that_papermill_reads_as_texts():
+    injected = "# Parameters\nlearning_rate = '2e-6'\ntemperature = '5e-1'\nloss_type = 'dapo'"
+    namespace = {"In": ["", injected], "learning_rate": "2e-6", "temperature": "5e-1", "loss_type": "dapo", "beta": 3}
+    params = Params.from_notebook(namespace)
+    assert (params.learning_rate, dict(params.trl) | {"temperature": 0.5, "loss_type": "dapo"}) == (2e-6, params.trl)
+    assert "beta" not in params.trl  # a variable of a later cell
+    with pytest.raises(
+        ParamError, match="temperatur in the notebook is not a parameter; the nearest is eval_temperature"
+    ):
+        Params.from_notebook({"temperatur": 1})
 
 
 def test_a_notebook_with_parameters_of_its_own_refuses_others():
@@ -321,9 +325,41 @@ def test_the_root_is_found_from_a_folder_below_and_from_elsewhere(monkeypatch, t
     assert resolve(tmp_path / "x") == tmp_path / "x"
 
 
-def test_the_environment_names_another_default_file(monkeypatch):
-    monkeypatch.setenv("KEPO_PARAMS", "params/smoke.yaml")
-    assert default_params_file() == ROOT / "params/smoke.yaml"
-    assert Params.load().train_items == Params.load(ROOT / "params/smoke.yaml").train_items != Params().train_items
-    monkeypatch.delenv("KEPO_PARAMS")
-    assert Params.load().replace(params_file="") == Params()
+# -- TRL's own
+
+
+def test_any_field_of_trl_is_taken_under_its_name(write):
+    params = Params.load(None, TRL)
+    assert {name: params.of_trl(name) for name in TRL} == TRL and Params().of_trl("temperature") == 1.0
+    assert Params.load(write(params.to_yaml())) == params == Params.of_run(write(params.to_yaml()))
+    assert params.hash != Params().hash and params.replace(seed=1).trl == params.trl
+    arguments = params.to_arguments()
+    assert set(arguments) - {"-p"} == {*TRL, *map(str, TRL.values())}
+
+
+def test_a_value_that_is_trls_default_is_not_a_change():
+    assert Params.load(None, {"temperature": 1, "beta": 0.0, "scale_rewards": "none"}) == Params()
+    assert Params.load(None, {"beta": 0.1}).replace(beta=0.0) == Params()
+
+
+def test_a_field_of_trl_that_does_not_fit_is_refused_at_once():
+    bad("num_generations is set by the study itself: set group_size instead", num_generations=4)
+    bad("report_to is set by the study itself: leave it out", report_to="wandb")
+    bad("temperature must be a number, as in TRL's GRPOConfig, got True", temperature=True)
+    bad("scale_rewards is 'x', expected one of none", scale_rewards="x")
+    bad("cosin is not a valid SchedulerType|lr_scheduler_type", lr_scheduler_type="cosin", beta=0.1)
+    bad("zero_variance is 'drop' but loss_type is 'dapo'", loss_type="dapo", zero_variance="drop")
+    bad("max_steps must be a whole number, got 'x'", max_steps="x")
+
+
+def test_trls_defaults_that_a_study_changes_are_fields_of_trl():
+    config = params_trl._config()
+    assert {field.name for field in dataclasses.fields(config)} >= {*params_trl.DEFAULTS, *params_trl.SET_BY}
+    assert not {*params_trl.DEFAULTS, *params_trl.SET_BY} & {*FIELDS}
+
+
+def test_what_differs_from_a_notebooks_cell_is_given_to_it():
+    params = Params(tau=0.0, seed=3)
+    assert params.differing() == {"tau": 0.0, "seed": 3}
+    assert params.differing({"tau": 0.0, "seed": 0, "beta": 0.5, "epochs": None}) == {"seed": 3, "beta": 0.0}
+    assert Params.load(None, {"seed": 3}, cell={"tau": 0.0, "seed": 1}) == params

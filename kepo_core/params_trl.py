@@ -1,0 +1,146 @@
+"""TRL's own parameters: any field of GRPOConfig, taken under TRL's name and with TRL's meaning.
+
+TRL declares them, so they are not declared again. Importing it takes seconds, so it is imported only where a field is
+given that is not in `DEFAULTS`.
+"""
+
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from kepo_core.errors import ParamError
+from kepo_core.method.options import KINDS, MethodOptions
+from kepo_core.params_io import as_number, nearest
+
+#: TRL's fields whose default is another one in a study, and the one that short runs set.
+DEFAULTS: dict[str, bool | int | float | str] = {
+    "lr_scheduler_type": "constant",
+    "max_completion_length": 48,
+    "max_steps": -1,
+    "save_steps": 25,
+    "vllm_max_model_length": 4096,
+}
+#: Fields that a study sets from parameters of its own, and from which; "" where nobody is to set them.
+SET_BY = {
+    "output_dir": "results_dir",
+    "num_generations": "group_size",
+    "per_device_train_batch_size": "prompts_per_device",
+    "gradient_accumulation_steps": "prompts_per_step",
+    "num_train_epochs": "epochs",
+    "gradient_checkpointing": "activation_checkpointing",
+    "bf16": "precision",
+    "fp16": "precision",
+    "use_cpu": "",
+    "log_rollouts": "",
+    "logging_steps": "",
+    "save_strategy": "save_steps",
+    "save_total_limit": "",
+    "report_to": "",
+    "disable_tqdm": "",
+    "dataloader_pin_memory": "",
+}
+_SCALARS = (bool, int, float, str)
+
+
+class Checked(dict[str, Any]):
+    """Fields that were checked before."""
+
+
+class UnknownError(ParamError):
+    """A name that is no parameter: ``hint`` ends the sentence with the nearest one."""
+
+    def __init__(self, name: str, hint: str) -> None:
+        super().__init__(f"{name} is not a parameter{hint}")
+        self.name, self.hint = name, hint
+
+
+def check(
+    given: Mapping[str, Any], ours: Collection[str], options: Mapping[str, Any]
+) -> dict[str, bool | int | float | str]:
+    """All of `DEFAULTS`, and what of ``given`` differs from TRL's defaults, each value of the type that TRL declares.
+
+    Args:
+        given: by name; `Checked` ones are taken as they are.
+        ours: the names of all other parameters.
+        options: the fields of ``KEPOConfig`` that these set, by name: what they have to go together with.
+
+    Raises:
+        UnknownError: a name that is neither TRL's nor among ``ours``.
+        ParamError: a field that the study sets itself, or a value that TRL refuses.
+    """
+    if isinstance(given, Checked):
+        return {**DEFAULTS, **given}
+    values = {**DEFAULTS, **{name: _like_default(name, value) for name, value in given.items() if name in DEFAULTS}}
+    new = {name: value for name, value in given.items() if name not in DEFAULTS}
+    if not new:
+        return values
+    for name in new:
+        if name in SET_BY:
+            instead = f"set {SET_BY[name]} instead" if SET_BY[name] else "leave it out"
+            raise ParamError(f"{name} is set by the study itself: {instead}")
+        if name not in _known():
+            near = nearest(name, ours) or nearest(name, _known())
+            raise UnknownError(name, near or "; `kepo params` lists them all, and TRL's GRPOConfig has more")
+    values |= {name: _fitting(name, value) for name, value in new.items()}
+    try:
+        _config()(output_dir="", use_cpu=True, **options, **values | {"save_steps": 1})  # save_steps 0: no checkpoints
+    except (ValueError, TypeError) as error:  # ParamError is a ValueError
+        raise ParamError(" ".join(str(error).split())) from error
+    return {name: value for name, value in values.items() if name in DEFAULTS or value != default(name)}
+
+
+def _like_default(name: str, value: Any) -> bool | int | float | str:
+    """A value of one of `DEFAULTS`, of the type that stands there."""
+    kind = type(DEFAULTS[name])
+    if isinstance(value, str) and kind is int:
+        value = as_number(value)
+    if type(value) is not kind:
+        raise ParamError(f"{name} must be {KINDS[kind]}, got {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+@cache
+def default(name: str) -> Any:
+    """TRL's default of a field."""
+    return next(field.default for field in fields(_config()) if field.name == name)
+
+
+def _config() -> Any:
+    from kepo_core.method.config import KEPOConfig
+
+    return KEPOConfig
+
+
+@cache
+def _known() -> frozenset[str]:
+    own = {field.name for field in fields(MethodOptions)}
+    return frozenset(field.name for field in fields(_config())) - own
+
+
+@cache
+def _kinds(name: str) -> tuple[type, ...]:
+    """The scalar types that a field takes; text for those that TRL names by an enumeration."""
+    hint = typing.get_type_hints(_config())[name]
+    members = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+    named = any(isinstance(kind, type) and issubclass(kind, Enum) for kind in members)
+    return tuple(kind for kind in _SCALARS if kind in members or (kind is str and named))
+
+
+def _fitting(name: str, value: Any) -> bool | int | float | str:
+    kinds = _kinds(name)
+    if isinstance(value, str) and str not in kinds and bool not in kinds:
+        value = as_number(value)
+    if type(value) is int and int not in kinds and float in kinds:
+        value = float(value)
+    if type(value) not in kinds:
+        expected = " or ".join(KINDS[kind] for kind in kinds) or "set in a script, as it is no single value"
+        raise ParamError(f"{name} must be {expected}, as in TRL's GRPOConfig, got {value!r}")
+    return value  # type: ignore[no-any-return]
