@@ -180,7 +180,8 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
         values = _read(resolve(file)) if file else {}
         for name in values.keys() - given.keys():
             checked(name, values[name], f" (in {Path(str(file)).name})")
-        return cls._of({**(cell or {}), **values, **given})
+        beneath = {name: value for name, value in (cell or {}).items() if value is not None}
+        return cls._of({**beneath, **values, **given})
 
     @classmethod
     def of_run(cls, file: Path) -> Self:

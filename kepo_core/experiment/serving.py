@@ -29,22 +29,26 @@ _QUESTION: dict[str, Any] = {
 _SAID = "<think>The finding lies in the upper left (B).</think><answer>B</answer>"
 
 
+#: Seconds for one answer, further tries, and questions that each process has open.
+TIMEOUT, RETRIES, CONCURRENCY = 300.0, 8, 32
+
+
 def patience(params: Params) -> int:
     """The most seconds until a served teacher that stays away is given up; 0 where ``params`` name none.
 
     Processes that wait meanwhile for the one that asks must not give up before.
     """
-    tries = params.teacher_retries + 1 if params.teacher_url else 0
-    return math.ceil(tries * (params.teacher_timeout + LONGEST_ASKED))
+    tries = RETRIES + 1 if params.teacher_url else 0
+    return math.ceil(tries * (TIMEOUT + LONGEST_ASKED))
 
 
 def connect(params: Params, processor: Any) -> ServedTeacher:
     """The served teacher that ``params`` name; nothing is asked yet. ``processor`` is the student's."""
     client = ChatClient(
         params.teacher_url,
-        timeout=params.teacher_timeout,
-        retries=params.teacher_retries,
-        concurrency=params.teacher_concurrency,
+        timeout=TIMEOUT,
+        retries=RETRIES,
+        concurrency=CONCURRENCY,
     )
     hints: Path = cache_dir() / "hints"
     return ServedTeacher(client, params.teacher, processor, top_k=params.teacher_top_k, hints=hints)
@@ -143,7 +147,7 @@ def _try_picture(params: Params, teacher: ServedTeacher) -> str:
 
 
 def _try_load(params: Params, teacher: ServedTeacher) -> str:
-    count = params.teacher_concurrency
+    count = CONCURRENCY
     started = time.monotonic()
     teacher.score([_completion(params, teacher.processor)] * count)
     return f"{count} completions at a time: {count / (time.monotonic() - started):.1f} a second"

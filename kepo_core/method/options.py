@@ -126,6 +126,7 @@ def check_option(owner: type, name: str, value: Any) -> Any:
         ParamError: it does not fit; names the parameter and what was expected.
     """
     kind, allowed = kind_of(owner, name)
+    number: Any
     choices = declared(owner)[name].metadata.get("choices", ())
     number = {int: Integral, float: Real}.get(kind)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, number or kind):
@@ -133,13 +134,14 @@ def check_option(owner: type, name: str, value: Any) -> Any:
         if kind is bool and str(value).lower() in ("true", "false"):
             hint = " (write it with a capital and without quotes)"
         raise ParamError(f"{name} must be {KINDS[kind]}, got {value!r}{hint}")
+    value = kind(value)
     if choices and value not in choices:
         raise ParamError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     if kind is str and declared(owner)[name].default and not value.strip():
         raise ParamError(f"{name} must not be empty")
     if number is not None:
         (allowed or Range(-math.inf)).check(name, value)
-    return kind(value)
+    return value
 
 
 def check_options(owner: type, values: Any) -> None:

@@ -58,10 +58,10 @@ def test_a_reading_runs_whole_on_stand_ins(tmp_path: Path, name: str, processes:
     file = write(tmp_path / "stand-in.yaml", f"{name}.yaml", **PLACES, **sizes, **models)
     assert main(["run", NOTEBOOK, "-f", str(file)]) == 0
     run, original = made(file), Params.load(ROOT / "params" / f"{name}.yaml").to_dict()
-    own = {*PLACES, *sizes, *models, "results_dir", "params_file", "run_dir"}
+    own = {*PLACES, *sizes, *models, "results_dir", "run_dir"}
     kept = run.params.to_dict()
     assert [key for key in kept if kept[key] != original[key] and key not in own] == []
-    assert run.state == "completed" and kept["precision"] == "bf16" and kept["gradient_checkpointing"]
+    assert run.state == "completed" and kept["precision"] == "bf16" and kept["activation_checkpointing"]
     rollouts = pd.read_parquet(run.path / "rollouts.parquet")
     assert len(rollouts.query("not replaced")) == 2 * 4 * 8 and rollouts["draws"].sum() >= 0
     steps = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]

@@ -44,7 +44,7 @@ def kepo_run(tmp_path, results, capsys):
 
 
 def write_notebook(folder: Path, *sources: str) -> Path:
-    cells = [new_code_cell("tau = None\nresults_dir = None\nrun_dir = ''\nparams_file = ''")]
+    cells = [new_code_cell("tau = None\nresults_dir = None\nrun_dir = ''")]
     cells[0].metadata["tags"] = ["parameters"]
     cells += [new_code_cell(source) for source in (*sources, "if 'headline' in globals():\n    run.finish(headline)")]
     path = folder / "tiny.ipynb"
@@ -184,7 +184,7 @@ def test_a_notebook_without_a_headline_did_not_complete(kepo_run, results, monke
         (("seed", "1.5"), "seed must be a whole number"),
         (("thinking", "true"), "thinking must be True or False, got 'true'"),
         (("thinking", "False"), "explore needs thinking"),
-        (("params_file", "nowhere.yaml"), "nowhere.yaml cannot be read"),
+        (("temperature", "0"), "temperature must be greater than 0"),
         (("__import__('os').system('x')", "1"), "is not a parameter"),
     ],
 )

@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -132,7 +131,7 @@ def test_the_file_that_comes_with_the_package_fits(slurm: Path) -> None:
 def test_jobs_run_to_their_end_and_say_why_they_failed(project: Path) -> None:
     (project / "go").touch()
     good = Params.load()
-    bad = replace(good.replace(seed=1), params_file="params/gone.yaml")
+    bad = good.replace(seed=1, results_dir=str(project / "go" / "below"))  # a file is no folder
     seen = set()
 
     def show(all_jobs: Sequence[jobs.Job]) -> None:
@@ -142,7 +141,7 @@ def test_jobs_run_to_their_end_and_say_why_they_failed(project: Path) -> None:
         {"good": good, "bad": bad}, DATA, described(project, LOCAL + "cpus_per_task: 3"), show
     )
     assert runs["good"].status["state"] == "completed" and runs["good"].headline == {"threads": "3"}
-    assert re.search(r"ParamError: params_file .*gone.yaml cannot be read", failures["bad"])
+    assert re.search(r"ParamError: results_dir .*go/below cannot be written", failures["bad"])
     assert "Progress(label='training', done=1, total=2, left='0:01')" in seen
     logs = list((project / "results" / jobs.JOBS_DIR).glob("*/*_0_log.out"))
     assert len(logs) == 2 and any("completed, everything about it is in" in log.read_text() for log in logs)

@@ -14,7 +14,7 @@ from kepo_core.analysis import diagnosis, statistics
 from kepo_core.data import phantom
 from kepo_core.data.records import MODALITIES
 from kepo_core.errors import DataError, ParamError
-from kepo_core.experiment import experiment, methods
+from kepo_core.experiment import experiment, methods, serving
 from kepo_core.experiment.models import save_embedded
 from kepo_core.method.config import KEPOConfig
 from kepo_core.params import Params
@@ -146,8 +146,8 @@ def test_training_config_says_what_the_parameters_say(tmp_path: Path) -> None:
 
 def test_processes_wait_for_each_other_longer_than_for_a_served_teacher(tmp_path: Path) -> None:
     assert experiment.training_config(Params(), tmp_path).ddp_timeout == 1800
-    served = Params(teacher_url="http://far:8000/v1", teacher_top_k=20, teacher_timeout=100.0, teacher_retries=2)
-    assert experiment.training_config(served, tmp_path).ddp_timeout >= 1800 + 3 * 100 + 2 * 600
+    served = Params(teacher_url="http://far:8000/v1", teacher_top_k=20)
+    assert experiment.training_config(served, tmp_path).ddp_timeout == 1800 + serving.patience(served) > 3600
 
 
 METHODS = {
@@ -160,20 +160,20 @@ METHODS = {
 
 #: Parameters that all trainers are told, under transformers' names where those differ; none at TRL's default here.
 SHARED: dict[str, tuple[str, Any]] = {
-    "learning_rate": ("learning_rate", 3e-3), "lr_scheduler": ("lr_scheduler_type", "cosine"),
+    "learning_rate": ("learning_rate", 3e-3), "lr_scheduler_type": ("lr_scheduler_type", "cosine"),
     "max_grad_norm": ("max_grad_norm", 0.5), "max_steps": ("max_steps", 3), "epochs": ("num_train_epochs", 2.5),
     "seed": ("seed", 7),
 }  # fmt: skip
 #: Those of each method; of bools, not the default of its trainer.
 FURTHER: dict[str, dict[str, tuple[str, Any]]] = {
-    "sft": {"gradient_checkpointing": ("gradient_checkpointing", False)},
+    "sft": {"activation_checkpointing": ("gradient_checkpointing", False)},
     "gkd": {
-        "gradient_checkpointing": ("gradient_checkpointing", False),
+        "activation_checkpointing": ("gradient_checkpointing", False),
         "max_completion_length": ("max_completion_length", 7),
         "temperature": ("temperature", 0.7), "top_p": ("top_p", 0.9), "distill_beta": ("beta", 0.5),
     },
     "kepo": {
-        "gradient_checkpointing": ("gradient_checkpointing", True),
+        "activation_checkpointing": ("gradient_checkpointing", True),
         "max_completion_length": ("max_completion_length", 7),
         "temperature": ("temperature", 0.7), "top_p": ("top_p", 0.9), "distill_beta": ("distill_beta", 0.5),
         "distill_temperature": ("distill_temperature", 2.0),

@@ -6,10 +6,12 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "kepo_core"
-#: From the ground up. Modules beside the packages are the ground, but for the command line, which is the roof.
+#: From the ground up. Modules beside the packages are the ground, but for the parameters, which take those of the
+#: method from it, and the command line, which is the roof.
 FLOORS = (
     "",
     "method",
+    "params",
     "data",
     "task",
     "baselines",
@@ -44,7 +46,9 @@ def imported(module: str) -> Iterator[str]:
 def floor(module: str) -> int:
     """How high a module stands."""
     parts = module.split(".")[1:]
-    return FLOORS.index(parts[0] if len(parts) > 1 or parts == ["cli"] else "")
+    if len(parts) > 1 or parts == ["cli"]:
+        return FLOORS.index(parts[0])
+    return FLOORS.index("params" if parts[0].startswith("params") else "")
 
 
 def test_a_module_imports_from_its_own_floor_and_from_below() -> None:

@@ -58,7 +58,7 @@ def notebook(tmp_path: Path) -> Callable[[str], Path]:
     """A notebook that opens its run folder, does ``work`` and finishes."""
 
     def notebook(work: str) -> Path:
-        cells = [new_code_cell("tau = None\nresults_dir = None\nrun_dir = ''\nparams_file = ''")]
+        cells = [new_code_cell("tau = None\nresults_dir = None\nrun_dir = ''")]
         cells[0].metadata["tags"] = ["parameters"]
         cells += [new_code_cell(source) for source in (HEADER, work, "run.finish({'tau': run.params.tau})")]
         nbformat.write(new_notebook(cells=cells), path := tmp_path / "tiny.ipynb")
@@ -187,8 +187,8 @@ def test_parameters_edited_in_the_folder_are_refused_and_those_elsewhere_do_not_
     seen = []
 
     def work(folder: Path, given: dict[str, Any]) -> None:
-        seen.append(Params.load(given["params_file"]))
-        Run.for_notebook(seen[0].replace(run_dir=given["run_dir"])).finish({})
+        seen.append(Params.load(None, given))
+        Run.for_notebook(seen[0]).finish({})
 
     executes(monkeypatch, work)
     assert kepo("resume", folder)[0] == 0

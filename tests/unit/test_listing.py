@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -151,14 +152,9 @@ def test_show_says_what_came_of_a_run_and_how_to_repeat_it(
     for words in ("state     completed", "nothing, it has completed", "tau                 0.5 (default 1.0)",
                   "data test_sha256", "MRI after    0.75", "predictions.parquet", "SHA256SUMS"):  # fmt: skip
         assert words in said, words
-    again = (
-        f"kepo run notebooks/03_train_kepo.ipynb -f params/smoke.yaml -p tau 0.5 -p results_dir {params.results_dir}"
-    )
-    assert again in said
+    assert shlex.join(["kepo", "run", "notebooks/03_train_kepo.ipynb", *run.params.to_arguments()]) in said
     kill(run)
     assert f"kepo resume {run.path}" in kepo("show", run.params.hash)[1]
-    run.remember(params_file="params/gone.yaml")
-    assert f"-f {run.path}/params.yaml" in kepo("show", run.params.hash)[1]
 
 
 def test_compare_says_what_differs_and_pairs_the_answers_of_equal_questions(
@@ -280,7 +276,7 @@ def test_a_run_at_work_is_sound_and_a_package_with_new_parameters_edits_nothing(
     run = Run.allocate(params, owner="kepo run")
     (run.path / ".x.partial").touch()
     assert verification.verify(run.path) == []
-    earlier = {name: value for name, value in params.to_dict().items() if name not in ("zero_variance", "params_file")}
+    earlier = {name: value for name, value in params.to_dict().items() if name != "zero_variance"}
     lines = (run.path / "params.yaml").read_text().splitlines(keepends=True)
     (run.path / "params.yaml").write_text("".join(line for line in lines if not line.startswith("zero_variance")))
     assert not run.is_edited  # the parameter that is missing has its default

@@ -187,7 +187,7 @@ def test_every_change_is_planned_and_more_of_anything_takes_more(nothing_loads: 
     planned_total = plan.total(setting, "one process")
     # Two passes a step instead of one: gradients are there while the second goes forward.
     assert totals.pop("prompts_per_device 1") > planned_total > max(totals.values())
-    more = ({"gradient_checkpointing": False}, {"max_completion_length": 2048}, {"group_size": 16}, {"beta": 0.1})
+    more = ({"activation_checkpointing": False}, {"max_completion_length": 2048}, {"group_size": 16}, {"beta": 0.1})
     for change in more:
         assert plan.total(paper(gpus=1, prompts_per_step=2, **change), "one process") > planned_total
 

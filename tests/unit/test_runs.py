@@ -99,7 +99,7 @@ def test_a_folder_that_is_no_run_is_refused(params, tmp_path):
 
 def test_a_notebook_must_mean_what_its_folder_says(params):
     run = Run.allocate(params, owner="kepo run")
-    assert Run.for_notebook(params.replace(run_dir=str(run.path), params_file="x.yaml")).path == run.path
+    assert Run.for_notebook(params.replace(run_dir=str(run.path))).path == run.path
     with pytest.raises(ParamError, match="seed is 1 in the notebook but 0 in its run folder"):
         Run.for_notebook(params.replace(run_dir=str(run.path), seed=1))
 
