@@ -80,9 +80,9 @@ def choose(rows: str, base: Params) -> tuple[dict[str, Params], list[str]]:
     return {m.name: base.replace(**m.overrides(base)) for m in asked if m.name not in left_out}, left_out
 
 
-def table(chosen: Mapping[str, Params]) -> pd.DataFrame:
+def methods_table(chosen: Mapping[str, Params]) -> pd.DataFrame:
     """What ``chosen`` methods are, where they come from, and the hash that ends the names of their run folders."""
-    rows = {name: (methods()[name].what, methods()[name].source, params.hash) for name, params in chosen.items()}
+    rows = {name: (method(name).what, method(name).source, params.hash) for name, params in chosen.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["what", "source", "parameters"])
 
 
@@ -126,12 +126,3 @@ def released_curves() -> pd.DataFrame:
     }
     table = pd.read_csv(_HERE / "released_curves.csv")
     return table.assign(run=table["run"].map(names))
-
-
-def as_markdown() -> str:
-    """The table of methods as the README shows it."""
-    lines = ["| name | what | source | parameters |", "|---|---|---|---|"]
-    for entry in methods().values():
-        parameters = ", ".join(f"`{name}: {value}`" for name, value in entry.parameters.items())
-        lines.append(f"| `{entry.name}` | {entry.what} | {entry.source} | {parameters} |")
-    return "\n".join(lines) + "\n"
