@@ -77,8 +77,10 @@ def comparison_table(outcomes: Outcomes, compared_with: str, images: Mapping[str
 
 def by_part(table: pd.DataFrame) -> pd.DataFrame:
     """`arm_accuracies` in the shape of ``statistics.accuracy_table``: a row per arm, columns (part, number)."""
-    named = table.rename(columns={"value": "accuracy"}).set_index(["arm", "part"])
-    return named[["accuracy", "low", "high"]].unstack("part", sort=False).swaplevel(axis=1)
+    numbers = ["accuracy", "low", "high"]
+    wide = table.rename(columns={"value": "accuracy"}).pivot(index="arm", columns="part", values=numbers)
+    columns = pd.MultiIndex.from_product([table["part"].unique(), numbers])
+    return wide.swaplevel(axis=1).reindex(index=table["arm"].unique(), columns=columns)
 
 
 def _answers(outcomes: Outcomes) -> dict[str, dict[Key, Sequence[Answer]]]:

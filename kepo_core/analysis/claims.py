@@ -85,7 +85,7 @@ def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) 
             "in the paper": claim.source,
             "difference": f"{claim.of} − {claim.against}, {claim.metric}",
             "runs": estimate.runs,
-            "points [95 %]": percent(estimate.value, estimate.low, estimate.high, "+"),
+            "points [95 %]": percent(estimate.value, estimate.low, estimate.high, sign="+"),
             "p (Holm)": "–" if np.isnan(estimate.p) else "<0.001" if p < 0.001 else f"{p:.2g}",
             "verdict": verdict(claim, estimate, p),
         }

@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 _Z = float(stats.norm.ppf(0.975))  # the two-sided normal quantile
 
 
-def percent(value: float, low: float, high: float, sign: str = "") -> str:
+def percent(value: float, low: float, high: float, *, sign: str = "") -> str:
     """In per cent or points, for reading: ``61.3 [55.7, 66.7]``; with ``sign`` "+" each with its sign."""
     return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 

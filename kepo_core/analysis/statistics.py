@@ -112,10 +112,16 @@ def compare(
         if model == reference or reference not in answers:
             continue
         found = paired_differences(answers[reference], given, images, in_domain)
-        parts = [name for name in (in_domain, AVG, AVG_OOD) if name in found.index]
-        cells = {part: percent(*found.loc[part, ["difference", "low", "high"]].astype(float), "+") for part in parts}
+        numbers = found[["difference", "low", "high"]].to_numpy(float)
+        cells = {str(part): percent(*row, sign="+") for part, row in zip(found.index, numbers, strict=True)}
+        parts = [name for name in (in_domain, AVG, AVG_OOD) if name in cells]
         test = mcnemar_exact(answers[reference], given)
-        rows[model] = {**cells, "gained": test.gained, "lost": test.lost, "McNemar p": f"{test.p_value:.2g}"}
+        rows[model] = {
+            **{part: cells[part] for part in parts},
+            "gained": test.gained,
+            "lost": test.lost,
+            "McNemar p": f"{test.p_value:.2g}",
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

@@ -187,12 +187,12 @@ def test_where_all_answers_are_right_each_image_counts_once():
     images = {f"MRI{i}": str(i // 5) for i in range(100)}
     low = accuracy_table({"m": answers([1] * 100)}, images=images).loc["m", ("MRI", "low")]
     assert low == wilson_interval(20, 20)[0] < wilson_interval(100, 100)[0]
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(300):
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(100):
         x = _clustered(rng, 60, 5, 0.98, 1 / 9)  # a correlation of 0.9 within images
         row = accuracy_table({"m": answers(x)}, images={f"MRI{i}": str(i // 5) for i in range(300)}).loc["m", "MRI"]
-        held += row["low"] <= 0.98 <= row["high"]
-    assert 0.91 <= held / 300 <= 0.99
+        hits.append(row["low"] <= 0.98 <= row["high"])
+    assert covers(hits)
 
 
 def test_the_paired_interval_is_widened_by_how_alike_the_changes_are_not_the_answers():
@@ -318,12 +318,3 @@ def test_several_answers_to_a_question_are_one_question():
     assert paired_differences(varied, after).loc["MRI", "n"] == 60
     with pytest.raises(ValueError, match="expected each sample of it once"):
         mcnemar_exact(varied, [replace(answer, sample=0) for answer in after])
-
-
-def test_mcnemar_rejects_as_often_as_it_says():
-    rng = np.random.default_rng(3)
-    p = [mcnemar_exact(answers(rng.random(60) < 0.5), answers(rng.random(60) < 0.5)).p_value for _ in range(300)]
-    assert np.mean(np.array(p) < 0.05) < 0.08
-    assert stats.binomtest(3, 10).pvalue == pytest.approx(
-        mcnemar_exact(answers([0] * 3 + [1] * 7), answers([1] * 3 + [0] * 7)).p_value
-    )
