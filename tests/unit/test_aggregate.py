@@ -26,6 +26,16 @@ def simulate(rng: np.random.Generator, runs: int, truth: float) -> tuple[np.ndar
     return before.astype(float), after.astype(float), images, tasks
 
 
+def test_the_variance_is_of_runs_and_images_less_what_both_count() -> None:
+    # Run r and image k add 1, 0, −1 and 1½, ½, −½, −1½. In 1/144: (3/2) Σ (4 a_r)² = 48 of runs, (4/3) Σ (3 b_k)² = 60
+    # of images, (4/3) Σ (a_r + b_k)² = 92/3 of cells.
+    values = np.array([[1], [0], [-1]]) + np.array([1.5, 0.5, -0.5, -1.5])
+    estimate = mean_over_runs_and_images(values, list("abcd"), ["MRI"] * 4)
+    variance = 48 + 60 - 92 / 3
+    half = stats.t.ppf(0.975, variance**2 / (48**2 / 2 + 60**2 / 3)) * np.sqrt(variance / 144)
+    assert (estimate.low, estimate.high) == pytest.approx((-half, half))
+
+
 @pytest.mark.parametrize(
     "runs", [pytest.param(2, marks=pytest.mark.slow), 3, 5, pytest.param(12, marks=pytest.mark.slow)]
 )
