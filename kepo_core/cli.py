@@ -162,7 +162,7 @@ def write_reports(what: Sequence[str], results: str | None) -> int:
 
     for name in what:
         if name.endswith((".yaml", ".yml")):
-            from kepo_core.study.study_report import write_study_report
+            from kepo_core.study.report import write_study_report
 
             page = write_study_report(name)
         elif name.endswith(".ipynb"):

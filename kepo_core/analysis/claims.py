@@ -10,8 +10,9 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
-from kepo_core.analysis.aggregate import Estimate, holm, mean_over_runs_and_images
+from kepo_core.analysis.aggregate import Estimate, holm, over_runs
 from kepo_core.analysis.answers import Curve, correctness
+from kepo_core.analysis.intervals import percent
 from kepo_core.data.records import Answer
 
 #: What a claim's difference is taken of, always out of distribution. Thirds are of the optimiser steps.
@@ -21,7 +22,6 @@ METRICS = {
     "throughout": "mean accuracy over all of training",
     "late change": "mean accuracy over the last third of training less that over the middle third",
 }
-_FEWEST = 3  # runs, or students, that a verdict needs
 _MARGIN = 0.01  # what "does not help" leaves room for
 
 
@@ -58,18 +58,20 @@ class Outcome:
     before: Sequence[Answer] = ()
 
 
-Outcomes = Mapping[str, Mapping[tuple[int, int], Outcome]]  # method → (student, seed) → what that run left
+#: A run within its arm: the number of the pretrained student it began from, and its seed.
+Key = tuple[int, int]
+Outcomes = Mapping[str, Mapping[Key, Outcome]]  # arm (method) → run → what that run left
 
 
 def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
     """A row for every claim that ``outcomes`` can speak of: both methods there, with a curve where the metric needs it.
 
     Runs are paired by student and seed. ``points``: the difference with a 95 % interval over runs and images
-    (``mean_over_runs_and_images``), out of distribution: averaged over all modalities but ``in_domain``. ``p (Holm)``:
+    (``aggregate.over_runs``), out of distribution: averaged over all modalities but ``in_domain``. ``p (Holm)``:
     that it is 0 (or the margin), adjusted for the number of claims in the table. ``verdict``, at an adjusted p of 0.05:
-    *held*, *not held* where the opposite is shown, else *cannot be told*, as where a claim is about degrading and the
-    other method does not degrade, and with fewer than three runs (students, where there are several): of two the spread
-    may look small by chance, which makes a p far too small. With a single run the interval is about questions alone.
+    *held*, *not held* where the opposite is shown, else *inconclusive*, as where a claim is about degrading and the
+    other method does not degrade, and with fewer than three runs (students, where there are several), which have no p.
+    With a single run the interval is about questions alone.
     """
     found: dict[Claim, Estimate] = {}
     for claim in claims():
@@ -83,7 +85,7 @@ def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) 
             "in the paper": claim.source,
             "difference": f"{claim.of} − {claim.against}, {claim.metric}",
             "runs": estimate.runs,
-            "points [95 %]": f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]",
+            "points [95 %]": percent(estimate.value, estimate.low, estimate.high, sign="+"),
             "p (Holm)": "–" if np.isnan(estimate.p) else "<0.001" if p < 0.001 else f"{p:.2g}",
             "verdict": verdict(claim, estimate, p),
         }
@@ -96,7 +98,7 @@ def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) 
 def verdict(claim: Claim, estimate: Estimate, p: float) -> str:
     """What an estimate says of a claim, with ``p`` adjusted for the number of claims."""
     if p > 0.05:
-        return "cannot be told"
+        return "inconclusive"
     bound = _MARGIN if claim.expected == "not above" else 0.0
     return "held" if (estimate.value > bound) == (claim.expected == "above") else "not held"
 
@@ -114,18 +116,13 @@ def _estimate(claim: Claim, outcomes: Outcomes, images: Mapping[str, str], in_do
     if not order:
         return None
     scores = [np.stack([score(side[key], claim.metric, order) for key in keys]) for side in (ours, theirs)]
-    change = scores[0] - scores[1]
-    where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
-    who = [key[0] for key in keys]
-    estimate = mean_over_runs_and_images(change, where, tasks, students_R=who)
-    if len(set(who) if len(set(who)) > 1 else keys) < _FEWEST:
-        return replace(estimate, p=np.nan)
-    if claim.metric == "late change" and mean_over_runs_and_images(scores[1], where, tasks, students_R=who).value >= 0:
+    change, students = scores[0] - scores[1], [student for student, _ in keys]
+    estimate = over_runs(change, order, images, students)
+    if claim.metric == "late change" and over_runs(scores[1], order, images, students).value >= 0:
         return replace(estimate, p=np.nan)  # what does not degrade cannot degrade more: a slow learner would always win
     if claim.expected != "not above":
         return estimate
-    shifted = mean_over_runs_and_images(change - _MARGIN, where, tasks, students_R=who)
-    return replace(estimate, p=shifted.p)
+    return replace(estimate, p=over_runs(change - _MARGIN, order, images, students).p)
 
 
 def score(outcome: Outcome, metric: str, order: Sequence[Answer]) -> NDArray[np.float64]:

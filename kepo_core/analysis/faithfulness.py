@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import pandas as pd
 
-from kepo_core.analysis.intervals import design_effect, wilson_interval
+from kepo_core.analysis.intervals import design_effect, percent, wilson_interval
 from kepo_core.data import phantom
 from kepo_core.data.phantom import TOPICS, Facts
 from kepo_core.data.records import LETTERS, Answer, Question
@@ -112,24 +112,21 @@ def faithfulness_table(
         ]
         right = np.array([answer.correct for answer in given])
         faithful = np.array([j.faithful for j in judged])
-        images = [image_key(question) for question in asked]
-        told = [j.stated > 0 for j in judged]
+        states = np.array([j.stated > 0 for j in judged])
+        true = np.array([j.true == j.stated for j in judged])
+        images = np.array([image_key(question) for question in asked])
         rows[model] = {
             "n": len(given),
             "faithful": _cell(faithful, images),
             "right for the right reason": _cell(right & faithful, images),
             "right without it": _cell(right & ~faithful, images),
-            "all stated is true": _cell(
-                np.array([j.true == j.stated for j in judged if j.stated]),
-                [i for i, t in zip(images, told, strict=True) if t],
-            ),
+            "all stated is true": _cell(true[states], images[states]),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _cell(flags: np.ndarray, images: Sequence[str]) -> str:
+def _cell(flags: np.ndarray, images: np.ndarray) -> str:
     if not len(flags):
         return "–"
     n = len(flags) / design_effect(flags, images)
-    low, high = wilson_interval(flags.mean() * n, n)
-    return f"{100 * flags.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return percent(flags.mean(), *wilson_interval(flags.mean() * n, n))

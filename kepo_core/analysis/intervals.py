@@ -1,4 +1,4 @@
-"""Intervals of proportions and means, each from its published formula. Pure functions of numbers.
+"""95 % intervals of proportions and means, each from its published formula. Pure functions of numbers.
 
 Notation: x_i is the i-th of n values (0 or 1 where it says whether a question was answered correctly), K the number of
 distinct images, M that of modalities.
@@ -12,13 +12,15 @@ from scipy import stats
 
 Interval = tuple[float, float]
 
-
-def z_value(confidence: float) -> float:
-    """The two-sided normal quantile, 1.96 for 0.95."""
-    return float(stats.norm.ppf(0.5 + confidence / 2))
+_Z = float(stats.norm.ppf(0.975))  # the two-sided normal quantile
 
 
-def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Interval:
+def percent(value: float, low: float, high: float, *, sign: str = "") -> str:
+    """In per cent or points, for reading: ``61.3 [55.7, 66.7]``; with ``sign`` "+" each with its sign."""
+    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def wilson_interval(successes: float, n: float) -> Interval:
     """Wilson's score interval for a proportion p̂ = successes / n (Wilson 1927).
 
         (p̂ + z²/2n ± z √(p̂(1-p̂)/n + z²/4n²)) / (1 + z²/n)
@@ -27,8 +29,7 @@ def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Int
     """
     if not (n > 0 and 0 <= successes <= n):
         raise ValueError(f"successes, n: {successes} of {n}, expected 0 ≤ successes ≤ n and n > 0.")
-    z = z_value(confidence)
-    p = successes / n
+    z, p = _Z, successes / n
     centre = p + z**2 / (2 * n)
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
@@ -36,7 +37,7 @@ def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Int
     return max(0.0, min(low, p)), min(1.0, max(high, p))  # it holds p̂, which rounding at 0 and 1 would deny
 
 
-def design_effect(values: ArrayLike, clusters: Sequence[str]) -> float:
+def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
     """How many times the variance of a mean grows because values of one cluster resemble each other; at least 1.
 
         deff = [ K/(K-1) Σ_k (Σ_{i∈k} (x_i - x̄))² ] / [ n/(n-1) Σ_i (x_i - x̄)² ]
@@ -45,10 +46,10 @@ def design_effect(values: ArrayLike, clusters: Sequence[str]) -> float:
     the linearised cluster estimator and from independent sampling; n / deff is the effective number of values.
     1 when all values are equal, or each stands alone; below 1 it is taken as 1, so intervals never shrink by it.
     """
-    x = np.asarray(values, dtype=float)
-    if len(x) != len(clusters):
-        raise ValueError(f"clusters: {len(clusters)} for {len(x)} values, expected one per value.")
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    x, of = np.asarray(values, dtype=float), np.asarray(clusters)
+    if len(x) != len(of):
+        raise ValueError(f"clusters: {len(of)} for {len(x)} values, expected one per value.")
+    _, index = np.unique(of, return_inverse=True)
     n, k = len(x), int(index.max()) + 1
     centred = x - x.mean()
     independent = n / max(n - 1, 1) * float(np.sum(centred**2))
@@ -74,7 +75,7 @@ def mean_interval(estimates: ArrayLike, intervals: Sequence[Interval]) -> tuple[
     return mean, mean - down, mean + up
 
 
-def difference_interval(gained: float, lost: float, n: float, confidence: float = 0.95) -> Interval:
+def difference_interval(gained: float, lost: float, n: float) -> Interval:
     """Interval for the difference of two paired proportions, (gained - lost) / n.
 
         d̃ = (g - l)/(n + 2),  ṽ = ((g + l + 2)/(n + 2) - d̃²)/(n + 2),  d̃ ± z √ṽ
@@ -84,6 +85,6 @@ def difference_interval(gained: float, lost: float, n: float, confidence: float 
     """
     d = (gained - lost) / (n + 2)
     variance = ((gained + lost + 2) / (n + 2) - d**2) / (n + 2)
-    half = z_value(confidence) * float(np.sqrt(variance))
+    half = _Z * float(np.sqrt(variance))
     estimate = (gained - lost) / n
     return max(-1.0, min(d - half, estimate)), min(1.0, max(d + half, estimate))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from kepo_core.analysis.aggregate import mean_over_runs_and_images
+from kepo_core.analysis.aggregate import over_runs
 from kepo_core.analysis.answers import correctness
 from kepo_core.analysis.claims import Outcome
 from kepo_core.data.records import Answer
@@ -29,17 +29,16 @@ def gain_by_start(
     ``starts``: from `starts_of`, of the questions to look at. ``outcomes``: method → what its runs left, all from the
     student of ``starts``; methods that trained nothing are left out. The contribution is the average over modalities
     of the change in correctness where a question has that start, 0 elsewhere, so the three add up to the gain; interval
-    by ``mean_over_runs_and_images``.
+    by ``aggregate.over_runs``.
     """
     rows = []
     for method, runs in outcomes.items():
         if not all(run.before for run in runs):
             continue
         order = [answer for answer in runs[0].before if answer.question_id in starts]
-        where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
         change = np.stack([correctness(run.answers, order) - correctness(run.before, order) for run in runs])
         for start in (*STARTS, "together"):
             own = np.array([start in (starts[a.question_id], "together") for a in order])
-            gain = mean_over_runs_and_images(change * own, where, tasks)
+            gain = over_runs(change * own, order, images)
             rows.append({"method": method, "began": start, "questions": int(own.sum()), "gain": str(gain)})
     return pd.DataFrame(rows, columns=["method", "began", "questions", "gain"]).set_index(["method", "began"])

@@ -5,26 +5,24 @@ distinct images, M the number of modalities. No estimate is returned without its
 which questions were drawn, for models as they are: other seeds and other pretrained students are not in them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import stats
 
-from kepo_core.analysis.intervals import design_effect, difference_interval, mean_interval, wilson_interval
-from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome, Question
+from kepo_core.analysis.intervals import design_effect, difference_interval, mean_interval, percent, wilson_interval
+from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
 
 AVG = "Avg."
 AVG_OOD = "Avg. (OOD)"
 
-Floats = NDArray[np.float64]
-_OUTCOMES = tuple(str(outcome) for outcome in AnswerOutcome)
+_NUMBERS = ["accuracy", "low", "high", "n"]
+Cells = dict[str, dict[str, float]]  # modality, type or average → its numbers
 
 
-@dataclass(frozen=True, slots=True)
-class McNemar:
+class McNemar(NamedTuple):
     """The exact McNemar test: ``gained`` questions were wrong before and right after, ``lost`` the reverse."""
 
     gained: int
@@ -40,49 +38,11 @@ def mcnemar_exact(before: Sequence[Answer], after: Sequence[Answer]) -> McNemar:
     questions are asked several times, one is gained or lost whose share of right answers rose or fell (a sign test).
     Raises ``ValueError`` unless both answer exactly the same questions, each as often.
     """
-    x, y = _paired(before, after)
-    _, question = np.unique([answer.question_id for answer in before], return_inverse=True)
-    change = np.bincount(question, weights=y - x)
-    gained, lost = int(np.sum(change > 0)), int(np.sum(change < 0))
-    p = float(stats.binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
-    return McNemar(gained, lost, p)
-
-
-def bootstrap_difference(
-    before: Sequence[Answer],
-    after: Sequence[Answer],
-    images: Mapping[str, str] | None = None,
-    confidence: float = 0.95,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """(difference, low, high) of the average over modalities, after − before, by bootstrap over images.
-
-    Whole images with all their questions are drawn with replacement within each modality (percentile interval), so it
-    assumes nothing of how answers to one image resemble each other. ``images``: question id → image; without it every
-    question stands alone. Raises ``ValueError`` unless both answer the same questions.
-    """
-    rng = np.random.default_rng(seed)
-    later = {(answer.question_id, answer.sample): answer for answer in after}
-    _paired(before, after)
-    estimates, drawn = [], []
-    for part in _by_modality(before).values():
-        x, y = _paired(part, [later[answer.question_id, answer.sample] for answer in part])
-        _, index = np.unique(_clusters(part, images), return_inverse=True)
-        sums, sizes = np.bincount(index, weights=y - x), np.bincount(index)
-        # How often each image is drawn: a multinomial count is a draw with replacement.
-        times = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=draws)
-        estimates.append(float((y - x).mean()))
-        drawn.append((times @ sums) / (times @ sizes))
-    low, high = np.quantile(np.mean(drawn, axis=0), [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(np.mean(estimates)), float(low), float(high)
+    return _mcnemar(_pairs(before, after))
 
 
 def accuracy_table(
-    answers: Mapping[str, Sequence[Answer]],
-    images: Mapping[str, str] | None = None,
-    in_domain: str = MODALITIES[0],
-    confidence: float = 0.95,
+    answers: Mapping[str, Sequence[Answer]], images: Mapping[str, str] | None = None, in_domain: str = MODALITIES[0]
 ) -> pd.DataFrame:
     """Table 1's shape: a row per model; per modality, then "Avg." and "Avg. (OOD)", the accuracy with its interval.
 
@@ -94,37 +54,22 @@ def accuracy_table(
     that questions sharing an image count as what they are, as do several answers to one question (mean@k); averages
     combine them by ``mean_interval``. Every answer stays in the denominator, unreadable ones included.
     """
-    rows = {}
-    for model, given in answers.items():
-        cells = {}
-        for modality, part in _by_modality(given).items():
-            cells[modality] = _accuracy(part, images, confidence)
-        rows[model] = cells
-    columns = [m for m in MODALITIES if any(m in cells for cells in rows.values())]
-    complete = {
-        model: _averages(cells, "accuracy", in_domain) for model, cells in rows.items() if len(cells) == len(columns)
-    }
-    return _table({model: cells | complete.get(model, {}) for model, cells in rows.items()})
+    rows = {model: _accuracies(given, "modality", images) for model, given in answers.items()}
+    present = [m for m in MODALITIES if any(m in cells for cells in rows.values())]
+    for model, found in rows.items():
+        cells = {m: found[m] for m in present if m in found}
+        rows[model] = cells | (_averages(cells, "accuracy", in_domain) if len(cells) == len(present) else {})
+    return _table(rows, [*present, AVG, AVG_OOD])
 
 
-def type_table(
-    answers: Mapping[str, Sequence[Answer]], images: Mapping[str, str] | None = None, confidence: float = 0.95
-) -> pd.DataFrame:
+def type_table(answers: Mapping[str, Sequence[Answer]], images: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Accuracy per question type over all modalities, in the shape and with the intervals of ``accuracy_table``.
 
     Types in alphabetical order; questions that came without a type are "(not given)". No averages: types are not
     equally many, and the paper has none over them.
     """
-    types = sorted({answer.question_type for given in answers.values() for answer in given})
-    rows = {
-        model: {
-            kind or "(not given)": _accuracy(part, images, confidence)
-            for kind in types
-            if (part := [answer for answer in given if answer.question_type == kind])
-        }
-        for model, given in answers.items()
-    }
-    return _table(rows, [kind or "(not given)" for kind in types])
+    rows = {model: _accuracies(given, "question_type", images) for model, given in answers.items()}
+    return _table(rows, sorted({kind for cells in rows.values() for kind in cells}))
 
 
 def paired_differences(
@@ -132,7 +77,6 @@ def paired_differences(
     after: Sequence[Answer],
     images: Mapping[str, str] | None = None,
     in_domain: str = MODALITIES[0],
-    confidence: float = 0.95,
 ) -> pd.DataFrame:
     """What changed between two models on the same questions: a row per modality, then the two averages.
 
@@ -142,34 +86,13 @@ def paired_differences(
     over modalities (OOD: all but ``in_domain``), their interval by ``mean_interval``. Raises ``ValueError`` unless
     both answer the same questions.
     """
-    _paired(before, after)
-    later = {(answer.question_id, answer.sample): answer for answer in after}
-    rows: dict[str, dict[str, float]] = {}
-    parts = _by_modality(before)
-    for modality, part in parts.items():
-        match = [later[answer.question_id, answer.sample] for answer in part]
-        x, y = _paired(part, match)
-        test = mcnemar_exact(part, match)
-        deff = _deff(y - x, part, images)
-        up, down = float(np.sum(y > x)), float(np.sum(y < x))
-        low, high = difference_interval(up / deff, down / deff, len(part) / deff, confidence)
-        rows[modality] = {
-            "before": float(x.mean()),
-            "after": float(y.mean()),
-            "difference": float((y - x).mean()),
-            "low": low,
-            "high": high,
-            "n": len({answer.question_id for answer in part}),
-            "gained": test.gained,
-            "lost": test.lost,
-            "p_value": test.p_value,
-        }
+    pairs = _pairs(before, after, images)
+    parts = {str(modality): part for modality, part in pairs.groupby("modality")}
+    rows = {modality: _difference(parts[modality]) for modality in MODALITIES if modality in parts}
     for name, cell in _averages(rows, "difference", in_domain).items():
-        members = [m for m in parts if name == AVG or m != in_domain]
-        pooled = [answer for modality in members for answer in parts[modality]]
-        test = mcnemar_exact(pooled, [later[answer.question_id, answer.sample] for answer in pooled])
+        members = [m for m in rows if m in parts and (name == AVG or m != in_domain)]
         sides = {side: float(np.mean([rows[m][side] for m in members])) for side in ("before", "after")}
-        rows[name] = sides | cell | {"gained": test.gained, "lost": test.lost, "p_value": test.p_value}
+        rows[name] = sides | cell | _mcnemar(pairs[pairs["modality"].isin(members)])._asdict()
     return pd.DataFrame.from_dict(rows, orient="index").astype({"n": int, "gained": int, "lost": int})
 
 
@@ -181,28 +104,25 @@ def compare(
 ) -> pd.DataFrame:
     """Every model against the one called ``reference``, for reading: a row each, differences in points.
 
-    The two averages and the in-domain modality with 95 % intervals (``paired_differences``), "Avg." by
-    ``bootstrap_difference`` too, questions gained and lost, and McNemar's exact p over all questions. Without answers
-    of ``reference`` there are no rows.
+    The two averages and the in-domain modality with 95 % intervals (``paired_differences``), questions gained and lost,
+    and McNemar's exact p over all questions. Without answers of ``reference`` there are no rows.
     """
-    rows = {}
+    rows: dict[str, dict[str, object]] = {}
     for model, given in answers.items():
         if model == reference or reference not in answers:
             continue
-        differences = paired_differences(answers[reference], given, images, in_domain)
-        cells = {
-            name: _points(*differences.loc[name, ["difference", "low", "high"]].astype(float))
-            for name in (in_domain, AVG, AVG_OOD)
-            if name in differences.index
-        }
-        cells[f"{AVG}, bootstrap"] = _points(*bootstrap_difference(answers[reference], given, images))
+        found = paired_differences(answers[reference], given, images, in_domain)
+        numbers = found[["difference", "low", "high"]].to_numpy(float)
+        cells = {str(part): percent(*row, sign="+") for part, row in zip(found.index, numbers, strict=True)}
+        parts = [name for name in (in_domain, AVG, AVG_OOD) if name in cells]
         test = mcnemar_exact(answers[reference], given)
-        rows[model] = {**cells, "gained": test.gained, "lost": test.lost, "McNemar p": f"{test.p_value:.2g}"}
+        rows[model] = {
+            **{part: cells[part] for part in parts},
+            "gained": test.gained,
+            "lost": test.lost,
+            "McNemar p": f"{test.p_value:.2g}",
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _points(value: float, low: float, high: float) -> str:
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def outcome_table(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
@@ -214,10 +134,10 @@ def outcome_table(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
     rows = {}
     for model, given in answers.items():
         tokens = np.array([answer.tokens for answer in given])
-        counts = pd.Series([str(answer.outcome) for answer in given]).value_counts()
+        outcomes = [answer.outcome for answer in given]
         rows[model] = {
             "n": len(given),
-            **{outcome: int(counts.get(outcome, 0)) for outcome in _OUTCOMES},
+            **{str(outcome): outcomes.count(outcome) for outcome in AnswerOutcome},
             "format_ok": sum(answer.format_ok for answer in given),
             "finished": sum(answer.finished for answer in given),
             "tokens_median": float(np.median(tokens)),
@@ -226,31 +146,20 @@ def outcome_table(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def chance_levels(questions: Iterable[Question]) -> dict[str, float]:
-    """Modality → the accuracy that guessing uniformly among each question's options is expected to have."""
-    shares: dict[str, list[float]] = {}
-    for question in questions:
-        shares.setdefault(question.modality, []).append(1 / len(question.options))
-    return {modality: sum(part) / len(part) for modality, part in shares.items()}
-
-
 def format_table(table: pd.DataFrame) -> pd.DataFrame:
     """``accuracy_table``'s result in per cent for reading: each cell ``61.3 [55.7, 66.7]``, an empty one "–"."""
-
-    def cell(row: pd.Series, column: str) -> str:
-        value, low, high = (100 * float(row[(column, part)]) for part in ("accuracy", "low", "high"))
-        return "–" if np.isnan(value) else f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
     columns = list(table.columns.unique(level=0))
-    return pd.DataFrame(
-        [[cell(row, column) for column in columns] for _, row in table.iterrows()], index=table.index, columns=columns
-    )
+    cells = [
+        [percent(*row[column][_NUMBERS[:3]]) if row[column].notna().any() else "–" for column in columns]
+        for _, row in table.iterrows()
+    ]
+    return pd.DataFrame(cells, index=table.index, columns=columns)
 
 
-def _paired(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Floats, Floats]:
-    """Correctness (n,) of both, in the order of ``before``; several answers to a question pair by their numbers."""
-    first = {(answer.question_id, answer.sample): answer for answer in before}
+def _pairs(before: Sequence[Answer], after: Sequence[Answer], images: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """A row per question and sample, in the order of ``before``: question, modality, cluster, before, after, change."""
     second = {(answer.question_id, answer.sample): answer for answer in after}
+    first = {(answer.question_id, answer.sample): answer for answer in before}
     if not before:
         raise ValueError("before: no answers, expected at least one question to compare.")
     if len(first) != len(before) or len(second) != len(after):
@@ -258,14 +167,38 @@ def _paired(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Floats, 
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())
         raise ValueError(f"before, after: {len(odd)} questions occur on one side only (as {odd[0][0]}), expected none.")
-    x = np.array([float(answer.correct) for answer in before])
-    y = np.array([float(second[answer.question_id, answer.sample].correct) for answer in before])
-    return x, y
+    pairs = pd.DataFrame(
+        {
+            "question": [answer.question_id for answer in before],
+            "modality": [answer.modality for answer in before],
+            "cluster": _clusters(before, images),
+            "before": [float(answer.correct) for answer in before],
+            "after": [float(second[key].correct) for key in first],
+        }
+    )
+    return pairs.assign(change=pairs["after"] - pairs["before"])
 
 
-def _by_modality(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
-    groups = {m: [answer for answer in answers if answer.modality == m] for m in MODALITIES}
-    return {modality: part for modality, part in groups.items() if part}
+def _mcnemar(pairs: pd.DataFrame) -> McNemar:
+    change = pairs.groupby("question")["change"].sum()
+    gained, lost = int((change > 0).sum()), int((change < 0).sum())
+    p = float(stats.binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+    return McNemar(gained, lost, p)
+
+
+def _difference(pairs: pd.DataFrame) -> dict[str, float]:
+    change = pairs["change"].to_numpy()
+    deff = _deff(change, list(pairs["cluster"]))
+    low, high = difference_interval((change > 0).sum() / deff, (change < 0).sum() / deff, len(change) / deff)
+    return {
+        "before": float(pairs["before"].mean()),
+        "after": float(pairs["after"].mean()),
+        "difference": float(change.mean()),
+        "low": low,
+        "high": high,
+        "n": pairs["question"].nunique(),
+        **_mcnemar(pairs)._asdict(),
+    }
 
 
 def _clusters(answers: Sequence[Answer], images: Mapping[str, str] | None) -> list[str]:
@@ -273,24 +206,31 @@ def _clusters(answers: Sequence[Answer], images: Mapping[str, str] | None) -> li
     return [answer.question_id if images is None else str(images[answer.question_id]) for answer in answers]
 
 
-def _deff(values: Floats, answers: Sequence[Answer], images: Mapping[str, str] | None) -> float:
+def _deff(values: np.ndarray, clusters: Sequence[str]) -> float:
     """The design effect; where the values cannot show one, the answers of an image (a question) count as one."""
-    clusters = _clusters(answers, images)
     if np.ptp(values) == 0 or len(set(clusters)) == 1:
-        return len(answers) / len(set(clusters))
+        return len(values) / len(set(clusters))
     return design_effect(values, clusters)
 
 
-def _accuracy(part: Sequence[Answer], images: Mapping[str, str] | None, confidence: float) -> dict[str, float]:
+def _accuracies(answers: Sequence[Answer], by: str, images: Mapping[str, str] | None) -> Cells:
+    """Modality or question type (``by``) → accuracy with its interval and number of questions."""
+    groups: dict[str, list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(getattr(answer, by) or "(not given)", []).append(answer)
+    return {name: _accuracy(part, images) for name, part in groups.items()}
+
+
+def _accuracy(part: Sequence[Answer], images: Mapping[str, str] | None) -> dict[str, float]:
     x = np.array([answer.correct for answer in part], dtype=float)
-    n_effective = len(x) / _deff(x, part, images)
-    low, high = wilson_interval(x.mean() * n_effective, n_effective, confidence)
+    n_effective = len(x) / _deff(x, _clusters(part, images))
+    low, high = wilson_interval(x.mean() * n_effective, n_effective)
     return {"accuracy": float(x.mean()), "low": low, "high": high, "n": len({a.question_id for a in part})}
 
 
-def _averages(cells: Mapping[str, Mapping[str, float]], value: str, in_domain: str) -> dict[str, dict[str, float]]:
+def _averages(cells: Cells, value: str, in_domain: str) -> Cells:
     """The two averages over modalities of ``value``, each with low, high and the number of questions under it."""
-    result: dict[str, dict[str, float]] = {}
+    result: Cells = {}
     for name in (AVG, AVG_OOD):
         members = [cell for modality, cell in cells.items() if name == AVG or modality != in_domain]
         if members:
@@ -299,11 +239,8 @@ def _averages(cells: Mapping[str, Mapping[str, float]], value: str, in_domain: s
     return result
 
 
-def _table(
-    rows: Mapping[str, Mapping[str, Mapping[str, float]]], order: Sequence[str] = (*MODALITIES, AVG, AVG_OOD)
-) -> pd.DataFrame:
-    present = {column for cells in rows.values() for column in cells}
-    columns = [c for c in order if c in present]
-    index = pd.MultiIndex.from_product([columns, ["accuracy", "low", "high", "n"]])
-    data = [[cells.get(c, {}).get(part, np.nan) for c, part in index] for cells in rows.values()]
+def _table(rows: Mapping[str, Cells], order: Sequence[str]) -> pd.DataFrame:
+    columns = [name for name in order if any(name in cells for cells in rows.values())]
+    index = pd.MultiIndex.from_product([columns, _NUMBERS])
+    data = [[cells.get(name, {}).get(number, np.nan) for name, number in index] for cells in rows.values()]
     return pd.DataFrame(data, index=list(rows), columns=index)

@@ -11,9 +11,8 @@ import pandas as pd
 from PIL import Image
 
 from kepo_core.analysis.intervals import wilson_interval
-from kepo_core.analysis.statistics import chance_levels
 from kepo_core.data.images import ReadPicture, load_image
-from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.data.records import MODALITIES, Question
 from kepo_core.data.splits import SPLITS, image_key, leaked
 from kepo_core.errors import DataError
 from kepo_core.task.prompts import vqa_messages
@@ -35,17 +34,16 @@ def balance(questions: Sequence[Question]) -> pd.DataFrame:
 
     ``best letter`` is the accuracy of always saying the most frequent right letter, ``guessing`` that of any option.
     """
-    chance, rows = chance_levels(questions), {}
-    for modality in [m for m in MODALITIES if m in chance]:
-        own = [q for q in questions if q.modality == modality]
-        letters = {letter: 100 * sum(q.answer == letter for q in own) / len(own) for letter in LETTERS}
-        options = {f"{n} options": 100 * sum(len(q.options) == n for q in own) / len(own) for n in range(2, 9)}
-        rows[modality] = {
-            "questions": len(own), **options, **letters, "best letter": max(letters.values()),
-            "guessing": 100 * chance[modality],
-        }  # fmt: skip
-    table = pd.DataFrame(rows).T
-    return table.loc[:, (table != 0).any()].astype({"questions": int})
+    asked = pd.DataFrame(
+        [(q.modality, q.answer, len(q.options), 1 / len(q.options)) for q in questions],
+        columns=["modality", "letter", "options", "guessing"],
+    )
+    modality = asked["modality"]
+    letters = 100 * pd.crosstab(modality, asked["letter"], normalize="index")
+    options = 100 * pd.crosstab(modality, asked["options"], normalize="index").rename(columns="{} options".format)
+    numbers = {"best letter": letters.max(axis=1), "guessing": 100 * asked.groupby("modality")["guessing"].mean()}
+    table = modality.value_counts().rename("questions").to_frame().join([options, letters]).assign(**numbers)
+    return table.loc[[m for m in MODALITIES if m in table.index]]
 
 
 def pictures(questions: Iterable[Question]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from kepo_core.analysis import curves, diagnosis
+from kepo_core.analysis import diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
 from kepo_core.data.images import Decodable, Pictures, load_image
@@ -35,6 +35,7 @@ from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
+from kepo_core.runs import curves
 from kepo_core.runs.metrics import MetricsWriter, forget_after
 from kepo_core.runs.run import Run
 from kepo_core.task.dataset import to_dataset

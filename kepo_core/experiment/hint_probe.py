@@ -1,7 +1,7 @@
 """What makes a hint good? Hints for held-out questions, measured, against how often the student's draws are accepted.
 
-Offline: nothing is trained. Every question gets one hint, told without the answer (``hint_context: hint``) unless
-asked otherwise, so that what a draw gains is the hint's.
+Offline: nothing is trained. Every question gets one hint, given without the answer (``hint_context: hint``), so that
+what a draw gains is the hint's.
 """
 
 import re
@@ -34,6 +34,8 @@ MEASURES = {
     "true": "share of these that hold; where there is none, missing",
     "relevant": "share of the facts that the question needs that it states, true or not (PhantomVQA)",
 }
+_COLUMNS = ["id", "modality", "image", "question_type", "hint", *MEASURES]
+_BOOTSTRAP = 2_000  # draws of an interval
 #: What stands between the prompt and the letter when the answer is asked for at once.
 _AT_ONCE = "<think></think><answer>"
 
@@ -45,7 +47,6 @@ def probe(
     facts: Mapping[str, Facts] | None = None,
     *,
     draws: int = 8,
-    context: str = "hint",
 ) -> pd.DataFrame:
     """A row per question that got a readable hint: ids, the hint, MEASURES, and two shares of accepted draws.
 
@@ -61,14 +62,12 @@ def probe(
     written = models.teacher.write_hints(
         [with_images(task.ask(row), row) for row in rows], max_tokens=params.hint_max_tokens, seed=params.seed
     )
-    told = [(q, hint) for q, hint in zip(questions, written, strict=True) if hint is not None]
-    if not told:
-        return pd.DataFrame(
-            columns=["id", "modality", "image", "question_type", "hint", *MEASURES, "accepted", "plain"]
-        )
-    asked = [q for q, _ in told]
+    readable = [(q, hint) for q, hint in zip(questions, written, strict=True) if hint is not None]
+    if not readable:
+        return pd.DataFrame(columns=[*_COLUMNS, "accepted", "plain"])
+    asked = [q for q, _ in readable]
     plain = [vqa_messages(q.question, q.options, thinking=True) for q in asked]
-    hinted = [hint_aware_messages(q.question, q.options, hint, q.answer, context) for q, hint in told]
+    hinted = [hint_aware_messages(q.question, q.options, hint, q.answer, "hint") for q, hint in readable]
     share = partial(_accepted, params, models, asked, draws)
     gains = letter_log_probs(params, models, asked, hinted) - letter_log_probs(params, models, asked, plain)
     tokenizer = models.processor.tokenizer
@@ -84,9 +83,9 @@ def probe(
             "leaks letter": float(names_letter(hint, q.answer)),
             **_stated(hint, q, facts),
         }
-        for (q, hint), gain in zip(told, gains, strict=True)
+        for (q, hint), gain in zip(readable, gains, strict=True)
     ]
-    return pd.DataFrame(found).assign(accepted=share(hinted), plain=share(plain))
+    return pd.DataFrame(found, columns=_COLUMNS).assign(accepted=share(hinted), plain=share(plain))
 
 
 def letter_log_probs(
@@ -128,7 +127,7 @@ def names_letter(hint: str, letter: str) -> bool:
     return re.search(alone, hint) is not None
 
 
-def correlations(found: pd.DataFrame, draws: int = 2_000, seed: int = 0) -> pd.DataFrame:
+def correlations(found: pd.DataFrame) -> pd.DataFrame:
     """Spearman's ρ of every measure with ``accepted``: a row per modality, then all; cells "ρ [95 %]" and "–".
 
     The interval is a bootstrap over images (percentile). A measure that does not vary, or is known of fewer than ten
@@ -137,13 +136,11 @@ def correlations(found: pd.DataFrame, draws: int = 2_000, seed: int = 0) -> pd.D
     rows: dict[str, dict[str, str]] = {}
     parts = {str(name): part for name, part in found.groupby("modality", sort=False)}
     for name, part in {**parts, "all": found}.items():
-        rows[name] = {"n": str(len(part))} | {
-            measure: _correlation(part, measure, draws, np.random.default_rng(seed)) for measure in MEASURES
-        }
+        rows[name] = {"n": str(len(part))} | {measure: _correlation(part, measure) for measure in MEASURES}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _correlation(part: pd.DataFrame, measure: str, draws: int, rng: np.random.Generator) -> str:
+def _correlation(part: pd.DataFrame, measure: str) -> str:
     known = part.dropna(subset=[measure])
     if len(known) < 10 or known[measure].nunique() < 2 or known["accepted"].nunique() < 2:
         return "–"
@@ -151,7 +148,7 @@ def _correlation(part: pd.DataFrame, measure: str, draws: int, rng: np.random.Ge
     _, image = np.unique(known["image"], return_inverse=True)
     count = int(image.max()) + 1
     # How often each image is drawn: a multinomial count is a draw with replacement.
-    times = rng.multinomial(count, np.full(count, 1 / count), size=draws)[:, image]
+    times = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_BOOTSTRAP)[:, image]
     low, high = np.nanquantile(_pearson(ranks, times), [0.025, 0.975])
     return f"{float(_pearson(ranks, np.ones((1, len(ranks))))[0]):+.2f} [{low:+.2f}, {high:+.2f}]"
 

@@ -80,9 +80,9 @@ def choose(rows: str, base: Params) -> tuple[dict[str, Params], list[str]]:
     return {m.name: base.replace(**m.overrides(base)) for m in asked if m.name not in left_out}, left_out
 
 
-def table(chosen: Mapping[str, Params]) -> pd.DataFrame:
+def methods_table(chosen: Mapping[str, Params]) -> pd.DataFrame:
     """What ``chosen`` methods are, where they come from, and the hash that ends the names of their run folders."""
-    rows = {name: (methods()[name].what, methods()[name].source, params.hash) for name, params in chosen.items()}
+    rows = {name: (method(name).what, method(name).source, params.hash) for name, params in chosen.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["what", "source", "parameters"])
 
 
@@ -104,12 +104,10 @@ def paper_table() -> pd.DataFrame:
     """The paper's Table 1 (arXiv 2602.00400 v1), in per cent: a row per (method, size, mode).
 
     As printed but for one row: KEPO-KE (τ=0), non-thinking, prints its two averages in each other's place (avg 71.33,
-    OOD 72.13, where its columns give 72.12 and 71.33); here each stands in its own.
+    OOD 72.13, where its columns give 72.12 and 71.33); the file has each in its own.
     """
     table = pd.read_csv(_HERE / "paper_table1.csv").set_index(["method", "size", "mode"])
-    swapped = ("KEPO-KE (tau=0)", "2B", "non-thinking")
-    table.loc[swapped, ["avg", "avg_ood"]] = table.loc[swapped, ["avg_ood", "avg"]].to_numpy()
-    return table.drop(columns=["category"]).rename(columns={"avg": "Avg.", "avg_ood": "Avg. (OOD)"})
+    return table.drop(columns="category")
 
 
 def released_curves() -> pd.DataFrame:
@@ -126,12 +124,3 @@ def released_curves() -> pd.DataFrame:
     }
     table = pd.read_csv(_HERE / "released_curves.csv")
     return table.assign(run=table["run"].map(names))
-
-
-def as_markdown() -> str:
-    """The table of methods as the README shows it."""
-    lines = ["| name | what | source | parameters |", "|---|---|---|---|"]
-    for entry in methods().values():
-        parameters = ", ".join(f"`{name}: {value}`" for name, value in entry.parameters.items())
-        lines.append(f"| `{entry.name}` | {entry.what} | {entry.source} | {parameters} |")
-    return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ import pandas as pd
 
 from kepo_core.analysis.diagnosis import ACCEPTANCE
 from kepo_core.analysis.statistics import AVG, AVG_OOD
+from kepo_core.data.records import MODALITIES
 
 
 def accuracies(differences: pd.DataFrame, in_domain: str) -> str:
@@ -30,10 +31,11 @@ def accuracies(differences: pd.DataFrame, in_domain: str) -> str:
 
 
 def changes(table: pd.DataFrame) -> str:
-    """Of ``studies.changes``: per arm, in how many modalities accuracy moved by more than its interval, and most."""
-    lines = [f"By more than their 95 % interval, of {len(table.columns.unique(level=0))} modalities:"]
-    for arm, row in table.iterrows():
-        values, low, high = (row.xs(part, level=1) for part in ("difference", "low", "high"))
+    """Of ``arms.arm_changes``: per arm, in how many modalities accuracy moved by more than its interval, and most."""
+    own = table[table["part"].isin(MODALITIES)].set_index("part")
+    lines = [f"By more than their 95 % interval, of {own.index.nunique()} modalities:"]
+    for arm, rows in own.groupby("arm", sort=False):
+        values, low, high = (rows[name] for name in ("value", "low", "high"))
         lines.append(
             f"{arm}: {int((low > 0).sum())} rose, {int((high < 0).sum())} fell; most {values.idxmax()} "
             f"({100 * values.max():+.0f}), least {values.idxmin()} ({100 * values.min():+.0f})"
@@ -41,12 +43,12 @@ def changes(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def gains(table: pd.DataFrame, compared_with: str) -> str:
-    """Of ``studies.differences``: which arms are above another by more than their interval, which below."""
+def gains(table: pd.DataFrame, compared_with: str, in_domain: str) -> str:
+    """Of ``arms.arm_differences``: which arms are above another by more than their interval, which below."""
     said = []
-    for part in table.columns.unique(level=0):
-        low, high = table[part]["low"], table[part]["high"]
-        above, below = [str(a) for a in table.index[low > 0]], [str(a) for a in table.index[high < 0]]
+    for part in (in_domain, AVG_OOD):
+        own = table[table["part"] == part]
+        above, below = list(own["arm"][own["low"] > 0]), list(own["arm"][own["high"] < 0])
         said.append(f"{part}: above {compared_with}: {_list(above) or 'none'}; below: {_list(below) or 'none'}.")
     return "\n".join(["By more than their 95 % interval:", *said])
 
@@ -64,12 +66,12 @@ def beside_paper(beside: pd.DataFrame) -> str:
     return f"Pairs of methods that stand in the same order here and in the paper: {'; '.join(said)}."
 
 
-def curves(bands: Mapping[str, Mapping[str, pd.DataFrame]]) -> str:
-    """Of ``curves.bands``: per part and arm, where accuracy begins, is highest, and ends."""
+def curves(table: pd.DataFrame, in_domain: str) -> str:
+    """Of ``arms.arm_courses``: per arm, in domain and out of it, where accuracy begins, is highest, and ends."""
     courses: dict[str, list[str]] = {}
-    for part, frames in bands.items():
-        for arm, frame in frames.items():
-            courses.setdefault(arm, []).append(f"{part} {_course(frame.set_index('step')['accuracy'])}")
+    for part in (in_domain, AVG_OOD):
+        for arm, rows in table[table["part"] == part].groupby("arm", sort=False):
+            courses.setdefault(str(arm), []).append(f"{part} {_course(rows.set_index('step')['value'])}")
     lines = [f"{arm}: {'; '.join(parts)}" for arm, parts in courses.items()]
     return "\n".join(lines) or "These runs kept no accuracy on the way (curve_steps)."
 

@@ -125,16 +125,17 @@ def training_panels(metrics: pd.DataFrame, axes: Any) -> None:
         curves(metrics, names, ax, smooth=smooth, title=title, rate=rate)
 
 
-def accuracy_curves(bands: Mapping[str, Mapping[str, pd.DataFrame]], axes: Any) -> None:
-    """Accuracy over training with 95 % bands, a panel for each part of the test set, from ``curves.bands``."""
-    for (part, frames), ax in zip(bands.items(), np.asarray(axes, dtype=object).ravel(), strict=True):
-        for k, (label, frame) in enumerate(frames.items()):
+def accuracy_curves(table: pd.DataFrame, axes: Any, *, in_domain: str = MODALITIES[0]) -> None:
+    """Accuracy over training with 95 % bands, in domain and out of it on two axes, from ``arms.arm_courses``."""
+    for part, ax in zip((in_domain, AVG_OOD), np.asarray(axes, dtype=object).ravel(), strict=True):
+        own = table[table["part"] == part].replace([-np.inf, np.inf], np.nan)  # nothing is known: no band
+        for k, (label, frame) in enumerate(own.groupby("arm", sort=False)):
             colour, dash = COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)]
             low, high = 100 * frame["low"].clip(0, 1), 100 * frame["high"].clip(0, 1)
             ax.fill_between(frame["step"], low, high, color=colour, alpha=0.15, linewidth=0)
             ax.plot(
-                frame["step"], 100 * frame["accuracy"], color=colour, linestyle=dash,
-                marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.8, label=label,
+                frame["step"], 100 * frame["value"], color=colour, linestyle=dash,
+                marker=MARKERS[k % len(MARKERS)], markersize=4, linewidth=1.8, label=str(label),
             )  # fmt: skip
         ax.set(xlabel="step", ylabel="accuracy (%), 95 % band", title=part)
     legend_above(axes)
@@ -154,7 +155,7 @@ def accuracies(
 ) -> Axes:
     """Accuracy with its interval per modality, one colour and marker per model, from ``statistics.accuracy_table``.
 
-    ``chance`` (``statistics.chance_levels``) is marked with a grey bar, the modality that was trained on with an
+    ``chance`` (modality → what guessing gets) is marked with a grey bar, the modality that was trained on with an
     asterisk. The averages stand apart on the right.
     """
     columns = list(table.columns.unique(level=0))
@@ -208,18 +209,20 @@ def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]
     return ax
 
 
-def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str) -> Axes:
-    """A line per arm: its difference from another in domain and out of it, from ``studies.differences``."""
-    y, parts = np.arange(len(table), dtype=float), list(table.columns.unique(level=0))
+def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str, in_domain: str = MODALITIES[0]) -> Axes:
+    """A line per arm: its difference from another in domain and out of it, from ``arms.arm_differences``."""
+    arms, parts = list(table["arm"].unique()), [p for p in (in_domain, AVG_OOD) if (table["part"] == p).any()]
+    y = np.arange(len(arms), dtype=float)
     for k, part in enumerate(parts):
-        values, low, high = (100 * table[part][name].to_numpy(float) for name in ("difference", "low", "high"))
+        own = table[table["part"] == part].set_index("arm").reindex(arms)
+        values, low, high = (100 * own[name].to_numpy(float) for name in ("value", "low", "high"))
         ax.errorbar(
             values, y + 0.16 * (2 * k - len(parts) + 1), xerr=[values - low, high - values], label=part,
             linestyle="none", color=COLOURS[k], marker=MARKERS[k], markersize=6, elinewidth=1.4, capsize=2.5,
         )  # fmt: skip
     ax.axvline(0, color="#8C8C8C", linewidth=1.2, zorder=1)
-    ax.set_yticks(y, [textwrap.fill(str(name), 44) for name in table.index])
-    ax.set(xlabel=f"points more than {compared_with}, 95 % interval", ylim=(len(table) - 0.4, -0.6))
+    ax.set_yticks(y, [textwrap.fill(name, 44) for name in arms])
+    ax.set(xlabel=f"points more than {compared_with}, 95 % interval", ylim=(len(arms) - 0.4, -0.6))
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts))
     return ax
 
@@ -227,9 +230,10 @@ def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str) -> Axes:
 def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_domain: str = MODALITIES[0]) -> None:
     """A line per method on two axes: our accuracies with their intervals, and the paper's Table 1, which has none.
 
-    ``table`` is ``statistics.accuracy_table``'s, ``paper`` the part "paper" of ``methods.beside_paper``'s. What is
-    compared is the order of methods within each side: the two sides ask different questions of different models. The
-    paper trained on MRI: where ``in_domain`` is another, its accuracies there are no others' counterpart.
+    ``table`` is ``statistics.accuracy_table``'s or ``arms.by_part``'s, ``paper`` the part "paper" of
+    ``methods.beside_paper``'s. What is compared is the order of methods within each side: the two sides ask different
+    questions of different models. The paper trained on MRI: where ``in_domain`` is another, its accuracies there are no
+    others' counterpart.
     """
     left, right = axes
     y = np.arange(len(table), dtype=float)

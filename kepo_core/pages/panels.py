@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from kepo_core.data.records import AnswerOutcome
+from kepo_core.data.records import MODALITIES, AnswerOutcome
 from kepo_core.pages.figures import BLUE, COLOURS, DASHES, GREEN, MARKERS, ORANGE, RED, SKY, legend_above
 
 _GREY = "#8C8C8C"
@@ -97,13 +97,15 @@ def outcomes_over_training(rollouts: pd.DataFrame, ax: Axes, *, title: str = "",
 
 
 def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str = "MRI") -> Axes:
-    """What training changed per method and modality, in points, from ``studies.changes``: blue rose, red fell.
+    """What training changed per method and modality, in points, from ``arms.arm_changes``: blue rose, red fell.
 
     Each cell says how much, ± half its 95 % interval; in brackets where the interval holds 0.
     """
-    modalities = list(table.columns.unique(level=0))
+    own = table[table["part"].isin(MODALITIES)]
+    arms, modalities = list(own["arm"].unique()), list(own["part"].unique())
     values, low, high = (
-        100 * table.xs(part, axis=1, level=1)[modalities].to_numpy(float) for part in ("difference", "low", "high")
+        100 * own.pivot(index="arm", columns="part", values=name).loc[arms, modalities].to_numpy(float)
+        for name in ("value", "low", "high")
     )
     shown = ax.imshow(values, cmap="RdBu", vmin=-60, vmax=60, aspect="auto", alpha=0.85)
     for (y, x), value in np.ndenumerate(values):
@@ -113,7 +115,7 @@ def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str = "MRI") -> Axes
         ax.text(x, y, text if sure else f"({text})", ha="center", va="center", fontsize=11, color=colour)
     names = [f"{name}*" if name == in_domain else str(name) for name in modalities]
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(table)), [textwrap.fill(str(name), 30) for name in table.index])
+    ax.set_yticks(range(len(arms)), [textwrap.fill(name, 30) for name in arms])
     ax.grid(visible=False)
     ax.figure.colorbar(shown, ax=ax, label="points", shrink=0.8)
     return ax

@@ -9,13 +9,9 @@ from kepo_core.pages import captions
 
 
 def intervals(rows: dict[str, dict[str, tuple[float, float, float]]]) -> pd.DataFrame:
-    """Row → part → (difference, low, high), as ``studies.differences`` has them."""
-    cells = {
-        name: {(part, key): value for part, row in parts.items()
-               for key, value in zip(("difference", "low", "high"), row, strict=True)}
-        for name, parts in rows.items()
-    }  # fmt: skip
-    return pd.DataFrame.from_dict(cells, orient="index")
+    """Arm → part → (value, low, high), as ``arms`` has them."""
+    cells = [(arm, part, *values) for arm, parts in rows.items() for part, values in parts.items()]
+    return pd.DataFrame(cells, columns=["arm", "part", "value", "low", "high"])
 
 
 def test_a_runs_accuracies() -> None:
@@ -45,10 +41,11 @@ def test_changes_and_gains_count_what_leaves_out_nothing() -> None:
         "kepo: 1 rose, 0 fell; most MRI (+30), least CT (+10)",
         "grpo: 0 rose, 1 fell; most CT (+0), least MRI (-20)",
     ]
-    assert captions.gains(table, "sft").splitlines() == [
+    gains = table.replace("CT", AVG_OOD)
+    assert captions.gains(gains, "sft", "MRI").splitlines() == [
         "By more than their 95 % interval:",
         "MRI: above sft: kepo; below: grpo.",
-        "CT: above sft: none; below: none.",
+        "Avg. (OOD): above sft: none; below: none.",
     ]
 
 
@@ -61,13 +58,14 @@ def test_orders_here_and_in_the_paper() -> None:
 
 
 def test_courses() -> None:
-    frame = pd.DataFrame({"step": [0, 10, 20], "accuracy": [0.5, 0.9, 0.8]})
-    both = captions.curves({"MRI": {"kepo": frame, "grpo": frame}, AVG_OOD: {"kepo": frame.assign(accuracy=0.25)}})
+    frame = pd.DataFrame({"arm": "kepo", "part": "MRI", "step": [0, 10, 20], "value": [0.5, 0.9, 0.8]})
+    table = pd.concat([frame, frame.assign(arm="grpo"), frame.assign(part=AVG_OOD, value=0.25)])
+    both = captions.curves(table, "MRI")
     assert both.splitlines() == [
         "kepo: MRI 50 → 80 % (highest 90, at step 10); Avg. (OOD) 25 → 25 % (highest 25, at step 0)",
         "grpo: MRI 50 → 80 % (highest 90, at step 10)",
     ]
-    assert "kept no accuracy" in captions.curves({"MRI": {}})
+    assert "kept no accuracy" in captions.curves(table[:0], "MRI")
     lines = captions.released_curves(released_curves()).splitlines()
     assert len(lines) == 4 and lines[0].startswith("GRPO: Avg. (OOD) 70 → 77 % (highest 78, ")
 
@@ -104,6 +102,6 @@ def test_rollouts() -> None:
 
 
 def test_verdicts_are_counted() -> None:
-    table = pd.DataFrame({"verdict": ["held", "cannot be told", "held"]})
-    assert captions.claims(table) == "Of 3 claims: 2 held, 1 cannot be told."
+    table = pd.DataFrame({"verdict": ["held", "inconclusive", "held"]})
+    assert captions.claims(table) == "Of 3 claims: 2 held, 1 inconclusive."
     assert "None" in captions.claims(pd.DataFrame())

@@ -59,7 +59,7 @@ def test_verdicts() -> None:
     assert [verdict(above, e, 0.01) for e in (gain, loss)] == ["held", "not held"]
     assert [verdict(below, e, 0.01) for e in (gain, loss)] == ["not held", "held"]
     assert [verdict(not_above, e, 0.01) for e in (gain, loss, small)] == ["not held", "held", "held"]
-    assert {verdict(c, e, 0.06) for c in (above, below, not_above) for e in (gain, loss)} == {"cannot be told"}
+    assert {verdict(c, e, 0.06) for c in (above, below, not_above) for e in (gain, loss)} == {"inconclusive"}
 
 
 def study(rates: dict[str, float], seeds: int = 3) -> dict[str, dict[tuple[int, int], Outcome]]:
@@ -78,10 +78,10 @@ def test_a_table_of_claims_tells_what_the_runs_tell_and_no_more() -> None:
     assert table.loc["KEPO is above GRPO out of distribution", "verdict"] == "held"
     assert table.loc["KEPO gains faster early than GRPO", "verdict"] == "held"
     assert table.loc["Thinking alone does not help the student", "verdict"] == "not held"
-    assert table.loc["A gate at τ = 1 is above τ = 0", "verdict"] == "cannot be told"
+    assert table.loc["A gate at τ = 1 is above τ = 0", "verdict"] == "inconclusive"
     assert not any("MM-GKD" in claim for claim in table.index)  # there are no runs of it
     pairs = claims_table(study(rates, seeds=2), IMAGES, "MRI")
-    assert set(pairs["verdict"]) == {"cannot be told"} and set(pairs["p (Holm)"]) == {"–"}  # of two runs
+    assert set(pairs["verdict"]) == {"inconclusive"} and set(pairs["p (Holm)"]) == {"–"}  # of two runs
     # In-domain answers are no part of it: all of them wrong changes nothing.
     runs = study(rates)
     spoilt = {key: replace(o, answers=[replace(a, correct=a.correct and a.modality != "MRI") for a in o.answers])
@@ -118,7 +118,7 @@ def test_a_slow_learner_does_not_degrade_less_than_what_does_not_degrade() -> No
         }
         return claims_table(runs, IMAGES, "MRI").set_index("claim").loc[claim, "verdict"]
 
-    assert verdict_of(slow, [*flat[:4], 0.85, 0.85, 0.85]) == "cannot be told"
+    assert verdict_of(slow, [*flat[:4], 0.85, 0.85, 0.85]) == "inconclusive"
     assert (
         verdict_of(flat, fallen) == "held" and verdict_of(fallen, [0.5, 0.8, 0.8, 0.8, 0.8, 0.78, 0.78]) == "not held"
     )

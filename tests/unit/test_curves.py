@@ -1,15 +1,14 @@
-"""Accuracy while training: what is asked, kept, forgotten and drawn."""
+"""Accuracy while training: what is asked, kept and forgotten."""
 
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from kepo_core.analysis.answers import correctness, from_table, to_table
-from kepo_core.analysis.curves import CurveWriter, asked, bands, collect, forget_after
 from kepo_core.data.records import Answer, AnswerOutcome, Question
+from kepo_core.runs.curves import CurveWriter, asked, collect, forget_after
 
 MADE = Answer("", "MRI", "", "", AnswerOutcome.CORRECT, "A", True, True, 5, True)
 
@@ -19,7 +18,6 @@ def answered(right) -> list[Answer]:
             for i, x in enumerate(right)]  # fmt: skip
 
 
-IMAGES = {f"q{i}": f"image{i}" for i in range(8)}
 QUESTIONS = [Question(f"q{i}", "made", "MRI", "", "", ("a", "b"), "A", Path("x.png")) for i in range(3)]
 
 
@@ -53,17 +51,3 @@ def test_the_writer_asks_on_the_way_and_what_comes_after_a_checkpoint_is_forgott
 
 def test_a_random_sample_of_every_modality_is_asked() -> None:
     assert asked({"MRI": QUESTIONS, "CT": QUESTIONS[:1]}, 2) == [*QUESTIONS[:2], QUESTIONS[0]]
-
-
-def test_bands_are_means_over_modalities_and_runs() -> None:
-    curves = [{0: answered([0, 0, 0, 0, 1]), 5: answered(x)} for x in ([1, 1, 1, 0, 0], [1, 0, 1, 1, 1])]
-    found = bands({"kepo": {(0, s): curve for s, curve in enumerate(curves)}, "none": {}}, IMAGES, "MRI")
-    assert list(found) == ["MRI", "Avg. (OOD)"] and list(found["MRI"]) == ["kepo"]
-    assert found["MRI"]["kepo"]["accuracy"].tolist() == [0, 0.75]
-    ood = found["Avg. (OOD)"]["kepo"]
-    assert ood["step"].tolist() == [0, 5] and ood["accuracy"].tolist() == pytest.approx([1 / 3, 2 / 3])
-    assert (ood["low"] < ood["accuracy"]).all() and (ood["accuracy"] < ood["high"]).all()
-    with pytest.raises(ValueError, match=r"one asked at the steps \[0, 5\], another at \[0, 6\]"):
-        bands({"kepo": {(0, 0): curves[0], (0, 1): {0: curves[0][0], 6: curves[0][5]}}}, IMAGES, "MRI")
-    with pytest.raises(ValueError, match="q4 is not answered"):
-        bands({"kepo": {(0, 0): {0: answered(np.ones(5))}, (0, 1): {0: answered(np.ones(4))}}}, IMAGES, "MRI")

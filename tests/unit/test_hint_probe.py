@@ -8,13 +8,13 @@ import pytest
 import torch
 from scipy import stats
 
-from kepo_core.analysis import curves
 from kepo_core.analysis.claims import Outcome
 from kepo_core.analysis.starts import gain_by_start, starts_of
 from kepo_core.data import phantom
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.experiment import experiment, hint_probe
 from kepo_core.params import Params
+from kepo_core.runs import curves
 from kepo_core.task.prompts import vqa_messages
 
 

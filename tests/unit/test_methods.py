@@ -11,7 +11,7 @@ from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
 from kepo_core.errors import ParamError
 from kepo_core.experiment import experiment
 from kepo_core.experiment.experiment import StudyData
-from kepo_core.experiment.methods import as_markdown, beside_paper, choose, method, methods, paper_table, table
+from kepo_core.experiment.methods import beside_paper, choose, method, methods, methods_table, paper_table
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
 
@@ -57,7 +57,7 @@ def test_rows_are_chosen_by_name_or_as_a_whole() -> None:
     assert len(chosen) == 19 and not left_out and chosen["teacher"].student == real.teacher
     chosen, left_out = choose(" grpo , qwen-8b", base)
     assert list(chosen) == ["grpo", "qwen-8b"] and not left_out  # whoever names it means it
-    assert list(table(chosen).index) == ["grpo", "qwen-8b"]
+    assert list(methods_table(chosen).index) == ["grpo", "qwen-8b"]
     with pytest.raises(ParamError, match="there is no method 'grop'"):
         choose("grpo,grop", base)
     with pytest.raises(ParamError, match="rows is ' , ', expected table1, all, or names"):
@@ -74,7 +74,11 @@ def test_ours_stand_beside_the_papers() -> None:
 
 
 def test_the_readme_shows_the_table() -> None:
-    assert as_markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = ["| name | what | source | parameters |", "|---|---|---|---|"]
+    for entry in methods().values():
+        parameters = ", ".join(f"`{name}: {value}`" for name, value in entry.parameters.items())
+        lines.append(f"| `{entry.name}` | {entry.what} | {entry.source} | {parameters} |")
+    assert "\n".join(lines) + "\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_unknown_method_is_named() -> None:

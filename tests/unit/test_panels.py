@@ -67,21 +67,23 @@ def test_outcomes_add_up_without_injected_rollouts(axes) -> None:
     assert tops == pytest.approx([25, 75, 100])  # of four own ones: one right, two wrong, one unreadable
 
 
-def test_what_cannot_be_told_from_no_change_is_in_brackets(axes) -> None:
-    columns = pd.MultiIndex.from_product([["MRI", "CT"], ["difference", "low", "high"]])
-    table = pd.DataFrame([[0.2, 0.1, 0.3, -0.02, -0.08, 0.04]], index=["kepo"], columns=columns)
-    panels.change_map(table, axes[0])
+def estimates(*rows: tuple[Any, ...]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["arm", "part", "value", "low", "high"])
+
+
+def test_a_change_whose_interval_holds_0_is_in_brackets(axes) -> None:
+    rows = [("kepo", "MRI", 0.2, 0.1, 0.3), ("kepo", "CT", -0.02, -0.08, 0.04), ("kepo", "Avg.", 0.1, 0.0, 0.2)]
+    panels.change_map(estimates(*rows), axes[0])
     assert [text.get_text() for text in axes[0].texts] == ["+20 ± 10", "(-2 ± 6)"]
     assert [label.get_text() for label in axes[0].get_xticklabels()] == ["MRI*", "CT"]
 
 
 def test_accuracy_curves_and_gains_draw_their_tables(axes) -> None:
-    frame = pd.DataFrame({"step": [0, 5], "accuracy": [0.5, 0.75], "low": [0.4, 0.7], "high": [0.6, 1.2]})
-    figures.accuracy_curves({"MRI": {"kepo": frame}, "Avg. (OOD)": {}}, axes)
+    rows = [("kepo", "MRI", 0.5, 0.4, 0.6), ("kepo", "MRI", 0.75, 0.7, 1.2), ("kepo", "CT", 0.1, 0.1, 0.2)]
+    figures.accuracy_curves(estimates(*rows).assign(step=[0, 5, 0]), axes)
     assert axes[0].lines[0].get_ydata().tolist() == [50, 75] and not axes[1].lines
     assert axes[0].collections[0].get_paths()[0].vertices[:, 1].max() == 100
-    columns = pd.MultiIndex.from_product([["MRI", "Avg. (OOD)"], ["difference", "low", "high"]])
-    table = pd.DataFrame([[0.1, 0.0, 0.2, -0.1, -0.2, 0.0]], index=["kepo"], columns=columns)
+    table = estimates(("kepo", "MRI", 0.1, 0.0, 0.2), ("kepo", "CT", 0.3, 0, 1), ("kepo", "Avg. (OOD)", -0.1, -0.2, 0))
     ax = figures.gains(table, Figure().subplots(), compared_with="grpo")
     assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() in "os"] == [[10], [-10]]
 

@@ -1,7 +1,6 @@
 """Intervals, tests and tables against published values, closed forms and simulated coverage."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,15 +9,13 @@ from scipy import stats
 from kepo_core.analysis.intervals import design_effect, difference_interval, mean_interval, wilson_interval
 from kepo_core.analysis.statistics import (
     accuracy_table,
-    bootstrap_difference,
-    chance_levels,
     format_table,
     mcnemar_exact,
     outcome_table,
     paired_differences,
     type_table,
 )
-from kepo_core.data.records import Answer, AnswerOutcome, Question
+from kepo_core.data.records import Answer, AnswerOutcome
 
 
 def answers(correct, modality="MRI", prefix=None):
@@ -66,12 +63,6 @@ def test_wilson_needs_a_count_within_its_total():
     for successes, n in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="expected 0 ≤ successes ≤ n"):
             wilson_interval(successes, n)
-
-
-def test_more_confidence_is_wider():
-    low, high = wilson_interval(30, 100, 0.99)
-    assert low < wilson_interval(30, 100)[0]
-    assert high > wilson_interval(30, 100)[1]
 
 
 def test_mcnemar_by_hand():
@@ -196,12 +187,12 @@ def test_where_all_answers_are_right_each_image_counts_once():
     images = {f"MRI{i}": str(i // 5) for i in range(100)}
     low = accuracy_table({"m": answers([1] * 100)}, images=images).loc["m", ("MRI", "low")]
     assert low == wilson_interval(20, 20)[0] < wilson_interval(100, 100)[0]
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(300):
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(100):
         x = _clustered(rng, 60, 5, 0.98, 1 / 9)  # a correlation of 0.9 within images
         row = accuracy_table({"m": answers(x)}, images={f"MRI{i}": str(i // 5) for i in range(300)}).loc["m", "MRI"]
-        held += row["low"] <= 0.98 <= row["high"]
-    assert 0.91 <= held / 300 <= 0.99
+        hits.append(row["low"] <= 0.98 <= row["high"])
+    assert covers(hits)
 
 
 def test_the_paired_interval_is_widened_by_how_alike_the_changes_are_not_the_answers():
@@ -243,37 +234,35 @@ def test_outcomes_are_counted_and_none_leaves_the_denominator():
     assert accuracy_table({"m": given}).loc["m", ("MRI", "accuracy")] == pytest.approx(0.4)
 
 
-def test_guessing_is_expected_to_be_right_once_in_as_many_as_there_are_options():
-    asked = [
-        Question(str(i), "d", modality, "t", "?", tuple("abcd"[:options]), "A", Path("x"))
-        for i, (modality, options) in enumerate([("MRI", 2), ("MRI", 4), ("CT", 3)])
-    ]
-    assert chance_levels(asked) == pytest.approx({"MRI": 0.375, "CT": 1 / 3})
-
-
 def _clustered(rng, images, per_image, p, spread):
     """Correctness (images · per_image,) of questions whose difficulty varies by image around p."""
     difficulty = rng.beta(p * spread, (1 - p) * spread, images)
     return (rng.random((images, per_image)) < difficulty[:, None]).astype(int).ravel()
 
 
+def covers(hits):
+    """Whether as many intervals hold the truth as 95 % ones would, but for chances of 1 in 1,000."""
+    low, high = stats.binom.ppf([0.0005, 0.9995], len(hits), 0.95)
+    return low <= np.sum(hits) <= high
+
+
 def test_intervals_by_image_cover_as_they_say():
     rng = np.random.default_rng(0)
     clusters = np.repeat(np.arange(100), 3)
     hits = []
-    for _ in range(1000):
+    for _ in range(400):
         x = _clustered(rng, 100, 3, 0.7, 2.0)
         n = len(x) / design_effect(x, clusters)
         low, high = wilson_interval(x.mean() * n, n)
         hits.append(low <= 0.7 <= high)
-    assert 0.93 <= np.mean(hits) <= 0.97
+    assert covers(hits)
 
 
 def test_paired_and_mean_intervals_cover_as_they_say():
     rng = np.random.default_rng(1)
     truth = np.array([0.15, -0.05, 0.0])
     single, mean = [], []
-    for _ in range(1000):
+    for _ in range(400):
         estimates, intervals = [], []
         for d in truth:
             gained, lost, _ = rng.multinomial(300, [0.1 + max(d, 0), 0.1 + max(-d, 0), 0.8 - abs(d)])
@@ -282,8 +271,7 @@ def test_paired_and_mean_intervals_cover_as_they_say():
         single.append(intervals[0][0] <= truth[0] <= intervals[0][1])
         _, low, high = mean_interval(estimates, intervals)
         mean.append(low <= truth.mean() <= high)
-    assert 0.93 <= np.mean(single) <= 0.97
-    assert 0.93 <= np.mean(mean) <= 0.97
+    assert covers(single) and covers(mean)
 
 
 def test_the_paired_interval_by_image_agrees_with_a_bootstrap_over_images():
@@ -295,23 +283,6 @@ def test_the_paired_interval_by_image_agrees_with_a_bootstrap_over_images():
     sums = (after - before).reshape(120, 3).sum(1)
     draws = sums[rng.integers(0, 120, (4000, 120))].sum(1) / 360
     assert (row["low"], row["high"]) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.012)
-
-
-def test_the_bootstrap_draws_whole_images_within_modalities():
-    rng = np.random.default_rng(5)
-    x = {name: _clustered(rng, 80, 3, 0.4, 2.0) for name in ("MRI", "CT")}
-    y = {name: np.maximum(x[name], _clustered(rng, 80, 3, 0.3, 1.0)) for name in x}
-    before, after = ([a for name in x for a in answers(side[name], name)] for side in (x, y))
-    images = {a.question_id: a.question_id[: 3 if a.modality == "MRI" else 2] + str(i // 3)
-              for i, a in enumerate(before)}  # fmt: skip
-    value, low, high = bootstrap_difference(before, after, images)
-    row = paired_differences(before, after, images).loc["Avg."]
-    assert value == pytest.approx(row["difference"])
-    assert (low, high) == pytest.approx((row["low"], row["high"]), abs=0.008)
-    assert bootstrap_difference(before, after, images) == (value, low, high)  # seeded
-    narrow = bootstrap_difference(before, after)
-    assert narrow[2] - narrow[1] < 0.9 * (high - low)
-    assert bootstrap_difference(before, before, images) == (0, 0, 0)
 
 
 def test_several_answers_to_a_question_are_one_question():
@@ -347,12 +318,3 @@ def test_several_answers_to_a_question_are_one_question():
     assert paired_differences(varied, after).loc["MRI", "n"] == 60
     with pytest.raises(ValueError, match="expected each sample of it once"):
         mcnemar_exact(varied, [replace(answer, sample=0) for answer in after])
-
-
-def test_mcnemar_rejects_as_often_as_it_says():
-    rng = np.random.default_rng(3)
-    p = [mcnemar_exact(answers(rng.random(60) < 0.5), answers(rng.random(60) < 0.5)).p_value for _ in range(300)]
-    assert np.mean(np.array(p) < 0.05) < 0.08
-    assert stats.binomtest(3, 10).pvalue == pytest.approx(
-        mcnemar_exact(answers([0] * 3 + [1] * 7), answers([1] * 3 + [0] * 7)).p_value
-    )

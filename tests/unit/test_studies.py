@@ -6,17 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from kepo_core import cli
-from kepo_core.analysis.aggregate import mean_over_runs
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.errors import ParamError
 from kepo_core.experiment import experiment
 from kepo_core.params import Params, project_root
 from kepo_core.runs import shelf
 from kepo_core.study import jobs
-from kepo_core.study.studies import comparison_table, read_study, results_table
+from kepo_core.study.studies import read_study
 
 ROOT = Path(__file__).parents[2]
 FILE = """
@@ -90,48 +88,6 @@ def answered(right: np.ndarray) -> list[Answer]:
 
 
 IMAGES = {f"q{i}": f"MRI{i // 2}" if i < 4 else f"CT{i}" for i in range(8)}
-
-
-def test_tables_over_runs_say_how_sure_they_are() -> None:
-    rng = np.random.default_rng(0)
-    low, high = (rng.random((3, 8)) < p for p in (0.3, 0.8))
-    answers = {"grpo": {(0, s): answered(low[s]) for s in range(3)}, "new": {(0, 7): answered(high[0])},
-               "kepo": {(0, s): answered(high[s]) for s in range(3)}}  # fmt: skip
-    table = results_table(answers, IMAGES, "MRI")
-    of_seed = (high[:, :4].mean(1) + high[:, 4:].mean(1)) / 2
-    assert table.loc["kepo", "Avg."] == str(mean_over_runs(of_seed)) and table.loc["kepo", "runs"] == 3
-    assert table.loc["new", "MRI"] == f"{100 * high[0, :4].mean():.1f} (one run)"
-    compared = comparison_table(answers, "grpo", IMAGES)
-    assert list(compared.index) == ["kepo"]  # the other shares no seed
-    change = of_seed - (low[:, :4].mean(1) + low[:, 4:].mean(1)) / 2
-    assert compared.loc["kepo", "over runs"] == str(mean_over_runs(change))
-    assert compared.loc["kepo", "p (t, Holm)"] == f"{stats.ttest_1samp(change, 0).pvalue:.2g}"
-    assert compared.loc["kepo", "over runs and questions"].startswith(f"{100 * change.mean():.1f} [")
-    shifted = {(0, s): answered(high[0]) for s in range(3)}  # the same in every seed
-    one = {name: {(0, 0): answers[name][0, 0]} for name in ("grpo", "kepo")}
-    few = comparison_table(one, "grpo", IMAGES).loc["kepo"]
-    assert few["p (t, Holm)"] == "–" and few["over runs"].endswith("(one run)")
-    assert few["over runs and questions"].endswith("(questions alone)")
-    opposite = {(0, s): answered(1 - high[0]) for s in range(3)}
-    alike = comparison_table({"a": shifted, "b": opposite}, "a", IMAGES).loc["b"]
-    assert alike["p (t, Holm)"] == "–" and "alike" in alike["over runs"] and alike["runs to tell"] == "–"
-    assert comparison_table(answers, "none", IMAGES).empty
-    with pytest.raises(ValueError, match="answered different questions"):
-        comparison_table({"grpo": answers["grpo"], "kepo": {(0, 0): answers["kepo"][0, 0][:3]}}, "grpo", IMAGES)
-
-
-def test_runs_of_several_students_are_pooled_over_students() -> None:
-    rng = np.random.default_rng(1)
-    low, high = (rng.random((4, 8)) < p for p in (0.3, 0.8))
-    keys = [(0, 0), (0, 1), (1, 0), (2, 5)]  # two runs of the first student, one of each other
-    answers = {name: {key: answered(x) for key, x in zip(keys, given, strict=True)}
-               for name, given in {"grpo": low, "kepo": high}.items()}  # fmt: skip
-    of_run = (high[:, :4].mean(1) + high[:, 4:].mean(1)) / 2
-    of_student = [of_run[:2].mean(), of_run[2], of_run[3]]
-    table = results_table(answers, IMAGES, "MRI")
-    assert table.loc["kepo", "Avg."] == str(mean_over_runs(of_student)) and table.loc["kepo", "runs"] == 4
-    change = np.array(of_student) - [x.mean() for x in np.split((low[:, :4].mean(1) + low[:, 4:].mean(1)) / 2, [2, 3])]
-    assert comparison_table(answers, "grpo", IMAGES).loc["kepo", "over runs"] == str(mean_over_runs(change))
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kepo_core.analysis.aggregate import mean_over_runs_and_images
-from kepo_core.analysis.answers import Curve, correctness, from_table, to_table
-from kepo_core.analysis.statistics import AVG_OOD
+from kepo_core.analysis.answers import from_table, to_table
 from kepo_core.data.records import Answer, Question
 from kepo_core.files import in_place_of
 
@@ -73,39 +70,6 @@ def collect(
     for step in expected:
         curve |= from_table(pd.read_parquet(found[step]), "step")
     return {**curve, steps: [answer for answer in after if answer.question_id in known]}
-
-
-def bands(
-    runs: Mapping[str, Mapping[tuple[int, int], Curve]], images: Mapping[str, str], in_domain: str
-) -> dict[str, dict[str, pd.DataFrame]]:
-    """What each method's runs, by (student, seed), scored on the way: ``in_domain`` and "Avg. (OOD)" → method → steps.
-
-    Columns: ``step``, ``accuracy`` in [0, 1] (mean over modalities and runs), ``low`` and ``high``: 95 %, over runs and
-    images (``mean_over_runs_and_images``; over images alone for a single run, NaN where its answers are all alike), at
-    each step by itself. Methods without runs are left out. Raises ``ValueError`` if runs of a method asked at different
-    steps.
-    """
-    found: dict[str, dict[str, pd.DataFrame]] = {in_domain: {}, AVG_OOD: {}}
-    for method, given in runs.items():
-        for part, frames in found.items() if given else ():
-            first = next(iter(next(iter(given.values())).values()))
-            order = [answer for answer in first if (answer.modality == in_domain) == (part == in_domain)]
-            if order:
-                frames[method] = _band(given, order, images)
-    return found
-
-
-def _band(runs: Mapping[tuple[int, int], Curve], order: Sequence[Answer], images: Mapping[str, str]) -> pd.DataFrame:
-    steps = sorted(next(iter(runs.values())))
-    if other := [sorted(run) for run in runs.values() if sorted(run) != steps]:
-        raise ValueError(f"runs: one asked at the steps {steps}, another at {other[0]}, expected the same ones.")
-    where, tasks = [images[a.question_id] for a in order], [a.modality for a in order]
-    rows = []
-    for step in steps:
-        values = np.stack([correctness(run[step], order) for run in runs.values()])
-        e = mean_over_runs_and_images(values, where, tasks, students_R=[student for student, _ in runs])
-        rows.append({"step": step, "accuracy": e.value, "low": e.low, "high": e.high})
-    return pd.DataFrame(rows).replace([-np.inf, np.inf], np.nan)
 
 
 def _written(folder: Path) -> dict[int, Path]:
