@@ -61,7 +61,7 @@ def reach(params: Params, processor: Any) -> ServedTeacher:
 def report(params: Params, processor: Any) -> tuple[str, bool]:
     """What a served teacher can do, a line per trial up to the first that fails (``FAIL``), and whether all passed."""
     teacher = connect(params, processor, retries=2)  # somebody waits
-    lines = []
+    lines: list[str] = []
     for name, trial in {"hint": _try_hint, "alignment": _try_alignment, "picture": _try_picture}.items():
         started = time.monotonic()
         try:

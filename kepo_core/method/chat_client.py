@@ -102,10 +102,10 @@ class ChatClient:
         except json.JSONDecodeError as error:
             return error.doc  # as openai does with an answer that is not declared to be JSON
         except openai.APIConnectionError as error:
-            raise self._away(f"{type(error.__cause__).__name__}: {error.__cause__}") from error
+            raise self._away(f"{type(error.__cause__).__name__}: {str(error.__cause__) or error.message}") from error
         except openai.APIStatusError as error:
-            body = error.body
-            said = str(body["message"] if isinstance(body, dict) and "message" in body else error.response.text)
+            told = error.body
+            said = str(told["message"] if isinstance(told, dict) and "message" in told else error.response.text)
             if error.status_code >= 500 or error.status_code in _PASSING:
                 raise self._away(f"HTTP {error.status_code}: {said}") from error
             raise TeacherServerError(

@@ -115,7 +115,7 @@ class ServedTeacher:
         Raises:
             TeacherServerError: as `ChatClient.ask_all` says.
         """
-        bodies = [self._hint_body(prompt, max_tokens, template or {}) for prompt in prompts]
+        bodies = [self._body(chat(prompt), max_tokens, template or {}) for prompt in prompts]
         keys = [hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() for body in bodies]
         hints = {key: self._kept(key) for key in keys}
         asked = {key: body for key, body in zip(keys, bodies, strict=True) if hints[key] is None}
@@ -133,18 +133,23 @@ class ServedTeacher:
 
     def try_hint(self, prompt: Prompt, max_tokens: int) -> str:
         """What the teacher answers to one prompt, hint or not; nothing is kept."""
-        (text,) = self._client.ask_all([self._hint_body(prompt, max_tokens, {})], lambda _, answer: self._said(answer))
+        bodies = [self._body(chat(prompt), max_tokens, {})]
+        (text,) = self._client.ask_all(bodies, lambda _, answer: self._said(answer))
         return text
 
-    def _hint_body(self, prompt: Prompt, max_tokens: int, template: Mapping[str, Any]) -> dict[str, Any]:
-        """The request for a hint: all that it depends on. Raises ``ValueError`` for a prompt that is no chat."""
-        body = {
+    def _body(
+        self, messages: list[dict[str, Any]], max_tokens: int, template: Mapping[str, Any], **vllm: Any
+    ) -> dict[str, Any]:
+        """A greedy request, with everything that its answer depends on; ``vllm`` is what OpenAI's API does not have."""
+        further = vllm | ({"chat_template_kwargs": dict(template)} if template else {})
+        messages = to_openai_messages(messages)
+        return {
             "model": self._model,
-            "messages": to_openai_messages(chat(prompt)),
+            "messages": messages,
             "max_tokens": max_tokens,
             "temperature": 0.0,
+            "extra_body": further,
         }
-        return body | {"extra_body": _template(template)}
 
     def _said(self, answer: Any) -> str:
         try:
@@ -232,19 +237,15 @@ class ServedTeacher:
         return self._client.ask_all(bodies, lambda index, answer: self._read(completions[index], answer))
 
     def _score_body(self, one: Completion) -> dict[str, Any]:
-        body = {
-            "model": self._model,
-            "messages": [*to_openai_messages(one.messages), {"role": "assistant", "content": self._text(one)}],
-            "max_tokens": 1,
-            "temperature": 0.0,
-        }
-        vllm = {
-            "add_generation_prompt": False,
-            "continue_final_message": True,
-            "prompt_logprobs": self.top_k,
-            "return_token_ids": True,
-        }
-        return body | {"extra_body": vllm | _template(one.template)}
+        return self._body(
+            [*one.messages, {"role": "assistant", "content": self._text(one)}],
+            1,
+            one.template,
+            add_generation_prompt=False,
+            continue_final_message=True,
+            prompt_logprobs=self.top_k,
+            return_token_ids=True,
+        )
 
     def _read(self, one: Completion, answer: Any) -> tuple[Tensor, Tensor]:
         told: Any = getattr(answer, "prompt_logprobs", None)
@@ -271,8 +272,8 @@ class ServedTeacher:
             there, here = (self._tokenizer.convert_ids_to_tokens(ids[place : place + 1]) for ids in (theirs, ours))
             raise TeacherServerError(
                 f"{where}: token {place} is {there} there and {here} here (the prompt has {len(one.prompt_ids)}), of "
-                f"{len(theirs)} and {len(ours)}, expected the same ones: a context that is too short (--max-model-len), "
-                "another tokenizer, chat template or image size"
+                f"{len(theirs)} and {len(ours)}, expected the same: a context too short (--max-model-len), or another "
+                "tokenizer, chat template or image size"
             )
 
     def _likeliest(self, one: Completion, place: int, told: Any) -> list[tuple[int, float]]:
@@ -302,8 +303,3 @@ def chat(prompt: Prompt) -> list[dict[str, Any]]:
     if isinstance(prompt, str):
         raise ValueError("a prompt is text, expected chat messages: a served teacher takes chats only")
     return prompt
-
-
-def _template(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a request that hands arguments to the server's chat template."""
-    return {"chat_template_kwargs": dict(arguments)} if arguments else {}
