@@ -123,7 +123,7 @@ class ChatClient:
         if self._key:
             text = text.replace(self._key, f"${KEY_VARIABLE}")
         words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        return words[:300] + "…" * (len(words) > 300) or "nothing"
+        return words[:300] + "…" * (len(words) > 300)
 
 
 @cache

@@ -5,10 +5,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from kepo_core.data import phantom
@@ -45,9 +46,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for _ in range(240):
             assert server.poll() is None, log.read_text()
             try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30).close()
+                break
+            except urllib.error.URLError:
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
