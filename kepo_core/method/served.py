@@ -103,8 +103,8 @@ class ServedTeacher:
         """The likeliest hint for each prompt (greedy); None where none can be read.
 
         Greedy decoding makes a hint depend on nothing but model, prompt, picture, length and template. So the large
-        teacher writes it once for all epochs, resumed runs, seeds and rows of a study. An answer without a hint is not
-        kept, as the server may be put right.
+        teacher writes it once for all epochs, resumed runs, seeds and rows of a study. Where an answer has none, it is
+        asked again, as the server may be put right.
 
         Args:
             prompts: messages whose image parts hold their pictures.
@@ -123,10 +123,8 @@ class ServedTeacher:
 
         def read(place: int, answer: Any) -> str | None:
             text = self._said(answer)
-            hint = parse_hint(text, self._markup)
-            if hint is not None:
-                self._keep(names[place], text)
-            return hint
+            self._keep(names[place], text)
+            return parse_hint(text, self._markup)
 
         hints |= dict(zip(names, self._client.ask_all(list(asked.values()), read), strict=True))
         return [hints[key] for key in keys]
@@ -142,10 +140,9 @@ class ServedTeacher:
     ) -> dict[str, Any]:
         """A greedy request, with everything that its answer depends on; ``vllm`` is what OpenAI's API does not have."""
         further = vllm | ({"chat_template_kwargs": dict(template)} if template else {})
-        messages = to_openai_messages(messages)
         return {
             "model": self._model,
-            "messages": messages,
+            "messages": to_openai_messages(messages),
             "max_tokens": max_tokens,
             "temperature": 0.0,
             "extra_body": further,

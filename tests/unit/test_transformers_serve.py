@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kepo_harness import hint_prompt
 
 from kepo_core.data import phantom
 from kepo_core.experiment import experiment
@@ -59,11 +60,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_hints_of_transformers_serve_are_about_their_pictures(url: str, tmp_path: Path) -> None:
     phantom.write_phantom(tmp_path / "world", 0, {"MRI": 12})
     data = experiment.load_data(Params(data_root=str(tmp_path / "world"), train_items=8, eval_items=1))
-    rows = list(to_dataset(data.train, thinking=True))
+    prompts = [hint_prompt(row) for row in to_dataset(data.train, thinking=True)]
     client = ChatClient(url, timeout=120, retries=2, concurrency=2)
     name = str(EMBEDDED_DIR / "teacher")
     teacher = ServedTeacher(client, name, load_processor("embedded:teacher"), top_k=1, hints=tmp_path / "hints")
-    hints = teacher.write_hints(rows, max_tokens=32)
+    hints = teacher.write_hints(prompts, max_tokens=32)
     assert all(hints) and len(set(hints)) > 1
     facts = phantom.load_facts(data.root)
     told = 0
