@@ -2,9 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +10,7 @@ from PIL import Image
 from kepo_core.data import phantom
 from kepo_core.data.source import cache_dir
 from kepo_core.errors import ParamError
-from kepo_core.method.chat_client import LONGEST_ASKED, ChatClient, TeacherServerError, TeacherUnreachableError
+from kepo_core.method.chat_client import PATIENCE, RETRIES, ChatClient, TeacherServerError
 from kepo_core.method.served import Completion, ServedTeacher, chat
 from kepo_core.method.task import Prompt, with_images
 from kepo_core.method.teacher import parse_hint
@@ -29,28 +26,18 @@ _QUESTION: dict[str, Any] = {
 _SAID = "<think>The finding lies in the upper left (B).</think><answer>B</answer>"
 
 
-#: Seconds for one answer, further tries, and questions that each process has open.
-TIMEOUT, RETRIES, CONCURRENCY = 300.0, 8, 32
-
-
 def patience(params: Params) -> int:
     """The most seconds until a served teacher that stays away is given up; 0 where ``params`` name none.
 
     Processes that wait meanwhile for the one that asks must not give up before.
     """
-    tries = RETRIES + 1 if params.teacher_url else 0
-    return math.ceil(tries * (TIMEOUT + LONGEST_ASKED))
+    return math.ceil(PATIENCE) if params.teacher_url else 0
 
 
-def connect(params: Params, processor: Any) -> ServedTeacher:
+def connect(params: Params, processor: Any, retries: int = RETRIES) -> ServedTeacher:
     """The served teacher that ``params`` name; nothing is asked yet. ``processor`` is the student's."""
-    client = ChatClient(
-        params.teacher_url,
-        timeout=TIMEOUT,
-        retries=RETRIES,
-        concurrency=CONCURRENCY,
-    )
-    hints: Path = cache_dir() / "hints"
+    client = ChatClient(params.teacher_url, retries=retries)
+    hints = cache_dir() / "hints"
     return ServedTeacher(client, params.teacher, processor, top_k=params.teacher_top_k, hints=hints)
 
 
@@ -63,7 +50,7 @@ def reach(params: Params, processor: Any) -> ServedTeacher:
     teacher = connect(params, processor)
     try:
         if params.explore and needs_hint(params.hint_context):
-            teacher.ask_texts([teacher.hint_body(_hint_prompt(params), 1, {})])
+            teacher.try_hint(_hint_prompt(params), 1)
         if params.distill:
             teacher.score([_completion(params, processor)])
     except TeacherServerError as error:
@@ -72,26 +59,17 @@ def reach(params: Params, processor: Any) -> ServedTeacher:
 
 
 def report(params: Params, processor: Any) -> tuple[str, bool]:
-    """What a served teacher can do, a line per trial that begins with ``pass`` or ``FAIL``, and whether all passed."""
-    teacher = connect(params, processor)
-    trials: dict[str, Callable[[], str]] = {
-        "hint": partial(_try_hint, params, teacher),
-        "alignment": partial(_try_alignment, params, teacher),
-        "picture": partial(_try_picture, params, teacher),
-        "load": partial(_try_load, params, teacher),
-    }
-    lines, sound, away = [], True, False
-    for name, trial in trials.items():
+    """What a served teacher can do, a line per trial up to the first that fails (``FAIL``), and whether all passed."""
+    teacher = connect(params, processor, retries=2)  # somebody waits
+    lines: list[str] = []
+    for name, trial in {"hint": _try_hint, "alignment": _try_alignment, "picture": _try_picture}.items():
         started = time.monotonic()
         try:
-            verdict, said = "pass", trial()
+            said = trial(params, teacher)
         except TeacherServerError as error:
-            verdict, said, sound = "FAIL", str(error), False
-            away = isinstance(error, TeacherUnreachableError)
-        lines.append(f"{verdict}  {name:<10} {time.monotonic() - started:6.2f} s  {said}")
-        if away:  # nothing else could be said of it
-            break
-    return "\n".join(lines), sound
+            return "\n".join([*lines, f"FAIL  {name:<10} {error}"]), False
+        lines.append(f"pass  {name:<10} {time.monotonic() - started:6.2f} s  {said}")
+    return "\n".join(lines), True
 
 
 def _row(params: Params, place: str = "upper left") -> dict[str, Any]:
@@ -122,7 +100,7 @@ def _completion(params: Params, processor: Any, place: str = "upper left") -> Co
 
 
 def _try_hint(params: Params, teacher: ServedTeacher) -> str:
-    (text,) = teacher.ask_texts([teacher.hint_body(_hint_prompt(params), params.hint_max_tokens, {})])
+    text = teacher.try_hint(_hint_prompt(params), params.hint_max_tokens)
     if parse_hint(text) is None:
         raise TeacherServerError(f"no <hint>…</hint> within {params.hint_max_tokens} tokens: {text!r}")
     return repr(text)
@@ -144,10 +122,3 @@ def _try_picture(params: Params, teacher: ServedTeacher) -> str:
     if one == other:
         raise TeacherServerError("another picture gives the same log-probabilities: the server does not look at it")
     return "another picture gives other log-probabilities"
-
-
-def _try_load(params: Params, teacher: ServedTeacher) -> str:
-    count = CONCURRENCY
-    started = time.monotonic()
-    teacher.score([_completion(params, teacher.processor)] * count)
-    return f"{count} completions at a time: {count / (time.monotonic() - started):.1f} a second"

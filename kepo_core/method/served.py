@@ -9,17 +9,18 @@ student's own, prompt and picture included, one by one: nothing is learnt from o
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from trl.generation.vllm_client import to_openai_messages
 
 from kepo_core.files import write_atomically
-from kepo_core.method.chat_client import ChatClient, TeacherMismatchError, as_sent
+from kepo_core.method.chat_client import ChatClient, TeacherServerError
 from kepo_core.method.task import Prompt, with_images
 from kepo_core.method.teacher import markup_of, parse_hint, tokenizer_of
 
@@ -38,7 +39,7 @@ class Completion:
     """
 
     name: str
-    messages: Sequence[Mapping[str, Any]]
+    messages: list[dict[str, Any]]
     prompt_ids: list[int]
     completion_ids: list[int]
     template: Mapping[str, Any] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class ServedTeacher:
         self._model, self._hints = model, hints
         self._tokenizer = tokenizer_of(processor)
         self._markup = markup_of(self._tokenizer)
-        self._vocabulary = 0  # known from the student
+        self._vocabulary = math.inf  # known from the student
 
     def check_fits(self, student: Any, processor: Any) -> None:
         """Raise ``ValueError`` unless the student has ``top_k`` tokens; its tokens are compared at every answer."""
@@ -101,8 +102,9 @@ class ServedTeacher:
     ) -> list[str | None]:
         """The likeliest hint for each prompt (greedy); None where none can be read.
 
-        As a hint depends on nothing but model, prompt, picture and length, every one is asked for once and kept; where
-        an answer has none it is asked for again, as the server may have been put right.
+        Greedy decoding makes a hint depend on nothing but model, prompt, picture, length and template. So the large
+        teacher writes it once for all epochs, resumed runs, seeds and rows of a study. Where an answer has none, it is
+        asked again, as the server may be put right.
 
         Args:
             prompts: messages whose image parts hold their pictures.
@@ -113,56 +115,56 @@ class ServedTeacher:
         Raises:
             TeacherServerError: as `ChatClient.ask_all` says.
         """
-        bodies = [self.hint_body(prompt, max_tokens, template or {}) for prompt in prompts]
+        bodies = [self._body(chat(prompt), max_tokens, template or {}) for prompt in prompts]
         keys = [hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() for body in bodies]
-        texts = {key: self._kept(key) for key in keys}
-        asked = {key: body for key, body in zip(keys, bodies, strict=True) if texts[key] is None}
+        hints = {key: self._kept(key) for key in keys}
+        asked = {key: body for key, body in zip(keys, bodies, strict=True) if hints[key] is None}
         names = list(asked)
-        texts |= dict(zip(names, self.ask_texts(list(asked.values()), names), strict=True))
-        return [parse_hint(texts[key] or "", self._markup) for key in keys]
 
-    def hint_body(self, prompt: Prompt, max_tokens: int, template: Mapping[str, Any]) -> dict[str, Any]:
-        """The request for a hint: all that it depends on. Raises ``ValueError`` for a prompt that is no chat."""
-        body = {"model": self._model, "messages": as_sent(chat(prompt)), "max_tokens": max_tokens, "temperature": 0.0}
-        return body | _template(template)
+        def read(place: int, answer: Any) -> str | None:
+            text = self._said(answer)
+            self._keep(names[place], text)
+            return parse_hint(text, self._markup)
 
-    def ask_texts(self, bodies: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()) -> list[str]:
-        """The completions' texts, each kept under its key (of as many, or none) as soon as it is there."""
+        hints |= dict(zip(names, self._client.ask_all(list(asked.values()), read), strict=True))
+        return [hints[key] for key in keys]
 
-        def read(index: int, answer: Mapping[str, Any]) -> str:
-            try:
-                text = str(answer["choices"][0]["message"]["content"] or "")  # null: it wrote nothing
-            except (KeyError, IndexError, TypeError) as error:
-                raise TeacherMismatchError(
-                    f"the teacher at {self._client.url} answers without a message, expected a chat completion"
-                ) from error
-            if keys:
-                self._keep(keys[index], text)
-            return text
+    def try_hint(self, prompt: Prompt, max_tokens: int) -> str:
+        """What the teacher answers to one prompt, hint or not; nothing is kept."""
+        bodies = [self._body(chat(prompt), max_tokens, {})]
+        (text,) = self._client.ask_all(bodies, lambda _, answer: self._said(answer))
+        return text
 
-        return self._client.ask_all(bodies, read)
+    def _body(
+        self, messages: list[dict[str, Any]], max_tokens: int, template: Mapping[str, Any], **vllm: Any
+    ) -> dict[str, Any]:
+        """A greedy request, with everything that its answer depends on; ``vllm`` is what OpenAI's API does not have."""
+        further = vllm | ({"chat_template_kwargs": dict(template)} if template else {})
+        return {
+            "model": self._model,
+            "messages": to_openai_messages(messages),
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+            "extra_body": further,
+        }
+
+    def _said(self, answer: Any) -> str:
+        try:
+            return str(answer.choices[0].message.content or "")  # null: it wrote nothing
+        except (AttributeError, IndexError, TypeError) as error:
+            raise TeacherServerError(
+                f"the teacher at {self._client.url} answers without a message, expected a chat completion"
+            ) from error
 
     def _kept(self, key: str) -> str | None:
-        if self._hints is None:
+        if self._hints is None or not (path := self._hints / f"{key}.txt").is_file():
             return None
-        path = self._hints / f"{key}.json"
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
-            kept = None
-        if isinstance(kept, dict) and kept.get("model") == self._model and isinstance(kept.get("text"), str):
-            return kept["text"] if parse_hint(kept["text"], self._markup) is not None else None
-        warnings.warn(f"{path} holds no hint of {self._model}: it is asked for again", stacklevel=2)
-        return None
+        return parse_hint(path.read_text(encoding="utf-8", errors="replace"), self._markup)
 
     def _keep(self, key: str, text: str) -> None:
-        if self._hints is None:
-            return
-        self._hints.mkdir(parents=True, exist_ok=True)
-        kept = json.dumps({"model": self._model, "text": text}, ensure_ascii=False)
-        write_atomically(self._hints / f"{key}.json", kept)  # several processes may ask for one hint
+        if self._hints is not None:
+            self._hints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._hints / f"{key}.txt", text)  # several processes may ask for one hint
 
     # Log-probabilities ------------------------------------------------------------------------------------------
 
@@ -212,7 +214,7 @@ class ServedTeacher:
         """
         tokenizer = self._tokenizer
         arguments = {"tokenize": False, "add_generation_prompt": True, **one.template}
-        prompt = self.processor.apply_chat_template(list(one.messages), **arguments)
+        prompt = self.processor.apply_chat_template(one.messages, **arguments)
         both = tokenizer(prompt + self._text(one), add_special_tokens=False)["input_ids"]
         return bool(both == tokenizer(prompt, add_special_tokens=False)["input_ids"] + one.completion_ids)
 
@@ -225,82 +227,72 @@ class ServedTeacher:
         The last column is the mass of all others; it is missing where k is the student's whole vocabulary.
 
         Raises:
-            TeacherMismatchError: tokens are not the student's, or log-probabilities are missing or impossible.
-            TeacherServerError: as `ChatClient.ask_all` says.
+            TeacherServerError: tokens are not the student's, log-probabilities are missing or impossible, or as
+                `ChatClient.ask_all` says.
         """
         bodies = [self._score_body(one) for one in completions]
         return self._client.ask_all(bodies, lambda index, answer: self._read(completions[index], answer))
 
     def _score_body(self, one: Completion) -> dict[str, Any]:
-        body = {
-            "model": self._model,
-            "messages": [*as_sent(one.messages), {"role": "assistant", "content": self._text(one)}],
-            "add_generation_prompt": False,
-            "continue_final_message": True,
-            "prompt_logprobs": self.top_k,
-            "return_token_ids": True,
-            "max_tokens": 1,
-            "temperature": 0.0,
-        }
-        return body | _template(one.template)
+        return self._body(
+            [*one.messages, {"role": "assistant", "content": self._text(one)}],
+            1,
+            one.template,
+            add_generation_prompt=False,
+            continue_final_message=True,
+            prompt_logprobs=self.top_k,
+            return_token_ids=True,
+        )
 
-    def _read(self, one: Completion, answer: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        told: Any = answer.get("prompt_logprobs")
-        self._compare(one, answer.get("prompt_token_ids"), told)
+    def _read(self, one: Completion, answer: Any) -> tuple[Tensor, Tensor]:
+        told: Any = getattr(answer, "prompt_logprobs", None)
+        self._compare(one, getattr(answer, "prompt_token_ids", None), told)
         start = len(one.prompt_ids)
         places = [self._likeliest(one, place, told[start + place]) for place in range(len(one.completion_ids))]
-        ids = torch.tensor([[token for token, _ in tokens] for tokens, _ in places], dtype=torch.long)
-        log_probs = torch.tensor([[value for _, value in tokens] + rest for tokens, rest in places])
-        return ids, log_probs
+        ids = torch.tensor([[token for token, _ in tokens] for tokens in places])
+        log_probs = torch.tensor([[value for _, value in tokens] for tokens in places], dtype=torch.float64)
+        if self.top_k != self._vocabulary:
+            rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=_LEAST_REST).log()
+            log_probs = torch.cat([log_probs, rest], -1)
+        return ids, log_probs.float()
 
     def _compare(self, one: Completion, theirs: Any, told: Any) -> None:
         """Raise unless the server's tokens are prompt and completion, each with its log-probabilities."""
         where = f"the teacher at {self._client.url}, completion {one.name}"
-        if not isinstance(theirs, list) or not isinstance(told, list):
-            raise TeacherMismatchError(
-                f"{where}: no prompt_token_ids and prompt_logprobs came back, expected a vLLM of 0.10.2 or later"
+        if not isinstance(theirs, list) or not isinstance(told, list) or len(told) != len(theirs):
+            raise TeacherServerError(
+                f"{where}: no prompt_token_ids with as many prompt_logprobs, expected a vLLM of 0.10.2 or later"
             )
         ours = one.prompt_ids + one.completion_ids
         if theirs != ours:
-            place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
-                         min(len(theirs), len(ours)))  # fmt: skip
-            part = f"{place} of the prompt" if place < len(one.prompt_ids) else f"{place - len(one.prompt_ids)}"
-            raise TeacherMismatchError(
-                f"{where}: token {part} is {self._token(theirs, place)} there and {self._token(ours, place)} here, "
-                f"{len(theirs)} tokens there and {len(ours)} here, expected the same ones: a context that is too short "
-                "(--max-model-len), another tokenizer, chat template or image size"
+            place = next(place for place, (a, b) in enumerate(zip_longest(theirs, ours)) if a != b)
+            there, here = (self._tokenizer.convert_ids_to_tokens(ids[place : place + 1]) for ids in (theirs, ours))
+            raise TeacherServerError(
+                f"{where}: token {place} is {there} there and {here} here (the prompt has {len(one.prompt_ids)}), of "
+                f"{len(theirs)} and {len(ours)}, expected the same: a context too short (--max-model-len), or another "
+                "tokenizer, chat template or image size"
             )
-        if len(told) != len(ours):
-            raise TeacherMismatchError(f"{where}: {len(told)} tokens have log-probabilities, expected {len(ours)}")
 
-    def _token(self, ids: Sequence[Any], place: int) -> str:
-        return repr(self._tokenizer.convert_ids_to_tokens(ids[place])) if place < len(ids) else "none"
-
-    def _likeliest(self, one: Completion, place: int, told: Any) -> tuple[list[tuple[int, float]], list[float]]:
-        """The k likeliest tokens at one place with their log-probabilities, and that of all others in a list."""
+    def _likeliest(self, one: Completion, place: int, told: Any) -> list[tuple[int, float]]:
+        """The k likeliest tokens at one place of a completion, with their log-probabilities."""
         where = f"the teacher at {self._client.url}, completion {one.name}, token {place}"
+        own = one.completion_ids[place]
         try:
             values = {int(token): float(entry["logprob"]) for token, entry in told.items()}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise TeacherMismatchError(f"{where}: no log-probabilities by token ids came back") from None
-        if one.completion_ids[place] not in values:
-            raise TeacherMismatchError(f"{where}: the student's own token has no log-probability there: misaligned")
-        foreign = next((token for token in values if self._vocabulary and not 0 <= token < self._vocabulary), None)
-        if foreign is not None:
-            raise TeacherMismatchError(f"{where}: token {foreign} came back, expected below {self._vocabulary}")
-        if len(values) < self.top_k:
-            raise TeacherMismatchError(f"{where}: {len(values)} log-probabilities came back, expected {self.top_k}")
-        wrong = next((value for value in values.values() if not (math.isfinite(value) and value <= TOLERANCE)), None)
-        if wrong is not None:
-            raise TeacherMismatchError(f"{where}: a log-probability is {wrong}, expected a finite number of at most 0")
-        mass = math.fsum(map(math.exp, values.values()))
-        if mass > 1 + TOLERANCE:
-            raise TeacherMismatchError(f"{where}: the probabilities sum to {mass:.4f}, expected at most 1")
-        likeliest = sorted(values.items(), key=lambda item: (-item[1], item[0]))[: self.top_k]
-        if self.top_k == self._vocabulary:
-            return likeliest, []
-        rest = 1 - math.fsum(math.exp(value) for _, value in likeliest)
-        return likeliest, [math.log(max(rest, _LEAST_REST))]
+        except (AttributeError, KeyError, TypeError, ValueError):  # none at all, or null in place of NaN
+            values = {}
+        if len(values) < self.top_k or own not in values or not 0 <= min(values) <= max(values) < self._vocabulary:
+            raise TeacherServerError(
+                f"{where}: {len(values)} log-probabilities came back, expected those of the {self.top_k} likeliest "
+                f"tokens and of the student's own, {own}, all below {self._vocabulary}"
+            )
+        possible = all(-math.inf < value <= TOLERANCE for value in values.values())
+        if not possible or math.fsum(map(math.exp, values.values())) > 1 + TOLERANCE:
+            raise TeacherServerError(
+                f"{where}: log-probabilities from {min(values.values())} to {max(values.values())} came back, expected "
+                "finite ones whose probabilities sum to at most 1"
+            )
+        return sorted(values.items(), key=lambda item: (-item[1], item[0]))[: self.top_k]
 
 
 def chat(prompt: Prompt) -> list[dict[str, Any]]:
@@ -308,8 +300,3 @@ def chat(prompt: Prompt) -> list[dict[str, Any]]:
     if isinstance(prompt, str):
         raise ValueError("a prompt is text, expected chat messages: a served teacher takes chats only")
     return prompt
-
-
-def _template(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a request that hands arguments to the server's chat template."""
-    return {"chat_template_kwargs": dict(arguments)} if arguments else {}

@@ -5,11 +5,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
+from kepo_harness import hint_prompt
 
 from kepo_core.data import phantom
 from kepo_core.experiment import experiment
@@ -45,9 +47,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for _ in range(240):
             assert server.poll() is None, log.read_text()
             try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30).close()
+                break
+            except urllib.error.URLError:
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
@@ -58,11 +60,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_hints_of_transformers_serve_are_about_their_pictures(url: str, tmp_path: Path) -> None:
     phantom.write_phantom(tmp_path / "world", 0, {"MRI": 12})
     data = experiment.load_data(Params(data_root=str(tmp_path / "world"), train_items=8, eval_items=1))
-    rows = list(to_dataset(data.train, thinking=True))
+    prompts = [hint_prompt(row) for row in to_dataset(data.train, thinking=True)]
     client = ChatClient(url, timeout=120, retries=2, concurrency=2)
     name = str(EMBEDDED_DIR / "teacher")
     teacher = ServedTeacher(client, name, load_processor("embedded:teacher"), top_k=1, hints=tmp_path / "hints")
-    hints = teacher.write_hints(rows, max_tokens=32)
+    hints = teacher.write_hints(prompts, max_tokens=32)
     assert all(hints) and len(set(hints)) > 1
     facts = phantom.load_facts(data.root)
     told = 0
