@@ -43,4 +43,7 @@ def work(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not by the interpreter's end, where threads of gloo's are now and then found running and abort it
