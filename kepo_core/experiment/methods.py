@@ -61,19 +61,14 @@ def method(name: str) -> Method:
 
 
 def name_of(params: Params) -> str:
-    """The row whose parameters ``params`` have; the paper's name of the method where none or no single one is left.
+    """The row whose parameters ``params`` have, of several the one that asks most: ``grpo-std`` rather than ``grpo``.
 
-    Of several it is the one that changes most of the parameter file, and that asks least beyond it: over a file with
-    ``scale_rewards: group`` GRPO is ``grpo``, over one without it ``grpo-std``.
+    The paper's name of the method where there is no such row, or no single one.
     """
-    here, file = params.to_dict(), (Params.load(params.params_file) if params.params_file else Params()).to_dict()
-    ranks = {}
-    for name, row in methods().items():
-        asked = row.overrides(params)
-        if asked.items() <= here.items():
-            ranks[name] = (sum(file[parameter] != value for parameter, value in asked.items()), -len(asked))
-    best = [name for name, rank in ranks.items() if rank == max(ranks.values())]
-    return best[0] if len(best) == 1 else params.method_name
+    asked = {name: row.overrides(params) for name, row in methods().items()}
+    sizes = {name: len(given) for name, given in asked.items() if given.items() <= params.to_dict().items()}
+    most = [name for name, size in sizes.items() if size == max(sizes.values())]
+    return most[0] if len(most) == 1 else params.method_name
 
 
 def choose(rows: str, base: Params) -> tuple[dict[str, Params], list[str]]:
