@@ -2,8 +2,8 @@
 
 ``kepo data check`` looks at data, ``kepo check-teacher`` at a served teacher, ``kepo runs`` at what has been run,
 ``kepo report`` renders pages of it, ``kepo plan`` says what a run would take of a GPU. Exit codes: 0 completed, 1
-failed (the folder says why; or ``kepo runs verify`` found something; or a plan does not fit), 2 refused (a parameter or
-the data do not fit; nothing is left behind), 130 interrupted.
+failed (the folder says why; or a plan does not fit), 2 refused (a parameter or the data do not fit; nothing is left
+behind), 130 interrupted.
 """
 
 import argparse
@@ -72,7 +72,9 @@ def _obey(arguments: argparse.Namespace) -> int:
         return plan_run(arguments, overrides)
     if arguments.method:
         overrides = method_overrides(arguments.method, arguments.file, overrides)
-    return run_notebook(arguments.notebook, arguments.file, overrides)
+    from kepo_core.study.jobs import NOTEBOOK
+
+    return run_notebook(arguments.notebook or NOTEBOOK, arguments.file, overrides)
 
 
 def method_overrides(name: str, file: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -259,34 +261,31 @@ def _printable(text: str) -> str:
 
 
 def look_at_runs(arguments: argparse.Namespace) -> int:
-    """``kepo runs``: list, show or compare run folders, or verify them, which fails where there is any finding.
+    """``kepo runs``: list, show or compare run folders.
 
     Raises `ParamError` for a name that is not that of one run, and for a parameter that there is not.
     """
-    from kepo_core.runs import listing, verification
+    from kepo_core.runs import listing
 
-    results, code = resolve(arguments.results), COMPLETED
+    results = resolve(arguments.results)
     if arguments.action == "show":
         text = listing.show(listing.find(arguments.run, results))
     elif arguments.action == "compare":
         text = listing.comparison([listing.find(name, results) for name in arguments.run])
-    elif arguments.action == "verify":
-        paths = [listing.find(name, results) for name in arguments.run] or listing.folders(results)
-        text, sound = verification.report(paths)
-        code = COMPLETED if sound else FAILED
     else:
         values = {name: checked(name, parse_value(value)) for name, value in arguments.parameter}
-        rows = listing.overview(results, arguments.state, arguments.method, values)
-        text = json.dumps(rows, indent=2, ensure_ascii=False) if arguments.json else listing.as_text(rows)
+        runs = listing.overview(results, arguments.state, arguments.method, values)
+        rows = [listing.as_row(run) for run in runs]
+        text = json.dumps(rows, indent=2, ensure_ascii=False) if arguments.json else listing.as_text(runs)
     print(_printable(text))
-    return code
+    return COMPLETED
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kepo", description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute a notebook into a new run folder")
-    run.add_argument("notebook", help="a notebook that makes a run, such as notebooks/03_train_kepo.ipynb")
+    run.add_argument("notebook", nargs="?", help="a notebook that makes a run (default: notebooks/03_train_kepo.ipynb)")
     teacher = commands.add_parser("check-teacher", help="ask a served teacher what a run asks; exit code 1 if it fails")
     plan = commands.add_parser("plan", help="what a run would take on each GPU, and what to change if it does not fit")
     plan.add_argument("file", help="parameter file")
@@ -320,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--index", metavar="RESULTS", nargs="?", const="", help="the index of this folder (default: results)"
     )
-    _add_runs(commands.add_parser("runs", help="list the runs of a results folder, show, compare or verify them"))
+    _add_runs(commands.add_parser("runs", help="list the runs of a results folder, show or compare them"))
     listing = commands.add_parser("params", help="print every parameter with its meaning, as a parameter file")
     listing.add_argument("-f", "--file", metavar="PARAMS_FILE", help="show this file's values")
     return parser
@@ -339,9 +338,7 @@ def _add_runs(runs: argparse.ArgumentParser) -> None:
     show.add_argument("run", help="as for resume")
     compare = actions.add_parser("compare", help="what differs between runs, and their accuracies against the first's")
     compare.add_argument("run", nargs="+", help="as for resume")
-    verify = actions.add_parser("verify", help="find folders that are torn, edited or orphaned; exit code 1 if any is")
-    verify.add_argument("run", nargs="*", help="as for resume (default: all)")
-    for action in (found, show, compare, verify):
+    for action in (found, show, compare):
         action.add_argument("--results", default="results", metavar="DIR", help="where the runs are (default: results)")
 
 

@@ -3,14 +3,10 @@
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-if sys.platform != "win32":
-    import fcntl
 
 from kepo_core.errors import ParamError
 
@@ -30,19 +26,6 @@ def in_place_of(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def in_turn(path: Path) -> Iterator[None]:
-    """Processes that enter with the same file come one after another: the second sees what the first has written.
-
-    Not on Windows, nor on disks that know no locks.
-    """
-    with path.open("r+b") as file:  # a shared disk locks nothing that is opened for reading alone
-        if sys.platform != "win32":
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def read_json(path: Path) -> dict[str, Any]:

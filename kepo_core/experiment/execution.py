@@ -1,13 +1,11 @@
 """A notebook executed into a run folder by papermill, and what its end means for folder and exit code."""
 
-import os
 import shutil
 import signal
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +17,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from kepo_core.errors import ParamError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
+from kepo_core.experiment.methods import name_of
 from kepo_core.pages.index import write_index
 from kepo_core.pages.report import write_report
 from kepo_core.params import Params, from_root, project_root, resolve
@@ -28,8 +27,6 @@ from kepo_core.runs.run import Run
 
 #: Errors that a notebook raises before it computes anything, because what it was given does not fit.
 _INPUT_ERRORS = ("ParamError", "DataError")
-#: Seconds between two signs of life; after ``run.SILENCE`` without one, other machines take a run for killed.
-_SIGN_OF_LIFE = 30.0
 
 
 def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int:
@@ -37,7 +34,7 @@ def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int
 
     ``params`` override what the notebook's own parameters ``cell`` sets.
     """
-    run = Run.allocate(params, owner="kepo run")
+    run = Run.allocate(params, owner="kepo run", method=name_of(params))
     run.remember(notebook=from_root(notebook), notebook_sha256=notebook_digest(notebook))
     shown = from_root(run.path)
     print(f"kepo: run folder {shown}", flush=True)
@@ -46,7 +43,7 @@ def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int
 
 
 def resume_run(folder: str) -> int:
-    """Execute the notebook of a run that ended early once more; training goes on from its newest checkpoint.
+    """Execute the notebook of a run that ended early once more; training continues from its newest checkpoint.
 
     Raises `ParamError` if ``folder`` holds no such run.
     """
@@ -56,117 +53,88 @@ def resume_run(folder: str) -> int:
         raise ParamError(f"run_dir {folder} does not say which notebook made it, expected a folder of `kepo run`")
     run = Run.reopen(folder)
     shown = from_root(run.path)
-    print(f"kepo: going on in {shown}", flush=True)
+    print(f"kepo: resuming {shown}", flush=True)
     given = {**run.params.differing(tagged_cell(resolve(notebook))), "run_dir": shown}
     return _make(resolve(notebook), run, given, refusable=False)
 
 
 def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -> int:
-    """Execute and conclude, then say how it ended and what to do next. Returns the exit code.
+    """Execute, write how it ended, and print that and what to do next. Returns the exit code.
 
-    Where even the status cannot be written (a full disk, a folder that was deleted), none that looks like an end is.
+    Where no status can be written (a full disk, a second Ctrl-C) it stays ``running``, and the run reads as killed.
+    ``refusable``: parameters or data that do not fit end in REFUSED and no folder, if nothing was computed yet.
     """
     shown = from_root(run.path)
-    go_on = f"`kepo resume {shown}` goes on with it"
     try:
-        with _signs_of_life(run):
-            code = _execute_and_conclude(notebook, run, given, refusable=refusable)
-        if code == REFUSED:
+        state, error = _execute(notebook, run, given, refusable=refusable)
+        if state == "refused":
             shutil.rmtree(run.path)
+            print(f"kepo: {error}", file=sys.stderr)
             print(f"kepo: refused, {shown} is removed again", flush=True)
-        else:
-            state, next_step = run.status["state"], "" if code == COMPLETED else f"; {go_on}"
-            print(f"kepo: {state}, everything about it is in {shown}{next_step}", flush=True)
-    except KeyboardInterrupt:  # once more, while the folder was concluded
-        _withdraw_report(run)
-        print(f"kepo: interrupted before its status was written; {go_on}", file=sys.stderr)
-        return INTERRUPTED
-    except (OSError, ParamError) as problem:
-        _withdraw_report(run)
+            return REFUSED
+        run.conclude(state, error, lambda *end: _write_report(run, *end))
+        status = run.status
+    except (KeyboardInterrupt, OSError, ParamError) as problem:
+        with suppress(OSError):
+            (run.path / "report.html").unlink(missing_ok=True)  # its end was not written
         if (run.path / "status.json").is_file():
-            print(f"kepo: its status could not be written ({problem}): make room, then {go_on}", file=sys.stderr)
+            reason = str(problem) or "interrupted"
+            said = f"its status could not be written ({reason}): `kepo resume {shown}` resumes it, where there is room"
         else:
-            print(f"kepo: {shown} was deleted or moved while the run was made: start it anew", file=sys.stderr)
-        return FAILED
-    return code
-
-
-@contextmanager
-def _signs_of_life(run: Run) -> Iterator[None]:
-    """Touches the run's status now and then: other machines see that somebody is at work (`Run.worker`)."""
-    ended = threading.Event()
-
-    def touch() -> None:
-        while not ended.wait(_SIGN_OF_LIFE):
-            with suppress(OSError):  # the folder was deleted, or a shared disk is away for a moment
-                os.utime(run.path / "status.json")
-
-    threading.Thread(target=touch, daemon=True).start()
-    try:
-        yield
+            said = f"{shown} was deleted or moved while the run was made: start it again"
+        print(f"kepo: {said}", file=sys.stderr)
+        return INTERRUPTED if isinstance(problem, KeyboardInterrupt) else FAILED
     finally:
-        ended.set()
+        run.release()
+    _print_end(run, status)
+    return {"completed": COMPLETED, "interrupted": INTERRUPTED}.get(status["state"], FAILED)
 
 
-def _execute_and_conclude(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -> int:
-    """Execute, then turn what happened into report, status and exit code.
-
-    ``refusable``: parameters or data that do not fit end in REFUSED and no status, if nothing was computed yet.
-    """
+def _execute(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -> tuple[Any, str]:
+    """Execute; returns the state that the run has come to, or ``refused``, and the error's sentence."""
     try:
         execute(notebook, run.path / "notebook.ipynb", given)
     except KeyboardInterrupt:
-        return _conclude(run, "interrupted", "stopped by the user", INTERRUPTED)
+        return "interrupted", "stopped by the user"
     except PapermillExecutionError as error:
         sentence = error.evalue.strip() or error.ename
         if refusable and error.ename in _INPUT_ERRORS and not (run.path / "metrics.jsonl").exists():
-            print(f"kepo: {sentence}", file=sys.stderr)
-            return REFUSED
-        return _conclude(run, "failed", f"{error.ename}: {sentence}", FAILED)
+            return "refused", sentence
+        return "failed", f"{error.ename}: {sentence}"
     except DeadKernelError:
-        return _conclude(run, "failed", "the notebook's process died, for want of memory perhaps", FAILED)
+        return "failed", "the kernel died (out of memory?)"
     except OSError as error:  # papermill could not write the notebook
-        return _conclude(run, "failed", f"the notebook could not be written: {error}", FAILED)
+        return "failed", f"the notebook could not be written: {error}"
     except BaseException as error:  # not foreseen: the folder says so, and the traceback is shown
         run.fail(error)
         raise
     if run.headline is None:
-        return _conclude(run, "failed", "the notebook ended before run.finish(headline)", FAILED)
-    return _conclude(run, "completed", "", COMPLETED)
+        return "failed", "the notebook ended before run.finish(headline)"
+    return "completed", ""
 
 
-def _conclude(run: Run, state: Any, error: str, code: int) -> int:
-    """Render what there is, then write the status, which comes last whatever happens to the report.
-
-    Returns ``code``, or FAILED if the run could not be concluded as ``state``. The index of all runs is brought up to
-    date behind it.
-    """
-    try:
-        if (run.path / "notebook.ipynb").is_file():
-            write_report(run, state, error)
-    except (ValueError, OSError) as problem:
-        state, code = ("failed", FAILED) if state == "completed" else (state, code)
-        error = f"{error}; " * bool(error) + f"the report could not be rendered: {problem}"
-    finally:
-        run.conclude(state, error)
-    status = run.status
-    if status["state"] != state:  # the end itself failed, on a full disk say
-        _withdraw_report(run)
-        code = FAILED
+def _print_end(run: Run, status: dict[str, Any]) -> None:
+    """Write the index of runs, and print how the run ended and how it is resumed."""
+    shown = from_root(run.path)
     if "error" in status:
         print(f"kepo: {status['error']}", file=sys.stderr)
     if run.path.parent == project_root() / run.params.results_dir:  # a run_dir of the user's may lie anywhere
-        try:
-            write_index(run.path.parent)
-        except (ParamError, OSError) as problem:
-            print(f"kepo: the index of runs was not written: {problem}", file=sys.stderr)
-    return code
+        _draw("the index of runs", lambda: write_index(run.path.parent))
+    resume = "" if status["state"] == "completed" else f"; `kepo resume {shown}` resumes it"
+    print(f"kepo: {status['state']}, everything about it is in {shown}{resume}", flush=True)
 
 
-def _withdraw_report(run: Run) -> None:
-    """It says an end that the run did not come to."""
-    with suppress(OSError):  # where nothing can be written, perhaps nothing can be deleted
-        (run.path / "report.html").unlink(missing_ok=True)
+def _write_report(run: Run, state: str, error: str) -> None:
+    if (run.path / "notebook.ipynb").is_file():
+        _draw("the report", lambda: write_report(run, state, error))
+
+
+def _draw(page: str, write: Callable[[], object]) -> None:
+    """Write a page; where that fails, print why: the run is none the worse, and ``kepo report`` writes it again."""
+    try:
+        write()
+    except (ValueError, OSError) as problem:
+        print(f"kepo: {page} was not written: {problem}", file=sys.stderr)
 
 
 def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def train(params: Params, run: Run, shown: LiveTraining) -> None:
     if (config := configuration(params)).num_machines > 1:
         address, port = config.main_process_ip or socket.gethostname(), config.main_process_port or _free_port()
         place = {"address": address, "port": port}
-        write_json(meeting, {**place, "born": run.status.get("born", "")})
+        write_json(meeting, {**place, "resumed": run.status.get("resumed", [])})
     try:
         for step, total, logs in _steps(_watched(params, run, rank=0, **place)):
             shown.show(step, total, logs)
@@ -164,7 +164,7 @@ def join(folder: str, rank: int) -> None:
     if not 1 <= rank < machines:
         raise ParamError(f"rank is {rank}, expected 1 to {machines - 1}: the run is made by {machines} machine(s)")
     meeting = run.training_dir / _RENDEZVOUS
-    while not (meeting.is_file() and read_json(meeting)["born"] == run.status.get("born", "")):
+    while not (meeting.is_file() and read_json(meeting)["resumed"] == run.status.get("resumed", [])):
         if (state := run.state) != "running":
             raise ParamError(f"run_dir {folder} is {state}, expected a run that is about to train")
         time.sleep(1)

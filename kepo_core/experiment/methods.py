@@ -60,6 +60,17 @@ def method(name: str) -> Method:
     return methods()[name]
 
 
+def name_of(params: Params) -> str:
+    """The row whose parameters ``params`` have, of several the one that asks most: ``grpo-std`` rather than ``grpo``.
+
+    The paper's name of the method where there is no such row, or no single one.
+    """
+    asked = {name: row.overrides(params) for name, row in methods().items()}
+    sizes = {name: len(given) for name, given in asked.items() if given.items() <= params.to_dict().items()}
+    most = [name for name, size in sizes.items() if size == max(sizes.values())]
+    return most[0] if len(most) == 1 else params.method_name
+
+
 def choose(rows: str, base: Params) -> tuple[dict[str, Params], list[str]]:
     """The runs that ``rows`` asks for, over ``base``: name → parameters, and the names that were left out.
 

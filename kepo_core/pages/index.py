@@ -13,7 +13,7 @@ from kepo_core.analysis.statistics import AVG, AVG_OOD
 from kepo_core.errors import ParamError
 from kepo_core.files import write_atomically
 from kepo_core.pages import shell
-from kepo_core.pages.summary import Accuracy, Summary, summarize
+from kepo_core.runs.summary import Accuracy, Summary, summarize
 
 _TITLE = "Runs"
 _COLUMNS = ("run", "begun (UTC)", "state", "method", "seed", "parameters", "trained on", AVG_OOD, AVG, "minutes")

@@ -18,10 +18,9 @@ from nbconvert import HTMLExporter
 from kepo_core.errors import ParamError
 from kepo_core.files import write_atomically
 from kepo_core.pages import gallery, shell
-from kepo_core.pages.summary import accuracies, changed_parameters
 from kepo_core.params import Params
-from kepo_core.runs import checksums
 from kepo_core.runs.run import Run
+from kepo_core.runs.summary import accuracies, changed_parameters
 
 _TAGS = nh3.ALLOWED_TAGS | {"tfoot"}
 _ATTRIBUTES = {**nh3.ALLOWED_ATTRIBUTES, "*": {"class", "id", "title"}}
@@ -144,7 +143,6 @@ def write_report(run: Run, state: str, error: str = "") -> Path:
         raise ParamError(f"{run.path} has no notebook.ipynb, expected a run of `kepo run`: others keep their own")
     path = run.path / "report.html"
     write_atomically(path, render(notebook, run.path.name, _head(run, state, error)))
-    checksums.refresh(run.path, path.name)
     return path
 
 
@@ -164,7 +162,7 @@ def _head(run: Run, state: str, error: str) -> str:
     changed, defaults = changed_parameters(text), Params().to_dict()
     rows = [(name, value, defaults.get(name, "")) for name, value in changed.items()]
     numbers = [(row.name, row.change, row.difference) for row in accuracies(run.headline or {})]
-    what = f"{run.params.method_name}, seed {run.params.seed}, begun {run.status['started']}"
+    what = f"{run.method}, seed {run.params.seed}, begun {run.status['started']}"
     parts = [
         f"<h1>{html.escape(run.path.name)}</h1>",
         f"<p><strong>{html.escape(state)}</strong>{': ' + html.escape(error) if error else ''}</p>",

@@ -1,1 +1,1 @@
-"""Run folders: how they are made, found, gone on with, and looked after."""
+"""Run folders: how they are made, resumed, found and summarised."""

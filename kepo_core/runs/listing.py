@@ -1,10 +1,8 @@
 """The runs of a results folder, for reading: listed, found by name, shown, compared."""
 
 import difflib
-import json
 import re
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,19 +16,15 @@ from kepo_core.errors import ParamError
 from kepo_core.params import PLACES, Params, from_root, resolve
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
+from kepo_core.runs.summary import Summary, summarize
 
 #: A folder's name as `Run.allocate` makes it; its group is the parameters' hash.
 NAME = re.compile(r"\d{8}T\d{6}Z-.+-([0-9a-f]{8})(?:-\d+)?")
-#: What a row of the list has beside the folder's name, its state and start, and what is wrong with it.
-_KNOWN = ("method", "seed", "steps", "in_domain", "in_domain_before", "in_domain_after", "average_before",
-          "average_after", "minutes")  # fmt: skip
-#: What every run folder has; with none of them, and another name, a folder is no run folder.
-FIRST_FILES = ("status.json", "params.yaml", "provenance.json")
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether a folder is one of a run, or was going to be one."""
-    return bool(NAME.fullmatch(path.name)) or any((path / name).exists() for name in FIRST_FILES)
+    """Whether the folder is one of a run, or was meant to be one."""
+    return bool(NAME.fullmatch(path.name)) or (path / "status.json").is_file()
 
 
 def folders(results: Path) -> list[Path]:
@@ -71,88 +65,60 @@ def find(name: str, results: Path) -> Path:
 
 def overview(
     results: Path, state: str | None = None, method: str | None = None, values: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """A row per run folder, newest first: what `row` says of those that fit.
+) -> list[Summary]:
+    """The runs that fit, newest first.
 
     ``method`` is the one in the folder's name, ``values`` are resolved parameters. Folders that cannot be read fit
     every method and value, so that none is overlooked.
     """
-    rows = [row(path) for path in folders(results) if is_run_folder(path)]
-    wanted = {**({"method": method} if method else {}), **({"state": state} if state else {})}
-    fitting = []
-    for found in rows:
-        params = found.pop("params")
-        readable = found["state"] != "unreadable"
-        same = all(found[name] == value for name, value in wanted.items() if readable or name == "state")
-        if same and all(params[name] == value for name, value in (values or {}).items() if readable):
-            fitting.append(found)
-    return sorted(fitting, key=lambda found: (found["started"], found["id"]), reverse=True)
+    runs = [summarize(path) for path in folders(results) if is_run_folder(path)]
+    fitting = [run for run in runs if state in (None, run.state) and _fits(run, method, values or {})]
+    return sorted(fitting, key=lambda run: (run.started, run.name), reverse=True)
 
 
-def row(path: Path) -> dict[str, Any]:
-    """What is to be known of a run at a glance; accuracies in [0, 1], before and after training, ``None`` if unknown.
-
-    ``params`` are its parameters. A folder that cannot be read has the state ``unreadable`` and a ``problem``.
-    """
-    found: dict[str, Any] = {"id": path.name, "state": "unreadable", "started": "", **dict.fromkeys(_KNOWN)}
-    try:
-        run = Run.open(path)
-        status, params = run.status, run.params
-        found |= {"state": run.state, "params": params.to_dict(), "started": status["started"]}
-        found |= {"method": params.method_name, "seed": params.seed, "in_domain": params.train_modality}
-        for side in ("before", "after"):
-            for name, where in (("in_domain", params.train_modality), ("average", AVG)):
-                value = (run.headline or {}).get(f"{where} {side}")
-                found[f"{name}_{side}"] = value if isinstance(value, float | int) else None
-        problem = f"nobody is at work on it: {next_step(run)}" if run.state == "killed" else status.get("error", "")
-        return found | {"steps": steps(run), "minutes": minutes(run), "problem": problem}
-    except (ValueError, OSError) as error:
-        return found | {"state": "unreadable", "params": {}, "problem": str(error)}
+def _fits(run: Summary, method: str | None, values: Mapping[str, Any]) -> bool:
+    same = method in (None, run.method) and all(run.params.get(name) == value for name, value in values.items())
+    return same or run.state == "unreadable"
 
 
-def steps(run: Run) -> int:
-    """Optimiser steps that ``metrics.jsonl`` has a whole line of; `ParamError` if its last one is no such line."""
-    path = run.path / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    try:
-        return int(json.loads(whole[-1])["step"]) if whole else 0
-    except (ValueError, KeyError, TypeError) as error:
-        raise ParamError(f"{path} ends in {whole[-1][:80]!r}, expected the numbers of a step") from error
+def as_row(run: Summary) -> dict[str, Any]:
+    """A run for programs: accuracies in [0, 1], before and after training, ``None`` where unknown."""
+    trained_on = run.params.get("train_modality")
+    row = {"id": run.name, "state": run.state, "started": run.started, "method": run.method, "seed": run.seed,
+           "steps": run.steps, "in_domain": trained_on}  # fmt: skip
+    for side, found in {"in_domain": run.accuracy(str(trained_on)), "average": run.accuracy(AVG)}.items():
+        row |= {f"{side}_before": found and found.before, f"{side}_after": found and found.after}
+    return row | {"minutes": run.minutes, "problem": run.error}
 
 
-def minutes(run: Run) -> float | None:
-    """From start to end, or until now, by the clock; ``None`` where nobody noted the end."""
-    if run.state == "running":
-        return (time.time() - pd.Timestamp(run.status["started"]).timestamp()) / 60
-    return shelf.minutes(run) if "finished" in run.status else None
-
-
-def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_text(runs: Sequence[Summary]) -> str:
     """`overview` as a table, accuracies in per cent; under it, why runs failed or cannot be read."""
-    if not rows:
+    if not runs:
         return "no runs"
-    width = max(len(found["id"]) for found in rows)
-    table = pd.DataFrame([
-        {"run": found["id"].ljust(width), "state": found["state"], "method": found["method"] or "–",
-         "seed": _or_dash(found["seed"]), "steps": _or_dash(found["steps"]),
-         "in-domain": _change(found, "in_domain"), AVG: _change(found, "average"),
-         "min": _or_dash(found["minutes"], ".1f")}
-        for found in rows
-    ])  # fmt: skip
-    if all(f"-{found['method']}-" in found["id"] for found in rows if found["method"]):
-        table = table.drop(columns="method")  # the names say it
-    problems = [f"{found['id']}: {found['problem']}" for found in rows if found["problem"]]
-    return "\n".join([table.to_string(index=False), *([""] if problems else []), *problems])
+    width = max(len(run.name) for run in runs)
+    columns = {
+        "run": [run.name.ljust(width) for run in runs],
+        "state": [run.state for run in runs],
+        "method": [run.method or "–" for run in runs],
+        "seed": [_or_dash(run.seed) for run in runs],
+        "steps": [_or_dash(run.steps) for run in runs],
+        "in-domain": [_change(run, str(run.params.get("train_modality"))) for run in runs],
+        AVG: [_change(run, AVG) for run in runs],
+        "min": [_or_dash(run.minutes, ".1f") for run in runs],
+    }
+    if all(f"-{run.method}-" in run.name for run in runs if run.method):
+        del columns["method"]  # the names say it
+    problems = [f"{run.name}: {run.error}" for run in runs if run.error]
+    return "\n".join([pd.DataFrame(columns).to_string(index=False), *([""] if problems else []), *problems])
 
 
 def _or_dash(value: float | None, form: str = "") -> str:
     return "–" if value is None else format(value, form)
 
 
-def _change(found: Mapping[str, Any], name: str) -> str:
-    before, after = found[f"{name}_before"], found[f"{name}_after"]
-    return "–" if before is None or after is None else f"{100 * before:.1f}→{100 * after:.1f}"
+def _change(run: Summary, name: str) -> str:
+    found = run.accuracy(name)
+    return "–" if found is None else found.change
 
 
 # Shown -----------------------------------------------------------------------------------------------------------
@@ -165,7 +131,7 @@ def show(path: Path) -> str:
     defaults = Params().to_dict()
     changed = {n: f"{v!r} (default {defaults.get(n, 'of TRL')!r})" for n, v in run.params.differing().items()}
     times = {"started": status["started"], "resumed": ", ".join(status.get("resumed", [])),
-             "finished": status.get("finished", ""), "minutes": _or_dash(minutes(run), ".1f")}  # fmt: skip
+             "finished": status.get("finished", ""), "minutes": _or_dash(summarize(path).minutes, ".1f")}  # fmt: skip
     parts = {
         f"{path.name}": {"folder": from_root(path), "state": run.state, "error": status.get("error", ""),
                          "next": next_step(run), **times},
@@ -194,9 +160,9 @@ def next_step(run: Run) -> str:
     if state == "completed":
         return "nothing, it has completed"
     if state == "running":
-        return f"wait: {run.worker or 'a process'} is at work"
+        return f"wait: {run.worker} is at work"
     if run.status["owner"] == "notebook":
-        return "start it anew: a run that a notebook made by itself is not resumed"
+        return "start it again: a run that a notebook made by itself is not resumed"
     first = "put params.yaml back, which was edited since it began; then " if run.is_edited else ""
     return f"{first}kepo resume {shlex.quote(from_root(run.path))}"
 

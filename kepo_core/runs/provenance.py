@@ -93,36 +93,6 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def machine() -> str:
-    """Where a process's number means something: this boot of this machine, and in it this container; "" if hidden."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}.{str(Path('/proc/self/ns/pid').readlink()).strip('pid:[]')}"
-    except OSError:
-        return ""
-
-
-def birth(pid: int) -> str:
-    """What tells a process from others: `machine`, "/", and its start time; "" where the system hides it."""
-    try:
-        # The command's name, in brackets, may hold spaces; the start time is the 20th field behind it.
-        started = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-    return f"{here}/{started}" if (here := machine()) else ""
-
-
-def is_alive(pid: int, born: str = "") -> bool:
-    """Whether a process of this machine has that number and, where ``born`` is given, that `birth`."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return not born or birth(pid) == born
-    return not born or birth(pid) == born
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

@@ -10,56 +10,73 @@ stores the headline numbers. The last thing written is always ``status.json``:
   writes ``failed`` (a later `Run.finish` of the mended notebook overrules it). A kernel cannot save its own notebook,
   so there is no ``notebook.ipynb`` and no ``report.html`` then.
 
-A status that stays ``running`` although its process is gone means that the run was killed from outside. For other
-machines to know, the command touches ``status.json`` as long as it is at work.
-
-A completed run has ``SHA256SUMS`` of all its files but ``status.json``: whatever is changed later shows.
+Whoever makes a run holds a lock on its ``.lock`` until the last status is written. The lock frees itself when the
+process ends, however it ends: a status that stays ``running`` while nobody holds the lock means that the run was
+killed. Other machines see the lock on every disk that shares locks, such as NFS, or Lustre mounted with ``flock``.
 """
 
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from kepo_core.errors import ParamError
-from kepo_core.files import in_place_of, in_turn, read_json, write_atomically, write_json
+from kepo_core.files import in_place_of, read_json, write_atomically, write_json
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import PLACES, Params, project_root
 from kepo_core.params_io import read_yaml, short_hash
-from kepo_core.runs import checksums, provenance
+from kepo_core.runs import provenance
 
 Owner = Literal["kepo run", "notebook"]
 State = Literal["running", "completed", "failed", "interrupted"]
 
-#: Seconds without a sign of life after which a run of another machine counts as killed.
-SILENCE = 600
+#: The file in a run's folder that its process has locked.
+_LOCK = ".lock"
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process makes the run in ``folder`` now: on this machine, or on another that shares the disk."""
+    if not (folder / _LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / _LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. ``path`` is absolute; ``params`` are the resolved parameters."""
+    """One run folder. ``path`` is absolute; ``params`` are the resolved parameters.
+
+    ``lock`` is held by the process that makes the run, at most as long as this object lives; readers have none.
+    """
 
     path: Path
     params: Params
+    lock: FileLock | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def allocate(cls, params: Params, *, owner: Owner = "notebook") -> Self:
+    def allocate(cls, params: Params, *, owner: Owner = "notebook", method: str = "") -> Self:
         """Make a new folder for ``params``: ``params.run_dir`` where it is set, else a named one in ``results_dir``.
 
-        Raises `ParamError` if ``run_dir`` exists already, or if nothing can be written there; then nothing is left.
+        ``method`` is what the run is called, in the folder's name too; empty: ``params.method_name``. Raises
+        `ParamError` if ``run_dir`` exists already, or if nothing can be written there; then nothing is left.
         """
-        started = time.gmtime()
-        path = _make_new(params, started)
-        run = cls(path, params)
+        started, method = time.gmtime(), method or params.method_name
+        path = _make_new(params, method, started)
         try:
+            run = cls(path, params, _locked(path))
             write_atomically(path / "params.yaml", params.to_yaml())
-            write_json(path / "provenance.json", provenance.collect(params))
-            run._write_status("running", owner=owner, **_this_process(), started=_utc(started))
+            write_json(path / "provenance.json", {"method": method, **provenance.collect(params)})
+            run._write_status("running", owner=owner, pid=os.getpid(), started=_utc(started))
         except BaseException as error:
             shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, OSError):
@@ -69,7 +86,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """An existing folder, for reading or for going on. Raises `ParamError` if it is none."""
+        """An existing folder, for reading. Raises `ParamError` if it is not one of a run."""
         path = project_root() / path
         if not (path / "status.json").is_file():
             raise ParamError(f"run_dir {path} is no run folder: it has no status.json")
@@ -79,35 +96,44 @@ class Run:
     def reopen(cls, path: str | Path) -> Self:
         """A run that ended early, set running again by the ``kepo`` command.
 
-        Raises `ParamError` if it has completed, if its process is still at work, or if its parameters were edited.
+        Raises `ParamError` if it has completed, if a process is at work on it, or if its parameters were edited.
         """
         run = cls.open(path)
-        with in_turn(run.path / "params.yaml"):
-            status, state = run.status, run.state
-            if state == "completed":
-                raise ParamError(f"run_dir {path} holds a completed run, and no run is ever overwritten")
-            if state == "running":
-                raise ParamError(f"run_dir {path} is at work in {run.worker}, expected a run that has ended")
-            if run.is_edited:
-                raise ParamError(
-                    f"params.yaml in {path} was edited since the run began: put it back, or start a new run with "
-                    f"kepo run {run.provenance.get('notebook', 'NOTEBOOK')} -f {path}/params.yaml"
-                )
-            started, resumed = status["started"], [*status.get("resumed", []), _utc(time.gmtime())]
-            run._write_status("running", owner="kepo run", **_this_process(), started=started, resumed=resumed)
+        try:
+            run = replace(run, lock=_locked(run.path))
+        except Timeout as error:
+            raise ParamError(f"run_dir {path} is at work in {run.worker}, expected a run that has ended") from error
+        try:
+            run._check_resumable()
+            status = run.status
+            resumed = [*status.get("resumed", []), _utc(time.gmtime())]
+            run._write_status("running", owner="kepo run", pid=os.getpid(), started=status["started"], resumed=resumed)
+        except BaseException:
+            run.release()
+            raise
         made_by = run.provenance["code"]
         if made_by.get("package") != provenance.package_digest():  # it is a run of neither code alone
             run.remember(code={**made_by, "package": f"{made_by.get('package')} and {provenance.package_digest()}"})
         return run
 
+    def _check_resumable(self) -> None:
+        """Raise `ParamError` for a run that has completed, or whose parameters were edited."""
+        if self.status["state"] == "completed":
+            raise ParamError(f"run_dir {self.path} holds a completed run, and no run is ever overwritten")
+        if self.is_edited:
+            raise ParamError(
+                f"params.yaml in {self.path} was edited since the run began: put it back, or start a new run with "
+                f"kepo run {self.provenance.get('notebook', 'NOTEBOOK')} -f {self.path}/params.yaml"
+            )
+
     @classmethod
-    def for_notebook(cls, params: Params) -> Self:
-        """The folder of the notebook that calls this: the one that ``kepo run`` made, else a new one.
+    def for_notebook(cls, params: Params, method: str = "") -> Self:
+        """The folder of the notebook that calls this: the one that ``kepo run`` made, else a new one called ``method``.
 
         Call it after data and models are loaded and checked, so that a bad path leaves no folder behind.
         """
         if not params.run_dir or not (project_root() / params.run_dir).exists():
-            run = cls.allocate(params)
+            run = cls.allocate(params, method=method)
             _mark_failing_cells(run)
         else:
             run = cls.open(params.run_dir)
@@ -128,6 +154,11 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """``provenance.json`` as it is now; `ParamError` if it cannot be read."""
         return read_json(self.path / "provenance.json")
+
+    @property
+    def method(self) -> str:
+        """What the run is called, as in its folder's name."""
+        return str(self.provenance.get("method") or self.params.method_name)
 
     @property
     def training_dir(self) -> Path:
@@ -162,33 +193,21 @@ class Run:
     @property
     def state(self) -> str:
         """The status's state, or ``killed`` where that says running and nobody is at work."""
-        killed = self.status["state"] == "running" and not self.is_at_work
+        killed = self.status["state"] == "running" and not is_running(self.path)
         state: str = self.status["state"]  # read again: it may have ended in between
         return "killed" if killed and state == "running" else state
 
     @property
-    def is_at_work(self) -> bool:
-        """Whether the process that makes it still exists, as far as can be told."""
-        return bool(self.worker)
+    def worker(self) -> str:
+        """Who makes it, in words, for a run that is at work."""
+        return f"process {self.status['pid']}"
 
     @property
-    def worker(self) -> str:
-        """Who makes it, in words; "" where nobody does any more.
-
-        Processes of this machine are looked up. Of others, and of this one before it was started anew, the age of
-        ``status.json`` tells: `SILENCE`.
-        """
+    def minutes(self) -> float:
+        """From start to end, or until now, by the clock and with all pauses."""
         status = self.status
-        pid, born, here = status["pid"], str(status.get("born", "")), provenance.machine()
-        if not born or not here or born.rpartition("/")[0] == here:
-            return f"process {pid}" if provenance.is_alive(pid, born) else ""
-        silent = time.time() - (self.path / "status.json").stat().st_mtime
-        if silent >= SILENCE:
-            return ""
-        return (
-            "a process of another machine, or of this one before it was restarted (its last sign of life is "
-            f"{max(0, silent) / 60:.0f} minutes old, and after {SILENCE // 60} it counts as killed)"
-        )
+        ended = datetime.fromisoformat(status["finished"]) if "finished" in status else datetime.now(UTC)
+        return (ended - datetime.fromisoformat(status["started"])).total_seconds() / 60
 
     @property
     def is_edited(self) -> bool:
@@ -199,18 +218,6 @@ class Run:
         written = read_yaml(self.path / "params.yaml")
         as_written = short_hash({name: value for name, value in written.items() if name not in PLACES})
         return self.provenance.get("params_hash") not in (self.params.hash, as_written)
-
-    @property
-    def leftovers(self) -> list[Path]:
-        """What serves to go on with a run, and goes when it has completed: checkpoints and half-done evaluations."""
-        training = self.training_dir
-        found = [*sorted(training.glob("checkpoint-*")), training / ".partial", self.evaluation_dir]
-        return [path for path in found if path.exists()]
-
-    @property
-    def unsealed(self) -> list[Path]:
-        """What ``SHA256SUMS`` leaves out: the status, which is written after it, and `leftovers`."""
-        return [self.path / "status.json", *self.leftovers]
 
     @property
     def headline(self) -> dict[str, Any] | None:
@@ -230,34 +237,36 @@ class Run:
         """Write the status of a failed run, with the error as one sentence."""
         self.conclude("failed", error=error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
-    def conclude(self, state: State, error: str = "") -> None:
+    def conclude(
+        self, state: State, error: str = "", render: Callable[[State, str], object] = lambda state, error: None
+    ) -> None:
         """Gather what training wrote batch by batch into ``rollouts.parquet``, then write the last status.
 
-        A completed run gets its ``SHA256SUMS`` before that, and loses its `leftovers` after it: if it is killed in
-        between, it can still be gone on with.
+        ``render`` is called in between, with the state and the error that the status is going to have. A completed run
+        loses its checkpoints and half-done evaluations after that: if it is killed before, it can be resumed.
         """
-        what = "the rollouts could not be gathered"
         try:
             rollouts = collect_rollouts(self.training_dir)
             if not rollouts.empty:
                 self.write_table("rollouts", rollouts)
-            if state == "completed":
-                what = f"{checksums.NAME} could not be written"
-                found = checksums.digests(self.path, self.unsealed)
-                write_atomically(self.path / checksums.NAME, checksums.to_text(found))
         except (OSError, ValueError) as problem:  # a process that was killed can leave half a file
-            state, told = ("failed" if state == "completed" else state), f"{error}; " if error else ""
-            error = f"{told}{what}: {problem}"
-        if state != "completed":
-            (self.path / checksums.NAME).unlink(missing_ok=True)  # a notebook can fail after it had completed
-        first_line = error.strip().splitlines()[0] if error.strip() else ""
-        old = {
-            key: value for key, value in self.status.items() if key in ("owner", "pid", "born", "started", "resumed")
-        }
-        extra = {"headline": self.headline or {}, "finished": _utc(time.gmtime())}
-        self._write_status(state, **old, **extra, **({"error": first_line} if first_line else {}))
-        for folder in self.leftovers if state == "completed" else ():
-            shutil.rmtree(folder, ignore_errors=True)
+            state = "failed" if state == "completed" else state
+            error = f"{error}; " * bool(error) + f"the rollouts could not be gathered: {problem}"
+        render(state, error)
+        kept = {name: value for name, value in self.status.items() if name in ("owner", "pid", "started", "resumed")}
+        ended = {"headline": self.headline or {}, "finished": _utc(time.gmtime())}
+        first_line = error.strip().partition("\n")[0]
+        self._write_status(state, **kept, **ended, **({"error": first_line} if first_line else {}))
+        if state == "completed":
+            checkpoints = self.training_dir.glob("checkpoint-*")
+            for folder in (*checkpoints, self.training_dir / ".partial", self.evaluation_dir):
+                shutil.rmtree(folder, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the folder: whoever made the run is not at work on it any more."""
+        if self.lock is not None:
+            self.lock.release()
 
     def _write_status(self, state: State, **entries: Any) -> None:
         write_json(self.path / "status.json", {"state": state, **entries})
@@ -267,9 +276,9 @@ class Run:
         write_json(self.path / "provenance.json", {**self.provenance, **entries})
 
 
-def _make_new(params: Params, started: time.struct_time) -> Path:
+def _make_new(params: Params, method: str, started: time.struct_time) -> Path:
     """A folder that did not exist before: ``run_dir``, or a named one; a second of the same second gets a suffix."""
-    name = f"{time.strftime('%Y%m%dT%H%M%SZ', started)}-{params.method_name}-{params.hash}"
+    name = f"{time.strftime('%Y%m%dT%H%M%SZ', started)}-{method}-{params.hash}"
     first = project_root() / (params.run_dir or f"{params.results_dir}/{name}")
     numbered = (first.with_name(f"{name}-{number}") for number in range(2, 1000) if not params.run_dir)
     try:
@@ -287,8 +296,11 @@ def _make_new(params: Params, started: time.struct_time) -> Path:
     raise ParamError(f"results_dir {first.parent} holds a thousand runs named {name}")
 
 
-def _this_process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "born": provenance.birth(os.getpid())}
+def _locked(folder: Path) -> FileLock:
+    """The lock of a run's folder, taken; ``Timeout`` if another process has it."""
+    lock = FileLock(folder / _LOCK, thread_local=False)
+    lock.acquire(timeout=1)  # longer than `is_running` has it
+    return lock
 
 
 def _utc(moment: time.struct_time) -> str:

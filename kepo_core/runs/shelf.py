@@ -57,8 +57,8 @@ def failed(run: Run) -> str:
 def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run | None:
     """Names begin with the time, so the last of those that end in the parameters' hash is the newest.
 
-    A run that stopped before it read its data has not recorded any, and goes with all. Folders that cannot be read,
-    being torn or deleted at this moment, hold no run (`kepo runs verify` speaks of those).
+    A run that stopped before it read its data has not recorded any, and goes with all. Folders that cannot be read
+    (deleted at this moment, for example) are skipped; `kepo runs list` shows them.
     """
     for path in sorted((project_root() / params.results_dir).glob(f"*-{params.hash}*"), reverse=True):
         try:
@@ -81,9 +81,3 @@ def read_curve(run: Run) -> dict[int, list[Answer]]:
     """A run's ``curve.parquet``: optimiser step → the answers after it; empty where ``curve_steps`` asked for none."""
     path = run.path / "curve.parquet"
     return from_table(pd.read_parquet(path), "step") if path.exists() else {}
-
-
-def minutes(run: Run) -> float:
-    """From the run's start to its end by the clock, pauses included."""
-    started, finished = (pd.Timestamp(run.status[name]) for name in ("started", "finished"))
-    return float((finished - started).total_seconds() / 60)

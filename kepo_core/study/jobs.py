@@ -224,7 +224,7 @@ def command(params: Params, left: Run | None) -> list[str]:
 def last_words(output: str) -> str:
     """The sentence with which ``kepo`` ended, or what its process said last."""
     lines = [line for line in output.strip().splitlines() if not line.startswith("submitit ")] or ["it said nothing"]
-    progress = (" everything about it is in ", "kepo: run folder ", "kepo: going on in ")
+    progress = (" everything about it is in ", "kepo: run folder ", "kepo: resuming ")
     told = [line for line in lines if line.startswith("kepo: ") and not any(part in line for part in progress)]
     return (told or lines)[-1].removeprefix("kepo: ")
 

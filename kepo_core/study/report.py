@@ -12,7 +12,6 @@ from kepo_core.experiment import execution, experiment
 from kepo_core.files import write_atomically
 from kepo_core.pages import report
 from kepo_core.params import from_root, project_root, resolve
-from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
 from kepo_core.study import jobs, studies
 
@@ -52,7 +51,7 @@ def _head(study: studies.Study, runs: Mapping[str, Run], file: Path) -> str:
     )
     items = [
         f'<li><a href="../../{html.escape(quote(run.path.name))}/report.html">{html.escape(name)}</a>, '
-        f"{shelf.minutes(run):.1f} minutes</li>"
+        f"{run.minutes:.1f} minutes</li>"
         for name, run in runs.items()
     ]
     return "\n".join([

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 from papermill.exceptions import PapermillExecutionError
 
 from kepo_core.cli import main, method_overrides, parse_value
 from kepo_core.data import phantom
 from kepo_core.params import Params
-from kepo_core.runs import provenance
 from kepo_core.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ def test_a_run_leaves_a_complete_folder(kepo_run, results):
     assert status["state"] == "completed"
     assert status["headline"] == {"tau": 0.0, "python": sys.executable}
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("SHA256SUMS", "headline.json", "metrics.jsonl", "notebook.ipynb", "params.yaml", "provenance.json"),
+        *(".lock", "headline.json", "metrics.jsonl", "notebook.ipynb", "params.yaml", "provenance.json"),
         *("report.html", "status.json"),
     ]
     assert Params.load(folder / "params.yaml").tau == 0.0
@@ -196,6 +197,25 @@ def test_bad_parameters_stop_at_once_with_one_sentence(kepo_run, results, parame
     assert not results.exists()
 
 
+def test_notebook_03_is_run_where_none_is_named(monkeypatch):
+    ran = []
+    monkeypatch.setattr("kepo_core.experiment.execution.run_notebook", lambda *given: ran.append(given) or 0)
+    assert main(["run", "-p", "tau", "0"]) == 0
+    ((notebook, params, overrides),) = ran
+    assert (notebook.name, params.tau, overrides) == ("03_train_kepo.ipynb", 0.0, {"tau": 0})
+
+
+def test_a_run_is_called_as_its_row_in_folder_and_list(no_kernel, kepo_run, results, capsys):
+    for row in ("grpo", "grpo-std", "grpo-g9"):
+        assert kepo_run(READ, OPEN, FINISH, parameters=("-m", row))[0] == 0
+    names = {Run.open(folder).method: folder.name for folder in results.glob("*/")}
+    assert sorted(names) == ["grpo", "grpo-g9", "grpo-std"]
+    assert all(re.fullmatch(rf"\d{{8}}T\d{{6}}Z-{row}-[0-9a-f]{{8}}", name) for row, name in names.items())
+    assert main(["runs", "list", "--results", str(results), "--method", "grpo", "--json"]) == 0
+    assert [row["id"] for row in json.loads(capsys.readouterr().out)] == [names["grpo"]]
+    assert ">grpo-std</td>" in (results / "index.html").read_text()
+
+
 def test_a_missing_notebook_is_refused(capsys):
     assert main(["run", "nowhere.ipynb"]) == 2
     assert capsys.readouterr().err == "kepo: notebook nowhere.ipynb does not exist\n"
@@ -263,25 +283,11 @@ def test_a_run_at_work_is_not_resumed(kepo_run, results, capsys):
     kepo_run(READ, OPEN, WORK, ONCE, FINISH)
     folder = only_folder(results)
     status = json.loads((folder / "status.json").read_text())
-    born = provenance.birth(os.getpid())
-    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid(), "born": born}))
-    assert main(["resume", str(folder)]) == 2
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid()}))
+    with FileLock(folder / ".lock"):
+        assert main(["resume", str(folder)]) == 2
     assert f"is at work in process {os.getpid()}" in capsys.readouterr().err
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": done.pid}))
     assert main(["resume", str(folder)]) == 0  # it was killed
-
-
-@pytest.mark.skipif(not provenance.birth(os.getpid()), reason="the system does not tell when processes began")
-def test_a_number_that_another_process_has_got_since_is_no_run_at_work(kepo_run, results):
-    kepo_run(READ, OPEN, WORK, ONCE, FINISH)
-    folder = only_folder(results)
-    status = json.loads((folder / "status.json").read_text())
-    assert status["born"] and provenance.birth(os.getpid()) == provenance.birth(os.getpid())
-    born = f"{provenance.machine()}/1"
-    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid(), "born": born}))
-    assert main(["resume", str(folder)]) == 0
 
 
 def test_what_no_command_made_is_not_resumed(tmp_path, results, capsys):

@@ -268,7 +268,7 @@ def test_who_cannot_join_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ParamError, match="rank is 0, expected 1 or more"):
         launch.join("nowhere", 0)  # told at once, though nowhere might still come
     run.training_dir.mkdir()
-    place = {"address": "gone", "port": 1, "born": "of a process that was killed"}
+    place = {"address": "gone", "port": 1, "resumed": ["of a process that was killed"]}
     (run.training_dir / "rendezvous.json").write_text(str(place).replace("'", '"'))
     monkeypatch.setattr(time, "sleep", lambda seconds: run.conclude("failed"))
     works(monkeypatch, "")  # who follows a place that nobody keeps any more would be done at once
@@ -281,9 +281,7 @@ def test_who_has_joined_ends_with_the_first_machine(tmp_path: Path, monkeypatch:
     """Its workers would wait for those that are gone until their own time is up."""
     run = two_machines(tmp_path)
     run.training_dir.mkdir()
-    (run.training_dir / "rendezvous.json").write_text(
-        json.dumps({"address": "here", "port": 1, "born": run.status.get("born", "")})
-    )
+    (run.training_dir / "rendezvous.json").write_text(json.dumps({"address": "here", "port": 1, "resumed": []}))
     monkeypatch.setattr(launch, "_LOOK_EVERY", 0.05)
     works(monkeypatch, "import time; print('waits', flush=True); time.sleep(60)")
     threading.Timer(1.0, run.conclude, ["failed"]).start()

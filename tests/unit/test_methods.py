@@ -11,7 +11,7 @@ from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
 from kepo_core.errors import ParamError
 from kepo_core.experiment import experiment
 from kepo_core.experiment.experiment import StudyData
-from kepo_core.experiment.methods import beside_paper, choose, method, methods, methods_table, paper_table
+from kepo_core.experiment.methods import beside_paper, choose, method, methods, methods_table, name_of, paper_table
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
 
@@ -33,11 +33,19 @@ def test_every_row_of_table_1_has_its_method_and_no_two_methods_are_the_same_run
             assert made[entry.name].thinking == (entry.row[2] == "thinking"), entry.name
 
 
-def test_names_are_those_of_run_folders_where_a_method_has_one() -> None:
-    base = Params()
-    for name in ("zero-shot", "sft-nothink", "grpo", "grpo-nothink", "gkd-lambda0.5-nothink", "kepo-ke-tau0",
-                 "kepo-tau1", "explore-only"):  # fmt: skip
-        assert base.replace(**method(name).overrides(base)).method_name == name
+@pytest.mark.parametrize("file", ["params/phantom.yaml", "params/paper.yaml", "params/smoke.yaml"])
+def test_every_row_is_called_by_its_name_over_any_file(file: str) -> None:
+    base = Params.load(ROOT / file)
+    for name, row in methods().items():
+        assert name_of(base.replace(**row.overrides(base)).replace(seed=7, learning_rate=1e-4)) == name
+
+
+def test_what_is_no_row_or_two_at_once_is_called_by_its_method() -> None:
+    assert name_of(Params(tau=0.5)) == "kepo-tau0.5"
+    assert name_of(Params(method="sft", thinking=False, tau=0.5)) == "sft-nothink"
+    assert name_of(Params(distill=False, hint_context="none", hint_source="other")) == "explore-only"
+    other = Params(distill=False, explore=False, student="other/student")
+    assert name_of(other.replace(scale_rewards="group")) == "grpo-std"
 
 
 def test_the_papers_averages_are_those_of_its_columns() -> None:

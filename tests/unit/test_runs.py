@@ -48,6 +48,15 @@ def test_runs_of_the_same_second_do_not_share_a_folder(params, monkeypatch):
     assert names == [base, f"{base}-2", f"{base}-3"]
 
 
+def test_a_run_is_called_as_it_was_told_else_by_its_method(params):
+    run = Run.for_notebook(params, "grpo-std")
+    assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-grpo-std-{params.hash}", run.path.name) and run.method == "grpo-std"
+    earlier = read_json(run.path / "provenance.json")  # of a version that recorded none
+    del earlier["method"]
+    write_json(run.path / "provenance.json", earlier)
+    assert run.method == "kepo-tau1"
+
+
 def test_provenance_names_code_versions_and_seeds_but_no_place(params):
     run = Run.allocate(params.replace(seed=3, data_seed=4))
     found = read_json(run.path / "provenance.json")
