@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import IterableDataset
-
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Row, Task
@@ -86,6 +84,4 @@ def check_columns(task: Task, row: Row, dataset: str = "train_dataset") -> None:
 
 def first_row(dataset: Any) -> Row | None:
     """A first row to try a task on; None where there is none."""
-    if isinstance(dataset, IterableDataset):
-        return next(iter(dataset), None)
-    return dataset[0] if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) else None
+    return None if dataset is None else next(iter(dataset), None)

@@ -229,11 +229,3 @@ def log_probabilities(
             **model_fields,
         )
     return logps, entropies, mask
-
-
-def fit_width(values_RT: Tensor, width: int) -> Tensor:
-    """(R, T) cut or filled up with ones to ``width`` tokens; what is cut must be padding."""
-    filled = values_RT.new_ones(values_RT.shape[0], width)
-    shared = min(width, values_RT.shape[1])
-    filled[:, :shared] = values_RT[:, :shared]
-    return filled

@@ -52,19 +52,23 @@ def record(
         advantages, gate, keep: of this process's rows, (B,) or for advantages (B, T).
         log_ratio: by injected row, see `Rollout`.
     """
-    first, replaced = trainer.accelerator.process_index * len(now.rows), set(now.injected)
-    before = rewards if now.scored is None else now.scored
-    rollouts = []
-    for row, completion in enumerate(now.final):
-        rollout = _rollout(trainer, now, first, row, completion, rewards)
-        rollout.advantage, rollout.gate = float(advantages[row].flatten()[0]), bool(gate[row])
-        rollout.dropped, rollout.injected = not bool(keep[row]), row in replaced
-        rollout.hint_log_ratio = log_ratio.get(row, math.nan)
-        rollouts.append(rollout)
-    for row in now.injected:
-        rollout = _rollout(trainer, now, first, row, now.own[row], before)
-        rollout.replaced = True
-        rollouts.append(rollout)
+    before, replaced = rewards if now.scored is None else now.scored, set(now.injected)
+    rollouts = [
+        _rollout(
+            trainer,
+            now,
+            row,
+            completion,
+            rewards,
+            advantage=float(advantages[row].flatten()[0]),
+            gate=bool(gate[row]),
+            injected=row in replaced,
+            dropped=not bool(keep[row]),
+            hint_log_ratio=log_ratio.get(row, math.nan),
+        )
+        for row, completion in enumerate(now.final)
+    ]
+    rollouts += [_rollout(trainer, now, row, now.own[row], before, replaced=True) for row in now.injected]
     rollouts = gather_object(rollouts)
     for name, value in _metrics(trainer, now, rollouts, before).items():
         trainer._metrics["train"][name].append(value)
@@ -86,15 +90,16 @@ def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before:
     return metrics
 
 
-def _rollout(trainer: Any, now: Generation, first: int, row: int, completion: Completion, rewards: Tensor) -> Rollout:
+def _rollout(trainer: Any, now: Generation, row: int, completion: Completion, rewards: Tensor, **rest: Any) -> Rollout:
     """The record of one completion in local row ``row``; ``rewards`` are those of all rows."""
-    group = (first + row) // trainer.num_generations
+    place = trainer.accelerator.process_index * len(now.rows) + row
+    group, own = place // trainer.num_generations, rewards[place]
     result = next((e for e in now.exploration.explored if e.group == group), None)
-    own = rewards[first + row]
+    step, generation = trainer._generation_of_step
     return Rollout(
-        step=trainer._generation_of_step[0],
-        generation=trainer._generation_of_step[1],
-        row=first + row,
+        step=step,
+        generation=generation,
+        row=place,
         group=group,
         id=str(now.rows[row].get("id", "")),
         completion=completion.text,
@@ -106,4 +111,5 @@ def _rollout(trainer: Any, now: Generation, first: int, row: int, completion: Co
         hint=(result.hint or "") if result else "",
         exploration=str(result.outcome) if result else "",
         draws=result.draws if result else 0,
+        **rest,
     )

@@ -88,19 +88,15 @@ class Rollout:
 
     def columns(self) -> dict[str, Any]:
         """The row as the file has it. Raises ``ValueError`` where the task reads what another column is called."""
+        facts = {name: str(value) if isinstance(value, str) else value for name, value in self.facts.items()}
+        rewards = {f"rewards/{name}": value for name, value in self.rewards.items()}
+        spread: dict[str, dict[str, Any]] = {"facts": facts, "rewards": rewards}
         row: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
-            if name == "facts":
-                row |= {fact: str(v) if isinstance(v, str) else v for fact, v in value.items()}
-            elif name == "rewards":
-                row |= {f"rewards/{reward}": v for reward, v in value.items()}
-            else:
-                row[name] = value
-        if len(row) < len(fields(self)) - 2 + len(self.facts) + len(self.rewards):
-            own = {f.name for f in fields(self)} | {f"rewards/{name}" for name in self.rewards}
-            taken = ", ".join(sorted(set(self.facts) & own))
-            raise ValueError(f"task.read returns a column named {taken}, which the rollouts file already uses")
+            columns = spread.get(name, {name: getattr(self, name)})
+            if taken := ", ".join(sorted(row.keys() & columns)):
+                raise ValueError(f"task.read returns a column named {taken}, which the rollouts file already uses")
+            row |= columns
         return row
 
 
@@ -119,11 +115,6 @@ class Completion:
     facts: Mapping[str, Any] = field(default_factory=dict)
     rewards: tuple[float, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
-
-
-def mentions_hint(text: str) -> bool:
-    """Whether a completion gives away that it was told something (see the glossary)."""
-    return _MENTION.search(text) is not None
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], explored: Sequence[Explored[Completion]]) -> dict[str, float]:
@@ -154,7 +145,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], explored: Sequence[Explored[Com
         "kepo/draws": float(sum(e.draws for e in explored)),
         "kepo/accepted": float(sum(len(e.accepted) for e in explored)),
         "kepo/injected_log_ratio": share([r.hint_log_ratio for r in injected]),
-        "kepo/injected_mentions_hint": share([mentions_hint(r.completion) for r in injected]),
+        "kepo/injected_mentions_hint": share([_MENTION.search(r.completion) is not None for r in injected]),
     }
 
 
