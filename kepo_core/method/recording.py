@@ -1,6 +1,7 @@
 """A generation batch from the student's rollouts to what is trained on, and the record of it."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kepo_core.method.exploration import failing_groups
+from kepo_core.method.exploration import GroupOutcome, failing_groups
 from kepo_core.method.hinted import Exploration
-from kepo_core.method.rollouts import Completion, Rollout, rollout_metrics, write_rollouts
+from kepo_core.method.rollouts import Completion, Rollout, write_rollouts
 from kepo_core.method.scoring import distinct
 from kepo_core.method.task import Row
+
+_MENTION = re.compile(r"\bhint(s|ed)?\b|\bground[ -]truth\b", re.IGNORECASE)
 
 
 @dataclass
@@ -77,17 +80,42 @@ def record(
 
 
 def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before: Tensor) -> dict[str, float]:
-    size = trainer.num_generations
+    """The ``kepo/`` metrics of one generation batch over all processes; NaN where there is nothing to average.
+
+    Args:
+        trainer, now: as for `record`.
+        rollouts: all rows, replaced originals included.
+        before: the rewards of the student's own rollouts.
+    """
+    own, injected = [r for r in rollouts if not r.injected], [r for r in rollouts if r.injected]
+    explored, size = now.exploration.explored, trainer.num_generations
     signal = trainer.signal("exploration_reward", before).tolist()
-    metrics = rollout_metrics(rollouts, now.exploration.explored) | {
+    metrics = {
+        "kepo/reward": _mean([r.reward for r in own]),
+        **{f"kepo/rewards/{name}": _mean([r.rewards[name] for r in own]) for name in rollouts[0].rewards},
+        "kepo/length": _mean([r.tokens for r in own]),
+        "kepo/gate_rate": _mean([r.gate for r in rollouts if not r.replaced]),
+        "kepo/explored_groups": float(len(explored)),
+        "kepo/unparsable_hints": float(sum(e.outcome is GroupOutcome.UNPARSABLE for e in explored)),
+        "kepo/rescued_groups": float(sum(e.outcome is GroupOutcome.RESCUED for e in explored)),
+        "kepo/draws": float(sum(e.draws for e in explored)),
+        "kepo/accepted": float(sum(len(e.accepted) for e in explored)),
+        "kepo/injected_log_ratio": _mean([r.hint_log_ratio for r in injected]),
+        "kepo/injected_mentions_hint": _mean([_MENTION.search(r.completion) is not None for r in injected]),
         "kepo/all_fail_rate": len(failing_groups(signal, size)) * size / len(signal),
         "kepo/draw_tokens": float(now.exploration.draw_tokens),
     }
-    if trainer.task is not None:
-        metrics |= trainer.task.metrics([rollout.facts for rollout in rollouts if not rollout.injected])
     if not trainer.args.distill:  # without guidance there is no gate
         del metrics["kepo/gate_rate"]
+    if trainer.task is not None:
+        metrics |= trainer.task.metrics([rollout.facts for rollout in own])
     return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are not NaN."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _rollout(trainer: Any, now: Generation, row: int, completion: Completion, rewards: Tensor, **rest: Any) -> Rollout:

@@ -5,7 +5,6 @@ TRL logs itself (``reward``, ``rewards/*``) are taken after it and flatter the p
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from kepo_core.files import in_place_of
-from kepo_core.method.exploration import Explored, GroupOutcome
 
 #: Every metric that KEPOTrainer logs beside TRL's own and the task's, and what it is.
 GLOSSARY: dict[str, str] = {
@@ -49,7 +47,6 @@ GLOSSARY: dict[str, str] = {
     "into other tokens than the student wrote; they are not guided",
 }
 
-_MENTION = re.compile(r"\bhint(s|ed)?\b|\bground[ -]truth\b", re.IGNORECASE)
 ROLLOUTS_DIR = "rollouts"
 
 
@@ -115,38 +112,6 @@ class Completion:
     facts: Mapping[str, Any] = field(default_factory=dict)
     rewards: tuple[float, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
-
-
-def rollout_metrics(rollouts: Sequence[Rollout], explored: Sequence[Explored[Completion]]) -> dict[str, float]:
-    """The ``kepo/`` metrics of one generation batch over all processes; NaN where there is nothing to average.
-
-    Args:
-        rollouts: all rows, replaced originals included.
-        explored: all groups that explored.
-    """
-    own = [r for r in rollouts if not r.injected]
-    trained = [r for r in rollouts if not r.replaced]
-    injected = [r for r in rollouts if r.injected]
-
-    def share(flags: Sequence[bool | float]) -> float:
-        return sum(flags) / len(flags) if flags else math.nan
-
-    def applying(values: Sequence[float]) -> float:
-        return share([value for value in values if not math.isnan(value)])
-
-    return {
-        "kepo/reward": applying([r.reward for r in own]),
-        **{f"kepo/rewards/{name}": applying([r.rewards[name] for r in own]) for name in rollouts[0].rewards},
-        "kepo/length": share([r.tokens for r in own]),
-        "kepo/gate_rate": share([r.gate for r in trained]),
-        "kepo/explored_groups": float(len(explored)),
-        "kepo/unparsable_hints": float(sum(e.outcome is GroupOutcome.UNPARSABLE for e in explored)),
-        "kepo/rescued_groups": float(sum(e.outcome is GroupOutcome.RESCUED for e in explored)),
-        "kepo/draws": float(sum(e.draws for e in explored)),
-        "kepo/accepted": float(sum(len(e.accepted) for e in explored)),
-        "kepo/injected_log_ratio": share([r.hint_log_ratio for r in injected]),
-        "kepo/injected_mentions_hint": share([_MENTION.search(r.completion) is not None for r in injected]),
-    }
 
 
 def write_rollouts(output_dir: str | Path, rollouts: Sequence[Rollout]) -> Path:
