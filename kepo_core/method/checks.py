@@ -29,10 +29,7 @@ def check_arguments(args: KEPOConfig, teacher: Any, task: Any, eval_dataset: Any
 def check_parts(args: KEPOConfig, teacher: Any, task: Task | None, dataset: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether hints are asked for. Raises ``ValueError`` where KEPO's parts lack something.
 
-    Args:
-        args, teacher, task: the trainer's.
-        dataset: the training rows.
-        arguments: what is passed on to GRPOTrainer.
+    ``dataset`` are the training rows, ``arguments`` what is passed on to GRPOTrainer.
     """
     first = first_row(dataset)
     if task is not None and first is not None:

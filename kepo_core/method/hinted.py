@@ -45,17 +45,6 @@ def largest(accelerator: Any, number: int) -> int:
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
-@dataclass(frozen=True, slots=True)
-class Exploration:
-    """What happened in all groups that explored, over all processes, in the order of the groups.
-
-    ``draw_tokens`` counts the tokens of all hint-aware draws.
-    """
-
-    explored: tuple[Explored[Completion], ...] = ()
-    draw_tokens: int = 0
-
-
 def explore_groups(
     trainer: Any,
     rows: Sequence[Row],
@@ -63,7 +52,7 @@ def explore_groups(
     own: Sequence[Completion],
     scored: Tensor,
     seed: str,
-) -> Exploration:
+) -> tuple[list[Explored[Completion]], int]:
     """Run Algorithm 1 over the generation batch of all processes.
 
     Args:
@@ -74,13 +63,16 @@ def explore_groups(
         scored: the rewards of all processes' rollouts, (all rows, reward functions).
         seed: names this generation batch; hints depend on it.
 
+    Returns:
+        What became of all groups that explored, over all processes, in their order, and the tokens of all their draws.
+
     Raises:
         ValueError: ``hint_source`` is "other" and this process has one group alone.
     """
     accelerator, size = trainer.accelerator, trainer.num_generations
     failing = exploration.failing_groups(trainer.signal("exploration_reward", scored).tolist(), size)
     if not failing:
-        return Exploration()
+        return [], 0
     first = accelerator.process_index * len(rows)
     by_group = {group: group * size - first for group in failing if 0 <= group * size - first < len(rows)}
     alone = any((first + (row + size) % len(rows)) // size == group for group, row in by_group.items())
@@ -99,7 +91,7 @@ def explore_groups(
         anyone=sampler.anyone,
     )
     tokens = accelerator.gather(torch.tensor([sampler.tokens], device=accelerator.device)).sum()
-    return Exploration(tuple(sorted(gather_object(results), key=lambda e: e.group)), int(tokens))
+    return sorted(gather_object(results), key=lambda e: e.group), int(tokens)
 
 
 @dataclass

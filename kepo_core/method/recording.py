@@ -9,8 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kepo_core.method.exploration import GroupOutcome, failing_groups
-from kepo_core.method.hinted import Exploration
+from kepo_core.method.exploration import Explored, GroupOutcome, failing_groups
 from kepo_core.method.rollouts import Completion, Rollout, write_rollouts
 from kepo_core.method.scoring import distinct
 from kepo_core.method.task import Row
@@ -24,16 +23,20 @@ class Generation:
 
     Attributes:
         rows: the dataset rows, one per rollout.
+        first: the place of the first of them among the rows of all processes.
         own: the student's own rollouts.
         final: what is trained on, after injection.
+        explored, draw_tokens: see `hinted.explore_groups`.
         injected: rows whose original was replaced.
         scored: the rewards of ``own``, (all rows, reward functions).
     """
 
     rows: Sequence[Row]
+    first: int
     own: list[Completion] = field(default_factory=list)
     final: list[Completion] = field(default_factory=list)
-    exploration: Exploration = field(default_factory=Exploration)
+    explored: Sequence[Explored[Completion]] = ()
+    draw_tokens: int = 0
     injected: list[int] = field(default_factory=list)
     scored: Tensor | None = None
 
@@ -88,7 +91,7 @@ def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before:
         before: the rewards of the student's own rollouts.
     """
     own, injected = [r for r in rollouts if not r.injected], [r for r in rollouts if r.injected]
-    explored, size = now.exploration.explored, trainer.num_generations
+    explored, size = now.explored, trainer.num_generations
     signal = trainer.signal("exploration_reward", before).tolist()
     metrics = {
         "kepo/reward": _mean([r.reward for r in own]),
@@ -103,7 +106,7 @@ def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before:
         "kepo/injected_log_ratio": _mean([r.hint_log_ratio for r in injected]),
         "kepo/injected_mentions_hint": _mean([_MENTION.search(r.completion) is not None for r in injected]),
         "kepo/all_fail_rate": len(failing_groups(signal, size)) * size / len(signal),
-        "kepo/draw_tokens": float(now.exploration.draw_tokens),
+        "kepo/draw_tokens": float(now.draw_tokens),
     }
     if not trainer.args.distill:  # without guidance there is no gate
         del metrics["kepo/gate_rate"]
@@ -120,9 +123,9 @@ def _mean(values: Sequence[float]) -> float:
 
 def _rollout(trainer: Any, now: Generation, row: int, completion: Completion, rewards: Tensor, **rest: Any) -> Rollout:
     """The record of one completion in local row ``row``; ``rewards`` are those of all rows."""
-    place = trainer.accelerator.process_index * len(now.rows) + row
+    place = now.first + row
     group, own = place // trainer.num_generations, rewards[place]
-    result = next((e for e in now.exploration.explored if e.group == group), None)
+    result = next((e for e in now.explored if e.group == group), None)
     step, generation = trainer._generation_of_step
     return Rollout(
         step=step,

@@ -116,7 +116,7 @@ class KEPOTrainer(ScoringTrainer):
         self._find_rewards()
         if args.scale_rewards == "rloo":
             self.scale_rewards = "none"  # TRL computes Eq. 6, of which Eq. 4 is made
-        self._generation, self._window = Generation([]), {}
+        self._generation, self._window = Generation([], 0), {}
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         let_generate(student)
         if teacher is None:
@@ -170,10 +170,11 @@ class KEPOTrainer(ScoringTrainer):
     def _explore(self, now: Generation, prompts: Sequence[Prompt]) -> None:
         """Score the student's own rollouts, explore, and put accepted draws in the place of originals."""
         now.scored = self.score(now.rows, prompts, now.own)
-        now.exploration = hinted.explore_groups(self, now.rows, prompts, now.own, now.scored, self._seed())
+        now.explored, now.draw_tokens = hinted.explore_groups(
+            self, now.rows, prompts, now.own, now.scored, self._seed()
+        )
         self._inject(now)
-        first = self.accelerator.process_index * len(now.rows)
-        local = now.scored[first : first + len(now.rows)].clone()
+        local = now.scored[now.first : now.first + len(now.rows)].clone()
         for row in now.injected:
             draw = now.final[row]
             local[row] = torch.tensor(draw.rewards, device=local.device)
@@ -184,13 +185,12 @@ class KEPOTrainer(ScoringTrainer):
 
     def _inject(self, now: Generation) -> None:
         """Put accepted draws in the place of distinct originals, drawn by the run's seed (line 15 of Algorithm 1)."""
-        first = self.accelerator.process_index * len(now.rows)
-        for result in now.exploration.explored:
+        for result in now.explored:
             group = result.group
             rng = random.Random(f"{self._seed()}/leave/{group}")
             leaving = leaving_members(len(result.accepted), self.num_generations, rng)
             for member, draw in zip(leaving, result.accepted, strict=True):
-                row = group * self.num_generations + member - first
+                row = group * self.num_generations + member - now.first
                 if 0 <= row < len(now.rows):
                     now.final[row] = draw
                     now.injected.append(row)
@@ -202,13 +202,13 @@ class KEPOTrainer(ScoringTrainer):
             step = self.state.global_step + 1
             repeated = self._generation_of_step[0] == step
             self._generation_of_step = (step, self._generation_of_step[1] + 1 if repeated else 0)
-        now, self._scored = Generation(inputs), None
-        self._generation = now
+        self._generation = now = Generation(inputs, self.accelerator.process_index * len(inputs))
+        self._scored = None
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if not training:
             return output
         rewards = self._rewards
-        local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        local = slice(now.first, now.first + len(inputs))
         totals = self.total(rewards)
         if self.args.scale_rewards == "rloo":
             output["advantages"] = objective.leave_one_out(totals, self.num_generations)[local]
@@ -254,13 +254,10 @@ class KEPOTrainer(ScoringTrainer):
 
     def _kept(self, now: Generation) -> Tensor:
         """Which rows stay in the loss: all, but for exhausted groups under ``on_exhausted="drop"``, (B,)."""
-        first = self.accelerator.process_index * len(now.rows)
         dropped = {
-            e.group
-            for e in now.exploration.explored
-            if self.args.on_exhausted == "drop" and e.outcome is GroupOutcome.EXHAUSTED
+            e.group for e in now.explored if self.args.on_exhausted == "drop" and e.outcome is GroupOutcome.EXHAUSTED
         }
-        flags = [(first + row) // self.num_generations not in dropped for row in range(len(now.rows))]
+        flags = [(now.first + row) // self.num_generations not in dropped for row in range(len(now.rows))]
         return torch.tensor(flags, device=self.accelerator.device)
 
     def _measure_injected(self, now: Generation, output: dict[str, Any]) -> dict[int, float]:
@@ -272,12 +269,11 @@ class KEPOTrainer(ScoringTrainer):
         count = hinted.largest(self.accelerator, len(now.injected))
         if not count:
             return {}
-        hints = {e.group: e.hint for e in now.exploration.explored}
-        first = self.accelerator.process_index * len(now.rows)
+        hints = {e.group: e.hint for e in now.explored}
         rows = now.injected + [0] * (count - len(now.injected))  # every process makes as many forward passes
         plain = [with_images(now.rows[row]["prompt"], now.rows[row]) for row in rows]
         aware = [
-            hinted.hint_aware_prompt(self, now.rows[row], hints.get((first + row) // self.num_generations) or "")
+            hinted.hint_aware_prompt(self, now.rows[row], hints.get((now.first + row) // self.num_generations) or "")
             for row in rows
         ]
         ids = [now.final[row].ids for row in rows]
