@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import IterableDataset
-
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Row, Task
@@ -31,10 +29,7 @@ def check_arguments(args: KEPOConfig, teacher: Any, task: Any, eval_dataset: Any
 def check_parts(args: KEPOConfig, teacher: Any, task: Task | None, dataset: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether hints are asked for. Raises ``ValueError`` where KEPO's parts lack something.
 
-    Args:
-        args, teacher, task: the trainer's.
-        dataset: the training rows.
-        arguments: what is passed on to GRPOTrainer.
+    ``dataset`` are the training rows, ``arguments`` what is passed on to GRPOTrainer.
     """
     first = first_row(dataset)
     if task is not None and first is not None:
@@ -86,6 +81,4 @@ def check_columns(task: Task, row: Row, dataset: str = "train_dataset") -> None:
 
 def first_row(dataset: Any) -> Row | None:
     """A first row to try a task on; None where there is none."""
-    if isinstance(dataset, IterableDataset):
-        return next(iter(dataset), None)
-    return dataset[0] if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) else None
+    return None if dataset is None else next(iter(dataset), None)

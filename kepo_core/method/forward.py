@@ -72,14 +72,15 @@ def check_plain_head(model: Any, role: str) -> None:
             raise ValueError(f"the {role}'s {name} is {getattr(config, name)}, expected a model with unscaled logits")
 
 
-def _whole(parameter: Any) -> Any:
-    """A sharded (FSDP2) parameter gathered once; any other as it is."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def _first(part: Any, rows: int) -> Any:
+def _first(parameter: Any, rows: int) -> Any:
     """The first rows of a head's weight or bias; itself where these are all."""
-    return part if part is None or len(part) == rows else part[:rows]
+    return parameter if parameter is None or len(parameter) == rows else parameter[:rows]
+
+
+def _whole(head: Any) -> tuple[Any, Any]:
+    """Weight and bias of a head, gathered once where they are sharded (FSDP2)."""
+    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+    return weight, bias
 
 
 def predicting_states(hidden: Tensor, completion_length: int) -> Tensor:
@@ -92,11 +93,11 @@ def _divergence(hidden: Tensor, head: Any, targets: Targets | TopTargets) -> Ten
     states = predicting_states(hidden, targets.completion_length)
     shape = states.shape[:2]
     states = states.reshape(-1, states.shape[-1])[targets.positions]
-    weight, bias = _whole(head.weight), _whole(head.bias)
+    weight, bias = _whole(head)
     if isinstance(targets, TopTargets):
         per_token = TopKDivergence.apply(states, weight, bias, targets.ids, targets.log_probs, targets.beta)
     else:
-        teacher, teacher_bias = _whole(targets.head.weight), _whole(targets.head.bias)
+        teacher, teacher_bias = _whole(targets.head)
         # Embeddings padded to different sizes: the rows that both have hold all tokens (`Teacher.check_fits`).
         rows = min(len(weight), len(teacher))
         per_token, _ = ChunkedDivergenceFunction.apply(
@@ -156,14 +157,3 @@ def let_generate(model: Any) -> None:
     """Let a sharded (FSDP2) model generate: `generate` encodes pictures outside of the forward that gathers weights."""
     if isinstance(model, nn.Module) and isinstance(model, FSDPModule) and "generate" not in vars(model):
         register_fsdp_forward_method(model, "generate")
-
-
-def require_finite(terms: dict[str, float], step: int) -> None:
-    """Stop a run at the first loss term that is not a number, before it reaches the weights.
-
-    Raises:
-        FloatingPointError: names the term and the optimiser step.
-    """
-    for name, value in terms.items():
-        if not torch.isfinite(torch.tensor(value)):
-            raise FloatingPointError(f"the {name} loss is {value} at step {step}, expected a finite number")

@@ -45,17 +45,6 @@ def largest(accelerator: Any, number: int) -> int:
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
-@dataclass(frozen=True, slots=True)
-class Exploration:
-    """What happened in all groups that explored, over all processes, in the order of the groups.
-
-    ``draw_tokens`` counts the tokens of all hint-aware draws.
-    """
-
-    explored: tuple[Explored[Completion], ...] = ()
-    draw_tokens: int = 0
-
-
 def explore_groups(
     trainer: Any,
     rows: Sequence[Row],
@@ -63,7 +52,7 @@ def explore_groups(
     own: Sequence[Completion],
     scored: Tensor,
     seed: str,
-) -> Exploration:
+) -> tuple[list[Explored[Completion]], int]:
     """Run Algorithm 1 over the generation batch of all processes.
 
     Args:
@@ -74,13 +63,16 @@ def explore_groups(
         scored: the rewards of all processes' rollouts, (all rows, reward functions).
         seed: names this generation batch; hints depend on it.
 
+    Returns:
+        What became of all groups that explored, over all processes, in their order, and the tokens of all their draws.
+
     Raises:
         ValueError: ``hint_source`` is "other" and this process has one group alone.
     """
     accelerator, size = trainer.accelerator, trainer.num_generations
     failing = exploration.failing_groups(trainer.signal("exploration_reward", scored).tolist(), size)
     if not failing:
-        return Exploration()
+        return [], 0
     first = accelerator.process_index * len(rows)
     by_group = {group: group * size - first for group in failing if 0 <= group * size - first < len(rows)}
     alone = any((first + (row + size) % len(rows)) // size == group for group, row in by_group.items())
@@ -99,52 +91,48 @@ def explore_groups(
         anyone=sampler.anyone,
     )
     tokens = accelerator.gather(torch.tensor([sampler.tokens], device=accelerator.device)).sum()
-    return Exploration(tuple(sorted(gather_object(results), key=lambda e: e.group)), int(tokens))
+    return sorted(gather_object(results), key=lambda e: e.group), int(tokens)
 
 
+@dataclass
 class _Sampler:
     """The three callables of `exploration.explore` for one process's groups, ``by_group``: group → its first row."""
 
-    def __init__(
-        self,
-        trainer: Any,
-        rows: Sequence[Row],
-        prompts: Sequence[Prompt],
-        own: Sequence[Completion],
-        by_group: Mapping[int, int],
-        seed: str,
-    ) -> None:
-        self._trainer, self._rows, self._prompts, self._own = trainer, rows, prompts, own
-        self._by_group, self._seed = by_group, seed
-        self.tokens = 0  # of all draws
+    trainer: Any
+    rows: Sequence[Row]
+    prompts: Sequence[Prompt]
+    own: Sequence[Completion]
+    by_group: Mapping[int, int]
+    seed: str
+    tokens: int = 0  # of all draws
 
     def anyone(self, flag: bool) -> bool:
-        return bool(largest(self._trainer.accelerator, int(flag)))
+        return bool(largest(self.trainer.accelerator, int(flag)))
 
     def hints(self, groups: Sequence[int]) -> list[str | None]:
-        trainer = self._trainer
+        trainer = self.trainer
         if not trainer.asks_hints:
-            if any(trainer.task.ask(self._rows[self._by_group[group]]) is not None for group in groups):
+            if any(trainer.task.ask(self.rows[self.by_group[group]]) is not None for group in groups):
                 raise ValueError("task.ask returned None for the first row but not for this one, expected the same")
             return [""] * len(groups)
         away = 0 if trainer.args.hint_source == "own" else trainer.num_generations  # the next group's row
-        rows = [self._rows[(self._by_group[group] + away) % len(self._rows)] for group in groups]
+        rows = [self.rows[(self.by_group[group] + away) % len(self.rows)] for group in groups]
         if trainer.teacher.collective:
-            rows += [self._rows[0]] * (largest(trainer.accelerator, len(rows)) - len(rows))
+            rows += [self.rows[0]] * (largest(trainer.accelerator, len(rows)) - len(rows))
         written = trainer.teacher.write_hints(
             [with_images(trainer.task.ask(row), row) for row in rows],
             max_tokens=trainer.args.hint_max_tokens,
-            seed=random.Random(self._seed).getrandbits(31),
+            seed=random.Random(self.seed).getrandbits(31),
             template=trainer.chat_template_kwargs,
         )
         return list(written[: len(groups)])
 
     def draw(self, requests: Sequence[Request]) -> list[Completion]:
-        trainer = self._trainer
-        places = [self._by_group[request.group] for request in requests]
-        rows = [self._rows[place] for place in places]
+        trainer = self.trainer
+        places = [self.by_group[request.group] for request in requests]
+        rows = [self.rows[place] for place in places]
         asked = [hint_aware_prompt(trainer, row, request.hint) for row, request in zip(rows, requests, strict=True)]
-        spare = self._prompts[0]
+        spare = self.prompts[0]
         if trainer.use_vllm:  # a server answers all processes at once, and each takes out as many as it asked for
             asked += [spare] * (largest(trainer.accelerator, len(asked)) - len(asked))
         prompt_ids, images, fields = trainer._tokenize_prompts(asked or [spare])
@@ -156,15 +144,15 @@ class _Sampler:
     def _scored(self, places: list[int], draws: list[Completion]) -> list[Completion]:
         """The draws with their rewards, as answers to the plain prompts of the rows in ``places``."""
         # Rewards are gathered: a process with fewer draws scores its first rollout again, and uses nothing of it.
-        count = largest(self._trainer.accelerator, len(draws))
+        count = largest(self.trainer.accelerator, len(draws))
         spare = count - len(draws)
         where = [*places, *[0] * spare]
-        rewards, extras = self._trainer.score_apart(
-            [self._rows[place] for place in where],
-            [self._prompts[place] for place in where],
-            [*draws, *[self._own[0]] * spare],
+        rewards, extras = self.trainer.score_apart(
+            [self.rows[place] for place in where],
+            [self.prompts[place] for place in where],
+            [*draws, *[self.own[0]] * spare],
         )
-        first = self._trainer.accelerator.process_index * count
+        first = self.trainer.accelerator.process_index * count
         return [
             replace(
                 draw,
@@ -178,7 +166,7 @@ class _Sampler:
         if not draws:
             return []
         rewards = torch.tensor([draw.rewards for draw in draws])
-        return [reward > 0 for reward in self._trainer.signal("exploration_reward", rewards).tolist()]
+        return [reward > 0 for reward in self.trainer.signal("exploration_reward", rewards).tolist()]
 
 
 def hint_aware_prompt(trainer: Any, row: Row, hint: str) -> Prompt:
@@ -229,11 +217,3 @@ def log_probabilities(
             **model_fields,
         )
     return logps, entropies, mask
-
-
-def fit_width(values_RT: Tensor, width: int) -> Tensor:
-    """(R, T) cut or filled up with ones to ``width`` tokens; what is cut must be padding."""
-    filled = values_RT.new_ones(values_RT.shape[0], width)
-    shared = min(width, values_RT.shape[1])
-    filled[:, :shared] = values_RT[:, :shared]
-    return filled

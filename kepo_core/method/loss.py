@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kepo_core.method import objective
 from kepo_core.method.config import KEPOConfig
-from kepo_core.method.forward import Targets, keep_float32_outputs, require_finite
+from kepo_core.method.forward import Targets, keep_float32_outputs
 from kepo_core.method.hinted import largest
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
@@ -144,7 +144,10 @@ class GatedLossTrainer(VisionTrainer):
         packed = torch.cat([torch.stack(list(terms.values())), sums])
         values = self.accelerator.reduce(packed, reduction="sum").tolist()
         means = {name: value / self.accelerator.num_processes for name, value in zip(terms, values, strict=False)}
-        require_finite(means, self.state.global_step + 1)
+        for name, value in means.items():
+            if not math.isfinite(value):  # before it reaches the weights
+                step = self.state.global_step + 1
+                raise FloatingPointError(f"the {name} loss is {value} at step {step}, expected a finite number")
         logged = {f"kepo/loss_{name}": value for name, value in means.items()}
         # Sums of entropy, its tokens, divergence and its tokens since the last optimiser step.
         window = self._window.setdefault(mode, [0.0] * len(sums))

@@ -1,9 +1,9 @@
-"""Eq. 2-7, one pure function each.
+"""Eq. 3, 4, 6 and 7, one pure function each.
 
 Shapes are suffixes: ``_B`` sequences (groups × G, a group's members side by side), ``_T`` completion tokens,
 ``_V`` vocabulary. ``mask_BT`` is 1 on the tokens of a completion (its end-of-sequence token included) and 0 on
-padding. Log-probabilities are natural logarithms. Which arguments receive gradient is said in each function; the
-trainer takes Eq. 3, 5 and the policy term from TRL, and tests hold these functions against it.
+padding. Log-probabilities are natural logarithms. Which arguments receive gradient is said in each function. The
+policy term, with Eq. 5, is TRL's; tests/reference.py has it as pure functions, which training is held against.
 
 Example: two groups of two; the gate of Eq. 7 at τ = 1, and the advantages of Eq. 6.
 
@@ -26,12 +26,11 @@ from torch import Tensor
 
 from kepo_core.method.options import NORMALIZERS as NORMALIZERS
 
+#: What ``scale_rewards`` may be: Eq. 6, divided by a standard deviation (TRL's), or Eq. 4.
 ADVANTAGES = ("none", "group", "batch", "rloo")
 #: TRL's loss types, and those among them that divide by a count of tokens.
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 TOKEN_NORMALIZED = ("dapo", "bnpo", "cispo", "vespo")
-#: TRL's constant in the division by the standard deviation, which the released code keeps.
-STD_EPSILON = 1e-4
 
 
 def _check(name: str, choice: str, choices: tuple[str, ...]) -> None:
@@ -59,53 +58,27 @@ def importance_ratio(logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor, le
     return log_ratio_BT.exp()
 
 
-def weighted_advantage(ratio: Tensor, advantages_B: Tensor, epsilon: float, clip: str = "ppo") -> Tensor:
-    """The summand w·Â of Eq. 2, in the shape of ``ratio``, clipped in one of two ways.
+def advantages(rewards_B: Tensor, group_size: int) -> Tensor:
+    """Eq. 6: Â_i = r_i − mean_j r_j over the rewards of a group, (B,), without gradient.
 
-    clip: "ppo", min(r·Â, clip(r, 1−ε, 1+ε)·Â), pessimistic for either sign of Â;
-        "eq5", min(r, clip(r, 1−ε, 1+ε))·Â, Eq. 5 as printed, where the lower bound never acts.
-    ``advantages_B`` is detached.
-    """
-    _check("clip", clip, ("ppo", "eq5"))
-    advantages = advantages_B.detach().unsqueeze(-1)
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
-    if clip == "ppo":
-        return torch.minimum(ratio * advantages, clipped * advantages)
-    return torch.minimum(ratio, clipped) * advantages
-
-
-def advantages(rewards_B: Tensor, group_size: int, kind: str = "none") -> Tensor:
-    """Â of each sequence from the rewards of its group, (B,), without gradient.
-
-    kind: "none", Eq. 6: r_i − mean_j r_j; "rloo", Eq. 4: r_i − mean_{j≠i} r_j = n/(n−1) times Eq. 6; "group" and
-        "batch": Eq. 6 divided by the sample standard deviation of the group, or of all rewards, + 1e-4.
-    A reward that is NaN belongs to a sequence that no function scores: it is left out of means, and its Â is 0. n is
-    G without these.
+    A reward that is NaN belongs to a sequence that no function scores: it is left out of the mean, and its Â is 0.
 
     Raises:
-        ValueError: the rewards do not fill whole groups of at least two, or ``kind`` is unknown.
+        ValueError: the rewards do not fill whole groups of at least two.
     """
-    _check("kind", kind, ADVANTAGES)
     if group_size < 2 or rewards_B.numel() % group_size:
         raise ValueError(
             f"{rewards_B.numel()} rewards do not fill groups of {group_size}, expected whole groups of ≥ 2"
         )
     groups = rewards_B.detach().view(-1, group_size)
-    centred = groups - groups.nanmean(1, keepdim=True)
-    if kind == "rloo":
-        scored = (~groups.isnan()).sum(1, keepdim=True)
-        centred = centred * scored / (scored - 1).clamp(min=1)
-    elif kind == "group":
-        centred = centred / (_std(groups) + STD_EPSILON)
-    elif kind == "batch":
-        centred = centred / (_std(groups.reshape(1, -1)) + STD_EPSILON)
-    return centred.reshape(-1).nan_to_num(nan=0.0)
+    return (groups - groups.nanmean(1, keepdim=True)).nan_to_num(nan=0.0).view(-1)
 
 
-def _std(values: Tensor) -> Tensor:
-    """The sample standard deviation of each row, (rows, 1), without its NaNs."""
-    squares = (values - values.nanmean(1, keepdim=True)) ** 2
-    return (squares.nansum(1, keepdim=True) / ((~values.isnan()).sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
+def leave_one_out(rewards_B: Tensor, group_size: int) -> Tensor:
+    """Eq. 4: Â_i = r_i − mean_{j≠i} r_j = n/(n−1) times `advantages`, n being a group's rewards that are not NaN."""
+    centred = advantages(rewards_B, group_size).view(-1, group_size)
+    scored = (~rewards_B.view(-1, group_size).isnan()).sum(1, keepdim=True)
+    return (centred * scored / (scored - 1).clamp(min=1)).view(-1)
 
 
 def without_equal_groups(advantages_B: Tensor, rewards_B: Tensor, group_size: int) -> Tensor:
@@ -245,26 +218,3 @@ def hint_importance_weights(logps_BT: Tensor, hinted_logps_BT: Tensor) -> Tensor
     keeps it from ever counting for more than a trajectory of the student's own (cf. Guide, arXiv 2506.13923).
     """
     return (logps_BT.detach() - hinted_logps_BT.detach()).exp().clamp(max=1.0)
-
-
-def kepo_loss(
-    policy_BT: Tensor,
-    mask_BT: Tensor,
-    distillation: Tensor | float = 0.0,
-    kl_BT: Tensor | None = None,
-    *,
-    coef: float = 1.0,
-    beta: float = 0.0,
-) -> Tensor:
-    """−J_KEPO of Eq. 7 (Eq. 2 without distillation): −[mean_i w_i·Â_i − coef·D − β·mean_i KL_i], a scalar.
-
-    policy_BT: `weighted_advantage`, (B, T) or (B, 1); mean over tokens, then over sequences, as in GRPO.
-    distillation: `distillation_term`, already normalised and gated.
-    kl_BT: `kl_to_reference`; needed where ``beta`` is not 0.
-    """
-    loss = -sequence_mean(policy_BT.expand_as(mask_BT), mask_BT).mean() + coef * distillation
-    if beta:
-        if kl_BT is None:
-            raise ValueError(f"beta is {beta:g} but kl_BT is missing, expected the KL estimate of each token")
-        loss = loss + beta * sequence_mean(kl_BT, mask_BT).mean()
-    return loss

@@ -1,6 +1,7 @@
 """A generation batch from the student's rollouts to what is trained on, and the record of it."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kepo_core.method.exploration import failing_groups
-from kepo_core.method.hinted import Exploration
-from kepo_core.method.rollouts import Completion, Rollout, rollout_metrics, write_rollouts
+from kepo_core.method.exploration import Explored, GroupOutcome, failing_groups
+from kepo_core.method.rollouts import Completion, Rollout, write_rollouts
 from kepo_core.method.scoring import distinct
 from kepo_core.method.task import Row
+
+_MENTION = re.compile(r"\bhint(s|ed)?\b|\bground[ -]truth\b", re.IGNORECASE)
 
 
 @dataclass
@@ -21,16 +23,20 @@ class Generation:
 
     Attributes:
         rows: the dataset rows, one per rollout.
+        first: the place of the first of them among the rows of all processes.
         own: the student's own rollouts.
         final: what is trained on, after injection.
+        explored, draw_tokens: see `hinted.explore_groups`.
         injected: rows whose original was replaced.
         scored: the rewards of ``own``, (all rows, reward functions).
     """
 
     rows: Sequence[Row]
+    first: int
     own: list[Completion] = field(default_factory=list)
     final: list[Completion] = field(default_factory=list)
-    exploration: Exploration = field(default_factory=Exploration)
+    explored: Sequence[Explored[Completion]] = ()
+    draw_tokens: int = 0
     injected: list[int] = field(default_factory=list)
     scored: Tensor | None = None
 
@@ -52,19 +58,23 @@ def record(
         advantages, gate, keep: of this process's rows, (B,) or for advantages (B, T).
         log_ratio: by injected row, see `Rollout`.
     """
-    first, replaced = trainer.accelerator.process_index * len(now.rows), set(now.injected)
-    before = rewards if now.scored is None else now.scored
-    rollouts = []
-    for row, completion in enumerate(now.final):
-        rollout = _rollout(trainer, now, first, row, completion, rewards)
-        rollout.advantage, rollout.gate = float(advantages[row].flatten()[0]), bool(gate[row])
-        rollout.dropped, rollout.injected = not bool(keep[row]), row in replaced
-        rollout.hint_log_ratio = log_ratio.get(row, math.nan)
-        rollouts.append(rollout)
-    for row in now.injected:
-        rollout = _rollout(trainer, now, first, row, now.own[row], before)
-        rollout.replaced = True
-        rollouts.append(rollout)
+    before, replaced = rewards if now.scored is None else now.scored, set(now.injected)
+    rollouts = [
+        _rollout(
+            trainer,
+            now,
+            row,
+            completion,
+            rewards,
+            advantage=float(advantages[row].flatten()[0]),
+            gate=bool(gate[row]),
+            injected=row in replaced,
+            dropped=not bool(keep[row]),
+            hint_log_ratio=log_ratio.get(row, math.nan),
+        )
+        for row, completion in enumerate(now.final)
+    ]
+    rollouts += [_rollout(trainer, now, row, now.own[row], before, replaced=True) for row in now.injected]
     rollouts = gather_object(rollouts)
     for name, value in _metrics(trainer, now, rollouts, before).items():
         trainer._metrics["train"][name].append(value)
@@ -73,28 +83,54 @@ def record(
 
 
 def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before: Tensor) -> dict[str, float]:
-    size = trainer.num_generations
+    """The ``kepo/`` metrics of one generation batch over all processes; NaN where there is nothing to average.
+
+    Args:
+        trainer, now: as for `record`.
+        rollouts: all rows, replaced originals included.
+        before: the rewards of the student's own rollouts.
+    """
+    own, injected = [r for r in rollouts if not r.injected], [r for r in rollouts if r.injected]
+    explored, size = now.explored, trainer.num_generations
     signal = trainer.signal("exploration_reward", before).tolist()
-    metrics = rollout_metrics(rollouts, now.exploration.explored) | {
+    metrics = {
+        "kepo/reward": _mean([r.reward for r in own]),
+        **{f"kepo/rewards/{name}": _mean([r.rewards[name] for r in own]) for name in rollouts[0].rewards},
+        "kepo/length": _mean([r.tokens for r in own]),
+        "kepo/gate_rate": _mean([r.gate for r in rollouts if not r.replaced]),
+        "kepo/explored_groups": float(len(explored)),
+        "kepo/unparsable_hints": float(sum(e.outcome is GroupOutcome.UNPARSABLE for e in explored)),
+        "kepo/rescued_groups": float(sum(e.outcome is GroupOutcome.RESCUED for e in explored)),
+        "kepo/draws": float(sum(e.draws for e in explored)),
+        "kepo/accepted": float(sum(len(e.accepted) for e in explored)),
+        "kepo/injected_log_ratio": _mean([r.hint_log_ratio for r in injected]),
+        "kepo/injected_mentions_hint": _mean([_MENTION.search(r.completion) is not None for r in injected]),
         "kepo/all_fail_rate": len(failing_groups(signal, size)) * size / len(signal),
-        "kepo/draw_tokens": float(now.exploration.draw_tokens),
+        "kepo/draw_tokens": float(now.draw_tokens),
     }
-    if trainer.task is not None:
-        metrics |= trainer.task.metrics([rollout.facts for rollout in rollouts if not rollout.injected])
     if not trainer.args.distill:  # without guidance there is no gate
         del metrics["kepo/gate_rate"]
+    if trainer.task is not None:
+        metrics |= trainer.task.metrics([rollout.facts for rollout in own])
     return metrics
 
 
-def _rollout(trainer: Any, now: Generation, first: int, row: int, completion: Completion, rewards: Tensor) -> Rollout:
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are not NaN."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _rollout(trainer: Any, now: Generation, row: int, completion: Completion, rewards: Tensor, **rest: Any) -> Rollout:
     """The record of one completion in local row ``row``; ``rewards`` are those of all rows."""
-    group = (first + row) // trainer.num_generations
-    result = next((e for e in now.exploration.explored if e.group == group), None)
-    own = rewards[first + row]
+    place = now.first + row
+    group, own = place // trainer.num_generations, rewards[place]
+    result = next((e for e in now.explored if e.group == group), None)
+    step, generation = trainer._generation_of_step
     return Rollout(
-        step=trainer._generation_of_step[0],
-        generation=trainer._generation_of_step[1],
-        row=first + row,
+        step=step,
+        generation=generation,
+        row=place,
         group=group,
         id=str(now.rows[row].get("id", "")),
         completion=completion.text,
@@ -106,4 +142,5 @@ def _rollout(trainer: Any, now: Generation, first: int, row: int, completion: Co
         hint=(result.hint or "") if result else "",
         exploration=str(result.outcome) if result else "",
         draws=result.draws if result else 0,
+        **rest,
     )

@@ -6,15 +6,17 @@ not logged yet, and how often the sampler has shuffled. A checkpoint is written 
 whole, so that whatever is called ``checkpoint-N`` can be resumed from, wherever the process was killed.
 """
 
-import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import GRPOTrainer
+
+from kepo_core.method.rollouts import forget_rollouts
 
 #: Entries of a buffered batch that are computed again from the others.
 _DERIVED = ("kepo_targets",)
@@ -34,10 +36,15 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
     _resumed_from: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in transformers; ``True`` takes the newest checkpoint of ``output_dir``, or starts where there is none."""
+        """As in transformers; ``True`` takes the newest checkpoint of ``output_dir``, or starts where there is none.
+
+        Rollouts that an earlier training left of steps that are trained now are removed.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
         self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.args.log_rollouts and self.accelerator.is_main_process:
+            forget_rollouts(self.args.output_dir, trained_steps(self._resumed_from) if self._resumed_from else 0)
         return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -65,7 +72,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         if self.state.best_model_checkpoint == str(partial / name):
             self.state.best_model_checkpoint = str(folder / name)
             if main:
-                self.state.save_to_json(str(partial / name / "trainer_state.json"))
+                self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
         torch.save(self._loop_state(), partial / name / f"loop_{self.accelerator.process_index}.pt")
         self.accelerator.wait_for_everyone()
         if main:
@@ -118,7 +125,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         """TRL's sampler, which shuffles every epoch from one generator: past epochs are shuffled once more."""
         sampler = super()._get_train_sampler(dataset)
         if self._resumed_from and getattr(sampler, "shuffle", False):
-            for _ in range(int(_trainer_state(self._resumed_from)["epoch"] + 1e-6)):
+            for _ in range(int(_trainer_state(self._resumed_from).epoch + 1e-6)):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         return sampler
 
@@ -130,9 +137,8 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def trained_steps(checkpoint: str) -> int:
     """The optimiser steps behind a checkpoint."""
-    return int(_trainer_state(checkpoint)["global_step"])
+    return int(_trainer_state(checkpoint).global_step)
 
 
-def _trainer_state(checkpoint: str) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return state
+def _trainer_state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))

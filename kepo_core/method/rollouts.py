@@ -5,7 +5,6 @@ TRL logs itself (``reward``, ``rewards/*``) are taken after it and flatter the p
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from kepo_core.files import in_place_of
-from kepo_core.method.exploration import Explored, GroupOutcome
 
 #: Every metric that KEPOTrainer logs beside TRL's own and the task's, and what it is.
 GLOSSARY: dict[str, str] = {
@@ -49,7 +47,6 @@ GLOSSARY: dict[str, str] = {
     "into other tokens than the student wrote; they are not guided",
 }
 
-_MENTION = re.compile(r"\bhint(s|ed)?\b|\bground[ -]truth\b", re.IGNORECASE)
 ROLLOUTS_DIR = "rollouts"
 
 
@@ -88,19 +85,15 @@ class Rollout:
 
     def columns(self) -> dict[str, Any]:
         """The row as the file has it. Raises ``ValueError`` where the task reads what another column is called."""
+        facts = {name: str(value) if isinstance(value, str) else value for name, value in self.facts.items()}
+        rewards = {f"rewards/{name}": value for name, value in self.rewards.items()}
+        spread: dict[str, dict[str, Any]] = {"facts": facts, "rewards": rewards}
         row: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
-            if name == "facts":
-                row |= {fact: str(v) if isinstance(v, str) else v for fact, v in value.items()}
-            elif name == "rewards":
-                row |= {f"rewards/{reward}": v for reward, v in value.items()}
-            else:
-                row[name] = value
-        if len(row) < len(fields(self)) - 2 + len(self.facts) + len(self.rewards):
-            own = {f.name for f in fields(self)} | {f"rewards/{name}" for name in self.rewards}
-            taken = ", ".join(sorted(set(self.facts) & own))
-            raise ValueError(f"task.read returns a column named {taken}, which the rollouts file already uses")
+            columns = spread.get(name, {name: getattr(self, name)})
+            if taken := ", ".join(sorted(row.keys() & columns)):
+                raise ValueError(f"task.read returns a column named {taken}, which the rollouts file already uses")
+            row |= columns
         return row
 
 
@@ -119,43 +112,6 @@ class Completion:
     facts: Mapping[str, Any] = field(default_factory=dict)
     rewards: tuple[float, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
-
-
-def mentions_hint(text: str) -> bool:
-    """Whether a completion gives away that it was told something (see the glossary)."""
-    return _MENTION.search(text) is not None
-
-
-def rollout_metrics(rollouts: Sequence[Rollout], explored: Sequence[Explored[Completion]]) -> dict[str, float]:
-    """The ``kepo/`` metrics of one generation batch over all processes; NaN where there is nothing to average.
-
-    Args:
-        rollouts: all rows, replaced originals included.
-        explored: all groups that explored.
-    """
-    own = [r for r in rollouts if not r.injected]
-    trained = [r for r in rollouts if not r.replaced]
-    injected = [r for r in rollouts if r.injected]
-
-    def share(flags: Sequence[bool | float]) -> float:
-        return sum(flags) / len(flags) if flags else math.nan
-
-    def applying(values: Sequence[float]) -> float:
-        return share([value for value in values if not math.isnan(value)])
-
-    return {
-        "kepo/reward": applying([r.reward for r in own]),
-        **{f"kepo/rewards/{name}": applying([r.rewards[name] for r in own]) for name in rollouts[0].rewards},
-        "kepo/length": share([r.tokens for r in own]),
-        "kepo/gate_rate": share([r.gate for r in trained]),
-        "kepo/explored_groups": float(len(explored)),
-        "kepo/unparsable_hints": float(sum(e.outcome is GroupOutcome.UNPARSABLE for e in explored)),
-        "kepo/rescued_groups": float(sum(e.outcome is GroupOutcome.RESCUED for e in explored)),
-        "kepo/draws": float(sum(e.draws for e in explored)),
-        "kepo/accepted": float(sum(len(e.accepted) for e in explored)),
-        "kepo/injected_log_ratio": share([r.hint_log_ratio for r in injected]),
-        "kepo/injected_mentions_hint": share([mentions_hint(r.completion) for r in injected]),
-    }
 
 
 def write_rollouts(output_dir: str | Path, rollouts: Sequence[Rollout]) -> Path:

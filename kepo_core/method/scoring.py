@@ -5,27 +5,22 @@ they are drawn, and TRL then gets the rewards of what it trains on without a sec
 """
 
 import difflib
-import functools
-import inspect
-import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from kepo_core.method.loss import GatedLossTrainer
 from kepo_core.method.rollouts import Completion
 from kepo_core.method.task import Prompt, Row
 
-Rewards = list[float | None]
-
 
 def checked_reward(reward: Any) -> Any:
-    """A reward function whose every call must return one finite number, or None, per completion: never a silent 0.
+    """A reward function that may return finite numbers and None alone: TRL would take NaN for None, not applicable.
 
     Reward models, and their names, are returned as they are; ``ValueError`` for what is no reward. The function raises:
         ValueError: anything else came back; names the function and the first completion it failed for.
@@ -34,44 +29,29 @@ def checked_reward(reward: Any) -> Any:
         return reward
     if not callable(reward):
         raise ValueError(f"a reward is {reward!r}, expected a function, a reward model or its name, or a list of these")
-    name, is_async = get_callable_name(reward), is_async_callable(reward)
+    name = get_callable_name(reward)
 
-    async def checked_async(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Rewards:
-        return _checked(name, await reward(*args, completions=completions, **kwargs), len(completions))
+    async def checked_async(**kwargs: Any) -> list[float | None]:
+        return _numbers(name, await reward(**kwargs))
 
-    def checked(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Rewards:
-        return _checked(name, reward(*args, completions=completions, **kwargs), len(completions))
+    def checked(**kwargs: Any) -> list[float | None]:
+        return _numbers(name, reward(**kwargs))
 
-    wrapper: Callable[..., Any] = checked_async if is_async else checked
-    if inspect.isroutine(reward):
-        wrapper = functools.wraps(reward)(wrapper)
+    wrapper: Callable[..., Any] = checked_async if is_async_callable(reward) else checked
     wrapper.__name__ = name  # by which TRL logs it
     return wrapper
 
 
-def _checked(name: str, values: Any, count: int) -> Rewards:
-    try:
-        values = list(values)
-    except TypeError:
-        raise ValueError(
-            f"the reward function {name} returned {type(values).__name__}, expected {count} numbers"
-        ) from None
-    if len(values) != count:
-        raise ValueError(f"the reward function {name} returned {len(values)} values, expected {count} numbers")
-    return [None if value is None else _number(name, value, row, count) for row, value in enumerate(values)]
-
-
-def _number(name: str, value: Any, row: int, count: int) -> float:
-    try:
-        number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(
-            f"the reward function {name} returned {value!r} for completion {row} of {count}, expected a finite number, "
-            "or None where it does not apply"
-        )
-    return number
+def _numbers(name: str, values: Any) -> list[float | None]:
+    """What a reward function returned, as numbers; TRL checks how many there are."""
+    values = list(values) if isinstance(values, Iterable) else [values]
+    for row, value in enumerate(values):
+        if value is not None and not (hasattr(value, "__float__") and math.isfinite(value)):
+            raise ValueError(
+                f"the reward function {name} returned {value!r} for completion {row}, expected a finite number, or "
+                "None where it does not apply"
+            )
+    return [None if value is None else float(value) for value in values]
 
 
 class ScoringTrainer(GatedLossTrainer):
@@ -129,9 +109,8 @@ class ScoringTrainer(GatedLossTrainer):
 
     def _finite(self, rewards: Tensor) -> Tensor:
         """``rewards``, which may be NaN (not applicable); a reward model's infinite one is refused."""
-        bad = rewards.isinf().nonzero().tolist()
-        if bad:
-            row, function = bad[0]
+        if rewards.isinf().any():
+            row, function = rewards.isinf().nonzero()[0].tolist()
             raise ValueError(
                 f"the reward function {self.reward_func_names[function]} returned {rewards[row, function].item()} for "
                 f"row {row} of step {self.state.global_step + 1}, expected a finite number"
@@ -142,13 +121,6 @@ class ScoringTrainer(GatedLossTrainer):
 def as_trl(prompt: Prompt, completion: Completion) -> Any:
     """A completion as TRL hands it to reward functions: text after text, a message after messages."""
     return completion.text if isinstance(prompt, str) else [{"role": "assistant", "content": completion.text}]
-
-
-def reward_name(reward: Any) -> str:
-    """What TRL calls a reward: the last part of a model's id, or a function's own name."""
-    if isinstance(reward, nn.Module):
-        reward = get_config_model_id(reward.config)
-    return str(reward.split("/")[-1] if isinstance(reward, str) else get_callable_name(reward))
 
 
 def find_reward(parameter: str, name: str, known: Sequence[str]) -> int | None:
@@ -176,9 +148,5 @@ def find_reward(parameter: str, name: str, known: Sequence[str]) -> int | None:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """``names`` with a number, behind those that occur a second time, that makes them like no other."""
-    made: list[str] = []
-    for i, name in enumerate(names):
-        free = (f"{name}_{k}" for k in itertools.count(2) if f"{name}_{k}" not in (*names, *made))
-        made.append(next(free) if name in names[:i] else name)
-    return made
+    """``names``, those that several rewards have with a number of their own."""
+    return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names, 1)]

@@ -212,23 +212,19 @@ class Teacher:
 
     def _inputs(self, prompts: Sequence[Prompt], template: Mapping[str, Any]) -> Any:
         """The model's inputs for prompts that all have pictures, or all have none."""
-        processor, vision = self.processor, isinstance(self.processor, ProcessorMixin)
-
-        def text_of(prompt: Prompt) -> str:
-            if isinstance(prompt, str):
-                return prompt
-            messages = prepare_multimodal_messages(prompt) if vision else prompt
-            arguments = {"tokenize": False, "add_generation_prompt": True, **template}
-            return str(processor.apply_chat_template(messages, **arguments))
-
-        images = [images_in(prompt) for prompt in prompts]
-        pictures = {"images": images} if any(images) else {}
-        texts = [text_of(prompt) for prompt in prompts]
-        bos = self._tokenizer.bos_token
-        # A chat template writes the tokens that a text begins with; a processor's may leave them to the tokenizer.
-        written = not isinstance(prompts[0], str) and (not vision or (bos is not None and texts[0].startswith(bos)))
-        special = {"add_special_tokens": False} if written else {}
-        return processor(text=texts, **pictures, **special, padding=True, padding_side="left", return_tensors="pt")
+        padding = {"padding": True, "return_tensors": "pt"}
+        if isinstance(prompts[0], str):
+            return self.processor(text=list(prompts), padding_side="left", **padding)
+        vision = isinstance(self.processor, ProcessorMixin)
+        return self.processor.apply_chat_template(
+            [prepare_multimodal_messages(prompt) if vision else prompt for prompt in prompts],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **{"processor_kwargs" if vision else "tokenizer_kwargs": {"padding_side": "left"}},
+            **padding,
+            **template,
+        )
 
     def _generate_alike(self, prompts: Sequence[Prompt], max_tokens: int, template: Mapping[str, Any]) -> list[str]:
         inputs = self._inputs(prompts, template)

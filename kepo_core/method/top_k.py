@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.kernels.chunked_divergence import _addmm_fp32, _compute_dtype, _project
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from kepo_core.method import objective
+from kepo_core.method.trl_hooks import addmm_fp32, compute_dtype, project
 
 #: Tokens whose logits exist at a time: 300 MiB in float32 with a vocabulary of 152,000.
 CHUNK = 512
@@ -66,7 +66,7 @@ class TopKDivergence(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, log_probs: Tensor, beta: float
     ) -> Tensor:
         """(N, H), (V, H), (V,) or None, (N, k), (N, k+1), β → (N,)."""
-        ctx.beta, ctx.dtype = beta, _compute_dtype(hidden)
+        ctx.beta, ctx.dtype = beta, compute_dtype(hidden)
         ctx.save_for_backward(hidden, weight, bias, ids, log_probs)
         parts = [hidden.new_empty(0, dtype=torch.float32)]
         with maybe_gather_lm_head_ctx(weight, bias):
@@ -99,9 +99,9 @@ class TopKDivergence(torch.autograd.Function):
                     sums[2] += grad_logits.sum(0)
                 grad_logits = grad_logits.to(ctx.dtype)
                 if sums[0] is not None:
-                    _addmm_fp32(sums[0][chunk], grad_logits, weight.to(ctx.dtype))
+                    addmm_fp32(sums[0][chunk], grad_logits, weight.to(ctx.dtype))
                 if sums[1] is not None:
-                    _addmm_fp32(sums[1], grad_logits.t(), hidden[chunk].to(ctx.dtype))
+                    addmm_fp32(sums[1], grad_logits.t(), hidden[chunk].to(ctx.dtype))
         # Autograd casts each to the dtype of what it is the gradient of.
         return (*sums, None, None, None)
 
@@ -113,5 +113,5 @@ def _chunks(count: int) -> list[slice]:
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(n, V) in float32, computed as TRL's kernel of the full divergence does."""
     logits = torch.empty(len(hidden), weight.shape[0], dtype=torch.float32, device=hidden.device)
-    _project(logits, hidden.to(dtype), weight, bias, 0, weight.shape[0], dtype)
+    project(logits, hidden.to(dtype), weight, bias, 0, weight.shape[0], dtype)
     return logits

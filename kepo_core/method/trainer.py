@@ -10,12 +10,11 @@ around rewards and advantages, and `_compute_loss` (the divergence, from the sam
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from trl.trainer.utils import get_config_model_id
 
 from kepo_core.method import hinted, objective
@@ -24,9 +23,7 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
 from kepo_core.method.recording import Generation, record
-from kepo_core.method.resume import last_checkpoint, trained_steps
-from kepo_core.method.rollouts import forget_rollouts
-from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward, find_reward, reward_name
+from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Prompt, Task, with_images
 from kepo_core.method.teacher import Teacher
@@ -115,15 +112,11 @@ class KEPOTrainer(ScoringTrainer):
         if reward_funcs is not None:
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [checked_reward(reward) for reward in given]
-            if args.distill or args.explore:  # before a model is loaded
-                for name in ("gate_reward", "exploration_reward"):
-                    find_reward(name, getattr(args, name), [reward_name(reward) for reward in reward_funcs])
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         self._find_rewards()
         if args.scale_rewards == "rloo":
             self.scale_rewards = "none"  # TRL computes Eq. 6, of which Eq. 4 is made
-        self._generation, self._window = Generation([]), {}
-        self._generation_of_step = (-1, 0)
+        self._generation, self._window = Generation([], 0), {}
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         let_generate(student)
         if teacher is None:
@@ -135,15 +128,6 @@ class KEPOTrainer(ScoringTrainer):
             check_plain_head(student, "student")
             add_distillation_head(student)
         teacher.prepare(self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in transformers. Rollouts that an earlier training left of steps that are trained now are removed."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
-        if self.args.log_rollouts and self.accelerator.is_main_process:
-            step = trained_steps(str(resume_from_checkpoint)) if resume_from_checkpoint else 0
-            forget_rollouts(self.args.output_dir, step)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # Rollouts ---------------------------------------------------------------------------------------------------
 
@@ -186,10 +170,11 @@ class KEPOTrainer(ScoringTrainer):
     def _explore(self, now: Generation, prompts: Sequence[Prompt]) -> None:
         """Score the student's own rollouts, explore, and put accepted draws in the place of originals."""
         now.scored = self.score(now.rows, prompts, now.own)
-        now.exploration = hinted.explore_groups(self, now.rows, prompts, now.own, now.scored, self._seed())
+        now.explored, now.draw_tokens = hinted.explore_groups(
+            self, now.rows, prompts, now.own, now.scored, self._seed()
+        )
         self._inject(now)
-        first = self.accelerator.process_index * len(now.rows)
-        local = now.scored[first : first + len(now.rows)].clone()
+        local = now.scored[now.first : now.first + len(now.rows)].clone()
         for row in now.injected:
             draw = now.final[row]
             local[row] = torch.tensor(draw.rewards, device=local.device)
@@ -200,13 +185,12 @@ class KEPOTrainer(ScoringTrainer):
 
     def _inject(self, now: Generation) -> None:
         """Put accepted draws in the place of distinct originals, drawn by the run's seed (line 15 of Algorithm 1)."""
-        first = self.accelerator.process_index * len(now.rows)
-        for result in now.exploration.explored:
+        for result in now.explored:
             group = result.group
             rng = random.Random(f"{self._seed()}/leave/{group}")
             leaving = leaving_members(len(result.accepted), self.num_generations, rng)
             for member, draw in zip(leaving, result.accepted, strict=True):
-                row = group * self.num_generations + member - first
+                row = group * self.num_generations + member - now.first
                 if 0 <= row < len(now.rows):
                     now.final[row] = draw
                     now.injected.append(row)
@@ -218,16 +202,16 @@ class KEPOTrainer(ScoringTrainer):
             step = self.state.global_step + 1
             repeated = self._generation_of_step[0] == step
             self._generation_of_step = (step, self._generation_of_step[1] + 1 if repeated else 0)
-        now, self._scored = Generation(inputs), None
-        self._generation = now
+        self._generation = now = Generation(inputs, self.accelerator.process_index * len(inputs))
+        self._scored = None
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if not training:
             return output
         rewards = self._rewards
-        local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        local = slice(now.first, now.first + len(inputs))
         totals = self.total(rewards)
         if self.args.scale_rewards == "rloo":
-            output["advantages"] = objective.advantages(totals, self.num_generations, "rloo")[local]
+            output["advantages"] = objective.leave_one_out(totals, self.num_generations)[local]
         if self.args.zero_variance == "drop":
             output["advantages"] = objective.without_equal_groups(output["advantages"], totals, self.num_generations)
         if self.args.scale_rewards == "rloo" or self.args.zero_variance == "drop":
@@ -270,13 +254,10 @@ class KEPOTrainer(ScoringTrainer):
 
     def _kept(self, now: Generation) -> Tensor:
         """Which rows stay in the loss: all, but for exhausted groups under ``on_exhausted="drop"``, (B,)."""
-        first = self.accelerator.process_index * len(now.rows)
         dropped = {
-            e.group
-            for e in now.exploration.explored
-            if self.args.on_exhausted == "drop" and e.outcome is GroupOutcome.EXHAUSTED
+            e.group for e in now.explored if self.args.on_exhausted == "drop" and e.outcome is GroupOutcome.EXHAUSTED
         }
-        flags = [(first + row) // self.num_generations not in dropped for row in range(len(now.rows))]
+        flags = [(now.first + row) // self.num_generations not in dropped for row in range(len(now.rows))]
         return torch.tensor(flags, device=self.accelerator.device)
 
     def _measure_injected(self, now: Generation, output: dict[str, Any]) -> dict[int, float]:
@@ -288,12 +269,11 @@ class KEPOTrainer(ScoringTrainer):
         count = hinted.largest(self.accelerator, len(now.injected))
         if not count:
             return {}
-        hints = {e.group: e.hint for e in now.exploration.explored}
-        first = self.accelerator.process_index * len(now.rows)
+        hints = {e.group: e.hint for e in now.explored}
         rows = now.injected + [0] * (count - len(now.injected))  # every process makes as many forward passes
         plain = [with_images(now.rows[row]["prompt"], now.rows[row]) for row in rows]
         aware = [
-            hinted.hint_aware_prompt(self, now.rows[row], hints.get((first + row) // self.num_generations) or "")
+            hinted.hint_aware_prompt(self, now.rows[row], hints.get((now.first + row) // self.num_generations) or "")
             for row in rows
         ]
         ids = [now.final[row].ids for row in rows]
@@ -308,7 +288,8 @@ class KEPOTrainer(ScoringTrainer):
         sums[real] = torch.stack([own_entropy, mask_own.sum(1)], dim=1)[: len(real)].to(sums.dtype)
         output["kepo_replaced_entropy"] = sums
         if self.args.hint_importance == "truncated":
-            weights = hinted.fit_width(objective.hint_importance_weights(plain_logps, hinted_logps), width)
+            weights = objective.hint_importance_weights(plain_logps, hinted_logps)
+            weights = nn.functional.pad(weights, (0, width - weights.shape[1]), value=1.0)  # cut, or filled with ones
             advantages_BT = output["advantages"].unsqueeze(1).repeat(1, width)
             advantages_BT[real] *= weights[: len(real)]
             output["advantages"] = advantages_BT

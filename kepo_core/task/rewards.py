@@ -51,21 +51,8 @@ _OFFERED = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Parsed:
-    """What one completion says.
-
-    ``letter`` is the answered option letter, "" when none could be read; ``problem`` says why there is none
-    (MISSING, AMBIGUOUS or TRUNCATED) and is None when there is one; ``format_ok`` is independent of both.
-    """
-
-    letter: str
-    problem: AnswerOutcome | None
-    format_ok: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Score:
-    """One completion, scored: ``total`` = accuracy (0/1) + format (0/1), Appendix B's sum."""
+    """One completion, scored. ``letter`` is "" where none could be read; ``format_ok`` is independent of the answer."""
 
     outcome: AnswerOutcome
     letter: str
@@ -75,11 +62,6 @@ class Score:
     def accuracy(self) -> float:
         """1.0 if the answer is right, else 0.0."""
         return float(self.outcome is AnswerOutcome.CORRECT)
-
-    @property
-    def total(self) -> float:
-        """The summed reward: 0.0, 1.0 or 2.0."""
-        return self.accuracy + float(self.format_ok)
 
 
 def _outside_thoughts(text: str) -> str:
@@ -108,26 +90,6 @@ def _read(text: str, letters: str) -> tuple[frozenset[str], bool]:
     return frozenset().union(*(_letters_in(field, letters) for field in fields)), bool(fields)
 
 
-def parse_completion(text: str, letters: str, *, thinking: bool, finished: bool) -> Parsed:
-    """Read one completion as the module's docstring says.
-
-    Args:
-        text: the decoded completion.
-        letters: the valid option letters, upper case, e.g. ``"ABCD"``.
-        thinking: which of the two formats was asked for.
-        finished: False if generation stopped at the token limit.
-    """
-    named, answered = _read(text, letters)
-    format_ok = _has_format(text, thinking)
-    if len(named) > 1:
-        return Parsed("", AnswerOutcome.AMBIGUOUS, format_ok)
-    letter = next(iter(named), "")
-    if letter and letter in letters:
-        return Parsed(letter, None, format_ok)
-    truncated = not finished and not answered
-    return Parsed("", AnswerOutcome.TRUNCATED if truncated else AnswerOutcome.MISSING, format_ok)
-
-
 @functools.lru_cache(maxsize=4096)
 def _has_format(text: str, thinking: bool) -> bool:
     wanted = (1, 1, 1, 1) if thinking else (0, 0, 1, 1)
@@ -137,18 +99,29 @@ def _has_format(text: str, thinking: bool) -> bool:
 
 
 def score(text: str, answer: str, letters: str, *, thinking: bool, finished: bool) -> Score:
-    """Parse one completion and compare it with the right ``answer`` letter.
+    """Read one completion as the module's docstring says, and compare it with the right ``answer`` letter.
+
+    Args:
+        text: the decoded completion.
+        answer: the right letter.
+        letters: the option letters, upper case, e.g. ``"ABCD"``.
+        thinking: which of the two formats was asked for.
+        finished: False if generation stopped at the token limit.
 
     Raises:
         ValueError: ``answer`` is not one of ``letters`` (an error of the data, never a reward of 0).
     """
     if len(answer) != 1 or answer not in letters:
         raise ValueError(f"the right answer is {answer!r}, expected one of the option letters {', '.join(letters)}")
-    parsed = parse_completion(text, letters, thinking=thinking, finished=finished)
-    if parsed.problem is not None:
-        return Score(parsed.problem, "", parsed.format_ok)
-    outcome = AnswerOutcome.CORRECT if parsed.letter == answer else AnswerOutcome.WRONG
-    return Score(outcome, parsed.letter, parsed.format_ok)
+    named, answered = _read(text, letters)
+    format_ok = _has_format(text, thinking)
+    if len(named) > 1:
+        return Score(AnswerOutcome.AMBIGUOUS, "", format_ok)
+    letter = next(iter(named), "")
+    if not letter or letter not in letters:
+        truncated = not finished and not answered
+        return Score(AnswerOutcome.TRUNCATED if truncated else AnswerOutcome.MISSING, "", format_ok)
+    return Score(AnswerOutcome.CORRECT if letter == answer else AnswerOutcome.WRONG, letter, format_ok)
 
 
 def completion_text(completion: Completion) -> str:

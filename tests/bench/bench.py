@@ -170,7 +170,8 @@ class Bench:
         def policy() -> torch.Tensor:
             logps = logits(self.student).log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
             ratio = objective.importance_ratio(logps, logps.detach(), mask)
-            return objective.kepo_loss(objective.weighted_advantage(ratio, batch["advantages"], 0.2), mask)
+            gain = batch["advantages"].unsqueeze(1)
+            return -objective.sequence_mean(torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain), mask).mean()
 
         def distillation() -> torch.Tensor:
             with torch.no_grad():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from datasets import Dataset
 from kepo_harness import make_dataset, make_row
@@ -12,7 +13,6 @@ from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from kepo_core.method import objective
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
 from kepo_core.testbed.embedded import CHAT_TEMPLATE, VOCAB_SIZE, build_model, build_processor
@@ -223,4 +223,4 @@ def test_advantages_are_those_of_trl_and_of_objective(tmp_path: Path, scaling: s
     assert ours["advantages"].std() > 0
     assert torch.allclose(ours["advantages"], theirs["advantages"], rtol=1e-6, atol=1e-6)
     totals = (trainer._rewards * torch.tensor(weights)).sum(1)
-    assert torch.allclose(ours["advantages"], objective.advantages(totals, 4, scaling), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours["advantages"], reference.advantages(totals, 4, scaling), rtol=1e-5, atol=1e-6)

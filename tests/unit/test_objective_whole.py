@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,13 +48,13 @@ def by_functions(b: dict[str, Any], student: torch.Tensor) -> torch.Tensor:
     """The loss as the package's functions give it."""
     logps = student.log_softmax(-1).gather(-1, b["tokens"].unsqueeze(-1)).squeeze(-1)
     ratio = objective.importance_ratio(logps, b["old"], b["mask"], b["level"])
-    advantages = objective.advantages(b["rewards"], b["size"], b["kind"])
-    policy = objective.weighted_advantage(ratio, advantages, b["epsilon"], b["clip"])
+    advantages = reference.advantages(b["rewards"], b["size"], b["kind"])
+    policy = reference.weighted_advantage(ratio, advantages, b["epsilon"], b["clip"])
     divergence = objective.divergence(student, b["teacher"], b["divergence"], b["temperature"])
     gate = objective.gate(b["rewards"], b["tau"], b["compare"])
     term = objective.distillation_term(divergence, b["mask"], gate, b["normalizer"])
     kl = objective.kl_to_reference(logps, b["reference"], ratio if b["corrected"] else 1.0)
-    return objective.kepo_loss(policy, b["mask"], term, kl, coef=b["coef"], beta=b["beta"])
+    return reference.kepo_loss(policy, b["mask"], term, kl, coef=b["coef"], beta=b["beta"])
 
 
 def softmax(logits: list[float]) -> list[float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 
+from kepo_core.method.config import KEPOConfig
 from kepo_core.method.rollouts import GLOSSARY
 from kepo_core.params import Params
 from kepo_core.task.multiple_choice import GLOSSARY as TASK_GLOSSARY
@@ -27,7 +28,7 @@ def test_every_module_is_in_the_tree_and_every_name_in_the_tree_exists() -> None
 
 
 def test_parameters_and_files_that_it_mentions_exist() -> None:
-    names = {field.name for field in fields(Params)}
+    names = {field.name for kind in (Params, KEPOConfig) for field in fields(kind)}
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         (cell,) = (c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", []))
         names |= set(re.findall(r"^(\w+) = ", cell.source, flags=re.MULTILINE))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.task import rewards
-from kepo_core.task.rewards import accuracy_reward, format_reward, parse_completion, reward_functions, score
+from kepo_core.task.rewards import accuracy_reward, format_reward, reward_functions, score
 
 RIGHT, WRONG = AnswerOutcome.CORRECT, AnswerOutcome.WRONG
 MISSING, AMBIGUOUS, TRUNCATED = AnswerOutcome.MISSING, AnswerOutcome.AMBIGUOUS, AnswerOutcome.TRUNCATED
@@ -85,8 +85,8 @@ def test_only_an_unfinished_completion_without_a_closed_field_is_truncated() -> 
      "<think>so</think><answer>A or B</answer>", "<think></think><answer></answer>"],
 )  # fmt: skip
 def test_thinking_format(text: str) -> None:
-    assert parse_completion(text, "ABCD", thinking=True, finished=True).format_ok
-    assert not parse_completion(text, "ABCD", thinking=False, finished=True).format_ok
+    assert score(text, "B", "ABCD", thinking=True, finished=True).format_ok
+    assert not score(text, "B", "ABCD", thinking=False, finished=True).format_ok
 
 
 @pytest.mark.parametrize(
@@ -99,27 +99,27 @@ def test_thinking_format(text: str) -> None:
      "<think><think>so</think><answer>B</answer>", "B", ""],
 )  # fmt: skip
 def test_what_is_not_the_thinking_format(text: str) -> None:
-    assert not parse_completion(text, "ABCD", thinking=True, finished=True).format_ok
+    assert not score(text, "B", "ABCD", thinking=True, finished=True).format_ok
 
 
 def test_non_thinking_format() -> None:
     def ok(text: str) -> bool:
-        return parse_completion(text, "ABCD", thinking=False, finished=True).format_ok
+        return score(text, "B", "ABCD", thinking=False, finished=True).format_ok
 
     assert ok("<answer>B</answer>") and ok(" \n<answer> nothing </answer> ")
     assert not ok("B") and not ok("It is <answer>B</answer>") and not ok("<answer>B</answer><answer>B</answer>")
 
 
-def test_accuracy_and_format_are_independent_and_summed() -> None:
+def test_accuracy_and_format_are_independent() -> None:
     table = {
-        "<think>t</think><answer>B</answer>": (1.0, True, 2.0),
-        "<think>t</think><answer>C</answer>": (0.0, True, 1.0),
-        "I say <answer>B</answer>": (1.0, False, 1.0),
-        "B": (0.0, False, 0.0),
+        "<think>t</think><answer>B</answer>": (1.0, True),
+        "<think>t</think><answer>C</answer>": (0.0, True),
+        "I say <answer>B</answer>": (1.0, False),
+        "B": (0.0, False),
     }
-    for text, (accuracy, format_ok, total) in table.items():
+    for text, (accuracy, format_ok) in table.items():
         scored = score(text, "B", "ABCD", thinking=True, finished=True)
-        assert (scored.accuracy, scored.format_ok, scored.total) == (accuracy, format_ok, total)
+        assert (scored.accuracy, scored.format_ok) == (accuracy, format_ok)
 
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", "A", "b", "E", " or ", ".", ")", "x", "\n"]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from kepo_harness import batch_of, fails_on_0, make_row, make_trainer, right, score_batch, sharp_model, wrong
 from peft import LoraConfig
@@ -40,12 +41,12 @@ def reference_loss(trainer: KEPOTrainer, teacher: Any, batch: dict[str, Any]) ->
     old = batch.get("old_per_token_logps", logps.detach())
     ratio = objective.importance_ratio(logps, old, mask, args.importance_sampling_level)
     epsilon, clip = (args.epsilon, "ppo") if args.delta is None else (args.epsilon_high, "eq5")
-    policy = objective.weighted_advantage(ratio, batch["advantages"], epsilon, clip)
+    policy = reference.weighted_advantage(ratio, batch["advantages"], epsilon, clip)
     with torch.no_grad():
         teacher_logits = full_logits(teacher, batch)
     divergence = objective.divergence(logits, teacher_logits, args.distill_beta, args.distill_temperature)
     term = objective.distillation_term(divergence, mask, batch["kepo_gate"], args.distill_normalizer)
-    return objective.kepo_loss(policy, mask, term, coef=args.distill_coef)
+    return reference.kepo_loss(policy, mask, term, coef=args.distill_coef)
 
 
 @pytest.mark.parametrize(
@@ -125,19 +126,19 @@ def test_the_kl_that_is_logged_is_the_kl_that_trains(tmp_path: Path, corrected: 
         tmp_path, fails_on_0, explore=False, use_bias_correction_kl=corrected, importance_sampling_level=level
     )
     batch = off_policy_batch(trainer)
-    mask, reference = batch["completion_mask"], sharp_model(0).double()
+    mask, twin = batch["completion_mask"], sharp_model(0).double()
     pictures = {"pixel_values": batch["pixel_values"].double()}
-    logits = full_logits(reference, batch | pictures)
+    logits = full_logits(twin, batch | pictures)
     logps = logits.log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
     ratio = objective.importance_ratio(logps, batch["old_per_token_logps"].double(), mask, level)
     kl = objective.kl_to_reference(logps, batch["ref_per_token_logps"].double(), ratio if corrected else 1.0)
-    policy = objective.weighted_advantage(ratio, batch["advantages"].double(), trainer.args.epsilon)
-    expected = objective.kepo_loss(policy, mask, 0.0, kl, beta=0.3)
+    policy = reference.weighted_advantage(ratio, batch["advantages"].double(), trainer.args.epsilon)
+    expected = reference.kepo_loss(policy, mask, 0.0, kl, beta=0.3)
     expected.backward()
     loss = trainer._compute_loss(trainer.model, {k: v for k, v in batch.items() if k != "kepo_gate"})
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    wanted = dict(reference.named_parameters())
+    wanted = dict(twin.named_parameters())
     for name, p in trainer.model.named_parameters():
         scale = wanted[name].grad.abs().max().item()
         assert torch.allclose(p.grad.double(), wanted[name].grad, rtol=1e-3, atol=1e-5 * scale + 1e-8), name
