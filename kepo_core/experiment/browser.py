@@ -21,7 +21,7 @@ def browse(run: Run | str | Path, data: StudyData | None = None, where: str = ""
     Args:
         run: it, or its folder.
         data: what it was trained on; by default it is read as the run read it, in some seconds.
-        where: a pandas query over the columns of ``rollouts.parquet``; groups with such a rollout are offered:
+        where: a condition, as pandas' `DataFrame.eval` reads it, on the columns of ``rollouts.parquet``; groups with such a rollout are offered:
             ``exploration == 'rescued'``, ``outcome == 'missing' and not injected``, ``not format_ok``.
 
     Raises `ParamError` if there are no such rollouts (baselines keep none), or questions that ``data`` has not.
@@ -36,9 +36,11 @@ def browse(run: Run | str | Path, data: StudyData | None = None, where: str = ""
     if unknown := sorted(set(rollouts["id"]) - {question.id for question in data.train}):
         raise ParamError(f"{table} has a rollout of question {unknown[0]}, expected the data that it was trained on")
     try:
-        meant = set(rollouts.query(where).index) if where else set(rollouts.index)
+        meant = set(rollouts[rollouts.eval(where)].index) if where else set(rollouts.index)
     except (NameError, SyntaxError, TypeError, ValueError, KeyError) as error:
-        raise ParamError(f"where={where!r} is no query over {', '.join(rollouts)}: {error}") from error
+        raise ParamError(
+            f"where={where!r} is no condition on {', '.join(map(str, rollouts.columns))}: {error}"
+        ) from error
     groups = [group for group in gallery.groups_of(rollouts) if not meant.isdisjoint(group.index)]
     if not groups:
         raise ParamError(f"where={where!r} fits none of {len(rollouts)} rollouts")

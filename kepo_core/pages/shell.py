@@ -1,4 +1,4 @@
-"""The pages' templates, filled in. Whatever a template is given is escaped, unless the template itself says ``safe``."""
+"""The pages' templates, filled in. What a template is given is escaped unless the template itself says ``safe``."""
 
 import base64
 import hashlib

@@ -93,5 +93,5 @@ def test_a_run_is_browsed_while_it_trains_and_when_it_has_ended(run, data, monke
 @pytest.mark.parametrize("where", ["colour == 'red'", "outcome ==", "outcome == 'missing'", "group + 1", "outcome > 3"])
 def test_a_question_that_no_rollout_answers_is_refused(run, data, where):
     write_rollouts(run.training_dir, rollouts())
-    with pytest.raises(ParamError, match="^where="):
+    with pytest.raises(ParamError, match=r"^where="):
         browse(run, data, where)
