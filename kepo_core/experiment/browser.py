@@ -21,8 +21,8 @@ def browse(run: Run | str | Path, data: StudyData | None = None, where: str = ""
     Args:
         run: it, or its folder.
         data: what it was trained on; by default it is read as the run read it, in some seconds.
-        where: a condition, as pandas' `DataFrame.eval` reads it, on the columns of ``rollouts.parquet``; groups with such a rollout are offered:
-            ``exploration == 'rescued'``, ``outcome == 'missing' and not injected``, ``not format_ok``.
+        where: only groups with a rollout that meets this condition on the columns of ``rollouts.parquet``, written for
+            pandas' ``eval``: ``exploration == 'rescued'``, ``outcome == 'missing' and not injected``, ``~format_ok``.
 
     Raises `ParamError` if there are no such rollouts (baselines keep none), or questions that ``data`` has not.
     """
@@ -35,15 +35,7 @@ def browse(run: Run | str | Path, data: StudyData | None = None, where: str = ""
     data = data or load_data(run.params)
     if unknown := sorted(set(rollouts["id"]) - {question.id for question in data.train}):
         raise ParamError(f"{table} has a rollout of question {unknown[0]}, expected the data that it was trained on")
-    try:
-        meant = set(rollouts[rollouts.eval(where)].index) if where else set(rollouts.index)
-    except (NameError, SyntaxError, TypeError, ValueError, KeyError) as error:
-        raise ParamError(
-            f"where={where!r} is no condition on {', '.join(map(str, rollouts.columns))}: {error}"
-        ) from error
-    groups = [group for group in gallery.groups_of(rollouts) if not meant.isdisjoint(group.index)]
-    if not groups:
-        raise ParamError(f"where={where!r} fits none of {len(rollouts)} rollouts")
+    groups = _having(where, rollouts)
     facts = phantom.load_facts(data.root)
 
     def show(group: int) -> HTML:
@@ -52,3 +44,15 @@ def browse(run: Run | str | Path, data: StudyData | None = None, where: str = ""
         return card
 
     return widgets.interactive(show, group=widgets.IntSlider(1, 1, len(groups), description=f"of {len(groups)}"))
+
+
+def _having(where: str, rollouts: pd.DataFrame) -> list[pd.DataFrame]:
+    """The groups that have a rollout which meets the condition."""
+    try:
+        met = rollouts[rollouts.eval(where)] if where else rollouts
+    except (NameError, SyntaxError, TypeError, ValueError, KeyError) as error:
+        columns = ", ".join(map(str, rollouts.columns))
+        raise ParamError(f"where={where!r} is no condition on {columns}: {error}") from error
+    if met.empty:
+        raise ParamError(f"where={where!r} is met by none of {len(rollouts)} rollouts")
+    return [group for group in gallery.groups_of(rollouts) if group.index.isin(met.index).any()]
