@@ -78,7 +78,7 @@ def test_nbval(number: str, smoke_file: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("KEPO_PARAMS", str(smoke_file))
     assert main(["report", "params/study-small.yaml"]) == 0  # from the runs that 04 has made
     page = (study / "report.html").read_text(encoding="utf-8")
-    assert "<p>4 of 4 runs have completed.</p>" in page and page.count('<p class="caption">') == 7
+    assert "<p>4 of 4 runs have completed.</p>" in page and page.count('<img alt="') == 7
     linked = [study / href for href in re.findall(r'<a href="(\.\./\.\./[^"]+)"', page)]
     assert len(linked) == 4 and all(path.is_file() for path in linked)
     assert len(list(study.parents[1].glob("*/status.json"))) == runs, "nothing was run"
