@@ -98,12 +98,14 @@ def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str = "MRI") -> Axes
         [f"{value:+.0f} ± {half:.0f}" if firm else f"({value:+.0f} ± {half:.0f})" for value, half, firm in row]
         for row in np.stack([values, (high - low) / 2, sure], axis=-1)
     ]
-    colours = {"cmap": "RdBu", "vmin": -60, "vmax": 60, "alpha": 0.85, "cbar_kws": {"label": "points", "shrink": 0.8}}
-    sns.heatmap(values, annot=np.array(told), fmt="", annot_kws={"fontsize": 11}, ax=ax, **colours)
+    bar, text = {"label": "points", "shrink": 0.8}, {"fontsize": 11, "color": "black"}  # on any of the light colours
+    colours = {"cmap": "RdBu", "vmin": -60, "vmax": 60, "alpha": 0.6, "cbar_kws": bar}
+    sns.heatmap(values, annot=np.array(told), fmt="", annot_kws=text, ax=ax, **colours)
     names = [f"{name}*" if name == in_domain else str(name) for name in values.columns]
     ax.set_xticklabels(names, rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticklabels([textwrap.fill(str(name), 30) for name in table.index], rotation=0)
     ax.set(xlabel="", ylabel="")
+    ax.grid(visible=False)
     return ax
 
 
