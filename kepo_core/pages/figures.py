@@ -73,7 +73,7 @@ def line(ax: Axes, k: int, x: Any, y: Any, band: tuple[Any, Any] | None = None, 
     colour, dash = COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)]
     if band is not None:
         ax.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
-    ax.plot(x, y, color=colour, linestyle=dash, **{"linewidth": 1.8, **style})
+    ax.plot(x, y, color=colour, linestyle=dash, linewidth=1.8, **style)
 
 
 def points(ax: Axes, k: int, at: Any, table: Any, label: str, *, upright: bool = False) -> None:
@@ -105,7 +105,7 @@ def legend_over(ax: Axes, columns: int, **options: Any) -> None:
 def legend_above(axes: Any) -> None:
     """One legend for panels that share their lines, above them all."""
     flat = _flat(axes)
-    named = {label: line for ax in flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    named = {label: drawn for ax in flat for drawn, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if named:
         options: dict[str, Any] = {"loc": "outside upper center", "ncols": min(4, len(named)), "handlelength": 3}
         flat[0].figure.legend(named.values(), named.keys(), **options)
@@ -342,7 +342,7 @@ def picture(question: Question, ax: Axes, *, width: int = 28) -> Axes:
         f"{letter}) {text}{'  ✓' if letter == question.answer else ''}"
         for letter, text in zip(LETTERS, question.options, strict=False)
     ]
-    lines = [line for text in (question.question, *options) for line in textwrap.wrap(text, width) or [""]]
+    lines = [part for text in (question.question, *options) for part in textwrap.wrap(text, width) or [""]]
     # Question texts are data: a dollar sign in them starts no formula.
     style: Any = {"ha": "center", "va": "top", "fontsize": 10, "parse_math": False}
     ax.text(0.5, -0.05, "\n".join(lines), transform=ax.transAxes, **style)
