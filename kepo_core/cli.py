@@ -145,11 +145,12 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     """
     from kepo_core.data.check import check
     from kepo_core.files import write_atomically
+    from kepo_core.pages import shell
 
     checked = check(Path(path), strict)
     print(checked.as_text())
     if page:
-        write_atomically(Path(page), checked.as_html())
+        write_atomically(Path(page), shell.render("data_check.html.j2", title="Data check", checked=checked))
     return COMPLETED
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -56,17 +55,6 @@ class Checked:
         """For a terminal."""
         parts = [f"{title}\n{table.to_string(index=False)}" for title, table in self.tables().items()]
         return "\n\n".join([self.heading(), *parts])
-
-    def as_html(self) -> str:
-        """A page of its own; every text of the data is escaped."""
-        parts = [
-            f"<h2>{title}</h2>\n{table.to_html(index=False, escape=True)}" for title, table in self.tables().items()
-        ]
-        style = "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .6em}"
-        return (
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Data check</title><style>{style}</style>"
-            f"<h1>Data check</h1><p>{escape(self.heading())}</p>{''.join(parts)}</html>\n"
-        )
 
 
 def check(root: Path, strict: bool = False) -> Checked:

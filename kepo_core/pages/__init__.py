@@ -1,1 +1,1 @@
-"""What readers see: figures, captions, cards, reports, the index."""
+"""What readers see: figures, cards, reports, the index."""

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from kepo_core.analysis.statistics import AVG_OOD
 from kepo_core.data.records import MODALITIES, AnswerOutcome
-from kepo_core.pages.figures import BLUE, COLOURS, DASHES, GREEN, MARKERS, ORANGE, RED, SKY, legend_above
+from kepo_core.pages.figures import BLUE, GREEN, ORANGE, RED, SKY, accuracy_curves, legend_over, line, nothing
 
-_GREY = "#8C8C8C"
 #: How an answer ended, from right to unreadable: colours that stay apart, with hatches where they are close in grey.
 OUTCOMES: dict[AnswerOutcome, tuple[str, str]] = {
     AnswerOutcome.CORRECT: (GREEN, ""),
@@ -29,16 +30,10 @@ OUTCOMES: dict[AnswerOutcome, tuple[str, str]] = {
 
 def released_curves(table: pd.DataFrame, axes: Any, *, in_domain: str = "MRI") -> None:
     """The released runs' accuracies over training, in and out of domain, from ``methods.released_curves``."""
-    parts = (table["modality"] == in_domain, table["modality"] != in_domain)
-    for of, title, ax in zip(parts, (in_domain, "Avg. (OOD)"), np.asarray(axes, dtype=object).ravel(), strict=True):
-        means = table[of].groupby(["run", "step"], sort=False)["accuracy_percent"].mean()
-        for k, (run, line) in enumerate(means.groupby(level="run", sort=False)):
-            ax.plot(
-                line.index.get_level_values("step"), line, label=str(run), color=COLOURS[k], linestyle=DASHES[k],
-                marker=MARKERS[k], markersize=3.5, linewidth=1.6,
-            )  # fmt: skip
-        ax.set(xlabel="step", ylabel="accuracy (%)", title=title)
-    legend_above(axes)
+    part = table["modality"].where(table["modality"] == in_domain, AVG_OOD)
+    shares = table.assign(part=part, arm=table["run"], value=table["accuracy_percent"] / 100, low=np.nan, high=np.nan)
+    means = shares.groupby(["part", "arm", "step"], sort=False)[["value", "low", "high"]].mean().reset_index()
+    accuracy_curves(means, axes, in_domain=in_domain, ylabel="accuracy (%)")
 
 
 def metric_over_runs(
@@ -62,34 +57,24 @@ def metric_over_runs(
         if not lines:
             continue
         together = pd.concat(lines, axis=1)
-        colour = COLOURS[k % len(COLOURS)]
-        ax.fill_between(
-            together.index, together.min(axis=1), together.max(axis=1), color=colour, alpha=0.15, linewidth=0
-        )
-        ax.plot(
-            together.index, together.mean(axis=1), color=colour, linestyle=DASHES[k % len(DASHES)], linewidth=1.8,
-            label=method,
-        )  # fmt: skip
+        edges = together.min(axis=1), together.max(axis=1)
+        line(ax, k, together.index, together.mean(axis=1), edges, label=method)
     ax.set(xlabel="step", title=title or metric)
     if not ax.lines:
-        ax.text(0.5, 0.5, "in none of these runs", transform=ax.transAxes, ha="center", va="center", color="#666666")
+        nothing(ax, "in none of these runs")
     return ax
 
 
 def outcomes_over_training(rollouts: pd.DataFrame, ax: Axes, *, title: str = "", smooth: int = 1) -> Axes:
     """How the student's own rollouts ended over training, as shares that add up to 100 %, without injected ones."""
     own = rollouts[~rollouts["injected"]]
-    shares = own.groupby("step")["outcome"].value_counts(normalize=True).unstack(fill_value=0)
+    shares = 100 * own.groupby("step")["outcome"].value_counts(normalize=True).unstack(fill_value=0)
     shares = shares.rolling(smooth, center=True, min_periods=1).mean()
-    bottom = np.zeros(len(shares))
-    for outcome, (colour, hatch) in OUTCOMES.items():
-        values = 100 * shares.get(str(outcome), pd.Series(0.0, index=shares.index)).to_numpy(float)
-        if values.any():
-            ax.fill_between(
-                shares.index, bottom, bottom + values, facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0.3,
-                label=str(outcome),
-            )  # fmt: skip
-        bottom = bottom + values
+    present = [outcome for outcome in OUTCOMES if str(outcome) in shares]
+    colours, hatches = zip(*(OUTCOMES[outcome] for outcome in present), strict=True)
+    values = [shares[str(outcome)] for outcome in present]
+    style: Any = {"colors": colours, "hatch": hatches, "edgecolor": "white", "linewidth": 0.3}
+    ax.stackplot(shares.index, values, labels=[str(outcome) for outcome in present], **style)
     ax.set(xlabel="step", ylabel="share of rollouts (%)", ylim=(0, 100), title=title)
     ax.margins(x=0)
     ax.legend(loc="lower left", frameon=True, framealpha=0.9)
@@ -102,22 +87,24 @@ def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str = "MRI") -> Axes
     Each cell says how much, ± half its 95 % interval; in brackets where the interval holds 0.
     """
     own = table[table["part"].isin(MODALITIES)]
-    arms, modalities = list(own["arm"].unique()), list(own["part"].unique())
+    arms, modalities = own["arm"].unique(), own["part"].unique()
     values, low, high = (
-        100 * own.pivot(index="arm", columns="part", values=name).loc[arms, modalities].to_numpy(float)
+        100 * own.pivot(index="arm", columns="part", values=name).loc[arms, modalities]
         for name in ("value", "low", "high")
     )
-    shown = ax.imshow(values, cmap="RdBu", vmin=-60, vmax=60, aspect="auto", alpha=0.85)
-    for (y, x), value in np.ndenumerate(values):
-        text = f"{value:+.0f} ± {(high[y, x] - low[y, x]) / 2:.0f}"
-        sure = low[y, x] > 0 or high[y, x] < 0
-        colour = "white" if abs(value) > 50 else "black"
-        ax.text(x, y, text if sure else f"({text})", ha="center", va="center", fontsize=11, color=colour)
-    names = [f"{name}*" if name == in_domain else str(name) for name in modalities]
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(arms)), [textwrap.fill(name, 30) for name in arms])
+    sure = (low > 0) | (high < 0)
+    told = [
+        [f"{value:+.0f} ± {half:.0f}" if firm else f"({value:+.0f} ± {half:.0f})" for value, half, firm in row]
+        for row in np.stack([values, (high - low) / 2, sure], axis=-1)
+    ]
+    bar, text = {"label": "points", "shrink": 0.8}, {"fontsize": 11, "color": "black"}  # on any of the light colours
+    colours = {"cmap": "RdBu", "vmin": -60, "vmax": 60, "alpha": 0.6, "cbar_kws": bar}
+    sns.heatmap(values, annot=np.array(told), fmt="", annot_kws=text, ax=ax, **colours)
+    names = [f"{name}*" if name == in_domain else str(name) for name in values.columns]
+    ax.set_xticklabels(names, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_yticklabels([textwrap.fill(str(name), 30) for name in arms], rotation=0)
+    ax.set(xlabel="", ylabel="")
     ax.grid(visible=False)
-    ax.figure.colorbar(shown, ax=ax, label="points", shrink=0.8)
     return ax
 
 
@@ -142,16 +129,16 @@ def step_map(rollouts: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_xticks(range(width), [str(i + 1) for i in range(width)])
     ax.set_yticks(range(len(groups)), [str(i + 1) for i in range(len(groups))])
     ax.grid(visible=False)
-    present = [o for o in OUTCOMES if (trained["outcome"] == str(o)).any()]
     handles: list[Any] = [
-        Patch(facecolor=OUTCOMES[outcome][0], hatch=OUTCOMES[outcome][1], alpha=0.55, label=str(outcome))
-        for outcome in present
+        Patch(facecolor=colour, hatch=hatch, alpha=0.55, label=str(outcome))
+        for outcome, (colour, hatch) in OUTCOMES.items()
+        if (trained["outcome"] == str(outcome)).any()
     ]
     handles += [
         Patch(fill=False, edgecolor=BLUE, linewidth=2.6, label="gate open: distilled"),
         Line2D([], [], linestyle="none", marker="^", color="black", label="drawn with a hint, injected"),
     ]
-    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles))
+    legend_over(ax, len(handles), handles=handles)
     return ax
 
 

@@ -1,9 +1,6 @@
 """A study as one page: notebook 05 over the runs that have completed, rendered as a run's report is."""
 
-import html
-from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import quote
 
 from papermill.exceptions import PapermillExecutionError
 
@@ -12,7 +9,6 @@ from kepo_core.experiment import execution, experiment
 from kepo_core.files import write_atomically
 from kepo_core.pages import report
 from kepo_core.params import from_root, project_root, resolve
-from kepo_core.runs.run import Run
 from kepo_core.study import jobs, studies
 
 #: Draws a study; nothing is trained in it where it is told so.
@@ -39,24 +35,14 @@ def write_study_report(file: str) -> Path:
     except PapermillExecutionError as error:
         raise ParamError(f"{NOTEBOOK} stopped: {error.ename}: {error.evalue}; see {from_root(notebook)}") from error
     page = study.folder / "report.html"
-    write_atomically(page, report.render(notebook, study.name, _head(study, runs, resolve(file))))
-    return page
-
-
-def _head(study: studies.Study, runs: Mapping[str, Run], file: Path) -> str:
-    """What was asked, and which runs the page is drawn from, with links to their own reports."""
-    missing = [name for name in study.runs if name not in runs]
-    text = f"{len(runs)} of {len(study.runs)} runs have completed" + (
-        f"; not yet: {', '.join(missing)}" * bool(missing)
+    text = report.render(
+        notebook,
+        study.name,
+        "study.html.j2",
+        asked=study.runs,
+        runs=runs,
+        missing=[name for name in study.runs if name not in runs],
+        file=resolve(file),
     )
-    items = [
-        f'<li><a href="../../{html.escape(quote(run.path.name))}/report.html">{html.escape(name)}</a>, '
-        f"{run.minutes:.1f} minutes</li>"
-        for name, run in runs.items()
-    ]
-    return "\n".join([
-        f"<h1>{html.escape(study.name)}</h1>",
-        f"<p>{html.escape(text)}.</p>",
-        f"<details><summary>The runs and their reports</summary><ul>{''.join(items)}</ul></details>",
-        report.folded(f"The study file, {file.name}", file.read_text(encoding="utf-8")),
-    ])  # fmt: skip
+    write_atomically(page, text)
+    return page
