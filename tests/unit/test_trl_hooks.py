@@ -59,6 +59,10 @@ def uses(source: str) -> tuple[set[str], set[str], set[str]]:
     return tuple(set(filter(is_private, names)) for names in (defined, used, imported))  # type: ignore[return-value]
 
 
+#: Documented, for all their underscore.
+PUBLIC = {"_asdict", "_exit"}
+
+
 def unlisted(sources: dict[str, str]) -> set[tuple[str, str]]:
     """(file, name) of each foreign private name that `HOOKS` lacks."""
     found = {file: uses(source) for file, source in sources.items()}
@@ -68,7 +72,7 @@ def unlisted(sources: dict[str, str]) -> set[tuple[str, str]]:
         (file, name)
         for file, (_, used, imported) in found.items()
         for name in imported | {name for name in used if name not in own or name in theirs}
-        if name not in LISTED or (name in imported and file != "method/trl_hooks.py")
+        if name not in LISTED | PUBLIC or (name in imported and file != "method/trl_hooks.py")
     }
 
 
