@@ -80,6 +80,13 @@ lab: $(STAMP)
 lock: $(STAMP)
 	$(PIP) uv
 	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --output-file requirements.lock
+	$(MAKE) environment.yml
+
+# The lock's versions without their hashes: pip takes no editable package beside hashes, and conda calls it once.
+environment.yml: requirements.lock
+	{ sed '/- pip:$$/q' $@; sed -n 's/^\([[:alnum:]].*[^ ]\) *\\$$/      - "\1"/p' $<; \
+		sed -n 's/^    \("torch==.*"\),$$/      - \1/p' pyproject.toml; echo '      - "--editable ."'; } > $@.new
+	mv $@.new $@
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
