@@ -25,7 +25,7 @@ import submitit
 import submitit.helpers
 
 from kepo_core.errors import ParamError
-from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED
+from kepo_core.exit_codes import COMPLETED, FAILED
 from kepo_core.params import Params, project_root, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
@@ -85,26 +85,31 @@ def work(params: Params, origin: shelf.Origin, threads: int) -> int:
     """
     if shelf.completed(params, origin) or shelf.at_work(params, origin):
         return COMPLETED
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited: Slurm sends it to all processes of a job
+    stopped: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(signum: int, frame: object) -> None:
+        stopped.append(signum)
+        if process is not None:
+            process.terminate()
+
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(ending, stop)
     process = subprocess.Popen(
         jobs.command(params, origin),
         cwd=project_root(),
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        # Slurm sends SIGUSR2 to all processes of a job; what is ignored here is ignored by all below.
+        preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
     )
-    endings = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    try:
-        for ending in endings:
-            signal.signal(ending, signal.default_int_handler)
-        return process.wait()
-    except KeyboardInterrupt:
-        for ending in endings:
-            signal.signal(ending, signal.SIG_IGN)
+    if stopped:  # while it was started
         process.terminate()
-        process.wait()
+    code = process.wait()
+    if stopped:
         print("kepo: the cluster stopped it; the same command resumes it", flush=True)
-        return INTERRUPTED
+    return code
 
 
 class Submitted:
