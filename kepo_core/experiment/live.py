@@ -22,6 +22,7 @@ from kepo_core.pages import figures
 from kepo_core.params import Params
 
 LINES = 15
+_BAR = "{l_bar}{bar:20}{r_bar}"  # tqdm's, 20 characters wide
 
 
 def watched() -> bool:
@@ -64,7 +65,7 @@ class ProgressBar:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show that ``done`` of ``total`` pieces are finished; ``note`` stands behind."""
         passed = time.monotonic() - self._start
-        line = tqdm.format_meter(done, total, passed, ncols=100, prefix=self._label, postfix=note)
+        line = tqdm.format_meter(done, total, passed, prefix=self._label, postfix=note, bar_format=_BAR)
         if self._display:
             self._display.show(Pretty(line))  # type: ignore[no-untyped-call]
         elif done * LINES // total > self._lines:

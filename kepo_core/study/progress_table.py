@@ -82,7 +82,7 @@ class ProgressTable:
     Args:
         slots: runs at a time.
         redrawn: one table, or a line for each change; by default whatever fits standard output.
-        console: where it is shown; by default standard output.
+        console: where the table is drawn; by default standard output.
     """
 
     def __init__(self, slots: int, redrawn: bool | None = None, console: Console | None = None) -> None:
@@ -106,7 +106,7 @@ class ProgressTable:
         self._shown |= {job.name: (job.state, job.note) for job in changed}
         if not self._redrawn:
             for job in changed:
-                self._console.out(_line(job), highlight=False)
+                print(_line(job), flush=True)  # not by rich, which makes HTML of it under papermill
         elif changed or time.monotonic() - self._drawn > _EVERY:
             self._drawn = time.monotonic()
             self._screen.update(self._table(jobs), refresh=True)
