@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kepo_core.errors import DataError, ParamError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
@@ -22,9 +22,6 @@ from kepo_core.params_io import tagged_cell
 
 #: What `run.Run.state` says, and of folders that cannot be read.
 _STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")
-
-if TYPE_CHECKING:
-    from kepo_core.study import jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,8 +52,6 @@ def _obey(arguments: argparse.Namespace) -> int:
         from kepo_core.experiment.execution import resume_run
 
         return resume_run(_run_folder(arguments.run))
-    if arguments.command == "join":
-        return join_run(arguments.run, arguments.rank)
     if arguments.command == "data":
         return check_data(arguments.path, arguments.strict, arguments.html)
     if arguments.command == "report":
@@ -120,24 +115,6 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> 
     return execution.run_notebook(path, params, cell)
 
 
-def join_run(run: str, rank: int) -> int:
-    """Train along as machine ``rank`` of a run that another machine makes. Returns the exit code.
-
-    Raises `ParamError` where there is no such run, or it is not about to train.
-    """
-    from kepo_core.experiment import execution, launch
-
-    signal.signal(signal.SIGTERM, execution.interrupt)
-    try:
-        launch.join(run, rank)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except launch.TrainingFailed as failed:
-        print(f"kepo: {failed}", file=sys.stderr)
-        return FAILED
-    return COMPLETED
-
-
 def check_data(path: str, strict: bool, page: str | None) -> int:
     """Print what is in the data at ``path``, and write it to the HTML file ``page`` where one is named.
 
@@ -193,21 +170,25 @@ def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
     ``DataError`` before anything runs if a file or the data do not fit.
     """
     from kepo_core.experiment import execution, experiment
-    from kepo_core.study import board, jobs, studies
+    from kepo_core.study import jobs, studies
+    from kepo_core.study.progress_table import ProgressTable
 
     study = studies.read_study(file)
+    executor: jobs.Executor
     if cluster_file is None:
-        places: jobs.Places = jobs.Here(slots, study.processes)
+        executor = jobs.LocalExecutor(slots, study.processes)
     else:
-        places = _cluster(cluster_file, study.base.results_dir, slots)
-    print(f"kepo: {len(study.runs)} runs, {places.count} at a time", flush=True)
+        from kepo_core.study.cluster import Cluster  # submitit is wanted by nobody else
+
+        executor = Cluster(cluster_file, study.base.results_dir, slots)
+    print(f"kepo: {len(study.runs)} runs, {executor.count} at a time", flush=True)
     for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # its runs are told, too
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
             signal.signal(ending, execution.interrupt)
     try:
         data = experiment.load_data(study.base)
-        with board.Board(places.count) as shown:
-            runs, failures = jobs.run_all(study.runs, data.identity(), places, shown)
+        with ProgressTable(executor.count) as table:
+            runs, failures = jobs.run_all(study.runs, data.identity(), executor, table)
     except KeyboardInterrupt:
         print("kepo: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
@@ -233,12 +214,6 @@ def plan_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     text, fits = plan.as_text(*plan.read(params, arguments.prompt_tokens, plan.gpu_bytes(arguments.gpu)))
     print(f"{arguments.file} on {text}")
     return COMPLETED if fits else FAILED
-
-
-def _cluster(file: str, results_dir: str, slots: int) -> "jobs.Places":
-    from kepo_core.study.cluster import Cluster  # submitit is wanted by nobody else
-
-    return Cluster(file, results_dir, slots)
 
 
 def check_teacher(params: Params) -> int:
@@ -302,9 +277,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-m", "--method", metavar="NAME", help="a row of the README's table of methods")
     resume = commands.add_parser("resume", help="go on with a run that was interrupted, failed or killed")
     resume.add_argument("run", help="a folder's name, its beginning or end (the parameters' hash, say), or its path")
-    join = commands.add_parser("join", help="train along in a run of several machines, which the first of them makes")
-    join.add_argument("run", help="its folder, on a file system that they share")
-    join.add_argument("rank", type=int, help="which machine this is: 1, 2, …")
     data = commands.add_parser("data", help="look at data").add_subparsers(dest="data_command", required=True)
     check = data.add_parser("check", help="say what is in a folder or zip of questions, and what was mended or dropped")
     check.add_argument("path", help="OmniMedVQA's folder or zip, or Med-R1's question files")

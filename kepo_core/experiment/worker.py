@@ -1,19 +1,20 @@
-"""A training process: ``python -m kepo_core.experiment.worker RUN_FOLDER``, which `launch` starts."""
+"""A training process: ``accelerate launch … -m kepo_core.experiment.worker RUN``, which `launch.train` starts."""
 
 import os
 import sys
 import traceback
 from pathlib import Path
 
-from kepo_core.experiment import experiment, launch, live
+from kepo_core.experiment import experiment, launch
 from kepo_core.quiet import quiet_third_parties
 from kepo_core.runs.run import Run
 
 
-def main(folder: str) -> int:
+def main(folder: str, *options: str) -> int:
     """Train as the parameters in the run's ``folder`` say. Returns the exit code; the last line says why it is 1."""
     quiet_third_parties()
-    launch.end_with_starter()
+    if launch.ATTACHED in options:
+        launch.end_with_starter()
     try:
         work(Run.open(Path(folder)))
     except Exception as error:
@@ -35,7 +36,7 @@ def work(run: Run) -> None:
     if data.identity() != run.provenance["data"]:
         raise RuntimeError(f"data_root {params.data_root} holds other data here than when the run began")
     models = experiment.load_models(params)
-    trainer = experiment.make_trainer(params, run, data, models, callbacks=[live.Relay()])
+    trainer = experiment.make_trainer(params, run, data, models)
     assert trainer is not None  # launch.several
     experiment.fit(trainer, run)
     trainer.accelerator.wait_for_everyone()
@@ -43,7 +44,7 @@ def work(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1])
+    code = main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not by the interpreter's end, where threads of gloo's are now and then found running and abort it

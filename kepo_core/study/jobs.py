@@ -1,19 +1,18 @@
-"""Many runs: each one `kepo run` in a process of its own, several at a time; what has completed already is not run.
+"""Many runs, several at a time: each one is `kepo run` in a process of its own, and a completed run is reused.
 
-There is one loop, `run_all`, over whatever starts processes: this machine (`Here`) or a cluster
-(``kepo_core.study.cluster``). Whoever computes a run says so twice: the run folder names its process, and a lock in
-``results/.jobs`` is held from just before its start, so that two studies at once share the work instead of doing it
-twice. Nothing needs to be cleaned up after a kill: locks end with their process, and folders tell whether theirs lives.
+One loop, `run_all`, over an executor that starts processes: `LocalExecutor` on this machine, or
+``kepo_core.study.cluster`` on Slurm. A lock in ``results/.jobs`` is held for each run from just before its start to its
+end, so that two studies at once share the work. Nothing needs cleaning up after a kill: locks end with their process.
 """
 
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from filelock import FileLock, Timeout
@@ -25,79 +24,61 @@ from kepo_core.runs.run import Run
 
 #: The notebook that trains and evaluates one method.
 NOTEBOOK = "notebooks/03_train_kepo.ipynb"
-#: Where locks and a cluster's logs lie, below ``results_dir``.
-JOBS_DIR = ".jobs"
 
-#: found: had completed before; elsewhere: another process computes it, and its end is waited for.
-State = Literal["waiting", "found", "running", "completed", "failed", "elsewhere"]
-
-_LOOK_EVERY = 2.0  # seconds between two looks at what other processes compute
+#: reused: had completed before; elsewhere: another process computes it, and its end is waited for.
+State = Literal["waiting", "reused", "running", "completed", "failed", "elsewhere"]
 
 
-class Started(Protocol):
-    """A run's process, wherever it computes."""
+def jobs_dir(results_dir: str) -> Path:
+    """Where the locks and logs of a results folder's runs lie."""
+    return project_root() / results_dir / ".jobs"
 
-    def ended(self) -> str | None:
-        """``None`` while it computes; "" once it ended well, else the sentence that says why not."""
 
-    def output(self) -> str:
-        """What it has written so far."""
+class Handle(Protocol):
+    """A started run, with the methods of ``subprocess.Popen`` that are used here, and why its code is not 0."""
 
-    def stop(self) -> None:
-        """Ask it to end; it notes in its folder that it was interrupted."""
+    def poll(self) -> int | None: ...  # noqa: D102
+    def terminate(self) -> None: ...  # noqa: D102
+    def wait(self) -> object: ...  # noqa: D102
+    def reason(self) -> str: ...  # noqa: D102
 
-    def wait(self) -> None:
-        """Return when it has ended after `stop`."""
+
+class Executor(Protocol):
+    """Starts or resumes runs, at most ``count`` at a time, which are polled every ``pause`` seconds."""
+
+    count: int
+    pause: float
+
+    def start(self, params: Params, origin: shelf.Origin) -> Handle: ...  # noqa: D102
 
 
 @dataclass
 class Job:
-    """One run among many, and what has become of it."""
+    """One run among many, and its state."""
 
     name: str
     params: Params
     state: State = "waiting"
     note: str = ""  # why it failed, or who is at work on it
-    run: Run | None = None  # the completed one; while elsewhere, the one at work, where it is known
-    process: Started | None = None
+    run: Run | None = None  # the completed one, or the one at work, as soon as it has a folder
+    handle: Handle | None = None
     began: float = 0.0  # monotonic seconds
-    seconds: float = 0.0  # that it took, once it has ended
-    looked: float = -float("inf")  # when the shelf was asked last
+    seconds: float = 0.0  # from start to end
     claim: FileLock = field(init=False)
 
     def __post_init__(self) -> None:
-        folder = project_root() / self.params.results_dir / JOBS_DIR
-        self.claim = FileLock(folder / f"{self.params.hash}.lock", timeout=0)
+        self.claim = FileLock(jobs_dir(self.params.results_dir) / f"{self.params.hash}.lock", timeout=0)
 
     @property
     def passed(self) -> float:
         """Seconds since it was started here, or that it took; 0 if it never was."""
         return time.monotonic() - self.began if self.state == "running" else self.seconds
 
-    def becomes(self, state: State, note: str = "", run: Run | None = None) -> None:
-        """Change the state; whoever does not compute it lets others have it."""
+    def set_state(self, state: State, note: str = "", run: Run | None = None) -> None:
+        """Change the state; a job that is not running here is free for other studies."""
         self.state, self.note, self.run = state, note, run
         if state != "running":
             self.claim.release()
-
-
-class Places(Protocol):
-    """Where runs compute: at most ``count`` at a time, looked after every ``pause`` seconds."""
-
-    @property
-    def count(self) -> int:
-        """Runs at a time."""
-
-    @property
-    def pause(self) -> float:
-        """Seconds between two looks at what was started."""
-
-    def start(self, params: Params, origin: shelf.Origin, left: Run | None) -> Started:
-        """Begin a run, or go on with what is ``left`` of it; `NotStarted` if that is refused."""
-
-
-class NotStarted(RuntimeError):  # noqa: N818  # as it reads where it is raised
-    """A run could not be started; the sentence says why."""
 
 
 #: Shown all jobs whenever something may have changed.
@@ -105,25 +86,28 @@ Show = Callable[[Sequence[Job]], None]
 
 
 def run_all(
-    wanted: Mapping[str, Params], data: dict[str, Any], places: Places, show: Show = lambda jobs: None
+    wanted: Mapping[str, Params], data: dict[str, Any], executor: Executor, show: Show = lambda jobs: None
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Every one of ``wanted`` (name → parameters) as a completed run: found on the shelf, gone on with, or run now.
+    """Every one of ``wanted`` (name → parameters) as a completed run: reused, resumed or started.
 
     Args:
         wanted: what to run; parameters that two names share are run once.
         data: `StudyData.identity` of the data that all of them share.
-        places: `Here`, or a cluster.
+        executor: `LocalExecutor`, or a cluster.
         show: is shown the jobs.
 
     Returns the completed runs and, of the others, why they failed; nothing is tried twice. A run that another process
-    computes is waited for, and gone on with if it is broken off there. If this process is interrupted, so are the runs
-    that it started, and the next call goes on with them.
+    computes is waited for, and resumed if it is interrupted there. If this process is interrupted, so are the runs
+    that it started, and the next call resumes them.
     """
     origin = shelf.origin(project_root() / NOTEBOOK, data)  # as it is now: files may be edited while runs compute
     jobs: dict[str, Job] = {}  # by the parameters' hash
     for name, params in wanted.items():
         jobs.setdefault(params.hash, Job(name, params))
-    _run(list(jobs.values()), origin, places, show)
+    try:
+        _run(list(jobs.values()), origin, executor, show)
+    finally:
+        _stop(list(jobs.values()))
     ended = {name: jobs[params.hash] for name, params in wanted.items()}
     return (
         {name: job.run for name, job in ended.items() if job.run is not None},
@@ -132,100 +116,102 @@ def run_all(
 
 
 def completed(wanted: Mapping[str, Params], data: dict[str, Any]) -> dict[str, Run]:
-    """Those of ``wanted`` that `run_all` would find completed; nothing is run."""
+    """Those of ``wanted`` that `run_all` would reuse; nothing is run."""
     origin = shelf.origin(project_root() / NOTEBOOK, data)
     found = {name: shelf.completed(params, origin) for name, params in wanted.items()}
     return {name: run for name, run in found.items() if run is not None}
 
 
-def _run(jobs: Sequence[Job], origin: shelf.Origin, places: Places, show: Show) -> None:
-    """Until all have ended: see what became of those that run, and give free places to those that wait."""
+def _run(jobs: Sequence[Job], origin: shelf.Origin, executor: Executor, show: Show) -> None:
+    """Until all have ended: poll those that run, and give free slots to those that wait."""
     for job in jobs:
-        _turn(job, origin)
-    try:
-        while True:
-            for job in jobs:
-                if job.state == "running":
-                    _see(job, origin)
-            for job in jobs:
-                free = sum(other.state == "running" for other in jobs) < places.count
-                due = time.monotonic() - job.looked > _LOOK_EVERY
-                if (job.state == "waiting" and free) or (job.state == "elsewhere" and due):
-                    _turn(job, origin, places if free else None)
-            show(jobs)
-            if all(job.state in ("found", "completed", "failed") for job in jobs):
-                return
-            time.sleep(places.pause)
-    finally:
-        running = [job.process for job in jobs if job.state == "running" and job.process]
-        for process in running:  # only where this process is interrupted: they note that they were, too
-            process.stop()
-        for process in running:
-            process.wait()
+        _advance(job, origin)
+    while True:
         for job in jobs:
-            job.claim.release()
+            if job.state == "running":
+                _poll(job, origin)
+        for job in jobs:
+            free = sum(other.state == "running" for other in jobs) < executor.count
+            if (job.state == "waiting" and free) or job.state == "elsewhere":
+                _advance(job, origin, executor if free else None)
+        show(jobs)
+        if all(job.state in ("reused", "completed", "failed") for job in jobs):
+            return
+        time.sleep(executor.pause)
 
 
-def _turn(job: Job, origin: shelf.Origin, places: Places | None = None) -> None:
-    """Look at the shelf for what others did meanwhile; if the run is left to us and ``places`` are given, start it."""
-    job.looked = time.monotonic()
+def _stop(jobs: Sequence[Job]) -> None:
+    """Interrupt what still runs, as this process is interrupted, and wait until the folders say so."""
+    handles = [job.handle for job in jobs if job.state == "running" and job.handle]
+    for handle in handles:
+        handle.terminate()
+    for handle in handles:
+        handle.wait()
+    for job in jobs:
+        job.claim.release()
+
+
+def _advance(job: Job, origin: shelf.Origin, executor: Executor | None = None) -> None:
+    """Look up what others did meanwhile; if the run is left to us and an ``executor`` is given, start it."""
+    mine = False
     try:
-        mine = places is not None and _claimed(job)
+        if executor is not None:
+            job.claim.acquire()  # before the look-up: what another study completes in between is found
+            mine = True
+    except Timeout:  # another study of this machine, or of the shared disk, has it
+        pass
     except OSError as problem:
-        job.becomes("failed", f"{job.claim.lock_file} cannot be locked: {problem.strerror}")
+        job.set_state("failed", f"{job.claim.lock_file} cannot be locked: {problem.strerror}")
         return
     if run := shelf.completed(job.params, origin):
-        job.becomes("found", run=run)
+        job.set_state("reused", run=run)
     elif run := shelf.at_work(job.params, origin):
-        job.becomes("elsewhere", f"{run.worker} is at work on it in {run.path.name}", run)
+        job.set_state("elsewhere", f"{run.worker} is at work on it in {run.path.name}", run)
     elif job.run is not None and (error := shelf.failed(job.run)):
-        job.becomes("failed", f"in another process: {error}")
-    elif places is not None and not mine:
-        job.becomes("elsewhere", "another study is at work on it")
-    elif places is not None:
+        job.set_state("failed", f"in another process: {error}")
+    elif executor is not None and not mine:
+        job.set_state("elsewhere", "another study is at work on it")
+    elif executor is not None:
         try:
-            job.process = places.start(job.params, origin, shelf.broken_off(job.params, origin))
-        except (NotStarted, ParamError, OSError) as refused:  # its parameter file may have been edited meanwhile
-            job.becomes("failed", str(refused))
-        else:
+            job.handle = executor.start(job.params, origin)
             job.began = time.monotonic()
-            job.becomes("running")
+            job.set_state("running")
+        except (ParamError, OSError) as refused:  # its parameter file may have been edited meanwhile
+            job.set_state("failed", str(refused))
 
 
-def _claimed(job: Job) -> bool:
-    """Whether no other study of this machine (or shared disk) starts or computes the job."""
-    try:
-        job.claim.acquire()
-    except Timeout:
-        return False
-    return True
-
-
-def _see(job: Job, origin: shelf.Origin) -> None:
-    """What became of a job that was started here."""
-    if job.process is None or (said := job.process.ended()) is None:
+def _poll(job: Job, origin: shelf.Origin) -> None:
+    """Find the folder of a job that was started here and, once it has ended, what came of it."""
+    assert job.handle is not None
+    job.run = job.run or shelf.at_work(job.params, origin)
+    code = job.handle.poll()
+    if code is None:
         return
     job.seconds = time.monotonic() - job.began
     if run := shelf.completed(job.params, origin):
-        job.becomes("completed", run=run)
+        job.set_state("completed", run=run)
     elif run := shelf.at_work(job.params, origin):  # others were faster: a cluster's queue is long, say
-        job.becomes("elsewhere", f"{run.worker} is at work on it in {run.path.name}", run)
+        job.set_state("elsewhere", f"{run.worker} is at work on it in {run.path.name}", run)
     else:
-        job.becomes("failed", said or "code, notebook or data were changed before it completed")
+        changed = "code, notebook or data were changed before it completed"
+        job.set_state("failed", job.handle.reason() if code else changed)
 
 
-def command(params: Params, left: Run | None) -> list[str]:
-    """What ``kepo`` is told to make this run: to go on with one that was broken off, or to begin it."""
-    if left is not None:
-        return ["resume", str(left.path)]
-    return ["run", NOTEBOOK, *params.to_arguments()]
+def command(params: Params, origin: shelf.Origin) -> list[str]:
+    """The command that makes this run: it resumes an interrupted one, or starts a new one."""
+    kepo = [sys.executable, "-m", "kepo_core.cli"]
+    if interrupted := shelf.broken_off(params, origin):
+        return [*kepo, "resume", str(interrupted.path)]
+    return [*kepo, "run", NOTEBOOK, *params.to_arguments()]
 
 
-def last_words(output: str) -> str:
-    """The sentence with which ``kepo`` ended, or what its process said last."""
+def reason(code: int, output: str) -> str:
+    """Why ``kepo`` ended with ``code``: its own sentence, or the last line that its process wrote."""
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
     lines = [line for line in output.strip().splitlines() if not line.startswith("submitit ")] or ["it said nothing"]
-    progress = (" everything about it is in ", "kepo: run folder ", "kepo: resuming ")
-    told = [line for line in lines if line.startswith("kepo: ") and not any(part in line for part in progress)]
+    where = (" everything about it is in ", "kepo: run folder ", "kepo: resuming ")
+    told = [line for line in lines if line.startswith("kepo: ") and not any(part in line for part in where)]
     return (told or lines)[-1].removeprefix("kepo: ")
 
 
@@ -233,7 +219,7 @@ def last_words(output: str) -> str:
 
 
 def slots(wanted: int = 0, processes: int = 1) -> list[dict[str, str]]:
-    """The environment of each place where a run can compute: GPUs of its own, else an equal share of the CPU's cores.
+    """The environment of each slot for a run: GPUs of its own, else an equal share of the CPU's cores.
 
     ``wanted``: how many, at most as many as there are GPUs or cores for; 0: all of them. ``processes``: of a run, each
     of which takes a GPU or a core.
@@ -246,59 +232,45 @@ def slots(wanted: int = 0, processes: int = 1) -> list[dict[str, str]]:
     count = min(wanted or cores, max(1, (gpus or cores) // processes))
     if gpus:
         allotted = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
-        shares = [allotted[place * processes : (place + 1) * processes] for place in range(count)]
+        shares = [allotted[slot * processes : (slot + 1) * processes] for slot in range(count)]
         return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
     return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
 
 
-class Here:
-    """The `slots` of this machine, as `Places`."""
+class LocalExecutor:
+    """Runs in the `slots` of this machine; what each one writes is in ``results/.jobs/HASH.log``."""
 
-    pause = 0.2
+    pause = 0.5
 
     def __init__(self, wanted: int = 0, processes: int = 1) -> None:
         self._slots = slots(wanted, processes)
-        self._taken: dict[int, Started] = {}
+        self._taken: list[Process | None] = [None] * len(self._slots)
+        self.count = len(self._slots)
 
-    @property
-    def count(self) -> int:
-        """A run for each slot."""
-        return len(self._slots)
-
-    def start(self, params: Params, origin: shelf.Origin, left: Run | None) -> Started:
-        """Begin or go on in the first slot that is free."""
-        free = [slot for slot in range(self.count) if slot not in self._taken or self._taken[slot].ended() is not None]
-        self._taken[free[0]] = _Process(command(params, left), self._slots[free[0]])
-        return self._taken[free[0]]
+    def start(self, params: Params, origin: shelf.Origin) -> "Process":
+        """Start or resume the run in the first free slot."""
+        free = next(i for i, process in enumerate(self._taken) if process is None or process.poll() is not None)
+        log = jobs_dir(params.results_dir) / f"{params.hash}.log"
+        self._taken[free] = started = Process(command(params, origin), log, self._slots[free])
+        return started
 
 
-class _Process:
-    """``kepo`` with these arguments, on this machine."""
+class Process(subprocess.Popen[bytes]):
+    """A `command` on this machine, in a session of its own: Ctrl-C reaches it through us, once."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
-        self._output = tempfile.TemporaryFile("ab+")  # noqa: SIM115  # appended to by one process, read by the other
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "kepo_core.cli", *arguments],
-            cwd=project_root(),
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches it through us, once
-        )
+    def __init__(self, arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            super().__init__(
+                arguments,
+                cwd=project_root(),
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
-    def ended(self) -> str | None:
-        code = self._process.poll()
-        if not code:
-            return code if code is None else ""
-        return f"its process was ended by {signal.Signals(-code).name}" if code < 0 else last_words(self.output())
-
-    def output(self) -> str:
-        self._output.seek(0)
-        return self._output.read().decode(errors="replace")
-
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-
-    def wait(self) -> None:
-        self._process.wait()
+    def reason(self) -> str:
+        """`reason`, from the log."""
+        return reason(self.returncode, self.log.read_text(encoding="utf-8", errors="replace"))

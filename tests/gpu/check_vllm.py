@@ -51,9 +51,9 @@ def parameters(arguments: argparse.Namespace, folder: str) -> Params:
 def checks(params: Params, rows: pd.DataFrame, steps: list[dict[str, Any]], tolerance: float) -> Iterator[tuple]:
     """(what, whether it holds, the numbers)."""
     own = rows[~rows["injected"]]
-    expected = params.max_steps * params.prompts_per_step * params.group_size
+    expected = params.trl["max_steps"] * params.prompts_per_step * params.group_size
     yield "every rollout has arrived", len(own) == expected, f"{len(own)} of {expected}"
-    lengths = own["tokens"].between(1, params.max_completion_length)
+    lengths = own["tokens"].between(1, params.trl["max_completion_length"])
     yield "none is empty or too long", bool(lengths.all()), f"{own['tokens'].min()} to {own['tokens'].max()} tokens"
     copies = own.groupby(["step", "group"])["completion"].nunique().mean()
     yield "the draws of a group differ", copies > 1, f"{copies:.1f} of {params.group_size} distinct on average"
@@ -63,7 +63,7 @@ def checks(params: Params, rows: pd.DataFrame, steps: list[dict[str, Any]], tole
     later = off[-1] if off else math.nan
     yield "… and still after the weights moved", later < tolerance, f"{later:.4f} in the last step"
     finite = all(math.isfinite(row["loss"]) for row in steps)
-    yield "the loss is finite", finite and len(steps) == params.max_steps, f"{len(steps)} steps"
+    yield "the loss is finite", finite and len(steps) == params.trl["max_steps"], f"{len(steps)} steps"
     explored = rows[rows["exploration"] != ""]
     yield "groups that failed were asked again with a hint", len(explored) > 0, f"{len(explored)} rows of such groups"
     hints = explored["hint"].str.len().gt(0).sum()
@@ -106,7 +106,7 @@ def main() -> int:
         for what, holds, numbers in checks(params, rows, steps, arguments.tolerance):
             failed += not holds
             print(f"{'PASS' if holds else 'FAIL'}  {what}: {numbers}", flush=True)
-    print(f"{'PASS' if not failed else 'FAIL'}  {params.vllm_mode} mode, {failed} failed")
+    print(f"{'PASS' if not failed else 'FAIL'}  {params.of_trl('vllm_mode')} mode, {failed} failed")
     return int(failed > 0)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,4 +134,29 @@ def test_a_worker_that_dies_fails_the_run_with_its_last_words(two: Path, capsys:
     run = made(two)
     assert run.state == "failed" and "data_root phantom holds other data here" in run.status["error"]
     assert "TrainingFailed: process " in capsys.readouterr().err
-    assert "Traceback" in (run.training_dir / "processes-0.log").read_text()
+    assert "Traceback" in (run.training_dir / "processes.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_two_processes_do(two: Path) -> None:
+    """Both on loopback, a process each; the second is started first, by the command in params/README.md."""
+    short = ["-p", "max_steps", "2", "-p", "eval_items", "1"]
+    assert main(["run", NOTEBOOK, "-f", str(two), *short]) == 0
+    one_machine = made(two)
+    config = yaml.safe_load((ROOT / "params/accelerate/ddp.yaml").read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        config |= {"num_machines": 2, "num_processes": 2, "main_process_port": free.getsockname()[1]}
+    (file := two.parent / "machines.yaml").write_text(yaml.safe_dump(config | {"main_process_ip": "127.0.0.1"}))
+    folder = two.parent / "results/two-machines"
+    second = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--machine_rank", "1"]
+    second += ["--rdzv_backend", "c10d", "--rdzv_conf", "is_host=0,read_timeout=600", "--mixed_precision", "no"]
+    second += ["-m", "kepo_core.experiment.worker", str(folder)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(second, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL) as joined:
+        first = ["run", NOTEBOOK, "-f", str(two), *short, "-p", "accelerate_config", str(file)]
+        assert main([*first, "-p", "run_dir", str(folder)]) == 0
+        assert joined.wait(60) == 0
+    run = Run.open(folder)
+    assert run.state == "completed" and run.headline == one_machine.headline
+    assert (run.path / "metrics.jsonl").read_bytes() == (one_machine.path / "metrics.jsonl").read_bytes()

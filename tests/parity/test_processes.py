@@ -78,12 +78,12 @@ def test_a_sharded_student_in_bf16_logs_what_a_whole_one_does(tmp_path: Path) ->
 @pytest.mark.parametrize("shard", [(), ("shard=1",)], ids=["DDP", "FSDP2 by accelerate"])
 def test_a_lora_student_is_asked_on_the_way(tmp_path: Path, shard: tuple[str, ...], method: str) -> None:
     phantom.write_phantom(tmp_path / "world", 0, {"MRI": 12, "CT": 4})
-    params = Params(
-        data_root=str(tmp_path / "world"), train_items=4, eval_items=2, results_dir=str(tmp_path), explore=False,
-        prompts_per_step=2, prompts_per_device=1, group_size=2, max_steps=2, save_steps=0, processes=2, lora_rank=2,
-        curve_steps=1, curve_items=2, max_completion_length=8, eval_max_tokens=8, precision="bf16", method=method,
-        thinking=method != "sft",
-    )  # fmt: skip
+    params = Params.load(None, {
+        "data_root": str(tmp_path / "world"), "train_items": 4, "eval_items": 2, "results_dir": str(tmp_path),
+        "explore": False, "prompts_per_step": 2, "prompts_per_device": 1, "group_size": 2, "max_steps": 2,
+        "save_steps": 0, "processes": 2, "lora_rank": 2, "curve_steps": 1, "curve_items": 2, "method": method,
+        "max_completion_length": 8, "eval_max_tokens": 8, "precision": "bf16", "thinking": method != "sft",
+    })  # fmt: skip
     run = Run.allocate(params, owner="test")
     start("two_processes_curve.py", 2, tmp_path / "two", f"run={run.path}", *shard)
     assert len(pd.read_parquet(run.evaluation_dir / "step-1.parquet")) == 4

@@ -17,12 +17,12 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kepo_core.cli import REFUSED, main
 from kepo_core.errors import ParamError
 from kepo_core.exit_codes import COMPLETED, INTERRUPTED
-from kepo_core.experiment.live import read_progress
 from kepo_core.params import Params
 from kepo_core.runs import provenance, shelf
 from kepo_core.runs.run import Run
 from kepo_core.study import cluster, jobs
 from kepo_core.study.cluster import Cluster
+from kepo_core.study.progress_table import row
 
 ROOT = Path(__file__).parents[2]
 DATA = {"train_items": 2}
@@ -36,7 +36,8 @@ from kepo_core.params import Params
 from kepo_core.runs.run import Run
 run = Run.for_notebook(Params.from_notebook(globals()))
 run.remember(data={data})
-print("training   ██░░ 1/2  0:01, 0:01 left", flush=True)
+assert run.params.seed != 1, "this seed is unlucky"
+(run.path / "metrics.jsonl").write_text('{{"step": 1, "epoch": 0.5}}\\n')
 while not os.path.exists("go"):
     time.sleep(0.05)
 run.finish({{"threads": os.environ["OMP_NUM_THREADS"]}})
@@ -94,9 +95,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("text", "sentence"),
     [
         (LOCAL.replace("local", "pbs"), "cluster in cluster.yaml is 'pbs', expected slurm or local"),
-        (LOCAL.replace("slots: 2", ""), "cluster.yaml has no slots, expected a whole number from 1 on"),
+        (LOCAL.replace("slots: 2", ""), "slots in cluster.yaml is None, expected a whole number from 1 on"),
         (LOCAL.replace("slots: 2", "slots: 0"), "slots in cluster.yaml is 0, expected a whole number from 1 on"),
-        (LOCAL.replace("timeout_min: 5", ""), "cluster.yaml has no timeout_min, expected a whole number"),
+        (LOCAL.replace("timeout_min: 5", ""), "timeout_min in cluster.yaml is None, expected a whole number"),
         (LOCAL.replace("min: 5", "min: 1h"), "timeout_min in cluster.yaml is '1h', expected a whole number from 1 on"),
         (LOCAL + "hours: 3", "cluster.yaml does not fit submitit: Parameter 'hours' need to be prefixed"),
         (LOCAL + "slurm_partitoin: gpu", "cluster.yaml does not fit submitit: .*'partitoin'"),
@@ -131,19 +132,19 @@ def test_the_file_that_comes_with_the_package_fits(slurm: Path) -> None:
 def test_jobs_run_to_their_end_and_say_why_they_failed(project: Path) -> None:
     (project / "go").touch()
     good = Params.load()
-    bad = good.replace(seed=1, results_dir=str(project / "go" / "below"))  # a file is no folder
+    bad = good.replace(seed=1)
     seen = set()
 
     def show(all_jobs: Sequence[jobs.Job]) -> None:
-        seen.update(str(read_progress(job.process.output())) for job in all_jobs if job.process is not None)
+        seen.update(row(job)[2] for job in all_jobs)
 
     runs, failures = jobs.run_all(
         {"good": good, "bad": bad}, DATA, described(project, LOCAL + "cpus_per_task: 3"), show
     )
     assert runs["good"].status["state"] == "completed" and runs["good"].headline == {"threads": "3"}
-    assert re.search(r"ParamError: results_dir .*go/below cannot be written", failures["bad"])
-    assert "Progress(label='training', done=1, total=2, left='0:01')" in seen
-    logs = list((project / "results" / jobs.JOBS_DIR).glob("*/*_0_log.out"))
+    assert "AssertionError: this seed is unlucky" in failures["bad"]
+    assert "step 1/2" in seen
+    logs = list(jobs.jobs_dir("results").glob("*/*_0_log.out"))
     assert len(logs) == 2 and any("completed, everything about it is in" in log.read_text() for log in logs)
 
 
@@ -164,7 +165,7 @@ def test_an_interrupted_study_cancels_its_jobs_and_goes_on_with_them(project: Pa
     params = Params.load()
 
     def show(all_jobs: Sequence[jobs.Job]) -> None:
-        if all_jobs[0].process is not None and read_progress(all_jobs[0].process.output()):
+        if row(all_jobs[0])[2] == "step 1/2":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -219,8 +220,8 @@ def test_whatever_ends_a_job_interrupts_its_run(project: Path, sent: signal.Sign
         node.send_signal(sent)
         rest = node.communicate(timeout=20)[0]
     assert lines == ["begins\n", "USR2 is ignored\n"] and node.returncode == INTERRUPTED
-    assert rest == f"kepo: stopped\nkepo: the cluster stopped it ({sent.name}); the same command goes on with it\n"
-    assert jobs.last_words(rest).startswith("the cluster stopped it")
+    assert rest == "kepo: stopped\nkepo: the cluster stopped it; the same command resumes it\n"
+    assert jobs.reason(node.returncode, rest).startswith("the cluster stopped it")
 
 
 def hears_interrupts() -> None:  # a job in the background inherits that SIGINT is ignored

@@ -1,4 +1,4 @@
-"""The shelf of runs and the jobs that fill it: what counts as done, what is gone on with, and what happens at once."""
+"""Finished runs and the jobs that make them: what counts as done, what is resumed, and what happens at once."""
 
 import json
 import os
@@ -127,39 +127,45 @@ def test_answers_come_back_as_they_were(params: Params, notebook: Path) -> None:
 # Jobs ------------------------------------------------------------------------------------------------------------
 
 
-class Places:
-    """Places whose runs have ended when they are first looked at, having done what ``ends`` says for their hash."""
+class Executor:
+    """Its runs have ended when they are first polled, having done what ``ends`` says for their hash: "" or a reason."""
 
     pause = 0.0
 
     def __init__(self, ends: dict[str, Callable[[], str]], count: int = 1) -> None:
         self.ends, self.count, self.asked = ends, count, {}
 
-    def start(self, params: Params, origin: shelf.Origin, left: Run | None) -> jobs.Started:
+    def start(self, params: Params, origin: shelf.Origin) -> jobs.Handle:
         assert params.hash not in self.asked, "tried twice"
-        self.asked[params.hash] = jobs.command(params, left)
-        return SimpleNamespace(ended=self.ends.get(params.hash, str), output=str, stop=lambda: None, wait=lambda: None)
+        self.asked[params.hash] = jobs.command(params, origin)[3:]
+        said: list[str] = []
+
+        def poll() -> int:
+            said.append(self.ends.get(params.hash, str)())
+            return int(bool(said[-1]))
+
+        return SimpleNamespace(poll=poll, reason=lambda: said[-1], terminate=lambda: None, wait=lambda: None)
 
 
 def test_a_job_says_every_parameter_that_differs_from_the_file(params: Params) -> None:
     wanted = [params.replace(**entry.overrides(params)) for entry in methods().values()]
     wanted += [params.replace(seed=3, learning_rate=1e-5, top_p=0.5, items_file="results/a b/items.csv")]
     for one in wanted:
-        asked = _parser().parse_args(jobs.command(one, None))
+        asked = _parser().parse_args(jobs.command(one, shelf.origin(ROOT / jobs.NOTEBOOK, DATA))[3:])
         given = {name: parse_value(value) for name, value in asked.parameter}
         assert Params.load(asked.file, given).hash == one.hash
 
 
 def test_a_run_that_was_broken_off_is_gone_on_with(params: Params) -> None:
     stopped = leave(params, ROOT / jobs.NOTEBOOK, "interrupted")
-    places = Places({})
-    _, failures = jobs.run_all({"one": params, "two": params.replace(seed=1)}, DATA, places)
-    assert places.asked[params.hash] == ["resume", str(stopped.path)]
-    assert places.asked[params.replace(seed=1).hash][0] == "run"
+    executor = Executor({})
+    _, failures = jobs.run_all({"one": params, "two": params.replace(seed=1)}, DATA, executor)
+    assert executor.asked[params.hash] == ["resume", str(stopped.path)]
+    assert executor.asked[params.replace(seed=1).hash][0] == "run"
     assert failures == dict.fromkeys(("one", "two"), "code, notebook or data were changed before it completed")
 
 
-def test_places_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(jobs.os, "cpu_count", lambda: 8)
     assert jobs.slots() == [{"OMP_NUM_THREADS": "1"}] * 8
@@ -192,9 +198,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         'echo "end $(date +%s%N)" >> $name.log\n'
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(jobs.sys, "executable", str(script))
-    monkeypatch.setattr(jobs, "command", lambda params, left: [params.student])
+    monkeypatch.setattr(jobs, "command", lambda params, _: [str(script), "-m", "kepo_core.cli", params.student])
     monkeypatch.setattr(jobs, "slots", lambda wanted, _: [{"OMP_NUM_THREADS": "1"}] * wanted)
+    monkeypatch.setattr(jobs.LocalExecutor, "pause", 0.1)
 
     def completed(params: Params, origin: shelf.Origin) -> Path | None:
         log = tmp_path / f"{params.student}.log"
@@ -204,16 +210,16 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def go(fake: Path, names: list[str], places: int, show: jobs.Show) -> dict[str, str]:
+def go(fake: Path, names: list[str], slots: int, show: jobs.Show) -> dict[str, str]:
     wanted = {name: Params(student=name, results_dir=str(fake / "results")) for name in names}
-    return jobs.run_all(wanted, DATA, jobs.Here(places), show)[1]
+    return jobs.run_all(wanted, DATA, jobs.LocalExecutor(slots), show)[1]
 
 
 def times(log: Path) -> list[int]:
     return [int(line.split()[1]) for line in log.read_text().splitlines()]
 
 
-def test_as_many_at_a_time_as_there_are_places_and_a_failure_stops_no_other(fake: Path) -> None:
+def test_as_many_at_a_time_as_there_are_slots_and_a_failure_stops_no_other(fake: Path) -> None:
     started: dict[str, None] = {}
 
     def show(all_jobs: Sequence[jobs.Job]) -> None:
@@ -222,6 +228,8 @@ def test_as_many_at_a_time_as_there_are_places_and_a_failure_stops_no_other(fake
     names = ["one", "fails", "two", "raises", "three", "killed"]
     failures = go(fake, names, 2, show)
     assert failures == {"fails": "no such thing", "raises": "KeyError: 7", "killed": "its process was ended by SIGKILL"}
+    log = fake / f"results/.jobs/{Params(student='fails', results_dir=str(fake / 'results')).hash}.log"
+    assert "kepo: run folder x" in log.read_text()
     assert list(started) == names
     assert len(times(fake / "fails.log")) == 1  # nothing is tried twice
     spans = {name: times(fake / f"{name}.log") for name in ("one", "two", "three")}
@@ -244,7 +252,8 @@ def test_whoever_is_interrupted_interrupts_its_runs(fake: Path) -> None:
     assert time.monotonic() - started < 5
     assert (fake / "slow.log").read_text().splitlines()[-1] == "stopped"
     slow = Params(student="slow", results_dir=str(fake / "results"))
-    assert jobs._claimed(jobs.Job("slow", slow))  # nobody has it any more
+    with jobs.Job("slow", slow).claim:  # nobody has it any more
+        pass
 
 
 def test_what_two_names_share_runs_once_and_what_failed_says_why(params: Params) -> None:
@@ -256,18 +265,18 @@ def test_what_two_names_share_runs_once_and_what_failed_says_why(params: Params)
         leave(other, notebook)
         return ""
 
-    places = Places({other.hash: end_well, broken.hash: lambda: "it broke"})
+    executor = Executor({other.hash: end_well, broken.hash: lambda: "it broke"})
     wanted = {"found": params, "new": other, "same": other.replace(save_steps=3), "broken": broken}
-    runs, failures = jobs.run_all(wanted, DATA, places)
-    assert list(places.asked) == [other.hash, broken.hash]
+    runs, failures = jobs.run_all(wanted, DATA, executor)
+    assert list(executor.asked) == [other.hash, broken.hash]
     assert set(runs) == {"found", "new", "same"} and runs["new"].path == runs["same"].path
     assert failures == {"broken": "it broke"}
-    assert jobs.run_all(wanted, DATA, again := Places({broken.hash: lambda: "it broke"}))[1] == failures
+    assert jobs.run_all(wanted, DATA, again := Executor({broken.hash: lambda: "it broke"}))[1] == failures
     assert list(again.asked) == [broken.hash]  # and what has completed is not run
 
-    class Full(Places):
-        def start(self, *_: object) -> jobs.Started:
-            raise jobs.NotStarted("no room")
+    class Full(Executor):
+        def start(self, *_: object) -> jobs.Handle:
+            raise ParamError("no room")
 
     assert jobs.run_all({"broken": broken}, DATA, Full({})) == ({}, {"broken": "no room"})
 
@@ -278,7 +287,7 @@ def test_what_two_names_share_runs_once_and_what_failed_says_why(params: Params)
 @pytest.mark.parametrize(
     ("end", "state", "note"),
     [
-        ("completed", "found", ""),
+        ("completed", "reused", ""),
         ("failed", "failed", "in another process: out of luck"),
         ("interrupted", "failed", "ours"),  # taken over
         ("deleted", "failed", "ours"),
@@ -287,54 +296,53 @@ def test_what_two_names_share_runs_once_and_what_failed_says_why(params: Params)
 def test_a_run_at_work_elsewhere_is_waited_for(
     params: Params, monkeypatch: pytest.MonkeyPatch, end: str, state: str, note: str
 ) -> None:
-    monkeypatch.setattr(jobs, "_LOOK_EVERY", 0.0)
     theirs = Run.allocate(params, owner="kepo run")  # by this very process, which is alive
     theirs.remember(data=DATA, notebook_sha256=provenance.notebook_digest(ROOT / jobs.NOTEBOOK))
     other = params.replace(seed=1)
     seen: list[list[tuple[str, str]]] = []
-    places = Places(dict.fromkeys((params.hash, other.hash), lambda: "ours"))
+    executor = Executor(dict.fromkeys((params.hash, other.hash), lambda: "ours"))
 
     def show(all_jobs: Sequence[jobs.Job]) -> None:
         seen.append([(job.state, job.note) for job in all_jobs])
         assert len(seen) < 100, "it waits for ever"
         if len(seen) == 4:
-            assert jobs._claimed(jobs.Job("of another study", params))  # whoever waits lets others have it
+            with jobs.Job("of another study", params).claim:  # whoever waits lets others have it
+                pass
             shutil.rmtree(theirs.path) if end == "deleted" else theirs.conclude(end, "out of luck")  # type: ignore[arg-type]
 
-    jobs.run_all({"theirs": params, "other": other}, DATA, places, show)
+    jobs.run_all({"theirs": params, "other": other}, DATA, executor, show)
     waits = ("elsewhere", f"process {os.getpid()} is at work on it in {theirs.path.name}")
     assert [rows[0] for rows in seen[:4]] == [waits] * 4
     assert seen[3][1] == ("failed", "ours")  # the others went on
     assert seen[-1][0] == (state, note)
-    assert (params.hash in places.asked) == (note == "ours")
+    assert (params.hash in executor.asked) == (note == "ours")
     if end == "interrupted":
-        assert places.asked[params.hash] == ["resume", str(theirs.path)]
+        assert executor.asked[params.hash] == ["resume", str(theirs.path)]
 
 
 def test_two_studies_share_the_work_instead_of_doing_it_twice(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "_LOOK_EVERY", 0.0)
     holder = (  # another process, as it starts the run: it has no folder yet
         "import sys; from kepo_core.params import Params; from kepo_core.study import jobs\n"
         f"job = jobs.Job('x', Params.load('params/smoke.yaml', {{'results_dir': {params.results_dir!r}}}))\n"
-        "assert jobs._claimed(job); print('claimed', flush=True); sys.stdin.read()"
+        "job.claim.acquire(); print('claimed', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, **pipes) as study:  # type: ignore[call-overload]
         assert study.stdout.readline() == "claimed\n"
         seen: list[tuple[str, str]] = []
-        places = Places({params.hash: lambda: "ours"})
+        executor = Executor({params.hash: lambda: "ours"})
 
         def show(all_jobs: Sequence[jobs.Job]) -> None:
             seen.append((all_jobs[0].state, all_jobs[0].note))
             assert len(seen) < 100, "it waits for ever"
             if len(seen) == 5:
-                assert not places.asked
+                assert not executor.asked
                 study.kill()  # a lock dies with its process
                 study.wait()
 
-        jobs.run_all({"x": params}, DATA, places, show)
+        jobs.run_all({"x": params}, DATA, executor, show)
     assert seen[:5] == [("elsewhere", "another study is at work on it")] * 5
-    assert seen[-1] == ("failed", "ours") and list(places.asked) == [params.hash]
+    assert seen[-1] == ("failed", "ours") and list(executor.asked) == [params.hash]
 
 
 def test_folders_that_cannot_be_read_hold_no_run(params: Params, notebook: Path) -> None:

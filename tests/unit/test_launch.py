@@ -1,10 +1,9 @@
 """Several processes: accelerate's configurations, what starts the workers, and how these end (stand-ins for them)."""
 
-import json
 import os
+import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from kepo_core.errors import ParamError
 from kepo_core.experiment import launch, live
-from kepo_core.files import read_json
 from kepo_core.params import Params, project_root
 from kepo_core.runs.run import Run
 
@@ -62,7 +60,7 @@ def test_a_configuration_is_what_accelerate_reads(path: Path, monkeypatch: pytes
     assert config.num_machines == machines and config.num_processes in (-1, processes)
     assert config.distributed_type == kind.get(path.stem.split("-")[-1], DistributedType.NO)
     run = Run.allocate(given.replace(run_dir=str(tmp_path / "run")))
-    command = launch.command(given, run, 0, "first-machine" if machines > 1 else "", 29511)
+    command = launch.command(given, run)
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
     assert (arguments.num_processes, arguments.training_script) == (processes, "kepo_core.experiment.worker")
     assert arguments.mixed_precision == {"bf16": "bf16", "fp32": "no"}[given.precision]
@@ -73,6 +71,8 @@ def test_a_configuration_is_what_accelerate_reads(path: Path, monkeypatch: pytes
         assert "FULL" in str(plugin.state_dict_type) and not plugin.cpu_ram_efficient_loading
         assert not plugin.activation_checkpointing
         assert arguments.nproc_per_node == str(processes // machines)
+        if machines > 1:  # the others know the first by its name
+            assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("c10d", f"{socket.gethostname()}:29500")
     if config.distributed_type == DistributedType.DEEPSPEED:
         assert (arguments.use_deepspeed, arguments.zero_stage, arguments.zero3_save_16bit_model) == (True, 3, True)
 
@@ -109,9 +109,9 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, monkeypatch: pyte
     bad("shards models over GPUs, and this machine has none", four)
     launch.check(four.replace(method="none"))  # nothing is trained
     launch.check(params("ddp"))
-    bad("use_vllm is True but vllm is not installed", Params(use_vllm=True))
+    bad("use_vllm is True but vllm is not installed", Params().replace(use_vllm=True))
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
-    bad("use_vllm is True but this machine has no GPU", Params(use_vllm=True))
+    bad("use_vllm is True but this machine has no GPU", Params().replace(use_vllm=True))
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     bad("needs deepspeed", params("4gpu-zero3"))
@@ -159,18 +159,25 @@ def works(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(launch, "command", lambda *a: [sys.executable, "-c", script])
 
 
+#: Stands for a worker that logs ``sys.argv[1]``'s steps, and resumes at the second of them.
+LOGS = """
+import json, os, sys, time
+from pathlib import Path
+for steps in ([1, 2, 3], [1, 2, 3, 4]):
+    rows = [json.dumps({"step": step, "epoch": step / 4, "loss": 0.5, "kepo/accuracy": None}) for step in steps]
+    Path("METRICS").write_text("\\n".join(rows) + "\\n" + '{"step": 5, "torn')
+    time.sleep(1)
+print(os.environ["OMP_NUM_THREADS"])
+"""
+
+
 def test_steps_are_shown_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "_print_line", (lines := []).append)
-    state = live.TrainerState(global_step=1, max_steps=2, is_world_process_zero=True)
-    live.Relay().on_log(None, state, None, {"loss": 0.5, "kepo/entropy": float("nan")})
-    live.Relay().on_log(None, state, None, {"train_runtime": 1})
-    state.is_world_process_zero = False
-    live.Relay().on_log(None, state, None, {"loss": 0.5})
-    works(monkeypatch, f"import os; print('noise'); print({lines[0]!r}); print(os.environ['OMP_NUM_THREADS'])")
-    launch.train(run.params, run, shown := Shown())
-    ((step, total, logs),) = shown.steps
-    assert (step, total, logs["loss"]) == (1, 2, 0.5) and logs["kepo/entropy"] != logs["kepo/entropy"]
-    assert shown.finished and len(lines) == 1 and not list(run.training_dir.iterdir())
+    """Each of them once, from the numbers that the workers log."""
+    monkeypatch.setattr(launch, "_PAUSE", 0.05)
+    works(monkeypatch, LOGS.replace("METRICS", str(run.path / "metrics.jsonl")))
+    launch.train(run.params.replace(max_steps=-1, epochs=2.0), run, shown := Shown())
+    assert [(step, total) for step, total, _ in shown.steps] == [(1, 8), (2, 8), (3, 8), (4, 8)]
+    assert shown.steps[0][2]["loss"] == 0.5 and shown.finished and not list(run.training_dir.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -186,7 +193,10 @@ def test_steps_are_shown_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch)
             "[print('line', n) for n in range(1000)]; print('kepo: process 0 failed: RuntimeError: nccl'); sys.exit(1)",
             "^process 2 failed: ValueError: the cause$",
         ),
-        ("import sys; print('traceback : Signal 9 (SIGKILL) received by PID 7'); sys.exit(1)", "SIGKILL, for want of"),
+        (
+            "import sys; print('traceback : Signal 9 (SIGKILL) received by PID 7'); sys.exit(1)",
+            r"SIGKILL \(out of memory",
+        ),
         ("import sys; print('no launcher'); sys.exit(3)", "^no launcher$"),
         ("import sys; sys.exit(3)", "said nothing"),
     ],
@@ -195,7 +205,7 @@ def test_the_first_that_fails_says_why(run: Run, monkeypatch: pytest.MonkeyPatch
     works(monkeypatch, script)
     with pytest.raises(launch.TrainingFailed, match=sentence):
         launch.train(run.params, run, Shown())
-    assert (run.training_dir / "processes-0.log").is_file()  # the whole of what they said
+    assert (run.training_dir / "processes.log").is_file()  # the whole of what they said
 
 
 #: A worker that says its number and then does nothing; and one whose starter is killed.
@@ -208,7 +218,7 @@ print(os.getpid(), flush=True)
 
 
 def test_an_interrupt_ends_the_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    works(monkeypatch, "import time; print('kepo-step [1, 2, {}]', flush=True); time.sleep(600)")
+    works(monkeypatch, LOGS.replace("METRICS", str(run.path / "metrics.jsonl")) + "time.sleep(600)")
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -235,73 +245,3 @@ def test_a_worker_ends_when_its_starter_is_killed() -> None:
         for _ in range(100):
             os.kill(number, 0)
             time.sleep(0.1)
-
-
-# Several machines -------------------------------------------------------------------------------------------------
-
-
-def two_machines(tmp_path: Path, **changes: Any) -> Run:
-    config = write(tmp_path, num_machines=2, num_processes=2, distributed_type="MULTI_GPU", fsdp_config={})
-    return Run.allocate(params("ddp", accelerate_config=config, run_dir=str(tmp_path / "run"), **changes))
-
-
-def test_the_first_machine_says_where_it_is_and_others_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, told = two_machines(tmp_path), []
-
-    def command(params: Params, run: Run, rank: int, address: str, port: int) -> list[str]:
-        told.append((rank, address, port))
-        if rank == 0:  # while the first works, the second joins
-            launch.join(str(run.path), 1)
-        return [sys.executable, "-c", ""]
-
-    monkeypatch.setattr(launch, "command", command)
-    launch.train(run.params, run, Shown())
-    (first, second) = told
-    assert (first[0], second[0]) == (0, 1) and first[1:] == second[1:] and first[1] and first[2] > 0
-    assert not list(run.training_dir.iterdir())
-
-
-def test_who_cannot_join_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = two_machines(tmp_path)
-    with pytest.raises(ParamError, match="rank is 2, expected 1 to 1"):
-        launch.join(str(run.path), 2)
-    with pytest.raises(ParamError, match="rank is 0, expected 1 or more"):
-        launch.join("nowhere", 0)  # told at once, though nowhere might still come
-    run.training_dir.mkdir()
-    place = {"address": "gone", "port": 1, "resumed": ["of a process that was killed"]}
-    (run.training_dir / "rendezvous.json").write_text(str(place).replace("'", '"'))
-    monkeypatch.setattr(time, "sleep", lambda seconds: run.conclude("failed"))
-    works(monkeypatch, "")  # who follows a place that nobody keeps any more would be done at once
-    with pytest.raises(ParamError, match="is failed, expected a run that is about to train"):
-        launch.join(str(run.path), 1)
-    assert read_json(run.training_dir / "rendezvous.json")["address"] == "gone"
-
-
-def test_who_has_joined_ends_with_the_first_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its workers would wait for those that are gone until their own time is up."""
-    run = two_machines(tmp_path)
-    run.training_dir.mkdir()
-    (run.training_dir / "rendezvous.json").write_text(json.dumps({"address": "here", "port": 1, "resumed": []}))
-    monkeypatch.setattr(launch, "_LOOK_EVERY", 0.05)
-    works(monkeypatch, "import time; print('waits', flush=True); time.sleep(60)")
-    threading.Timer(1.0, run.conclude, ["failed"]).start()
-    started = time.monotonic()
-    with pytest.raises(launch.TrainingFailed, match="is failed: the first machine has stopped"):
-        launch.join(str(run.path), 1)
-    assert time.monotonic() - started < 20
-
-
-def test_a_folder_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(time, "monotonic", lambda: float(sum(slept)))
-    with pytest.raises(ParamError, match=r"run_dir .*none has not come within 10 minutes: has the run begun"):
-        launch.join(str(tmp_path / "none"), 1)
-    assert 600 <= len(slept) <= 602
-
-
-def test_who_joins_must_be_able_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = two_machines(tmp_path, use_vllm=True)
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ParamError, match="vllm is not installed"):
-        launch.join(str(run.path), 1)

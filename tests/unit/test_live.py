@@ -5,54 +5,31 @@ from types import SimpleNamespace
 import pytest
 
 from kepo_core.experiment import live
-from kepo_core.experiment.live import LINES, LiveTraining, Progress, ProgressBar, headline, read_progress, watched
+from kepo_core.experiment.live import LINES, LiveTraining, ProgressBar, headline, read_rows, total_steps, watched
+from kepo_core.params import Params
 
 
-class Clock:
-    """Seconds that pass only when told."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_a_long_task_writes_few_lines_and_always_its_last():
-    lines = []
-    bar = ProgressBar("training", live=False, write=lines.append)
+def test_a_long_task_writes_few_lines_and_always_its_last(capsys):
+    bar = ProgressBar("training", live=False)
     for done in range(1, 1001):
         bar(done, 1000)
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == LINES
-    assert lines[-1].split()[2] == "1000/1000"
-    lines.clear()
-    bar = ProgressBar("training", live=False, write=lines.append)
+    assert lines[-1].startswith("training: 100%") and " 1000/1000 [" in lines[-1]
+    bar = ProgressBar("training", live=False)
     for done in (1, 2, 3):
         bar(done, 3)
-    assert len(lines) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_a_line_tells_how_far_and_how_long():
-    clock, lines = Clock(), []
-    bar = ProgressBar("training", live=False, write=lines.append, clock=clock)
-    clock.now += 60
+def test_a_line_tells_how_far_and_how_long(capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(live.time, "monotonic", lambda: now)
+    bar = ProgressBar("training", live=False)
+    now += 60
     bar(25, 100, "accuracy 0.50")
-    assert lines == ["training   " + "█" * 6 + "░" * 18 + " 25/100  1:00, 3:00 left  accuracy 0.50"]
-    clock.now += 65
-    bar(100, 100)
-    assert lines[1].endswith("100/100  2:05")
-
-
-@pytest.mark.parametrize("label", ["training", "trained on it", "a label longer than its column"])
-def test_what_a_bar_writes_is_read_back(label):
-    clock, lines = Clock(), ["kepo: run folder x"]
-    bar = ProgressBar(label, live=False, write=lines.append, clock=clock)
-    assert read_progress("\n".join(lines)) is None
-    for done, left in ((25, "3:00"), (50, "1:00"), (100, "")):
-        clock.now = 100.0 + {25: 60, 50: 60, 100: 70}[done]
-        bar(done, 100, "accuracy 0.50  gate 1/3  0:01, 0:02 left")
-        lines.append("a warning that stands behind 3/4  1:00")
-        assert read_progress("\n".join(lines)) == Progress(label, done, 100, left)
+    line = capsys.readouterr().out
+    assert line.startswith("training:  25%|") and "25/100 [01:00<03:00" in line and "accuracy 0.50" in line
 
 
 class Display:
@@ -74,15 +51,14 @@ def display(monkeypatch):
     return shown
 
 
-def test_somebody_who_looks_gets_one_display_renewed(display):
-    bar = ProgressBar("<b>", live=True, write=lambda line: pytest.fail("a line of text"))
+def test_somebody_who_looks_gets_one_display_renewed(display, capsys):
+    bar = ProgressBar("training", live=True)
     for done in range(1, 101):
         bar(done, 100, "<i>")
     assert len(display.shown) == 1
     assert len(display.updated) == 99
-    assert "max='100'" in display.updated[-1].data
-    assert "&lt;b&gt;" in display.updated[-1].data
-    assert "&lt;i&gt;" in display.updated[-1].data
+    assert " 100/100 [" in display.updated[-1].data and "<i>" in display.updated[-1].data
+    assert not hasattr(display.updated[-1], "_repr_html_") and not capsys.readouterr().out  # text is shown as text
 
 
 LOGS = {"loss": 0.1, "kepo/accuracy": 0.5, "kepo/format": 1.0, "kepo/gate_rate": 0.25, "grad_norm": 1.0}
@@ -96,18 +72,18 @@ def train(callback, steps, main=True, logs=LOGS):
     callback.on_train_end(None, state, None)
 
 
-def test_training_without_an_onlooker_is_lines_alone(display):
-    lines = []
-    train(LiveTraining(live=False, bar=ProgressBar("training", live=False, write=lines.append)), 75)
+def test_training_without_an_onlooker_is_lines_alone(display, capsys):
+    train(LiveTraining(live=False), 75)
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == LINES
-    assert lines[-1].endswith("accuracy 0.50  format 1.00  gate 0.25")
+    assert "accuracy 0.50  format 1.00  gate 0.25" in lines[-1]
     assert display.shown == []
 
 
 def test_training_with_an_onlooker_draws_and_ends_with_the_whole_curve(display):
     train(LiveTraining(live=True, every_seconds=0.0), 4)
     bar, curves = display.shown
-    assert bar.data.startswith("<div>training")
+    assert bar.data.startswith("training: ")
     pictures = [page for page in display.updated if hasattr(page, "format")]
     assert curves.data.startswith(b"\x89PNG")
     assert len(pictures) == 4  # three more steps and the end
@@ -124,7 +100,7 @@ def test_other_processes_say_nothing(display):
 
 def test_what_a_method_does_not_log_is_left_out():
     assert headline({"loss": 1.0}) == ""
-    assert headline({"kepo/accuracy": 0.256}) == "accuracy 0.26"
+    assert headline({"kepo/accuracy": 0.256, "kepo/gate_rate": None}) == "accuracy 0.26"  # null: not a number
 
 
 def test_who_counts_as_an_onlooker(monkeypatch):
@@ -150,10 +126,13 @@ def test_who_counts_as_an_onlooker(monkeypatch):
     assert not watched()
 
 
-def test_a_torn_line_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
-    state = live.TrainerState(global_step=1, max_steps=2, is_world_process_zero=True)
-    live.Relay().on_log(None, state, None, {"loss": 0.5})
-    line = capsys.readouterr().out
-    assert live.read_step(line) == (1, 2, {"loss": 0.5})
-    assert live.read_step(line.strip() + "[W1121 a warning of another process") is None
-    assert live.read_step(line[:20]) is None
+def test_rows_are_read_while_another_process_writes_them(tmp_path):
+    assert read_rows(tmp_path / "none.jsonl") == []
+    (path := tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_rows(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_the_total_is_that_of_the_whole_training():
+    params = Params(epochs=3.0)
+    assert total_steps(params, {"step": 7, "epoch": 7 / 25}) == 75
+    assert total_steps(params.replace(max_steps=40), {"step": 7, "epoch": 7 / 25}) == 40

@@ -43,10 +43,14 @@ def test_parameters_arrive(tmp_path: Path) -> None:
     server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://host:8000"}
     given = training_config(Params(**server), tmp_path)
     assert (given.use_vllm, given.vllm_mode, given.vllm_server_base_url) == (True, "server", "http://host:8000")
-    here = training_config(Params(use_vllm=True, vllm_gpu_memory_utilization=0.2, vllm_max_model_length=4096), tmp_path)
+    here = training_config(
+        Params().replace(use_vllm=True, vllm_gpu_memory_utilization=0.2, vllm_max_model_length=4096), tmp_path
+    )
     assert (here.vllm_mode, here.vllm_gpu_memory_utilization, here.vllm_max_model_length) == ("colocate", 0.2, 4096)
     assert here.vllm_server_base_url is None and here.vllm_importance_sampling_correction
-    assert not training_config(Params(use_vllm=True, top_p=0.95), tmp_path).vllm_importance_sampling_correction
+    assert not training_config(
+        Params().replace(use_vllm=True, top_p=0.95), tmp_path
+    ).vllm_importance_sampling_correction
 
 
 @pytest.mark.parametrize("mode", ["colocate", pytest.param("server", marks=pytest.mark.slow)])
@@ -139,7 +143,7 @@ def test_the_check_of_the_real_vllm_can_fail(capsys: pytest.CaptureFixture[str],
     row = {"step": 1, "group": 0, "completion": "a", "tokens": 49, "exploration": "", "hint": "", "accuracy": 1.0}
     rows = pd.DataFrame([row | {"injected": False}] * 7 + [row | {"injected": True, "accuracy": 0.0}])
     steps = [{"loss": float("nan"), "sampling/sampling_logp_difference/mean": 0.2}]
-    found = list(check_vllm.checks(Params(max_steps=1), rows, steps, 0.05))
+    found = list(check_vllm.checks(Params().replace(max_steps=1), rows, steps, 0.05))
     assert [holds for _, holds, _ in found] == [False] * 8 + [True, False]  # something was injected
     monkeypatch.setattr("sys.argv", ["check_vllm.py"])
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)

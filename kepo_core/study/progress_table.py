@@ -1,0 +1,127 @@
+"""The progress of many runs: one table, redrawn, in a terminal or a live notebook; a line for each change elsewhere.
+
+Names come from study files and reasons from failing runs, so control characters are taken out of both.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from kepo_core.experiment.live import read_rows, total_steps, watched
+from kepo_core.runs.run import Run
+from kepo_core.study.jobs import Job, State
+
+#: Each state's style; where the terminal is short, the table's first rows are seen.
+_STYLES: dict[State, str] = {
+    "running": "bold",
+    "elsewhere": "yellow",
+    "failed": "red",
+    "waiting": "",
+    "completed": "green",
+    "reused": "green",
+}
+_WORDS = {"running": "started", "elsewhere": "waits: ", "failed": "failed: "}
+_EVERY = 1.0  # seconds between two drawings
+
+
+def progress(run: Run) -> str:
+    """How far a run is, from the files that it has written: questions evaluated, or its last step and reward."""
+    before, after = (run.evaluation_dir / f"{name}.jsonl" for name in ("untrained", "trained"))
+    rows = read_rows(run.path / "metrics.jsonl")
+    if after.is_file() or (before.is_file() and not rows):
+        which = after if after.is_file() else before
+        answers = which.read_bytes().count(b"\n") - 1  # its first line says what is asked
+        return f"{which.stem} student: {answers} answers"
+    if not rows:
+        return "starting"
+    last = rows[-1]
+    measured = next((f", {name} {last[name]:.2f}" for name in ("reward", "loss") if last.get(name) is not None), "")
+    return f"step {last['step']}/{total_steps(run.params, last)}{measured}"
+
+
+def row(job: Job) -> tuple[str, str, str, str]:
+    """A job's cells: name, state, progress (or why there is none) and time."""
+    told = job.note
+    if job.state == "running":
+        told = progress(job.run) if job.run else "starting"
+    return plain(job.name), job.state, plain(told), tqdm.format_interval(job.passed) if job.passed else ""
+
+
+def summary(jobs: Sequence[Job], slots: int) -> str:
+    """How many have ended and, once a run has completed here, about how long all others will take.
+
+    The estimate is the mean time of the runs completed in this call, times what remains of those that run or wait
+    here, over as many slots as they can fill.
+    """
+    of = {state: [job for job in jobs if job.state == state] for state in ("reused", "completed", "failed")}
+    counts = ", ".join(f"{len(some)} {state}" for state, some in of.items() if some)
+    line = f"{sum(map(len, of.values()))} of {len(jobs)} runs ended" + (f" ({counts})" if counts else "")
+    ahead = [job for job in jobs if job.state in ("running", "waiting")]
+    if not of["completed"] or not ahead:
+        return line
+    mean = sum(job.seconds for job in of["completed"]) / len(of["completed"])
+    work = sum(max(mean - job.passed, 0.0) for job in ahead)
+    return f"{line}, about {tqdm.format_interval(work / min(slots, len(ahead)))} left"
+
+
+def plain(text: str) -> str:
+    """One line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+class ProgressTable:
+    """Shows jobs each time it is called with them; used as a context, which leaves the last state on screen.
+
+    Args:
+        slots: runs at a time.
+        redrawn: one table, or a line for each change; by default whatever fits standard output.
+        console: where the table is drawn; by default standard output.
+    """
+
+    def __init__(self, slots: int, redrawn: bool | None = None, console: Console | None = None) -> None:
+        self._redrawn = (watched() or sys.stdout.isatty()) if redrawn is None else redrawn
+        self._slots, self._console = slots, console or Console()
+        self._shown: dict[str, tuple[str, str]] = {}
+        self._drawn = -float("inf")
+        self._screen = Live(console=self._console, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        if self._redrawn:
+            self._screen.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._screen.stop()
+
+    def __call__(self, jobs: Sequence[Job]) -> None:
+        """Show what has changed: states at once, progress every second."""
+        changed = [job for job in jobs if self._shown.get(job.name, ("waiting", "")) != (job.state, job.note)]
+        self._shown |= {job.name: (job.state, job.note) for job in changed}
+        if not self._redrawn:
+            for job in changed:
+                print(_line(job), flush=True)  # not by rich, which makes HTML of it under papermill
+        elif changed or time.monotonic() - self._drawn > _EVERY:
+            self._drawn = time.monotonic()
+            self._screen.update(self._table(jobs), refresh=True)
+
+    def _table(self, jobs: Sequence[Job]) -> Table:
+        """Those at work first: a live table that is higher than the terminal is cut off there."""
+        table = Table(title=summary(jobs, self._slots), title_justify="left", box=None, pad_edge=False)
+        for column in ("run", "state", "progress", "time"):
+            table.add_column(column, justify="right" if column == "time" else "left", overflow="fold")
+        for job in sorted(jobs, key=lambda job: list(_STYLES).index(job.state)):
+            table.add_row(*(Text(cell, style=_STYLES[job.state]) for cell in row(job)))
+        return table
+
+
+def _line(job: Job) -> str:
+    what = plain(_WORDS.get(job.state, job.state) + job.note)
+    after = f" after {tqdm.format_interval(job.seconds)}" if job.seconds else ""
+    return f"{time.strftime('%H:%M:%S')}  {plain(job.name):<24} {what}{after}"
