@@ -201,8 +201,8 @@ def test_notebook_03_is_run_where_none_is_named(monkeypatch):
     ran = []
     monkeypatch.setattr("kepo_core.experiment.execution.run_notebook", lambda *given: ran.append(given) or 0)
     assert main(["run", "-p", "tau", "0"]) == 0
-    ((notebook, params, overrides),) = ran
-    assert (notebook.name, params.tau, overrides) == ("03_train_kepo.ipynb", 0.0, {"tau": 0})
+    ((notebook, params, cell),) = ran
+    assert (notebook.name, params.tau, cell["tau"]) == ("03_train_kepo.ipynb", 0.0, 1.0)
 
 
 def test_a_run_is_called_as_its_row_in_folder_and_list(no_kernel, kepo_run, results, capsys):

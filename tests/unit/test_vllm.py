@@ -41,16 +41,14 @@ def test_the_fake_takes_what_trl_gives() -> None:
 
 def test_parameters_arrive(tmp_path: Path) -> None:
     server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://host:8000"}
-    given = training_config(Params(**server), tmp_path)
+    given = training_config(Params.load(None, server), tmp_path)
     assert (given.use_vllm, given.vllm_mode, given.vllm_server_base_url) == (True, "server", "http://host:8000")
-    here = training_config(
-        Params().replace(use_vllm=True, vllm_gpu_memory_utilization=0.2, vllm_max_model_length=4096), tmp_path
-    )
+    memory = Params().replace(use_vllm=True, vllm_gpu_memory_utilization=0.2, vllm_max_model_length=4096)
+    here = training_config(memory, tmp_path)
     assert (here.vllm_mode, here.vllm_gpu_memory_utilization, here.vllm_max_model_length) == ("colocate", 0.2, 4096)
     assert here.vllm_server_base_url is None and here.vllm_importance_sampling_correction
-    assert not training_config(
-        Params().replace(use_vllm=True, top_p=0.95), tmp_path
-    ).vllm_importance_sampling_correction
+    nucleus = training_config(Params().replace(use_vllm=True, top_p=0.95), tmp_path)
+    assert not nucleus.vllm_importance_sampling_correction
 
 
 @pytest.mark.parametrize("mode", ["colocate", pytest.param("server", marks=pytest.mark.slow)])
