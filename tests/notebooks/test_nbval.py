@@ -64,7 +64,7 @@ LONG = [pytest.param(number, marks=pytest.mark.slow) for number in ("00", "02")]
 @pytest.mark.parametrize("number", ["04 05", "01", "03", "06", *LONG])  # 05 finds the runs that 04 has made
 def test_nbval(number: str, smoke_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [path for path in NOTEBOOKS if path.name[:2] in number.split()]
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "nbval", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "KEPO_PARAMS": str(smoke_file)}
     done = subprocess.run([*command, *map(str, paths)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

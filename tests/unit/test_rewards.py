@@ -12,6 +12,13 @@ RIGHT, WRONG = AnswerOutcome.CORRECT, AnswerOutcome.WRONG
 MISSING, AMBIGUOUS, TRUNCATED = AnswerOutcome.MISSING, AnswerOutcome.AMBIGUOUS, AnswerOutcome.TRUNCATED
 
 
+@pytest.fixture(autouse=True)
+def nothing_read_before() -> None:
+    """What another test's call has cached is read again."""
+    rewards._read.cache_clear()
+    rewards._has_format.cache_clear()
+
+
 def outcome(text: str, answer: str = "B", letters: str = "ABCD", finished: bool = True) -> AnswerOutcome:
     return score(text, answer, letters, thinking=True, finished=finished).outcome
 
