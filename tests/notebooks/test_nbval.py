@@ -58,13 +58,14 @@ def test_parameters_cell_of_03_names_every_parameter_and_leaves_it_to_the_file()
     assert scope == dict.fromkeys((field.name for field in dataclasses.fields(Params)), None)
 
 
-LONG = [pytest.param(number, marks=pytest.mark.slow) for number in ("00", "02")]
+LONG = [pytest.param(number, marks=pytest.mark.slow) for number in ("00", "02", "03")]  # test_main_job runs 03
 
 
-@pytest.mark.parametrize("number", ["04 05", "01", "03", "06", *LONG])  # 05 finds the runs that 04 has made
+@pytest.mark.parametrize("number", ["04 05", "01", "06", *LONG])  # 05 finds the runs that 04 has made
 def test_nbval(number: str, smoke_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [path for path in NOTEBOOKS if path.name[:2] in number.split()]
-    command = [sys.executable, "-m", "pytest", "-p", "nbval", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]
+    nbval = "-p nbval --nbval-lax --nbval-current-env -q -p no:cacheprovider"
+    command = [sys.executable, "-m", "pytest", *nbval.split()]
     environment = {**os.environ, "KEPO_PARAMS": str(smoke_file)}
     done = subprocess.run([*command, *map(str, paths)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
