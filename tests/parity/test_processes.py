@@ -9,7 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import two_processes_text
 from kepo_harness import sharp_model
+from text_harness import ScriptedText
 
 from kepo_core.data import phantom
 from kepo_core.method.rollouts import collect_rollouts
@@ -135,14 +137,14 @@ def test_algorithm_1_on_two_processes(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "agreed").read_text() == "30"
 
 
-def test_a_task_of_ones_own_on_two_processes_equals_one(tmp_path: Path) -> None:
+def test_a_task_of_ones_own_on_two_processes_equals_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewards by name, an asynchronous one among them, while one process alone explores and a group straddles both."""
-    found = []
-    for world_size in (1, 2):
-        folder = tmp_path / str(world_size)
-        start("two_processes_text.py", world_size, folder)
-        found.append((torch.load(folder / "result.pt"), collect_rollouts(folder)))
-    (one, rows), (two, rows_of_two) = found
+    monkeypatch.setattr(ScriptedText, "script", None)  # what `main` puts there is gone after the test
+    two_processes_text.main(tmp_path / "one", 1)
+    start("two_processes_text.py", 2, tmp_path / "two")
+    (one, rows), (two, rows_of_two) = (
+        (torch.load(folder / "result.pt"), collect_rollouts(folder)) for folder in (tmp_path / "one", tmp_path / "two")
+    )
     pd.testing.assert_frame_equal(rows, rows_of_two, rtol=1e-4)
     assert one["log"].keys() == two["log"].keys()
     for name, value in one["log"].items():

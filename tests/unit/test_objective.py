@@ -251,6 +251,7 @@ def test_kepo_loss_by_hand() -> None:
     loss = objective.kepo_loss(policy, mask, T(2.0), kl, coef=0.5, beta=0.1)
     assert loss.item() == pytest.approx(-(1.5 + 4.0) / 2 + 0.5 * 2.0 + 0.1 * (0.5 + 1.5) / 2)
     assert objective.kepo_loss(T([[1.0], [3.0]]), mask).item() == pytest.approx(-2.0)  # sequence-level weights
+    assert objective.kepo_loss(torch.zeros(2, 1), mask, T(2.0)).item() == 2.0  # as strong as it is, unless told
 
 
 def test_beta_without_a_kl_estimate_raises() -> None:
@@ -285,17 +286,17 @@ def test_signs_descending_the_loss_favours_good_answers_and_approaches_teacher_a
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("name", "call"),
     [
-        lambda: objective.importance_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "word"),
-        lambda: objective.weighted_advantage(torch.ones(1, 1), torch.ones(1), 0.2, "trpo"),
-        lambda: objective.advantages(torch.ones(2), 2, "median"),
-        lambda: objective.gate(torch.ones(1), 1.0, "le"),
-        lambda: objective.distillation_term(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "batch"),
+        ("level", lambda: objective.importance_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "word")),
+        ("clip", lambda: objective.weighted_advantage(torch.ones(1, 1), torch.ones(1), 0.2, "trpo")),
+        ("kind", lambda: objective.advantages(torch.ones(2), 2, "median")),
+        ("compare", lambda: objective.gate(torch.ones(1), 1.0, "le")),
+        ("normalizer", lambda: objective.distillation_term(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "mean")),
     ],
 )
-def test_an_unknown_choice_names_the_choices(call) -> None:
-    with pytest.raises(ValueError, match="expected one of"):
+def test_an_unknown_choice_names_the_argument_and_the_choices(name: str, call) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is .*, expected one of"):
         call()
 
 
