@@ -162,6 +162,7 @@ def test_divergence_by_hand() -> None:
     )
     for beta, expected in ((0.0, forward), (1.0, reverse), (0.5, jsd)):
         assert objective.divergence(student, teacher, beta).item() == pytest.approx(expected, rel=1e-5)
+    assert objective.divergence(student, teacher).item() == pytest.approx(forward, rel=1e-5)
     # a skewed mixture tells β from 1 − β: m = 0.25·p_T + 0.75·p_θ
     m = (0.25 * 0.75 + 0.75 * 0.5, 0.25 * 0.25 + 0.75 * 0.5)
     skewed = 0.25 * (0.75 * math.log(0.75 / m[0]) + 0.25 * math.log(0.25 / m[1])) + 0.75 * (
@@ -201,6 +202,7 @@ def test_distillation_term_by_hand() -> None:
     assert objective.distillation_term(divergence, mask, gate, "tokens").item() == pytest.approx((1 + 3 + 4) / 6)
     assert objective.distillation_term(divergence, mask, gate, "gated_tokens").item() == pytest.approx((1 + 3 + 4) / 3)
     assert objective.distillation_term(divergence, mask, gate, "tokens", 16).item() == pytest.approx(0.5)
+    assert objective.distillation_term(divergence, mask, gate, "tokens", 0.5).item() == pytest.approx(16)
 
 
 @pytest.mark.parametrize("normalizer", objective.NORMALIZERS)

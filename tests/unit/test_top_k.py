@@ -84,11 +84,11 @@ def test_by_hand() -> None:
 
 
 def test_the_buckets_of_a_batch_of_sequences_are_those_of_their_tokens() -> None:
-    logits, ids = torch.randn(2, 5, 5), torch.tensor([[[0, 3]] * 5, [[4, 1]] * 5])
+    logits, ids = torch.randn(2, 4, 5), torch.tensor([[[0, 3]] * 4, [[4, 1]] * 4])
     buckets = objective.top_k_buckets(logits, ids)
-    assert buckets.shape == (2, 5, 3)
+    assert buckets.shape == (2, 4, 3)
     assert torch.equal(buckets.flatten(0, 1), objective.top_k_buckets(logits.flatten(0, 1), ids.flatten(0, 1)))
-    every = torch.arange(5).expand(2, 5, 5)
+    every = torch.arange(5).expand(2, 4, 5)
     assert torch.equal(objective.top_k_buckets(logits, every), logits)
 
 
