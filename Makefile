@@ -16,12 +16,13 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 # As many tests at a time as there are cores, of one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install train study test test-all faults bench lab lint format lock clean
+.PHONY: help install train study test test-all faults mutants bench lab lint format lock clean
 
 help:
 	@echo "make train      train, explore, distil and evaluate (notebook 03) into a new folder under results/"
 	@echo "make test       linter, type checker, tests (some 15 minutes on two cores); test-all adds the long ones"
 	@echo "make faults     plant faults into a copy of the package, one by one: every one must make its tests fail"
+	@echo "make mutants    mutate the modules that carry the method, and list the mutants that their tests do not notice"
 	@echo "make bench      what a step costs, against GRPO, GRPO + DistillationTrainer and a plain reading of the paper"
 	@echo "make study      many runs, compared over seeds: STUDY=params/study-small.yaml by default; goes on where it stopped"
 	@echo "make lab        JupyterLab on a start page that leads through the notebooks"
@@ -69,6 +70,12 @@ test-all: lint
 faults: $(STAMP)
 	$(BIN)/python tests/planted_faults.py
 
+# The tool is this target's alone, so the lock has no place for it. It goes on where it was interrupted.
+mutants: $(STAMP)
+	$(PIP) mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py
 
@@ -89,5 +96,5 @@ environment.yml: requirements.lock
 	mv $@.new $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
 	find kepo_core tests -name __pycache__ -type d -prune -exec rm -rf {} +

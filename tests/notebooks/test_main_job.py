@@ -88,7 +88,10 @@ def test_main_job_over_real_photographs(smoke_file: Path) -> None:
     ("name", "value", "sentence"),
     [
         ("taw", "1", "taw is not a parameter; the nearest is tau"),
-        ("data_root", "no/such/folder", "no/such/folder does not exist, expected a folder"),
+        pytest.param(
+            *("data_root", "no/such/folder", "no/such/folder does not exist, expected a folder"),
+            marks=pytest.mark.slow,  # test_cli refuses data in a smaller notebook
+        ),
     ],
 )
 def test_what_does_not_fit_stops_with_a_sentence_and_leaves_nothing(

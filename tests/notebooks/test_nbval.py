@@ -81,10 +81,10 @@ def small(path: Path, given: dict[str, object], folder: Path) -> Path:
     return copy
 
 
-LONG = [pytest.param(number, marks=pytest.mark.slow) for number in ("00", "02")]
+LONG = [pytest.param(number, marks=pytest.mark.slow) for number in ("00", "02", "03")]  # test_main_job runs 03
 
 
-@pytest.mark.parametrize("number", ["04 05", "01", "03", "06", *LONG])  # 05 finds the runs that 04 has made
+@pytest.mark.parametrize("number", ["04 05", "01", "06", *LONG])  # 05 finds the runs that 04 has made
 def test_nbval(number: str, smoke_file: Path, tmp_path: Path) -> None:
     smoke = yaml.safe_load(smoke_file.read_text())
     study_file = tmp_path / "study-small.yaml"
@@ -94,7 +94,8 @@ def test_nbval(number: str, smoke_file: Path, tmp_path: Path) -> None:
     paths = [
         small(path, given.get(path.name[:2], {}), tmp_path) for path in NOTEBOOKS if path.name[:2] in number.split()
     ]
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]
+    nbval = "-p nbval --nbval-lax --nbval-current-env -q -p no:cacheprovider"
+    command = [sys.executable, "-m", "pytest", *nbval.split()]
     done = subprocess.run([*command, *map(str, paths)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"{sum(len(cell_sources(path)) for path in paths)} passed" in done.stdout

@@ -1,4 +1,4 @@
-"""The distillation term alone, gate open, is what TRL's DistillationTrainer learns from the same completions."""
+"""The distillation term alone, gate open, is what TRL's DistillationTrainer learns; its kernel is our divergence."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,9 @@ import pytest
 import torch
 from kepo_harness import batch_of, make_dataset, make_trainer, right, sharp_model, wrong
 from trl import DistillationConfig, DistillationTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+from kepo_core.method import objective
 from kepo_core.testbed.embedded import build_processor
 
 
@@ -51,3 +53,18 @@ def test_gradient_is_that_of_distillation_trainer(tmp_path: Path, beta: float, p
     assert largest > 1e-3
     for name, gradient in expected.items():
         assert torch.allclose(got[name], gradient, rtol=1e-5, atol=1e-6 * largest), name
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_trl_kernel_is_the_same_function_with_the_same_gradient(beta: float, temperature: float) -> None:
+    """The direction of β and the role of student and teacher are the same in TRL's chunked kernel."""
+    hidden_s, hidden_t = torch.randn(6, 8, requires_grad=True), torch.randn(6, 12)
+    head_s, head_t = torch.randn(50, 8, requires_grad=True), torch.randn(50, 12)
+    kernel, _ = ChunkedDivergenceFunction.apply(hidden_s, head_s, None, hidden_t, head_t, None, beta, temperature)
+    ours = objective.divergence(hidden_s @ head_s.T, hidden_t @ head_t.T, beta, temperature)
+    assert torch.allclose(kernel, ours, rtol=1e-4, atol=1e-5)
+    got = torch.autograd.grad(kernel.sum(), (hidden_s, head_s))
+    expected = torch.autograd.grad(ours.sum(), (hidden_s, head_s))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)

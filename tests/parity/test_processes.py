@@ -9,7 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import two_processes_text
 from kepo_harness import sharp_model
+from text_harness import ScriptedText
 
 from kepo_core.data import phantom
 from kepo_core.method.rollouts import collect_rollouts
@@ -130,24 +132,32 @@ def test_resumed_on_two_processes_is_never_stopped(
             pd.testing.assert_frame_equal(collect_rollouts(resumed), rows)
 
 
-def test_algorithm_1_on_two_processes(tmp_path: Path) -> None:
-    start("two_processes_algorithm_1.py", 2, tmp_path / "two", "30")
-    assert (tmp_path / "two" / "agreed").read_text() == "30"
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the ordinary tests below ask of two processes, in one start of them: it takes longer than all the rest."""
+    folder = tmp_path_factory.mktemp("processes") / "two"
+    start("two_processes_ordinary.py", 2, folder)
+    return folder
 
 
-def test_a_task_of_ones_own_on_two_processes_equals_one(tmp_path: Path) -> None:
+def test_algorithm_1_on_two_processes(two: Path) -> None:
+    assert (two / "algorithm_1" / "agreed").read_text() == "30"
+
+
+def test_a_task_of_ones_own_on_two_processes_equals_one(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rewards by name, an asynchronous one among them, while one process alone explores and a group straddles both."""
-    found = []
-    for world_size in (1, 2):
-        folder = tmp_path / str(world_size)
-        start("two_processes_text.py", world_size, folder)
-        found.append((torch.load(folder / "result.pt"), collect_rollouts(folder)))
-    (one, rows), (two, rows_of_two) = found
-    pd.testing.assert_frame_equal(rows, rows_of_two, rtol=1e-4)
-    assert one["log"].keys() == two["log"].keys()
+    monkeypatch.setattr(ScriptedText, "script", None)  # what `main` puts there is gone after the test
+    two_processes_text.main(tmp_path, 1)
+    (one, rows), (other, rows_of_other) = (
+        (torch.load(folder / "result.pt"), collect_rollouts(folder)) for folder in (tmp_path, two / "text")
+    )
+    pd.testing.assert_frame_equal(rows, rows_of_other, rtol=1e-4)
+    assert one["log"].keys() == other["log"].keys()
     for name, value in one["log"].items():
-        assert value is None or two["log"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    assert torch.allclose(one["weights"], two["weights"], rtol=1e-4, atol=1e-6)
+        assert value is None or other["log"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert torch.allclose(one["weights"], other["weights"], rtol=1e-4, atol=1e-6)
     kept = rows.query("not replaced")
     assert (kept["gate"] == (kept["rewards/correct_later"] >= 5)).all() and kept["gate"].sum() == 1 + 4
     assert one["log"]["kepo/explored_groups"] == 2 and one["log"]["kepo/accepted"] == 1

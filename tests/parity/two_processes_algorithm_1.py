@@ -1,7 +1,6 @@
-"""Random scenarios of Algorithm 1 on several processes; started by test_processes.py. Any disagreement raises."""
+"""Random scenarios of Algorithm 1 on several processes; of two_processes_ordinary.py. Any disagreement raises."""
 
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -31,7 +30,3 @@ def main(output_dir: Path, world_size: int, scenarios: int) -> None:
     assert min(seen[f"{n} explored"] for n in range(world_size + 1)) >= 3 and seen["unparsable"] >= 3, seen
     if accelerator.is_main_process:
         (output_dir / "agreed").write_text(str(scenarios))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

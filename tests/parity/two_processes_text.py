@@ -1,7 +1,6 @@
-"""One step of KEPO on riddles, a task of one's own, on several processes; started by test_processes.py."""
+"""One step of KEPO on riddles, a task of one's own, on several processes; of two_processes_ordinary.py."""
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,3 @@ def main(output_dir: Path, world_size: int) -> None:
         torch.save({"log": log, "weights": weights}, output_dir / "result.pt")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

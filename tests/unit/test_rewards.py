@@ -12,6 +12,13 @@ RIGHT, WRONG = AnswerOutcome.CORRECT, AnswerOutcome.WRONG
 MISSING, AMBIGUOUS, TRUNCATED = AnswerOutcome.MISSING, AnswerOutcome.AMBIGUOUS, AnswerOutcome.TRUNCATED
 
 
+@pytest.fixture(autouse=True)
+def nothing_read_before() -> None:
+    """What another test's call has cached is read again."""
+    rewards._read.cache_clear()
+    rewards._has_format.cache_clear()
+
+
 def outcome(text: str, answer: str = "B", letters: str = "ABCD", finished: bool = True) -> AnswerOutcome:
     return score(text, answer, letters, thinking=True, finished=finished).outcome
 
@@ -28,8 +35,8 @@ def test_a_field_with_one_letter_is_that_letter(field: str) -> None:
 
 @pytest.mark.parametrize(
     "field",
-    ["A or B", "A and B", "A, B", "A/B", "a b", "B) or C)", "B. liver C. lung", "A) or B", "either A or B",
-     "B: yes and C", "A or B or C"],
+    ["A or B", "A and B", "a or b", "a AND b", "A, B", "A/B", "a b", "B) or C)", "B. liver C. lung", "A) or B",
+     "either A or B", "B: yes and C", "A or B or C"],
 )  # fmt: skip
 def test_several_letters_in_one_field_are_ambiguous(field: str) -> None:
     for right in "ABC":
@@ -62,6 +69,7 @@ def test_an_answer_inside_the_reasoning_does_not_count() -> None:
     assert outcome("<think>never closed <answer>B</answer>") is MISSING
     assert outcome("opened in the prompt <answer>C</answer></think><answer>B</answer>") is RIGHT
     assert outcome("<think>one</think><answer>B</answer><think>two <answer>C</answer></think>") is RIGHT
+    assert outcome("<answer><think>one</think>B</answer>") is RIGHT
 
 
 def test_nested_fields_count_by_the_innermost() -> None:
@@ -77,6 +85,12 @@ def test_only_an_unfinished_completion_without_a_closed_field_is_truncated() -> 
     assert outcome("<answer>A or B</answer> and on", finished=False) is AMBIGUOUS
     assert outcome("", finished=False) is TRUNCATED
     assert outcome("") is MISSING
+
+
+@pytest.mark.parametrize("text", ["<answer>A or B</answer>", "<answer>E</answer>", "<answer>?</answer>", "<answer>B"])
+def test_without_an_answer_there_is_no_letter(text: str) -> None:
+    scored = score(text, "B", "ABCD", thinking=True, finished=False)
+    assert scored.outcome not in (RIGHT, WRONG) and scored.letter == ""
 
 
 @pytest.mark.parametrize(
@@ -120,6 +134,8 @@ def test_accuracy_and_format_are_independent() -> None:
     for text, (accuracy, format_ok) in table.items():
         scored = score(text, "B", "ABCD", thinking=True, finished=True)
         assert (scored.accuracy, scored.format_ok) == (accuracy, format_ok)
+    letters = [score(text, "B", "ABCD", thinking=True, finished=True).letter for text in table]
+    assert letters == ["B", "C", "B", ""]
 
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", "A", "b", "E", " or ", ".", ")", "x", "\n"]
@@ -156,6 +172,8 @@ def test_trl_reward_functions_read_chat_and_plain_completions() -> None:
         assert accuracy_reward(completions, **columns, log_extra=None) == [1.0, 0.0, 1.0]
         assert format_reward(completions, **columns) == [1.0, 0.0, 1.0]
         assert format_reward(completions, thinking=False, **columns) == [0.0, 1.0, 0.0]
+    in_two = [{"role": "assistant", "content": part} for part in ("<think>t</think>", "<answer>B</answer>")]
+    assert format_reward([in_two]) == [1.0]
 
 
 def test_options_bound_the_letters_of_each_row() -> None:

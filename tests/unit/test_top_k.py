@@ -83,6 +83,15 @@ def test_by_hand() -> None:
     assert objective.top_k_divergence(torch.zeros(1, 3), ids, log_probs).item() == pytest.approx(expected.item())
 
 
+def test_the_buckets_of_a_batch_of_sequences_are_those_of_their_tokens() -> None:
+    logits, ids = torch.randn(2, 4, 5), torch.tensor([[[0, 3]] * 4, [[4, 1]] * 4])
+    buckets = objective.top_k_buckets(logits, ids)
+    assert buckets.shape == (2, 4, 3)
+    assert torch.equal(buckets.flatten(0, 1), objective.top_k_buckets(logits.flatten(0, 1), ids.flatten(0, 1)))
+    every = torch.arange(5).expand(2, 4, 5)
+    assert torch.equal(objective.top_k_buckets(logits, every), logits)
+
+
 def test_a_student_without_a_doubt_has_a_finite_divergence_and_gradient() -> None:
     """Where 1 − Σ p of the likeliest is nothing in float32, its logarithm still is right."""
     logits = torch.tensor([[60.0, 30.0, 0.0, 0.0]], requires_grad=True)
