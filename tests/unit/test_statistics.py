@@ -99,6 +99,7 @@ def test_design_effect_at_its_limits():
     # Opposite answers within each cluster would shrink the interval: not taken.
     assert design_effect(x, np.repeat(np.arange(30), 2)) == 1
     assert design_effect(np.ones(6), list("aabbcc")) == 1
+    assert design_effect([1, 1, 0, 0], list("aabb")) == pytest.approx(3) and design_effect([1, 0], list("aa")) == 1
     with pytest.raises(ValueError, match="clusters: 2 for 3 values"):
         design_effect([0, 1, 1], ["a", "b"])
 
@@ -120,7 +121,7 @@ def test_the_paired_interval_by_hand():
     low, high = difference_interval(0, 0, 50)
     assert low == pytest.approx(-high)
     assert high > 0
-    assert difference_interval(40, 0, 40)[1] == 1
+    assert difference_interval(40, 0, 40)[1] == 1 and difference_interval(0, 40, 40)[0] == -1
 
 
 def test_the_table_has_the_papers_columns_and_averages():
