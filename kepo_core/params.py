@@ -179,7 +179,7 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         values = _read(resolve(file)) if file else {}
         for name in values.keys() - given.keys():
-            checked(name, values[name], f" (in {Path(str(file)).name})")
+            checked(name, values[name], f"in {Path(str(file)).name}")
         beneath = {name: value for name, value in (cell or {}).items() if value is not None}
         return cls._of({**beneath, **values, **given})
 
@@ -294,15 +294,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def checked(name: str, value: Any, where: str = "") -> Any:
-    """``value`` as the parameter ``name`` takes it; `ParamError`, with ``where`` it stands, if it does not."""
+    """``value`` as the parameter ``name`` takes it; `ParamError` if it does not, with ``where``, like "in x.yaml"."""
     try:
         if name in declared(Params):
             return check_option(Params, name, value)
         return params_trl.check({name: value}, declared(Params), {}).get(name, value)
     except params_trl.UnknownError as error:
-        raise ParamError(f"{name}{where.replace('(', '').replace(')', '')} is not a parameter{error.hint}") from error
+        raise ParamError(f"{name} {where}".rstrip() + f" is not a parameter{error.hint}") from error
     except ParamError as error:
-        raise ParamError(f"{error}{where}") from error
+        raise ParamError(f"{error} ({where})" if where else str(error)) from error
 
 
 def check_names(namespace: Mapping[str, Any]) -> None:

@@ -107,7 +107,7 @@ def _check_names(file: str, everywhere: Mapping[str, Any], grid: Mapping[str, An
     if fixed := [name for name in grid if name in (*DATA, *places)]:
         raise ParamError(f"grid in {file} has {fixed[0]}, which all runs of a study share: write it under set")
     for name, values in grid.items():
-        checked(name, values[0], f" (under grid in {file})")
+        checked(name, values[0], f"under grid in {file}")
     for number, pair in enumerate(students, start=1):
         if not isinstance(pair, dict) or set(pair) - {"student", "teacher"} or (len(students) > 1 and not pair):
             raise ParamError(f"students in {file}: entry {number} is {pair!r}, expected student and teacher")

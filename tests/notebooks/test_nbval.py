@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from kepo_core.cli import main
@@ -75,7 +76,7 @@ def test_the_parameters_cell_is_what_is_declared(number: str) -> None:
 
 def small(path: Path, given: dict[str, object], folder: Path) -> Path:
     """A copy of a notebook in which papermill has set parameters."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = load_notebook_node(str(path))
     copy = folder / path.name
     nbformat.write(parameterize_notebook(notebook, given) if given else notebook, copy)
     return copy

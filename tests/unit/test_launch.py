@@ -232,7 +232,8 @@ def test_an_interrupt_ends_the_workers(run: Run, monkeypatch: pytest.MonkeyPatch
 
 def test_a_worker_ends_when_its_starter_is_killed() -> None:
     code = IDLE + "time.sleep(30)"
-    worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], stdin=subprocess.PIPE)"
+    child = f"subprocess.Popen([sys.executable, '-c', {code!r}], stdin=subprocess.PIPE)"
+    worker = f"import subprocess, sys; process = {child}; process.wait()"
     starter = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True, cwd=project_root())
     assert starter.stdout is not None
     number = int(starter.stdout.readline())

@@ -101,7 +101,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, StudyData]:
     phantom.write_phantom(root / "data", 0, dict.fromkeys(MODALITIES, 8))
     sizes = {"train_items": 4, "eval_items": 2, "group_size": 2, "prompts_per_step": 2, "prompts_per_device": 2,
              "max_steps": 1, "save_steps": 0, "rejection_budget": 2}  # fmt: skip
-    base = Params(data_root=str(root / "data"), results_dir=str(root / "results"), **sizes)
+    base = Params.load(None, {"data_root": str(root / "data"), "results_dir": str(root / "results"), **sizes})
     return base, experiment.load_data(base)
 
 

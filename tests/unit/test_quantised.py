@@ -72,8 +72,8 @@ def test_training_is_guided_by_about_the_same_teacher(
 ) -> None:
     params = Params(
         data_root=str(world), train_items=4, eval_items=1, results_dir=str(tmp_path), explore=False, tau=0.0,
-        prompts_per_step=2, prompts_per_device=2, group_size=2, max_steps=1, save_steps=0,
-    )  # fmt: skip
+        prompts_per_step=2, prompts_per_device=2, group_size=2,
+    ).replace(max_steps=1, save_steps=0)  # fmt: skip
     quiet_third_parties()
     data, told = experiment.load_data(params), {}
     for name in ("none", quantization):

@@ -435,8 +435,8 @@ def test_a_run_with_all_tokens_has_the_numbers_of_one_with_the_teacher_in_proces
 ) -> None:
     params = Params(
         data_root=str(world), train_items=4, eval_items=1, results_dir=str(tmp_path), explore=False, tau=0.0,
-        prompts_per_step=2, prompts_per_device=2, group_size=2, max_steps=2, save_steps=0,
-    )  # fmt: skip
+        prompts_per_step=2, prompts_per_device=2, group_size=2,
+    ).replace(max_steps=2, save_steps=0)  # fmt: skip
     data, logged = experiment.load_data(params), []
     embedded.bodies = []
     with serving(embedded) as server:

@@ -64,7 +64,10 @@ def test_methods_times_seeds_times_grid(tmp_path: Path) -> None:
         (("methods: [grpo", "methods: [[grpo]"), r"there is no method \"\['grpo'\]\""),
         (("grpo, kepo", "grop, kepo"), "there is no method 'grop'"),
         (("compared_with: grpo", "compared_with: sft"), "compared_with in study.yaml is 'sft', expected one of grpo"),
-        (("seeds: [0, 1]", "seeds: [0]\ngrid: {taw: [1]}"), "grid in study.yaml has 'taw', which is not a param"),
+        (
+            ("seeds: [0, 1]", "seeds: [0]\ngrid: {taw: [1]}"),
+            "taw under grid in study.yaml is not a parameter; the nearest is tau",
+        ),
         (("seeds: [0, 1]", "seeds: [0]\ngrid: {tau: 1}"), "tau in study.yaml is 1, expected a list of different"),
         (("seeds: [0, 1]", "seeds: [0]\ngrid: {train_items: [5, 6]}"), "grid in study.yaml has train_items, which all"),
         (("smoke.yaml", "smog.yaml"), "smog.yaml cannot be read"),
@@ -95,7 +98,7 @@ IMAGES = {f"q{i}": f"MRI{i // 2}" if i < 4 else f"CT{i}" for i in range(8)}
     [
         ("set: {tau: 0.0}", "set in study.yaml has tau, which methods and seeds decide"),
         ("set: {seed: 7}", "set in study.yaml has seed, which methods and seeds decide"),
-        ("grid: {1: [2]}", "grid in study.yaml has 1, which is not a parameter"),
+        ("grid: {1: [2]}", "1 under grid in study.yaml is not a parameter"),
         ("grid: {tau: [0, 0.0]}", "tau in study.yaml is [0, 0.0], expected a list of different values"),
         (
             "grid: {teacher: [a, b]}\nstudents: [{student: c, teacher: d}]",
