@@ -109,6 +109,12 @@ def test_advantages_sum_to_zero_in_each_group_and_rloo_leaves_one_out(group: int
         assert rloo[i].item() == pytest.approx((r - (members.sum() - r) / (group - 1)).item(), abs=1e-9)
 
 
+def test_advantages_are_constants() -> None:
+    rewards = T([2.0, 0.0], requires_grad=True)
+    for advantages in (objective.advantages, objective.leave_one_out):
+        assert not advantages(rewards, 2).requires_grad
+
+
 def test_groups_do_not_see_each_other() -> None:
     a = objective.advantages(T([1.0, 0.0, 5.0, 9.0]), 2)
     b = objective.advantages(T([1.0, 0.0, -7.0, 2.0]), 2)
