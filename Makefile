@@ -13,8 +13,8 @@ STAMP := $(VENV)/.kepo-installed
 # Bytecode is compiled when a module is first imported, not for the tens of thousands that never are.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
-# As many tests at a time as there are cores, of one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# As many tests at a time as there are cores, of one thread each; nbval would import Jupyter into each of them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install train study test test-all faults mutants bench lab lint format lock clean
 

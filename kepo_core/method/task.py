@@ -7,8 +7,6 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from trl.data_utils import prepare_multimodal_messages
-
 #: A dataset row, and a prompt as TRL has it: text, or chat messages.
 Row = Mapping[str, Any]
 Prompt = str | list[dict[str, Any]]
@@ -186,6 +184,8 @@ def images_of(row: Row) -> list[Any]:
 
 def with_images(prompt: Prompt | None, row: Row) -> Prompt:
     """A prompt with the row's pictures in its image parts (in front of the text where it has no parts)."""
+    from trl.data_utils import prepare_multimodal_messages  # takes seconds, and only training with pictures needs it
+
     images = images_of(row)
     if prompt is None:
         raise ValueError("task.ask returned None for this row but not for the first, expected the same for every row")
