@@ -65,19 +65,16 @@ def _obey(arguments: argparse.Namespace) -> int:
         return check_teacher(Params.load(arguments.file, overrides))
     if arguments.command == "plan":
         return plan_run(arguments, overrides)
-    if arguments.method:
-        overrides = method_overrides(arguments.method, arguments.file, overrides)
     from kepo_core.study.jobs import NOTEBOOK
 
-    return run_notebook(arguments.notebook or NOTEBOOK, arguments.file, overrides)
+    return run_notebook(arguments.notebook or NOTEBOOK, arguments.file, overrides, arguments.method)
 
 
-def method_overrides(name: str, file: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a row of the table of methods, under those that are given one by one."""
+def method_overrides(name: str, base: Params, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a row of the table of methods over ``base``, under those that are given one by one."""
     from kepo_core.experiment.methods import method
 
-    chosen = method(name)
-    return {**chosen.overrides(Params.load(file, {"teacher": overrides.get("teacher")})), **overrides}
+    return {**method(name).overrides(base), **overrides}
 
 
 def parse_value(text: str) -> bool | int | float | str | None:
@@ -93,8 +90,10 @@ def parse_value(text: str) -> bool | int | float | str | None:
     return text
 
 
-def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> int:
+def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any], method: str | None = None) -> int:
     """Check path and parameters, then execute the notebook into a new run folder. Returns the exit code.
+
+    ``method``: a row of the table of methods.
 
     Raises `ParamError` before anything is written if one of them is wrong.
     """
@@ -109,6 +108,9 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any]) -> 
             "executes it"
         )
     cell = tagged_cell(path)
+    if method:
+        base = Params.load(file, {"teacher": overrides.get("teacher")}, cell=cell)
+        overrides = method_overrides(method, base, overrides)
     params = Params.load(file, overrides, cell=cell)
     from kepo_core.experiment import execution
 

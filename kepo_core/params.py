@@ -163,6 +163,12 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
             raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.to_dict().items()))
+
     @classmethod
     def load(
         cls,
@@ -171,16 +177,17 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
         *,
         cell: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Defaults, then a notebook's ``cell``, then ``file``, then ``overrides``, where ``None`` means "not given".
+        """Defaults, then a notebook's ``cell``, then ``file``, then ``overrides``.
+
+        ``None`` means "not given", and for a field of TRL's that is not in a study's own defaults, TRL's default.
 
         A relative ``file`` is taken from the working directory, else from the project's root. Raises `ParamError` on
         anything that is not a parameter with a fitting value.
         """
-        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        given, beneath = _given(overrides or {}), _given(_numbers(cell or {}))
         values = _read(resolve(file)) if file else {}
         for name in values.keys() - given.keys():
             checked(name, values[name], f"in {Path(str(file)).name}")
-        beneath = {name: value for name, value in (cell or {}).items() if value is not None}
         return cls._of({**beneath, **values, **given})
 
     @classmethod
@@ -213,13 +220,8 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
         cells, names = namespace.get("In"), declared(Params)
         set_here = parameter_cells(cells) if isinstance(cells, list) else plain
         given = {name: value for name, value in plain.items() if name in names or name in set_here}
-        for name, value in given.items():
-            if name in names and isinstance(value, str) and kind_of(Params, name)[0] in (int, float):
-                given[name] = as_number(value)
         try:
-            return cls._of(
-                {name: value for name, value in given.items() if value is not None or name not in declared(Params)}
-            )
+            return cls._of(_given(_numbers(given)))
         except params_trl.UnknownError as error:
             raise ParamError(f"{error.name} in the notebook is not a parameter{error.hint}") from error
 
@@ -253,14 +255,14 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
 
         ``run_dir`` is left out. A field of TRL's that the cell sets and these parameters do not is TRL's default.
         """
-        theirs = {**Params().to_dict(), **{name: value for name, value in (cell or {}).items() if value is not None}}
+        theirs = {**Params().to_dict(), **_given(_numbers(cell or {}))}
         ours = {**{name: params_trl.default(name) for name in theirs.keys() - self.to_dict().keys()}, **self.to_dict()}
         missing = object()
         return {name: v for name, v in ours.items() if name != "run_dir" and theirs.get(name, missing) != v}
 
-    def to_arguments(self) -> list[str]:
-        """``-p NAME VALUE …`` as ``kepo run`` takes them, for all that differs from the defaults."""
-        return [part for name, value in self.differing().items() for part in ("-p", name, str(value))]
+    def to_arguments(self, cell: Mapping[str, Any] | None = None) -> list[str]:
+        """``-p NAME VALUE …`` as ``kepo run`` takes them over a notebook with this parameters ``cell``: `differing`."""
+        return [part for name, value in self.differing(cell).items() for part in ("-p", name, str(value))]
 
     def of_trl(self, name: str) -> Any:
         """The value of a field of TRL's: the given one, or TRL's default."""
@@ -280,6 +282,17 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
         names = {(True, True): "kepo", (True, False): "kepo-ke", (False, True): "explore-only", (False, False): "grpo"}
         name = names[self.distill, self.explore]
         return name + (f"-tau{self.tau:g}" if self.distill else "") + mode
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the study's parameters that are None; names of TRL's stay, where None is a value."""
+    return {name: value for name, value in values.items() if value is not None or name not in declared(Params)}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with numbers where texts write them and a parameter of the study is one."""
+    numeric = {name for name in values if name in declared(Params) and kind_of(Params, name)[0] in (int, float)}
+    return {n: as_number(v) if n in numeric and isinstance(v, str) else v for n, v in values.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

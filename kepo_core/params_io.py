@@ -89,38 +89,51 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 def tagged_cell(notebook: Path) -> dict[str, Any]:
-    """What the cell of a notebook sets that is tagged ``parameters``; `ParamError` for a file that is no notebook."""
+    """What the cell of a notebook sets that is tagged ``parameters``.
+
+    Raises `ParamError` for a file that is no notebook, and for a cell that does more than set names to constants.
+    """
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
-        return parameter_cells("".join(cell["source"]) for cell in tagged)
+        tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
     except (ValueError, KeyError, TypeError) as error:
         raise ParamError(f"notebook {notebook.name} cannot be read as a notebook: {type(error).__name__}") from error
+    if any(_constants(source) is None for source in tagged):
+        raise ParamError(
+            f"the parameters cell of {notebook.name} does more than set names to constants, like tau = 1.0"
+        )
+    return parameter_cells(tagged)
 
 
 def parameter_cells(cells: Iterable[str]) -> dict[str, Any]:
-    """What those cells set that do nothing but set names to literals (papermill's injected cell is one)."""
-    found: dict[str, Any] = {}
-    for source in cells:
-        try:
-            body = ast.parse(source).body
-        except SyntaxError:  # a cell that never ran
-            continue
-        values = [_literals(statement) for statement in body]
-        if None not in values:
-            found |= {name: value for value in values if value for name, value in value.items()}
-    return found
+    """What those cells set that do nothing but set names to constants (papermill's injected cell is one)."""
+    return {name: value for source in cells for name, value in (_constants(source) or {}).items()}
 
 
-def _literals(statement: ast.stmt) -> dict[str, Any] | None:
-    """The names that a statement sets to literals; none for a docstring, None for any other statement."""
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-        return {}
-    if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
-        return None
-    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+#: What a constant may be made of: papermill writes an infinity as ``float('inf')``.
+_PARTS = (ast.Constant, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.List, ast.Tuple,
+          ast.Dict, ast.Set, ast.Call, ast.Name, ast.Load)  # fmt: skip
+
+
+def _constants(source: str) -> dict[str, Any] | None:
+    """The names that a cell sets to constants; None where it does anything else, or does not parse."""
     try:
-        value = ast.literal_eval(statement.value)
-    except ValueError:
+        body = ast.parse(source).body
+    except SyntaxError:  # a cell that never ran
         return None
-    return {node.id: value for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    found: dict[str, Any] = {}
+    for statement in body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # a docstring
+        if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
+            return None
+        parts = list(ast.walk(statement.value))
+        if not all(isinstance(part, _PARTS) and getattr(part, "id", "float") == "float" for part in parts):
+            return None
+        try:
+            value = eval(compile(ast.Expression(statement.value), "cell", "eval"), {"__builtins__": {}, "float": float})
+        except (TypeError, ValueError, ArithmeticError):  # as it will in the notebook
+            return None
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        found |= {node.id: value for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    return found

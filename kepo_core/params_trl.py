@@ -4,6 +4,7 @@ TRL declares them, so they are not declared again. Importing it takes seconds, s
 given that is not in `DEFAULTS`.
 """
 
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -32,6 +33,13 @@ SET_BY = {
     "gradient_accumulation_steps": "prompts_per_step",
     "num_train_epochs": "epochs",
     "gradient_checkpointing": "activation_checkpointing",
+    "remove_unused_columns": "",
+    "resume_from_checkpoint": "",
+    "load_best_model_at_end": "",
+    "deepspeed": "accelerate_config",
+    "fsdp": "accelerate_config",
+    "fsdp_config": "accelerate_config",
+    "accelerator_config": "accelerate_config",
     "bf16": "precision",
     "fp16": "precision",
     "use_cpu": "",
@@ -42,6 +50,17 @@ SET_BY = {
     "report_to": "",
     "disable_tqdm": "",
     "dataloader_pin_memory": "",
+}
+#: Families of such fields: evaluation and logging are the study's, and what a run folder shows holds no token.
+_NOT_HERE = re.compile(r"eval_|do_|per_device_eval_|logging_|log_|hub_|push_to_hub")
+#: Parameters of earlier versions, and what to use.
+GONE = {
+    "lr_scheduler": "set lr_scheduler_type",
+    "ratio_clip": "for eq5 set epsilon 1, epsilon_high 0.2 and delta 1.2",
+    "params_file": "-f FILE names it",
+    "teacher_timeout": "it is TIMEOUT in kepo_core/method/chat_client.py",
+    "teacher_retries": "it is RETRIES in kepo_core/method/chat_client.py",
+    "teacher_concurrency": "it is CONCURRENCY in kepo_core/method/chat_client.py",
 }
 _SCALARS = (bool, int, float, str)
 
@@ -64,7 +83,7 @@ def check(
     """All of `DEFAULTS`, and what of ``given`` differs from TRL's defaults, each value of the type that TRL declares.
 
     Args:
-        given: by name; `Checked` ones are taken as they are.
+        given: by name; None is TRL's default. `Checked` ones are taken as they are.
         ours: the names of all other parameters.
         options: the fields of ``KEPOConfig`` that these set, by name: what they have to go together with.
 
@@ -79,22 +98,38 @@ def check(
     if not new:
         return values
     for name in new:
-        if name in SET_BY:
-            instead = f"set {SET_BY[name]} instead" if SET_BY[name] else "leave it out"
-            raise ParamError(f"{name} is set by the study itself: {instead}")
-        if name not in _known():
-            near = nearest(name, ours) or nearest(name, _known())
-            raise UnknownError(name, near or "; `kepo params` lists them all, and TRL's GRPOConfig has more")
-    values |= {name: _fitting(name, value) for name, value in new.items()}
+        check_name(name, ours)
+    values |= {name: _fitting(name, value) for name, value in new.items() if value is not None}
     try:
         _config()(output_dir="", use_cpu=True, **options, **values | {"save_steps": 1})  # save_steps 0: no checkpoints
-    except (ValueError, TypeError) as error:  # ParamError is a ValueError
+    except Exception as error:  # whatever TRL and transformers raise of a value; ParamError among them
         raise ParamError(" ".join(str(error).split())) from error
-    return {name: value for name, value in values.items() if name in DEFAULTS or value != default(name)}
+    return {name: value for name, value in values.items() if name in DEFAULTS or not _is_default(name, value)}
+
+
+def check_name(name: str, ours: Collection[str]) -> None:
+    """Raise unless ``name`` is among ``ours`` or a field of TRL's that may be given; as `check`."""
+    if name in ours or name in DEFAULTS:
+        return
+    if name in GONE:
+        raise UnknownError(name, f" any more: {GONE[name]}")
+    if name in SET_BY or _NOT_HERE.match(name):
+        instead = f"set {SET_BY[name]} instead" if SET_BY.get(name) else "leave it out"
+        raise ParamError(f"{name} is set by the study itself: {instead}")
+    if name not in _known():
+        known = {*ours, *DEFAULTS, *(known for known in _known() - SET_BY.keys() if not _NOT_HERE.match(known))}
+        raise UnknownError(name, nearest(name, known) or "; `kepo params` lists them, and TRL's GRPOConfig has more")
+
+
+def _is_default(name: str, value: bool | int | float | str) -> bool:
+    """Whether a field with this value does nothing: a switch that TRL leaves at None is off."""
+    return bool(value == default(name)) or (value is False and default(name) is None)
 
 
 def _like_default(name: str, value: Any) -> bool | int | float | str:
-    """A value of one of `DEFAULTS`, of the type that stands there."""
+    """A value of one of `DEFAULTS`, of the type that stands there; None is the default."""
+    if value is None:
+        return DEFAULTS[name]
     kind = type(DEFAULTS[name])
     if isinstance(value, str) and kind is int:
         value = as_number(value)

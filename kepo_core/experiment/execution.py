@@ -1,5 +1,6 @@
 """A notebook executed into a run folder by papermill, and what its end means for folder and exit code."""
 
+import logging
 import shutil
 import signal
 import sys
@@ -68,6 +69,7 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
     try:
         state, error = _execute(notebook, run, given, refusable=refusable)
         if state == "refused":
+            run.release()  # an open lock would keep the folder on some network disks
             shutil.rmtree(run.path)
             print(f"kepo: {error}", file=sys.stderr)
             print(f"kepo: refused, {shown} is removed again", flush=True)
@@ -137,6 +139,10 @@ def _draw(page: str, write: Callable[[], object]) -> None:
         print(f"kepo: {page} was not written: {problem}", file=sys.stderr)
 
 
+def _is_no_warning_of_parameters(record: logging.LogRecord) -> bool:
+    return "Passed unknown parameter" not in record.getMessage()
+
+
 def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
     """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes."""
     sockets = tempfile.TemporaryDirectory(prefix="kepo-")  # of this run alone: runs at the same time must not meet
@@ -154,6 +160,9 @@ def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
         )
 
     previous = signal.signal(signal.SIGTERM, interrupt)
+    # It warns of each parameter that the notebook's cell does not name; here they have been checked.
+    told = logging.getLogger("papermill")
+    told.addFilter(_is_no_warning_of_parameters)
     try:
         execute_notebook(
             from_root(notebook),
@@ -168,6 +177,7 @@ def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
             stderr_file=sys.stderr,
         )
     finally:
+        told.removeFilter(_is_no_warning_of_parameters)
         if signal.getsignal(signal.SIGTERM) is interrupt:  # else it was sent, and the folder is told now
             signal.signal(signal.SIGTERM, previous)
         sockets.cleanup()

@@ -21,7 +21,7 @@ from kepo_core.data.phantom import ensure_phantom
 from kepo_core.data.records import Answer, Question
 from kepo_core.data.source import Source, open_source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
-from kepo_core.errors import DataError
+from kepo_core.errors import DataError, ParamError
 from kepo_core.experiment import launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
 from kepo_core.experiment.evaluation import Progress, evaluate
@@ -137,6 +137,11 @@ def load_to_run(params: Params) -> Models:
     Raises `ParamError` where this machine cannot train as ``params`` say.
     """
     launch.check(params)
+    if params.method != "none":
+        try:
+            training_config(params, Path("results"))
+        except Exception as error:  # whatever TRL and transformers raise of a value, before anything is computed
+            raise ParamError(" ".join(str(error).split())) from error
     return load_models(params, with_teacher=not launch.several(params))
 
 

@@ -1,6 +1,8 @@
 """KEPOConfig: TRL's GRPOConfig and the method's own parameters, which a study declares no second time."""
 
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
 
 import torch
 from trl import GRPOConfig
@@ -76,7 +78,11 @@ class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not
             if getattr(self, name) not in choices:
                 raise ParamError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         for name, allowed in _RANGES.items():
-            allowed.check(name, getattr(self, name))
+            value: Any = getattr(self, name)
+            if value is not None and not isinstance(value, Real):
+                raise ParamError(f"{name} must be a number, got {value!r}")
+            if value is not None:
+                allowed.check(name, float(value))
         self.check_group(self.num_generations, "num_generations")
         if self.scale_rewards == "rloo" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ParamError(

@@ -131,7 +131,7 @@ def check_option(owner: type, name: str, value: Any) -> Any:
     number = {int: Integral, float: Real}.get(kind)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, number or kind):
         hint = ""
-        if kind is bool and str(value).lower() in ("true", "false"):
+        if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
             hint = " (write it with a capital and without quotes)"
         raise ParamError(f"{name} must be {KINDS[kind]}, got {value!r}{hint}")
     value = kind(value)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pandas as pd
 
+from kepo_core import params_trl
 from kepo_core.analysis.statistics import AVG, accuracy_table, compare, format_table
 from kepo_core.data.items import read_images
 from kepo_core.data.records import Answer
 from kepo_core.errors import ParamError
 from kepo_core.params import PLACES, Params, from_root, resolve
+from kepo_core.params_io import tagged_cell
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
 from kepo_core.runs.summary import Summary, summarize
@@ -77,8 +79,13 @@ def overview(
 
 
 def _fits(run: Summary, method: str | None, values: Mapping[str, Any]) -> bool:
-    same = method in (None, run.method) and all(run.params.get(name) == value for name, value in values.items())
+    same = method in (None, run.method) and all(_value(run, name) == value for name, value in values.items())
     return same or run.state == "unreadable"
+
+
+def _value(run: Summary, name: str) -> Any:
+    """A parameter of a run; of a field of TRL's that it does not set, TRL's default."""
+    return run.params[name] if name in run.params else params_trl.default(name)
 
 
 def as_row(run: Summary) -> dict[str, Any]:
@@ -170,7 +177,8 @@ def next_step(run: Run) -> str:
 def repeat(run: Run) -> str:
     """The command that makes such a run again."""
     notebook = run.provenance.get("notebook", "NOTEBOOK")
-    return shlex.join(["kepo", "run", notebook, *run.params.to_arguments()])
+    cell = tagged_cell(resolve(notebook)) if resolve(notebook).is_file() else {}
+    return shlex.join(["kepo", "run", notebook, *run.params.to_arguments(cell)])
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

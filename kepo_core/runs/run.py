@@ -43,13 +43,26 @@ _LOCK = ".lock"
 
 def is_running(folder: Path) -> bool:
     """Whether a process makes the run in ``folder`` now: on this machine, or on another that shares the disk."""
-    if not (folder / _LOCK).is_file():
-        return False
     try:
-        with FileLock(folder / _LOCK, blocking=False):
-            return False
+        import fcntl
+    except ImportError:  # Windows, which has no shared locks
+        return _is_locked(folder)
+    try:
+        with (folder / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: readers do not take one another for the run
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        _locked(folder).release()
     except Timeout:
         return True
+    return False
 
 
 @dataclass(frozen=True)

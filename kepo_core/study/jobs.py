@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from kepo_core.errors import ParamError
 from kepo_core.params import Params, project_root
+from kepo_core.params_io import tagged_cell
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
 
@@ -202,7 +203,7 @@ def command(params: Params, origin: shelf.Origin) -> list[str]:
     kepo = [sys.executable, "-m", "kepo_core.cli"]
     if interrupted := shelf.broken_off(params, origin):
         return [*kepo, "resume", str(interrupted.path)]
-    return [*kepo, "run", NOTEBOOK, *params.to_arguments()]
+    return [*kepo, "run", NOTEBOOK, *params.to_arguments(tagged_cell(project_root() / NOTEBOOK))]
 
 
 def reason(code: int, output: str) -> str:

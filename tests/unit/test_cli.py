@@ -59,9 +59,9 @@ def only_folder(results: Path) -> Path:
 
 
 def test_a_row_of_the_table_of_methods_is_a_set_of_parameters_under_the_given_ones() -> None:
-    found = method_overrides("kepo-ke-tau0", None, {"seed": 3})
+    found = method_overrides("kepo-ke-tau0", Params(), {"seed": 3})
     assert found == {"method": "kepo", "distill": True, "explore": False, "thinking": True, "tau": 0.0, "seed": 3}
-    assert method_overrides("teacher", None, {"teacher": "some/model"})["student"] == "some/model"
+    assert method_overrides("teacher", Params(teacher="some/model"), {})["student"] == "some/model"
     assert main(["run", "notebooks/03_train_kepo.ipynb", "-m", "grop"]) == 2
 
 

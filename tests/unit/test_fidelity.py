@@ -182,7 +182,6 @@ RENAMED = {
     "prompts_per_step": lambda config, world: config.per_device_train_batch_size // config.num_generations
     * config.gradient_accumulation_steps * world,
     "epochs": lambda config, world: config.num_train_epochs,
-    "lr_scheduler": lambda config, world: config.lr_scheduler_type,
     "precision": lambda config, world: "bf16" if config.bf16 else "fp32",
 }  # fmt: skip
 

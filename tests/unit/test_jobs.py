@@ -22,6 +22,7 @@ from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.errors import ParamError
 from kepo_core.experiment.methods import methods
 from kepo_core.params import Params
+from kepo_core.params_io import tagged_cell
 from kepo_core.runs import provenance, shelf
 from kepo_core.runs.run import Run
 from kepo_core.study import jobs
@@ -154,6 +155,21 @@ def test_a_job_says_every_parameter_that_differs_from_the_file(params: Params) -
         asked = _parser().parse_args(jobs.command(one, shelf.origin(ROOT / jobs.NOTEBOOK, DATA))[3:])
         given = {name: parse_value(value) for name, value in asked.parameter}
         assert Params.load(asked.file, given).hash == one.hash
+
+
+def test_a_job_computes_what_the_study_asks_whatever_the_notebooks_cell_says(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edited = tmp_path / jobs.NOTEBOOK
+    edited.parent.mkdir()
+    text = (ROOT / jobs.NOTEBOOK).read_text(encoding="utf-8")
+    edited.write_text(text.replace('"tau = 1.0 ', '"epsilon_high = 0.3\\n",\n    "tau = 0.0 ', 1), encoding="utf-8")
+    assert (cell := tagged_cell(edited))["tau"] == 0.0 and cell["epsilon_high"] == 0.3
+    monkeypatch.setattr(jobs, "project_root", lambda: tmp_path)
+    for one in (params, params.replace(tau=0.0), params.replace(epsilon_high=0.2)):
+        asked = _parser().parse_args(jobs.command(one, shelf.origin(ROOT / jobs.NOTEBOOK, DATA))[3:])
+        given = {name: parse_value(value) for name, value in asked.parameter}
+        assert Params.load(asked.file, given, cell=cell) == one
 
 
 def test_a_run_that_was_broken_off_is_gone_on_with(params: Params) -> None:

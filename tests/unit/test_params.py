@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import math
+import pickle
 import types
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from kepo_core.data.records import MODALITIES
 from kepo_core.errors import ParamError
 from kepo_core.method.options import declared, kind_of
 from kepo_core.params import Params, check_names, project_root, resolve
+from kepo_core.params_io import tagged_cell
 from kepo_core.task.prompts import HINT_CONTEXTS
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +145,7 @@ def test_an_integer_widens_to_float_and_nothing_else_changes_type():
 def test_unknown_names_name_the_nearest():
     bad("taw is not a parameter; the nearest is tau", taw=1)
     bad("learningrate is not a parameter; the nearest is learning_rate", learningrate=1)
-    bad("zzzzzz is not a parameter; `kepo params` lists them all", zzzzzz=1)
+    bad("zzzzzz is not a parameter; `kepo params` lists them", zzzzzz=1)
     with pytest.raises(ParamError, match="nearest is tau"):
         Params().replace(taw=1)
 
@@ -299,9 +302,7 @@ def test_a_notebook_takes_any_field_of_trl_and_numbers_that_papermill_reads_as_t
     params = Params.from_notebook(namespace)
     assert (params.learning_rate, dict(params.trl) | {"temperature": 0.5, "loss_type": "dapo"}) == (2e-6, params.trl)
     assert "beta" not in params.trl  # a variable of a later cell
-    with pytest.raises(
-        ParamError, match="temperatur in the notebook is not a parameter; the nearest is eval_temperature"
-    ):
+    with pytest.raises(ParamError, match="temperatur in the notebook is not a parameter; the nearest is temperature"):
         Params.from_notebook({"temperatur": 1})
 
 
@@ -366,3 +367,70 @@ def test_what_differs_from_a_notebooks_cell_is_given_to_it():
     assert params.differing() == {"tau": 0.0, "seed": 3}
     assert params.differing({"tau": 0.0, "seed": 0, "beta": 0.5, "epochs": None}) == {"seed": 3, "beta": 0.0}
     assert Params.load(None, {"seed": 3}, cell={"tau": 0.0, "seed": 1}) == params
+
+
+def test_none_is_trls_default_and_an_unknown_name_is_refused_with_it_too():
+    assert Params.load(None, {"delta": None}, cell={"delta": 1.2, "epsilon_high": None}) == Params()
+    assert Params.from_notebook({"epsilon_high": None, "tau": None}) == Params()
+    assert Params().differing({"epsilon_high": 0.3}) == {"epsilon_high": None}
+    bad("nonsense is not a parameter", nonsense=None)
+
+
+def test_what_a_run_folder_shows_holds_no_token_and_the_study_keeps_its_own_fields():
+    for name in (
+        "hub_token",
+        "logging_strategy",
+        "eval_strategy",
+        "do_eval",
+        "remove_unused_columns",
+        "log_completions",
+    ):
+        bad(f"{name} is set by the study itself: leave it out", **{name: "x"})
+    bad("deepspeed is set by the study itself: set accelerate_config instead", deepspeed="x")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("temprature", "temperature"), ("max_step", "max_steps"), ("scale_reward", "scale_rewards"), ("bta", "beta"),
+     ("save_step", "save_steps"), ("epsilon_hgh", "epsilon_high"), ("learningrate", "learning_rate")],
+)  # fmt: skip
+def test_the_nearest_name_is_found_among_all(name, near):
+    bad(f"{name} is not a parameter; the nearest is {near}", **{name: 1})
+
+
+def test_a_name_that_went_says_what_to_use():
+    bad("lr_scheduler is not a parameter any more: set lr_scheduler_type", lr_scheduler="cosine")
+    bad("ratio_clip is not a parameter any more: for eq5 set epsilon 1", ratio_clip="eq5")
+
+
+def test_fields_of_trl_that_fail_late_or_never_are_refused_at_once():
+    bad("vllm_mode must be one of colocate, server", vllm_mode="nope")
+    bad("vllm_gpu_memory_utilization must be greater than 0 and at most 1", vllm_gpu_memory_utilization=2.0)
+    bad("generation_batch_size", generation_batch_size=3)
+
+
+def test_a_parameters_cell_may_compute_with_constants_and_do_nothing_else(tmp_path):
+    def notebook(source):
+        path = tmp_path / "n.ipynb"
+        cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": source}
+        path.write_text(json.dumps({"cells": [cell]}))
+        return path
+
+    assert tagged_cell(notebook("a = 3e-4 / 2\nb = float('inf')  # b\nc = -1\nd = [1, 'x']")) == {
+        "a": 1.5e-4, "b": math.inf, "c": -1, "d": [1, "x"]
+    }  # fmt: skip
+    for source in ("a = b", "a = 1\nprint(a)", "a = open('x')", "a = 9 ** 9", "a = 1 / 0"):
+        with pytest.raises(ParamError, match=r"the parameters cell of n\.ipynb does more than set names to constants"):
+            tagged_cell(notebook(source))
+    cells = ["", "# Parameters\noff_policy_mask_threshold = float('inf')\nloss_type = 'dapo'\nnonsense = 3"]
+    namespace = {"In": cells, "off_policy_mask_threshold": math.inf, "loss_type": "dapo", "nonsense": 3}
+    with pytest.raises(ParamError, match="nonsense in the notebook is not a parameter"):
+        Params.from_notebook(namespace)
+
+
+def test_equal_parameters_hash_alike_and_nothing_is_deleted():
+    assert hash(Params()) == hash(Params.load(None, {"beta": 0})) and len({Params(), Params(), Params(tau=0.0)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del Params().tau
+    assert pickle.loads(pickle.dumps(Params(tau=0.5))) == Params(tau=0.5)
+    assert Params.load(None, {"activation_checkpointing": False}) == Params()

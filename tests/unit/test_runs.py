@@ -1,3 +1,4 @@
+import fcntl
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from kepo_core.method.rollouts import Rollout, write_rollouts
 from kepo_core.params import Params
 from kepo_core.runs import provenance
 from kepo_core.runs.metrics import MetricsWriter, is_timing
-from kepo_core.runs.run import Run
+from kepo_core.runs.run import Run, is_running
 
 
 @pytest.fixture
@@ -249,3 +250,14 @@ def test_metrics_and_timings_are_written_apart(params):
     timings = [json.loads(line) for line in (run.path / "timings.jsonl").read_text().splitlines()]
     assert [row["step_time"] for row in timings] == [1 / 3, 2 / 3]
     assert timings[0]["seconds"] <= timings[1]["seconds"]
+
+
+def test_readers_of_a_lock_do_not_take_one_another_for_the_run(params):
+    run = Run.allocate(params, owner="kepo run")
+    assert is_running(run.path)
+    run.release()
+    with (run.path / ".lock").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not is_running(run.path)
+    (run.path / ".lock").chmod(0o444)
+    assert not is_running(run.path)

@@ -37,6 +37,8 @@ from kepo_core.testbed.embedded import build_model, build_processor
         ({"tau": math.inf}, "tau must be a finite number, got inf"),
         ({"tau": "1"}, "tau must be a number, got '1'"),
         ({"on_exhausted": "retry"}, "on_exhausted"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"top_p": 0.0}, "top_p must be greater than 0 and at most 1"),
         ({"scale_rewards": "median"}, "scale_rewards is 'median', expected one of none, group, batch, rloo"),
         ({"injected_per_group": 4}, "injected_per_group must be smaller than num_generations"),
         ({"rejection_budget": 0}, "rejection_budget"),
