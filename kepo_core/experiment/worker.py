@@ -5,6 +5,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from kepo_core.exit_codes import leave
 from kepo_core.experiment import experiment, launch
 from kepo_core.quiet import quiet_third_parties
 from kepo_core.runs.run import Run
@@ -40,11 +41,7 @@ def work(run: Run) -> None:
     assert trainer is not None  # launch.several
     experiment.fit(trainer, run)
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # a process group that is left to the interpreter's end may abort it
 
 
 if __name__ == "__main__":
-    code = main(*sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # not by the interpreter's end, where threads of gloo's are now and then found running and abort it
+    leave(main(*sys.argv[1:]))

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
+from kepo_core.exit_codes import leave
 from kepo_core.method.loss import _Forward
 from kepo_core.params import project_root
 
@@ -123,9 +124,9 @@ def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
         log = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("kepo/") or k == "grad_norm"}
         torch.save({"log": log, "weights": weights}, output_dir / "result.pt")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     main(Path(sys.argv[1]), int(sys.argv[2]), dict(a.split("=") for a in sys.argv[3:]))
+    leave(0)

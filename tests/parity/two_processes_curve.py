@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from two_processes import shared_out_by_accelerate
 
+from kepo_core.exit_codes import leave
 from kepo_core.experiment import experiment
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
@@ -26,8 +27,8 @@ def main(output_dir: Path, world_size: int, settings: dict[str, str]) -> None:
     if trainer.accelerator.is_main_process:
         (output_dir / "done").touch()
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), dict(a.split("=", 1) for a in sys.argv[3:]))
+    leave(0)

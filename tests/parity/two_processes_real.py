@@ -9,6 +9,7 @@ from kepo_harness import config, make_dataset, sharp_model
 from torch.distributed.tensor import DTensor
 from two_processes import sharded, shared_out_by_accelerate, whole
 
+from kepo_core.exit_codes import leave
 from kepo_core.experiment.adapters import lora_config, save_student
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
@@ -47,8 +48,8 @@ def main(output_dir: Path, world_size: int, settings: dict[str, str]) -> None:
     if way != "1":
         save_student(trainer, output_dir / "model")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), dict(a.split("=", 1) for a in sys.argv[3:]))
+    leave(0)

@@ -33,4 +33,3 @@ def main(output_dir: Path, world_size: int) -> None:
         log = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith(("kepo/", "reward"))}
         torch.save({"log": log, "weights": weights}, output_dir / "result.pt")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()

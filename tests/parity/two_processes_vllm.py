@@ -7,6 +7,7 @@ from typing import Any
 import fake_vllm
 from kepo_harness import ScriptedTrainer, fails_on_0, make_row, make_trainer
 
+from kepo_core.exit_codes import leave
 from kepo_core.method.exploration import Request
 from kepo_core.method.hinted import _Sampler
 from kepo_core.method.rollouts import Completion
@@ -48,3 +49,4 @@ def main(output_dir: Path, world_size: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    leave(0)
