@@ -113,7 +113,7 @@ def check_name(name: str, ours: Collection[str]) -> None:
         return
     if name in GONE:
         raise UnknownError(name, f" any more: {GONE[name]}")
-    if name in SET_BY or _NOT_HERE.match(name):
+    if name in SET_BY or _NOT_HERE.match(str(name)):
         instead = f"set {SET_BY[name]} instead" if SET_BY.get(name) else "leave it out"
         raise ParamError(f"{name} is set by the study itself: {instead}")
     if name not in _known():
