@@ -16,6 +16,7 @@ from typing import Any
 from kepo_core.errors import ParamError
 from kepo_core.method.options import KINDS, MethodOptions
 from kepo_core.params_io import as_number, nearest
+from kepo_core.quiet import quiet_third_parties
 
 #: TRL's fields whose default is another one in a study, and the one that short runs set.
 DEFAULTS: dict[str, bool | int | float | str] = {
@@ -145,6 +146,7 @@ def default(name: str) -> Any:
 
 
 def _config() -> Any:
+    quiet_third_parties()
     from kepo_core.method.config import KEPOConfig
 
     return KEPOConfig

@@ -10,8 +10,9 @@ def quiet_third_parties() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a line about forking after each use
     warnings.filterwarnings("ignore", message="IProgress not found")
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    # An 8-bit layer says at each call that it computes in 16 bits.
-    python_logging.getLogger("bitsandbytes.autograd._functions").setLevel(python_logging.ERROR)
+    # An 8-bit layer says at each call that it computes in 16 bits, and an import that a faster kernel is not there.
+    for name in ("autograd._functions", "backends.cpu.ops"):
+        python_logging.getLogger(f"bitsandbytes.{name}").setLevel(python_logging.ERROR)
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
