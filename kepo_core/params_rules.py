@@ -59,7 +59,8 @@ def _check_trl(params: Any) -> None:
         raise ParamError("use_vllm draws the rollouts of method kepo, not of gkd: set use_vllm to False")
     if given.get("vllm_mode", "colocate") not in ("colocate", "server"):
         raise ParamError(f"vllm_mode must be one of colocate, server, got {given['vllm_mode']!r}")
-    Range(0, 1, above=True).check("vllm_gpu_memory_utilization", given.get("vllm_gpu_memory_utilization", 0.3))
+    if (share := given.get("vllm_gpu_memory_utilization")) is not None:
+        Range(0, 1, above=True).check("vllm_gpu_memory_utilization", share)
     mode, address = given.get("vllm_mode", "colocate"), given.get("vllm_server_base_url")
     if given.get("use_vllm") and bool(address) != (mode == "server"):
         raise ParamError(

@@ -103,7 +103,7 @@ def check(
     values |= {name: _fitting(name, value) for name, value in new.items() if value is not None}
     try:
         _config()(output_dir="", use_cpu=True, **options, **values | {"save_steps": 1})  # save_steps 0: no checkpoints
-    except Exception as error:  # whatever TRL and transformers raise of a value; ParamError among them
+    except (ValueError, TypeError, ImportError, OSError) as error:  # ParamError is a ValueError
         raise ParamError(" ".join(str(error).split())) from error
     return {name: value for name, value in values.items() if name in DEFAULTS or not _is_default(name, value)}
 

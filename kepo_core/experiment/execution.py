@@ -52,10 +52,11 @@ def resume_run(folder: str) -> int:
     notebook = run.provenance.get("notebook")
     if not notebook or not resolve(notebook).is_file():
         raise ParamError(f"run_dir {folder} does not say which notebook made it, expected a folder of `kepo run`")
+    cell = tagged_cell(resolve(notebook))
     run = Run.reopen(folder)
     shown = from_root(run.path)
     print(f"kepo: resuming {shown}", flush=True)
-    given = {**run.params.differing(tagged_cell(resolve(notebook))), "run_dir": shown}
+    given = {**run.params.differing(cell), "run_dir": shown}
     return _make(resolve(notebook), run, given, refusable=False)
 
 
@@ -132,7 +133,7 @@ def _write_report(run: Run, state: str, error: str) -> None:
 
 
 def _draw(page: str, write: Callable[[], object]) -> None:
-    """Write a page; where that fails, print why: the run is none the worse, and ``kepo report`` writes it again."""
+    """Write a page; where that fails, print why: the run stays as it is, and ``kepo report`` writes it again."""
     try:
         write()
     except (ValueError, OSError) as problem:
@@ -161,8 +162,8 @@ def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     # It warns of each parameter that the notebook's cell does not name; here they have been checked.
-    told = logging.getLogger("papermill")
-    told.addFilter(_is_no_warning_of_parameters)
+    logger = logging.getLogger("papermill")
+    logger.addFilter(_is_no_warning_of_parameters)
     try:
         execute_notebook(
             from_root(notebook),
@@ -177,7 +178,7 @@ def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
             stderr_file=sys.stderr,
         )
     finally:
-        told.removeFilter(_is_no_warning_of_parameters)
+        logger.removeFilter(_is_no_warning_of_parameters)
         if signal.getsignal(signal.SIGTERM) is interrupt:  # else it was sent, and the folder is told now
             signal.signal(signal.SIGTERM, previous)
         sockets.cleanup()

@@ -140,7 +140,7 @@ def load_to_run(params: Params) -> Models:
     if params.method != "none":
         try:
             training_config(params, Path("results"))
-        except Exception as error:  # whatever TRL and transformers raise of a value, before anything is computed
+        except (ValueError, TypeError, ImportError, OSError) as error:  # of TRL or transformers, for a value
             raise ParamError(" ".join(str(error).split())) from error
     return load_models(params, with_teacher=not launch.several(params))
 

@@ -84,10 +84,11 @@ def points(ax: Axes, k: int, at: Any, table: Any, label: str, *, upright: bool =
     value, low, high = 100 * table.iloc[:, :3].to_numpy(float).T
     x, y, ends = (at, value, "yerr") if upright else (value, at, "xerr")
     style: Any = {ends: [value - low, high - value], "elinewidth": 1.4, "capsize": 2.5}
-    ax.errorbar(x, y, label=label, **_marker(k), **style)
+    ax.errorbar(x, y, label=label, **marker(k), **style)
 
 
-def _marker(k: int) -> dict[str, Any]:
+def marker(k: int) -> dict[str, Any]:
+    """How the ``k``-th set of points of a figure is drawn."""
     colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
     return {"linestyle": "none", "color": colour, "marker": marker, "markersize": 6}
 
@@ -239,47 +240,6 @@ def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]
     return ax
 
 
-def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str, in_domain: str = MODALITIES[0]) -> Axes:
-    """A line per arm: its difference from another in domain and out of it, from ``arms.arm_differences``."""
-    arms, parts = list(table["arm"].unique()), [p for p in (in_domain, AVG_OOD) if (table["part"] == p).any()]
-    for k, part in enumerate(parts):
-        own = table[table["part"] == part].set_index("arm").reindex(arms)
-        points(ax, k, _beside(len(arms), k, len(parts)), own[["value", "low", "high"]], part)
-    ax.axvline(0, color=GREY, linewidth=1.2, zorder=1)
-    ax.set_yticks(range(len(arms)), [textwrap.fill(arm, 44) for arm in arms])
-    ax.set(xlabel=f"points more than {compared_with}, 95 % interval", ylim=(len(arms) - 0.4, -0.6))
-    legend_over(ax, len(parts))
-    return ax
-
-
-def _beside(rows: int, k: int, sets: int) -> NDArray[np.floating[Any]]:
-    """Places of the ``k``-th of several sets of points that share their rows."""
-    return np.arange(rows) + 0.16 * (2 * k - sets + 1)
-
-
-def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_domain: str = MODALITIES[0]) -> None:
-    """A line per method on two axes: our accuracies with their intervals, and the paper's Table 1, which has none.
-
-    ``table`` is ``statistics.accuracy_table``'s or ``arms.by_part``'s, ``paper`` the part "paper" of
-    ``methods.beside_paper``'s. What is compared is the order of methods within each side: the two sides ask different
-    questions of different models. The paper trained on MRI: where ``in_domain`` is another, its accuracies there are no
-    others' counterpart.
-    """
-    left, right = axes
-    rows = range(len(table))
-    shown = [name for name in (in_domain, AVG_OOD) if name in table.columns.unique(level=0)]
-    for k, name in enumerate(shown):
-        at = _beside(len(table), k, len(shown))
-        points(left, k, at, table[name], f"{name} (trained on)" if name == in_domain else name)
-        if name in paper and in_domain == MODALITIES[0]:
-            right.plot(paper[name].to_numpy(dtype=float), at, **_marker(k))
-    left.set(xlabel="accuracy (%), 95 % interval", title="Here", xlim=(0, 103), ylim=(len(table) - 0.4, -0.6))
-    left.set_yticks(rows, [str(name) for name in table.index])
-    right.set(xlabel="accuracy (%)", title="The paper's Table 1", ylim=left.get_ylim())
-    right.set_yticks(rows, np.where(paper.notna().any(axis=1), "", "not in it"))
-    legend_above([left])
-
-
 def count_map(table: pd.DataFrame, ax: Axes) -> Axes:
     """`survey.counts` as a map: one cell per modality and kind, darker for more, with its number."""
     names = [textwrap.fill(str(name), 14) for name in table.columns]
@@ -308,7 +268,7 @@ def picture_sizes(table: pd.DataFrame, ax: Axes) -> Axes:
     """Width against height of `survey.pictures`, logarithmic; squares lie on the line."""
     for k, name in enumerate(m for m in MODALITIES if m in set(table["modality"])):
         own = table[table["modality"] == name]
-        ax.plot(own["width"], own["height"], **_marker(k), alpha=0.6, label=name)
+        ax.plot(own["width"], own["height"], **marker(k), alpha=0.6, label=name)
     sides = table[["width", "height"]].to_numpy()
     low, high = sides.min() / 2.1, sides.max() * 2.1
     ax.plot([low, high], [low, high], color="#BBBBBB", linewidth=1, zorder=0)

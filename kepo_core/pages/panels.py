@@ -13,10 +13,25 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from numpy.typing import NDArray
 
 from kepo_core.analysis.statistics import AVG_OOD
 from kepo_core.data.records import MODALITIES, AnswerOutcome
-from kepo_core.pages.figures import BLUE, GREEN, ORANGE, RED, SKY, accuracy_curves, legend_over, line, nothing
+from kepo_core.pages.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    SKY,
+    accuracy_curves,
+    legend_above,
+    legend_over,
+    line,
+    marker,
+    nothing,
+    points,
+)
 
 #: How an answer ended, from right to unreadable: colours that stay apart, with hatches where they are close in grey.
 OUTCOMES: dict[AnswerOutcome, tuple[str, str]] = {
@@ -34,6 +49,47 @@ def released_curves(table: pd.DataFrame, axes: Any, *, in_domain: str = "MRI") -
     shares = table.assign(part=part, arm=table["run"], value=table["accuracy_percent"] / 100, low=np.nan, high=np.nan)
     means = shares.groupby(["part", "arm", "step"], sort=False)[["value", "low", "high"]].mean().reset_index()
     accuracy_curves(means, axes, in_domain=in_domain, ylabel="accuracy (%)")
+
+
+def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str, in_domain: str = MODALITIES[0]) -> Axes:
+    """A line per arm: its difference from another in domain and out of it, from ``arms.arm_differences``."""
+    arms, parts = list(table["arm"].unique()), [p for p in (in_domain, AVG_OOD) if (table["part"] == p).any()]
+    for k, part in enumerate(parts):
+        own = table[table["part"] == part].set_index("arm").reindex(arms)
+        points(ax, k, _beside(len(arms), k, len(parts)), own[["value", "low", "high"]], part)
+    ax.axvline(0, color=GREY, linewidth=1.2, zorder=1)
+    ax.set_yticks(range(len(arms)), [textwrap.fill(arm, 44) for arm in arms])
+    ax.set(xlabel=f"points more than {compared_with}, 95 % interval", ylim=(len(arms) - 0.4, -0.6))
+    legend_over(ax, len(parts))
+    return ax
+
+
+def _beside(rows: int, k: int, sets: int) -> NDArray[np.floating[Any]]:
+    """Places of the ``k``-th of several sets of points that share their rows."""
+    return np.arange(rows) + 0.16 * (2 * k - sets + 1)
+
+
+def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_domain: str = MODALITIES[0]) -> None:
+    """A line per method on two axes: our accuracies with their intervals, and the paper's Table 1, which has none.
+
+    ``table`` is ``statistics.accuracy_table``'s or ``arms.by_part``'s, ``paper`` the part "paper" of
+    ``methods.beside_paper``'s. What is compared is the order of methods within each side: the two sides ask different
+    questions of different models. The paper trained on MRI: where ``in_domain`` is another, its accuracies there are no
+    others' counterpart.
+    """
+    left, right = axes
+    rows = range(len(table))
+    shown = [name for name in (in_domain, AVG_OOD) if name in table.columns.unique(level=0)]
+    for k, name in enumerate(shown):
+        at = _beside(len(table), k, len(shown))
+        points(left, k, at, table[name], f"{name} (trained on)" if name == in_domain else name)
+        if name in paper and in_domain == MODALITIES[0]:
+            right.plot(paper[name].to_numpy(dtype=float), at, **marker(k))
+    left.set(xlabel="accuracy (%), 95 % interval", title="Here", xlim=(0, 103), ylim=(len(table) - 0.4, -0.6))
+    left.set_yticks(rows, [str(name) for name in table.index])
+    right.set(xlabel="accuracy (%)", title="The paper's Table 1", ylim=left.get_ylim())
+    right.set_yticks(rows, np.where(paper.notna().any(axis=1), "", "not in it"))
+    legend_above([left])
 
 
 def metric_over_runs(

@@ -177,7 +177,10 @@ def next_step(run: Run) -> str:
 def repeat(run: Run) -> str:
     """The command that makes such a run again."""
     notebook = run.provenance.get("notebook", "NOTEBOOK")
-    cell = tagged_cell(resolve(notebook)) if resolve(notebook).is_file() else {}
+    try:
+        cell = tagged_cell(resolve(notebook)) if resolve(notebook).is_file() else {}
+    except ParamError as error:
+        return f"no command, as {error}"
     return shlex.join(["kepo", "run", notebook, *run.params.to_arguments(cell)])
 
 

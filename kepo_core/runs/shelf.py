@@ -35,7 +35,7 @@ def completed(params: Params, origin: Origin) -> Run | None:
 
 
 def broken_off(params: Params, origin: Origin) -> Run | None:
-    """The newest run of these that was interrupted or killed, and so can be gone on with."""
+    """The newest run of these that was interrupted or killed, and so can be resumed."""
     left = ("interrupted", "killed")
     return _newest(params, origin, lambda run: run.state in left and run.status["owner"] == "kepo run")
 

@@ -191,7 +191,7 @@ def _poll(job: Job, origin: shelf.Origin) -> None:
     job.seconds = time.monotonic() - job.began
     if run := shelf.completed(job.params, origin):
         job.set_state("completed", run=run)
-    elif run := shelf.at_work(job.params, origin):  # others were faster: a cluster's queue is long, say
+    elif run := shelf.at_work(job.params, origin):  # others were faster: a cluster's queue can be long
         job.set_state("elsewhere", f"{run.worker} is at work on it in {run.path.name}", run)
     else:
         changed = "code, notebook or data were changed before it completed"

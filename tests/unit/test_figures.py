@@ -10,7 +10,7 @@ from PIL import Image
 
 from kepo_core.analysis.intervals import wilson_interval
 from kepo_core.data.records import MODALITIES, Question
-from kepo_core.pages import figures
+from kepo_core.pages import figures, panels
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_ours_and_the_papers_stand_line_by_line():
     paper = pd.DataFrame({"MRI": [79.0, np.nan], "Avg. (OOD)": [73.67, np.nan]}, index=["grpo", "rloo"])
     figure = Figure()
     left, right = figure.subplots(1, 2)
-    figures.beside_paper(table, paper, (left, right))
+    panels.beside_paper(table, paper, (left, right))
     mri, ood = (container.lines[0] for container in left.containers)
     assert list(mri.get_xdata()) == [50, 80] and list(ood.get_xdata()) == [60, 70]
     (bars,) = left.containers[0].lines[2]

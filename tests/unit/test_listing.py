@@ -200,3 +200,17 @@ def test_no_garbage_is_a_traceback(params: Params, kepo: Callable[..., tuple[int
         assert kepo("list")[0] == 0
         assert kepo("show", run.path.name)[0] in (0, 2)
         assert kepo("compare", run.path.name, run.path.name)[0] in (0, 2)
+
+
+def test_a_notebook_whose_cell_cannot_be_read_is_named_and_its_run_stays_resumable(
+    params: Params, kepo: Callable[..., tuple[int, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebook = tmp_path / "n.ipynb"
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "tau = other"}
+    notebook.write_text(json.dumps({"cells": [cell]}))
+    run = leave(params, state="interrupted")
+    run.remember(notebook=str(notebook))
+    code, said = kepo("show", run.path.name)
+    assert code == 0 and "no command, as the parameters cell of n.ipynb does more than set names" in said
+    assert main(["resume", str(run.path)]) == 2
+    assert "the parameters cell of n.ipynb" in capsys.readouterr().err and Run.open(run.path).state == "interrupted"

@@ -84,7 +84,7 @@ def test_accuracy_curves_and_gains_draw_their_tables(axes) -> None:
     assert axes[0].lines[0].get_ydata().tolist() == [50, 75] and not axes[1].lines
     assert axes[0].collections[0].get_paths()[0].vertices[:, 1].max() == 100
     table = estimates(("kepo", "MRI", 0.1, 0.0, 0.2), ("kepo", "CT", 0.3, 0, 1), ("kepo", "Avg. (OOD)", -0.1, -0.2, 0))
-    ax = figures.gains(table, Figure().subplots(), compared_with="grpo")
+    ax = panels.gains(table, Figure().subplots(), compared_with="grpo")
     assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() in "os"] == [[10], [-10]]
 
 
