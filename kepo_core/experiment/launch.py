@@ -6,6 +6,7 @@ On several machines, `train` starts those of the first, and ``accelerate launch`
 system (params/README.md).
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -24,6 +25,7 @@ from accelerate.utils import DistributedType
 from kepo_core.errors import ParamError
 from kepo_core.experiment.live import LiveTraining, read_rows, total_steps
 from kepo_core.experiment.methods import needs_teacher
+from kepo_core.method.vllm_rollouts import VERSIONS
 from kepo_core.params import Params, project_root, resolve
 from kepo_core.runs.run import Run
 
@@ -76,11 +78,8 @@ def configuration(params: Params) -> ClusterConfig:
 def check(params: Params) -> None:
     """Raise `ParamError` where this machine cannot train as ``params`` say."""
     gpus = torch.cuda.device_count()
-    if params.of_trl("use_vllm") and params.method == "kepo":
-        if importlib.util.find_spec("vllm") is None:
-            raise ParamError("use_vllm is True but vllm is not installed: pip install 'trl[vllm]', or set it to False")
-        if not gpus:
-            raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
+    if params.of_trl("use_vllm"):
+        _check_vllm(gpus)
     if gpus > 1 and params.processes == 1 and params.method != "none":
         raise ParamError(
             f"processes is 1 but this machine shows {gpus} GPUs: set CUDA_VISIBLE_DEVICES to one of them (0, say), or "
@@ -114,6 +113,19 @@ def check(params: Params) -> None:
         raise ParamError(
             f"processes is {params.processes} on {config.num_machines} machine(s), but this one has {gpus} GPU(s)"
         )
+
+
+def _check_vllm(gpus: int) -> None:
+    (least, end), wanted = VERSIONS, "pip install -e '.[vllm]', or set it to False"
+    try:
+        found = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError as missing:
+        raise ParamError(f"use_vllm is True but vllm is not installed: {wanted}") from missing
+    if not least <= tuple(map(int, re.findall(r"\d+", found)[:2])) < end:
+        known = f"{'.'.join(map(str, least))} or later, and before {'.'.join(map(str, end))}"
+        raise ParamError(f"use_vllm is True but vllm is {found}, expected {known}: {wanted}")
+    if not gpus and "cpu" not in found:
+        raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
 
 
 def train(params: Params, run: Run, shown: LiveTraining) -> None:

@@ -27,6 +27,7 @@ from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Prompt, Task, with_images
 from kepo_core.method.teacher import Teacher
+from kepo_core.method.vllm_rollouts import CheckedVLLM
 
 __all__ = ["KEPOConfig", "KEPOTrainer"]
 
@@ -113,6 +114,8 @@ class KEPOTrainer(ScoringTrainer):
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [checked_reward(reward) for reward in given]
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
+        if self.use_vllm:
+            self.vllm_generation: Any = CheckedVLLM(self.vllm_generation, self.processing_class)
         self._find_rewards()
         if args.scale_rewards == "rloo":
             self.scale_rewards = "none"  # TRL computes Eq. 6, of which Eq. 4 is made
