@@ -82,6 +82,8 @@ class KEPOTrainer(ScoringTrainer):
     ```
     """
 
+    _last_loaded_step: int  # whose weights vLLM has
+
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "kepo"]
     _name = "KEPO"
     _paper: ClassVar[dict[str, str]] = {
@@ -165,6 +167,15 @@ class KEPOTrainer(ScoringTrainer):
                 "(an end-of-text token)"
             )
         return ids, logps
+
+    def current_vllm(self) -> CheckedVLLM | None:
+        """With ``use_vllm`` what draws the rollouts, with the student's present weights; all processes call it."""
+        if not self.use_vllm:
+            return None
+        if self.state.global_step != self._last_loaded_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        return self.vllm_generation  # type: ignore[no-any-return]
 
     def _seed(self) -> str:
         """Names this generation batch: what is drawn for it besides tokens depends on nothing else."""

@@ -6,7 +6,8 @@ gets one placeholder per picture, and what it has made of them is compared with 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -41,6 +42,7 @@ def one_placeholder_each(ids: Sequence[int], pictures: int, image_token: int, ro
     Example, of image token 9 and two pictures:
 
     ```python
+    >>> from kepo_core.method.vllm_rollouts import one_placeholder_each
     >>> one_placeholder_each([1, 9, 9, 9, 2, 9, 9, 3], 2, image_token=9, row=0)
     [1, 9, 2, 9, 3]
     >>> one_placeholder_each([1, 9, 9, 9, 9, 9, 3], 2, image_token=9, row=0)
@@ -88,6 +90,26 @@ class CheckedVLLM:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+    @contextmanager
+    def sampling(self, temperature: float, max_tokens: int, stop_tokens: Sequence[int]) -> Iterator[None]:
+        """Plain sampling for a while, for an evaluation: all tokens count, no penalty, greedy at ``temperature`` 0."""
+        inner, bias = self._inner, self._inner.generation_kwargs.get("logit_bias")
+        plain = {
+            "temperature": temperature,
+            "max_completion_length": max_tokens,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": None,
+            "repetition_penalty": 1.0,
+            "generation_kwargs": {"stop_token_ids": list(stop_tokens), "logit_bias": bias},
+        }
+        own = {name: getattr(inner, name) for name in plain}
+        vars(inner).update(plain)
+        try:
+            yield
+        finally:
+            vars(inner).update(own)
 
     def sync_weights(self) -> None:
         """TRL's; a server that is gone is named."""
