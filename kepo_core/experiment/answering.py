@@ -3,11 +3,11 @@
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -22,9 +22,11 @@ def start_vllm(folder: str, processor: Any, accelerator: Any, args: Any) -> Chec
     """An engine of this process's own over the model in ``folder``, with the settings of a ``KEPOConfig``."""
     from trl.generation.vllm_generation import VLLMGeneration
 
+    model: Any = nn.Module()  # without weights: the engine reads those of the folder, and is never sent others
+    model.name_or_path, model.generation_config = folder, _generation(folder)
     return CheckedVLLM(
         VLLMGeneration(
-            SimpleNamespace(name_or_path=folder, named_modules=lambda: (), generation_config=_generation(folder)),
+            model,
             accelerator,
             processor,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,

@@ -369,11 +369,11 @@ def evaluate_run(params: Params, run: Run, data: StudyData, models: Models, stud
 
 def evaluate_here(run: Run, data: StudyData, student: str) -> None:
     """In one of the processes that `launch.evaluate` starts: answer its share of `evaluate_run`'s questions."""
-    params, accelerator = run.params, Accelerator()
+    params = run.params
     source = params.student if student == "untrained" else str(run.path / "model")
-    processor = load_processor(params.student, "student")
-    if params.of_trl("use_vllm"):
-        args = training_config(params, run.training_dir)
+    args = training_config(params, run.training_dir)
+    accelerator, processor = Accelerator(), load_processor(params.student, "student")
+    if args.use_vllm:
         model: Any = start_vllm(model_folder(source, "student"), processor, accelerator, args)
     else:
         model = load_model(source, "student", trained=not params.lora_rank, precision=params.precision)

@@ -42,6 +42,9 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "trl.generation.vllm_generation.VLLMGeneration": (
         "_place_features",  # replaced: a server's pictures are as large as the trainer's
     ),
+    "trl.generation.vllm_client.VLLMClient": (
+        "_post",  # wrapped: newer vLLMs name a token otherwise
+    ),
     "trl.DistillationTrainer": (
         "_generate_and_score_completions",  # overridden: MM-GKD keeps the rows of the batch
         "_generate_single_turn",  # overridden: right answers in the place of the student's completions

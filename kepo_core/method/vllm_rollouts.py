@@ -86,6 +86,7 @@ class CheckedVLLM:
         if self._image_token is not None:  # as transformers' generation is told: it would stand for no picture
             inner.generation_kwargs = {"logit_bias": {self._image_token: -100.0}, **inner.generation_kwargs}
         if inner.mode == "server" and inner.accelerator.is_main_process:
+            _name_tokens(inner.vllm_client)
             self._check_server()
 
     def __getattr__(self, name: str) -> Any:
@@ -183,3 +184,19 @@ class CheckedVLLM:
     def _gone(self, error: Exception) -> ConnectionError:
         where = getattr(self._inner, "server_base_url", None)
         return ConnectionError(f"the vLLM server at {where} does not answer ({type(error).__name__}): start it again")
+
+
+def _name_tokens(client: Any) -> None:
+    """Let TRL's client read the log-probabilities of vLLM 0.32, which tells a token's id in another field."""
+    post = client._post
+
+    def named(url: str, **kwargs: Any) -> Any:
+        answer = post(url, **kwargs)
+        for choice in answer.get("choices", ()):
+            for token in (choice.get("logprobs") or {}).get("content") or ():
+                for entry in (token, *token.get("top_logprobs", ())):
+                    if "token_id" in entry:
+                        entry.setdefault("token", f"token_id:{entry['token_id']}")
+        return answer
+
+    client._post = named
