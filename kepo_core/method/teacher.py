@@ -13,10 +13,10 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
-from kepo_core.method.task import Prompt, images_in
+from kepo_core.method.task import Prompt, images_in, outside_thoughts
 from kepo_core.method.vision import aligned
 
-_HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
+_HINT = re.compile(r"<hint>((?:(?!<hint>).)*?)</hint>", re.DOTALL)  # of nested ones the innermost
 _STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
 _MARKUP = re.compile(r"<\S+>")
 #: What a batch of GRPOTrainer holds for the model beside the ids, one entry per row (after splitting by images).
@@ -35,21 +35,26 @@ _IMAGE_FIELDS = ("patch_size", "merge_size", "temporal_patch_size", "image_mean"
 
 
 def parse_hint(text: str, markup: Sequence[str] = ()) -> str | None:
-    """What stands in the first ``<hint>…</hint>``, on one or several lines; None if there is none or it is empty.
+    """The last whole ``<hint>…</hint>`` that has a letter or a digit; None if there is none.
+
+    Reasoning is cut out first (`outside_thoughts`). What precedes the last one may be the instruction, restated
+    (``inside <hint>...</hint> tags: <hint>look left</hint>``), or a hint that was thought better of.
 
     Special tokens are neutralised: every string of ``markup`` and every tag that structures the prompts is cut
-    out (again and again, as cutting can join two halves into a new one), so that a hint can neither end the
-    user's turn, nor claim an image, nor pass for the prompt's own tags.
+    out, so that a hint can neither end the user's turn, nor claim an image, nor pass for the prompt's own tags.
     """
-    found = _HINT.search(text)
-    if found is None:
-        return None
-    hint, before = found[1], ""
+    hints = [_neutral(hint, markup) for hint in _HINT.findall(outside_thoughts(text))]
+    return next((hint for hint in reversed(hints) if any(letter.isalnum() for letter in hint)), None)
+
+
+def _neutral(hint: str, markup: Sequence[str]) -> str:
+    """``hint`` without markup, cut out again and again, as cutting can join two halves into a new one."""
+    before = ""
     while hint != before:
         before = hint
         for piece in (*_STRUCTURE, *markup):
             hint = hint.replace(piece, "")
-    return hint.strip() or None
+    return hint.strip()
 
 
 def tokenizer_of(processor: Any) -> Any:
