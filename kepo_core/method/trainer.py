@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import get_config_model_id
 
 from kepo_core.method import hinted, objective
-from kepo_core.method.checks import check_arguments, check_parts
+from kepo_core.method.checks import check_arguments, check_parts, first_row
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
@@ -119,11 +119,12 @@ class KEPOTrainer(ScoringTrainer):
         self._generation, self._window = Generation([], 0), {}
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         let_generate(student)
+        inputs = self.picture_inputs(first_row(train_dataset))
         if teacher is None:
             return
         if isinstance(teacher, Teacher) and teacher.model is student:
             raise ValueError("teacher and student are one model, expected two: the teacher is frozen (load it twice)")
-        teacher.check_fits(student, self.processing_class)
+        teacher.check_fits(student, self.processing_class, inputs)
         if args.distill:
             check_plain_head(student, "student")
             add_distillation_head(student)
