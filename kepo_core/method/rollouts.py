@@ -43,6 +43,8 @@ GLOSSARY: dict[str, str] = {
     "use_bias_correction_kl is off), in the same mean, before beta",
     "kepo/divergence": "mean D(π_T‖π_θ) per gated token; with a served teacher, over its top-k tokens and "
     "one bucket for the rest",
+    "kepo/unmoved_weights": "share of the weights with a gradient that an optimiser step leaves as they were, rounded "
+    "away, in a sample of those that are kept in 16 bits; not logged where none are",
     "kepo/unasked": "sequences past the gate that a served teacher was not asked about, as their text would be cut "
     "into other tokens than the student wrote; they are not guided",
 }

@@ -23,6 +23,7 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
 from kepo_core.method.recording import Generation, record
+from kepo_core.method.rounding import RoundingWatch
 from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Prompt, Task, with_images
@@ -117,6 +118,7 @@ class KEPOTrainer(ScoringTrainer):
         if args.scale_rewards == "rloo":
             self.scale_rewards = "none"  # TRL computes Eq. 6, of which Eq. 4 is made
         self._generation, self._window = Generation([], 0), {}
+        self.add_callback(RoundingWatch(self))
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         let_generate(student)
         inputs = self.picture_inputs(first_row(train_dataset))
