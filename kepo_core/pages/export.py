@@ -172,7 +172,7 @@ def result_table(run: Run, answers: dict[str, list[Answer]]) -> tuple[pd.DataFra
 def _metadata(run: Run, asked: list[Answer]) -> str:
     """The card's YAML head, by the Hub's own library."""
     params, table = run.params, accuracy_table({"model": asked}, None, run.params.train_modality)
-    means = {str(row): float(table.loc["model", (row, "accuracy")]) for row in table.columns.unique(level=0)}
+    means = {str(row): float(table[row]["accuracy"].iloc[0]) for row in table.columns.unique(level=0)}
     results = [
         EvalResult(
             task_type="visual-question-answering",

@@ -7,6 +7,7 @@ it is named, and nowhere else.
 
 import html
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -228,6 +229,8 @@ class _Parameters(TrainerCallback):  # type: ignore[misc]  # transformers is not
 def begin(trainer: Trainer, run: Run, done: int) -> None:
     """Let ``trainer``, on the process that writes, log in the run's track, behind optimiser step ``done``."""
     if (name := _named(run.params)) != "none":
+        # At each step transformers warns of metrics that had nothing to average: they come as None, and stay out.
+        logging.getLogger("transformers.integrations.integration_utils").setLevel(logging.ERROR)
         track = _TRACKS[name](run, trainer.args.project)
         track.begin(trainer, done)
         trainer.add_callback(_Parameters(track))

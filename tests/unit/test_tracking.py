@@ -31,10 +31,11 @@ def logged(run: Run) -> pd.DataFrame:
     return pd.read_json(run.path / "metrics.jsonl", lines=True)
 
 
-def test_tensorboards_files_hold_the_run_once(tmp_path: Path) -> None:
+def test_tensorboards_files_hold_the_run_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = make("tensorboard", tmp_path)
+    assert "attempting to log a value" not in caplog.text
     read = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"tensors": 0, "images": 0}).Reload()
     tags, metrics = read.Tags(), logged(run)
     known = [name for name in metrics if name.startswith("kepo/") and metrics[name].notna().all()]
