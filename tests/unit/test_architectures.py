@@ -1,6 +1,8 @@
 """Both parts of KEPO over tiny models of nine families, with text alone, one picture, several, and mixtures of rows."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +127,18 @@ def test_student_and_teacher_see_each_row_with_its_own_pictures(tmp_path: Path, 
 
 KNOWN = ("pixel_values", "image_grid_thw", "num_images", "num_tiles", "pixel_attention_mask", "image_sizes",
          "token_type_ids", "mm_token_type_ids")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llava-next", "internvl", "llava-onevision"])
+def test_pictures_of_several_shapes_are_cut_into_as_many_pieces_as_they_need(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = itertools.cycle([(16, 64), (64, 16), (64, 64), (20, 20)])
+    plain = picture
+    monkeypatch.setitem(
+        globals(), "picture", lambda colour: SimpleNamespace(resize=lambda _: plain(colour).resize(next(shapes)))
+    )
+    test_student_and_teacher_see_each_row_with_its_own_pictures(tmp_path, name, "mixed")
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "qwen3"])
