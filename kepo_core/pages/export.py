@@ -3,6 +3,7 @@
 Nothing is uploaded. The folder holds no pickle, and no path or address of the machine that trained.
 """
 
+import html
 import re
 import shutil
 from pathlib import Path
@@ -214,6 +215,8 @@ def _data_name(params: Params) -> str:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A table of texts in Markdown, the index first."""
+    """A table of texts in Markdown, the index first; nothing in a cell is markup."""
     lines = [("", *table.columns), ("---",) * (1 + table.shape[1]), *table.itertuples(name=None)]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(html.escape(str(cell)).replace('|', '&#124;') for cell in line)} |" for line in lines
+    )

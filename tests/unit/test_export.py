@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -15,7 +16,7 @@ from kepo_core.cli import main
 from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
 from kepo_core.errors import ParamError
 from kepo_core.experiment.models import load_model, load_processor
-from kepo_core.pages.export import describe, export, portable
+from kepo_core.pages.export import as_markdown, describe, export, portable
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
 from kepo_core.testbed.embedded import build_model, build_processor
@@ -152,6 +153,12 @@ def test_the_command_exports_from_anywhere(
     assert "nothing was uploaded: `hf upload OWNER/NAME hub` does it" in capsys.readouterr().out
     assert main(["export", str(run.path)]) == 0 and (run.path / "export/README.md").is_file()
     assert main(["export", str(run.path)]) == 2
+
+
+def test_a_cell_is_text() -> None:
+    table = pd.DataFrame({"a|b": ["<b>1</b>"]}, index=["x | y"])
+    assert as_markdown(table).splitlines()[0] == "|  | a&#124;b |"
+    assert as_markdown(table).splitlines()[2] == "| x &#124; y | &lt;b&gt;1&lt;/b&gt; |"
 
 
 def test_portable_parameters_keep_everything_else() -> None:
