@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from kepo_core.analysis.statistics import AVG, AVG_OOD
-from kepo_core.data.records import MODALITIES
 from kepo_core.params import Params
 
 ACCEPTANCE = "acceptance"
@@ -93,16 +92,14 @@ def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -
     return numbers
 
 
-def signs_of(
-    metrics: pd.DataFrame, differences: pd.DataFrame | None = None, in_domain: str = MODALITIES[0]
-) -> list[Sign]:
+def signs_of(metrics: pd.DataFrame, differences: pd.DataFrame | None = None, in_domain: str = "") -> list[Sign]:
     """The known causes of failure that a run shows signs of; empty when there is none.
 
     Args:
         metrics: from ``training_table``, of a whole run or of its steps so far; a metric that the method does not log
             is not judged.
         differences: trained minus untrained, from ``statistics.paired_differences``.
-        in_domain: the modality that was trained on.
+        in_domain: the modality that was trained on, wherever there are ``differences``.
     """
     kinds = (_hint_signs, _reward_signs, _divergence_signs, _length_signs, _precision_signs)
     found = [] if metrics.empty else [sign for kind in kinds for sign in kind(metrics)]
@@ -240,7 +237,7 @@ def _transfer_signs(differences: pd.DataFrame, in_domain: str) -> Iterator[Sign]
         )
     if in_domain in lost:
         yield Sign("Training hurt in-domain", f"{in_domain} {change(in_domain)}", "the signs above; learning_rate")
-    fallen = [name for name in lost if name in MODALITIES and name != in_domain]
+    fallen = [name for name in lost if name not in (in_domain, AVG, AVG_OOD)]
     if fallen:
         yield Sign(
             "Worse after training",

@@ -12,9 +12,7 @@ from typing import Any, Protocol
 Row = Mapping[str, Any]
 Prompt = str | list[dict[str, Any]]
 
-_CLOSED_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-_OPEN_THOUGHT = re.compile(r"<think>.*\Z", re.DOTALL)
-_HEADLESS_THOUGHT = re.compile(r"\A.*</think>", re.DOTALL)
+_THOUGHT = re.compile(r"<think>(?:(?!</think>).)*(?:</think>|\Z)", re.DOTALL)
 
 
 class Task(Protocol):
@@ -186,9 +184,7 @@ def outside_thoughts(text: str) -> str:
     An unclosed ``<think>`` reaches to the end; before a ``</think>`` that was never opened all is reasoning (some chat
     templates open the tag in the prompt).
     """
-    text = _CLOSED_THOUGHT.sub(" ", text)
-    text = _OPEN_THOUGHT.sub(" ", text)
-    return _HEADLESS_THOUGHT.sub(" ", text)
+    return _THOUGHT.sub(" ", text).rpartition("</think>")[2]
 
 
 def images_of(row: Row) -> list[Any]:

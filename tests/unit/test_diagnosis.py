@@ -154,18 +154,18 @@ def differences(**values):
 def test_in_domain_up_while_out_of_domain_falls():
     table = training_table(rows())
     up, down, level = (0.2, 0.1, 0.3), (-0.1, -0.15, -0.05), (-0.01, -0.05, 0.03)
-    (sign,) = signs_of(table, differences(mri=up, ood=down))
+    (sign,) = signs_of(table, differences(mri=up, ood=down), "MRI")
     assert str(sign).startswith(
         "In-domain up, out-of-domain down: MRI +20.0 points [+10.0, +30.0], the other modalities on average "
         "-10.0 points [-15.0, -5.0]. Look at: "
     )
-    assert signs_of(table, differences(mri=up, ood=level)) == []
-    assert signs_of(table, differences(mri=level, ood=level)) == []
-    (sign,) = signs_of(table, differences(mri=up, ood=level, oct=down))
+    assert signs_of(table, differences(mri=up, ood=level), "MRI") == []
+    assert signs_of(table, differences(mri=level, ood=level), "MRI") == []
+    (sign,) = signs_of(table, differences(mri=up, ood=level, oct=down), "MRI")
     assert (sign.cause, sign.seen) == ("Worse after training", "OCT -10.0 points [-15.0, -5.0]")
-    (sign,) = signs_of(table, differences(mri=down, ood=level))
+    (sign,) = signs_of(table, differences(mri=down, ood=level), "MRI")
     assert (sign.cause, sign.seen) == ("Training hurt in-domain", "MRI -10.0 points [-15.0, -5.0]")
-    assert signs_of(table, differences(mri=(0.05, -0.01, 0.1), ood=down)) == []
+    assert signs_of(table, differences(mri=(0.05, -0.01, 0.1), ood=down), "MRI") == []
     (sign,) = signs_of(table, differences(mri=down, ood=down, oct=up), in_domain="OCT")[:1]
     assert isinstance(sign, Sign) and str(sign).startswith("In-domain up, out-of-domain down: OCT")
 

@@ -1,5 +1,6 @@
 """The teacher: hints that can be read and do no harm, hidden states that are the model's own, and who fits whom."""
 
+import time
 import types
 from typing import Any
 
@@ -276,3 +277,10 @@ def test_sharing_out_a_teacher_leaves_the_students_layers_as_they_were(monkeypat
     monkeypatch.setattr(teacher_module, "fsdp2_prepare_model", prepare)
     Teacher(build_model("test", 0), build_processor()).prepare(accelerator, fsdp=True)
     assert plugin.transformer_cls_names_to_wrap is None
+
+
+@pytest.mark.parametrize("piece", ["<think>", "</think>", "<hint>", "</hint>", "<think></hint>", "<hint>a</think>"])
+def test_a_hint_is_read_in_time_in_proportion_to_the_text(piece: str) -> None:
+    started = time.perf_counter()
+    parse_hint(piece * 50_000)
+    assert time.perf_counter() - started < 5  # minutes, were it the square
