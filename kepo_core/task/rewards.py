@@ -30,15 +30,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kepo_core.data.records import LETTERS, AnswerOutcome
+from kepo_core.method.task import outside_thoughts
 
 #: A completion as TRL hands it to a reward function: plain text, or a list of chat messages.
 Completion = str | Sequence[dict[str, Any]]
 RewardFunction = Callable[..., list[float]]
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_CLOSED_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-_OPEN_THOUGHT = re.compile(r"<think>.*\Z", re.DOTALL)
-_HEADLESS_THOUGHT = re.compile(r"\A.*</think>", re.DOTALL)
 _FIELD = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _THINKING_FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 _PLAIN_FORMAT = re.compile(r"\s*<answer>.*</answer>\s*", re.DOTALL)
@@ -64,12 +62,6 @@ class Score:
         return float(self.outcome is AnswerOutcome.CORRECT)
 
 
-def _outside_thoughts(text: str) -> str:
-    text = _CLOSED_THOUGHT.sub(" ", text)
-    text = _OPEN_THOUGHT.sub(" ", text)
-    return _HEADLESS_THOUGHT.sub(" ", text)
-
-
 def _letters_in(field: str, letters: str) -> set[str]:
     """The different letters that one answer field names (upper case); empty when it names none."""
     words = [w for w in re.split(r"[\W_]+", field) if w and w.lower() not in ("or", "and")]
@@ -86,7 +78,7 @@ def _letters_in(field: str, letters: str) -> set[str]:
 @functools.lru_cache(maxsize=4096)  # the task's record and both rewards read one completion
 def _read(text: str, letters: str) -> tuple[frozenset[str], bool]:
     """The different letters that a completion's answer fields name, and whether it has a closed one."""
-    fields = _FIELD.findall(_outside_thoughts(text))
+    fields = _FIELD.findall(outside_thoughts(text))
     return frozenset().union(*(_letters_in(field, letters) for field in fields)), bool(fields)
 
 
