@@ -92,6 +92,11 @@ class TaskParams:
     )
     gkd_lambda: Share = option(1.0, "λ of gkd: 1 on the student's own completions, 0 on the right answers")
     thinking: bool = option(True, "prompt for explicit reasoning (Appendix C)")
+    answer_format: str = option(
+        "paper",
+        "what counts as an answer: the paper's tags and letters, or also what models of other families write",
+        choices=("paper", "lenient"),
+    )
     hint_context: str = option(
         "hint+answer",
         "what the hint-aware prompt contains; none: retries under the plain prompt",

@@ -38,6 +38,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
     kept: Path | None = None,
+    answer_format: str = "paper",
 ) -> list[Answer]:
     """Ask ``model`` every question and score what it says; records come in the order of ``questions``.
 
@@ -63,6 +64,7 @@ def evaluate(
         progress: told after every batch how far it is.
         kept: a file that keeps the answers as they come. An evaluation that was cut off goes on behind its last whole
             batch, and as batches are formed before, its records are those of one that was not.
+        answer_format: what counts as an answer; see ``rewards``.
     """
     if samples < 1 or (samples > 1 and not temperature):
         raise ValueError(f"samples: {samples} at temperature {temperature:g}, expected 1, or more with a temperature.")
@@ -78,6 +80,7 @@ def evaluate(
         seed,
         texts,
         [(q.id, q.answer) for q in questions],
+        answer_format,
     ]
     file = AnswerFile(kept, settings) if kept is not None else None
     answers: dict[int, Answer] = {}  # by row: question number × samples + sample
@@ -91,7 +94,7 @@ def evaluate(
             with _seeded(f"{seed}/evaluation/{number}", model.device):
                 completions = _generate(model, processor, [texts[i // samples] for i in batch], asked, pictures)
             now = {
-                i: _record(processor, question, tokens, stop_tokens, thinking, sample=i % samples)
+                i: _record(processor, question, tokens, stop_tokens, thinking, answer_format, sample=i % samples)
                 for i, question, tokens in zip(batch, asked, completions, strict=True)
             }
             answers |= now
@@ -211,11 +214,18 @@ def _generate(
 
 
 def _record(
-    processor: Any, question: Question, tokens: Tensor, stop_tokens: Sequence[int], thinking: bool, sample: int
+    processor: Any,
+    question: Question,
+    tokens: Tensor,
+    stop_tokens: Sequence[int],
+    thinking: bool,
+    answer_format: str,
+    sample: int,
 ) -> Answer:
     completion, finished = trim(tokens, stop_tokens)
     text = str(processor.tokenizer.decode(completion, skip_special_tokens=True))
-    result = score(text, question.answer, question.letters, thinking=thinking, finished=finished)
+    result = score(text, question.answer, question.options, thinking=thinking, finished=finished,
+                   answer_format=answer_format)  # fmt: skip
     return Answer(
         question_id=question.id,
         modality=question.modality,

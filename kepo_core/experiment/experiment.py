@@ -220,7 +220,7 @@ def make_trainer(
     callbacks = [MetricsWriter(run), *callbacks]
     pictures = Pictures(params.image_size, params.image_fit)
     if params.method == "kepo":
-        task = MultipleChoice(params.hint_context, params.thinking)
+        task = MultipleChoice(params.hint_context, params.thinking, params.answer_format)
         trainer: Trainer = KEPOTrainer(
             model=models.student,
             reward_funcs=task.reward_funcs,
@@ -341,4 +341,5 @@ def evaluate_student(
         pictures=partial(load_image, image_size=params.image_size, fit=params.image_fit),
         progress=progress,
         kept=kept,
+        answer_format=params.answer_format,
     )

@@ -223,5 +223,5 @@ def test_every_published_option_behind_its_letter_is_read_as_that_letter() -> No
     for question in check(MEDR1).questions:
         text = question.options[question.letters.index(question.answer)]
         for said in (f"{question.answer}) {text}", f"{question.answer}. {text}", f"{question.answer}: {text}"):
-            found = score(f"<answer>{said}</answer>", question.answer, question.letters, thinking=False, finished=True)
+            found = score(f"<answer>{said}</answer>", question.answer, question.options, thinking=False, finished=True)
             assert found.outcome is AnswerOutcome.CORRECT, said
