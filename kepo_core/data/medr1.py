@@ -64,7 +64,7 @@ def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool =
         where = where_of(file, index, row)
         try:
             fields = _parse_row(row, where, file, homes, ledger)
-            image = source.locate(text_of(row, "image", where), where, must_exist=need_images)
+            image = source.locate(text_of(row, "image", where, ledger), where, must_exist=need_images)
         except RowError as error:
             ledger.drop(error)
             continue
@@ -120,7 +120,7 @@ def _parse_row(
             )
         (modality,) = candidates
         ledger.mend("the file names no modality: that of the data set was taken", where)
-    problem, solution = text_of(row, "problem", where), text_of(row, "solution", where)
+    problem, solution = text_of(row, "problem", where, ledger), text_of(row, "solution", where, ledger)
     question, given = split_problem(problem)
     options = tuple({same_text(option): option for option in reversed(given) if option}.values())[::-1]
     if len(options) < 2:

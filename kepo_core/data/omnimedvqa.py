@@ -8,6 +8,7 @@ Source: Hu et al., "OmniMedVQA", CVPR 2024. PhantomVQA is written in the same la
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -120,7 +121,7 @@ def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question
             "not an object",
             f"{where}: a {type(row).__name__}, expected an object with question_id, question and options.",
         )
-    raw_modality = text_of(row, "modality_type", where, default="") or text_of(row, "modality", where, default="")
+    raw_modality = text_of(row, "modality_type", where, ledger, "") or text_of(row, "modality", where, ledger, "")
     modality = modality_name(raw_modality)
     if modality is None:
         raise RowError(
@@ -132,28 +133,36 @@ def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question
     if raw_modality != modality:
         ledger.mend(f"modality {raw_modality!r} read as {modality}", where)
     options = _options(row, where, ledger)
-    answer = text_of(row, "gt_answer", where)
+    answer = text_of(row, "gt_answer", where, ledger)
     letter = _answer_letter(answer, options, where)
     if answer not in options:
         ledger.mend("the answer differs from its option in case, spaces or a full stop", where)
     return Question(
-        id=text_of(row, "question_id", where),
-        dataset=text_of(row, "dataset", where, default=""),
+        id=text_of(row, "question_id", where, ledger),
+        dataset=text_of(row, "dataset", where, ledger, ""),
         modality=modality,
-        question_type=text_of(row, "question_type", where, default=""),
-        question=text_of(row, "question", where),
+        question_type=text_of(row, "question_type", where, ledger, ""),
+        question=text_of(row, "question", where, ledger),
         options=options,
         answer=letter,
-        image=source.locate(text_of(row, "image_path", where), where),
+        image=source.locate(text_of(row, "image_path", where, ledger), where),
     )
 
 
-def text_of(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    """The value of ``key`` as stripped text; absent, null or empty gives ``default``, or raises when that is None."""
+def text_of(row: Mapping[str, Any], key: str, where: str, ledger: Ledger, default: str | None = None) -> str:
+    """The value of ``key`` as stripped text; absent, null or empty gives ``default``, or raises when that is None.
+
+    A number is read as its digits, and counted; nothing else is text, NaN and infinity included.
+    """
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise RowError(f"{key} is no text", f"{where}: {key} is a {type(value).__name__}, expected text.")
-    text = "" if value is None else str(value).strip()
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise RowError(f"{key} is no text", f"{where}: {key} is {value}, expected text.")
+        ledger.mend(f"{key} is a number, read as text", where)
+    # A byte order mark is left in texts that were put together from several files.
+    text = "" if value is None else str(value).replace("\ufeff", "").strip()
     if text:
         return text
     if default is None:
@@ -162,7 +171,7 @@ def text_of(row: Mapping[str, Any], key: str, where: str, default: str | None = 
 
 
 def _options(row: Mapping[str, Any], where: str, ledger: Ledger) -> tuple[str, ...]:
-    given = [text_of(row, f"option_{letter}", where, default="") for letter in LETTERS]
+    given = [text_of(row, f"option_{letter}", where, ledger, "") for letter in LETTERS]
     options: dict[str, str] = {}
     for text in given:
         if text:

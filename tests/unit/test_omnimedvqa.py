@@ -125,10 +125,20 @@ def test_text_beyond_ascii_and_a_byte_order_mark_are_read(root):
     assert question.question == "Größe in µm?"
 
 
-def test_numbers_are_texts(root):
-    (question,) = load(root, changed(option_A=0, option_B=10, gt_answer="10"))
-    assert question.options[:2] == ("0", "10")
+def test_numbers_are_read_as_texts_and_counted(root):
+    load(root, changed(option_A=0, option_B=10, gt_answer="10", option_C=0.5))
+    ledger = Ledger()
+    (question,) = omnimedvqa.load_raw(open_source(root), ledger)
+    assert question.options[:3] == ("0", "10", "0.5")
     assert question.answer == "B"
+    assert {f"option_{letter} is a number, read as text": 1 for letter in "ABC"}.items() <= {
+        reason: len(where) for reason, where in ledger.mended.items()
+    }.items()
+
+
+def test_a_byte_order_mark_inside_a_text_is_none_of_it(root):
+    (question,) = load(root, changed(gt_answer="\ufeffa cyst", question="\ufeffWhat?"))
+    assert (question.question, question.answer) == ("What?", "B")
 
 
 def test_names_with_double_dots_and_spaces_are_no_way_out(root):
@@ -146,6 +156,12 @@ BAD_ROWS = [
     (changed(question=None), "question is missing or empty"),
     (changed(question=["What?"]), "question is a list"),
     (changed(option_B=True), "option_B is a bool"),
+    (changed(option_B={"text": "a cyst"}), "option_B is a dict"),
+    (changed(question=float("nan")), "question is nan, expected text"),
+    (changed(option_C=float("nan")), "option_C is nan, expected text"),
+    (changed(option_A=float("inf")), "option_A is inf, expected text"),
+    (changed(gt_answer=float("nan"), option_D="nan"), "gt_answer is nan, expected text"),
+    (changed(question_type=float("nan")), "question_type is nan, expected text"),
     (changed(gt_answer=None), "gt_answer is missing or empty"),
     (changed(image_path="Images/Toy/b.png"), "image 'Images/Toy/b.png' is missing"),
     (changed(image_path="Images/Toy"), "image 'Images/Toy' is missing"),
