@@ -152,9 +152,13 @@ def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question
 def text_of(row: Mapping[str, Any], key: str, where: str, ledger: Ledger, default: str | None = None) -> str:
     """The value of ``key`` as stripped text; absent, null or empty gives ``default``, or raises when that is None.
 
-    A number is read as its digits, and counted; nothing else is text, NaN and infinity included.
+    A number is read as its digits, and counted, and so is NaN, which pandas writes for what is missing. Nothing else is
+    text.
     """
     value = row.get(key)
+    if value != value and default is not None:
+        ledger.mend(f"{key} is NaN, read as missing", where)
+        return default
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise RowError(f"{key} is no text", f"{where}: {key} is a {type(value).__name__}, expected text.")
     if isinstance(value, int | float):

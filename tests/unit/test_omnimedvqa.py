@@ -136,6 +136,14 @@ def test_numbers_are_read_as_texts_and_counted(root):
     }.items()
 
 
+def test_what_pandas_writes_for_a_missing_option_is_no_option(root):
+    load(root, changed(option_C=float("nan"), question_type=float("nan")))
+    ledger = Ledger()
+    (question,) = omnimedvqa.load_raw(open_source(root), ledger)
+    assert (question.options, question.question_type) == (("nothing", "a cyst", "a mass"), "")
+    assert {"option_C is NaN, read as missing", "question_type is NaN, read as missing"} <= set(ledger.mended)
+
+
 def test_a_byte_order_mark_inside_a_text_is_none_of_it(root):
     (question,) = load(root, changed(gt_answer="\ufeffa cyst", question="\ufeffWhat?"))
     assert (question.question, question.answer) == ("What?", "B")
@@ -158,10 +166,9 @@ BAD_ROWS = [
     (changed(option_B=True), "option_B is a bool"),
     (changed(option_B={"text": "a cyst"}), "option_B is a dict"),
     (changed(question=float("nan")), "question is nan, expected text"),
-    (changed(option_C=float("nan")), "option_C is nan, expected text"),
     (changed(option_A=float("inf")), "option_A is inf, expected text"),
+    (changed(image_path=float("nan")), "image_path is nan, expected text"),
     (changed(gt_answer=float("nan"), option_D="nan"), "gt_answer is nan, expected text"),
-    (changed(question_type=float("nan")), "question_type is nan, expected text"),
     (changed(gt_answer=None), "gt_answer is missing or empty"),
     (changed(image_path="Images/Toy/b.png"), "image 'Images/Toy/b.png' is missing"),
     (changed(image_path="Images/Toy"), "image 'Images/Toy' is missing"),
