@@ -1,6 +1,7 @@
 """A folder or archive of questions, in whichever layout it is → typed rows."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from kepo_core.data.ledger import Ledger
@@ -45,6 +46,11 @@ def load_questions(root: Path | Source, ledger: Ledger | None = None, need_image
     See ``load_raw`` and ``load_medr1``.
     """
     source = open_source(root) if isinstance(root, Path) else root
-    if layout_of(source) == "raw":
-        return load_raw(source, ledger)
-    return load_medr1(source, ledger, need_images)
+    raw = layout_of(source) == "raw"
+    questions = load_raw(source, ledger) if raw else load_medr1(source, ledger, need_images)
+    twice = [question_id for question_id, count in Counter(q.id for q in questions).items() if count > 1]
+    if twice:  # answers are told apart by it
+        raise DataError(
+            f"data_root {source.root}: {len(twice)} ids are given twice, {twice[0]!r} first, expected unique ones."
+        )
+    return questions

@@ -41,6 +41,8 @@ _MODALITY_KEYS = {
     "microscopyimages": "Microscopy",
 }
 
+_OPTION_NAMES = tuple(f"option_{letter}" for letter in LETTERS)
+
 
 @cache
 def modality_name(raw: str) -> str | None:
@@ -68,7 +70,6 @@ def load_raw(source: Source, ledger: Ledger | None = None) -> list[Question]:
     if not files:
         raise DataError(f"data_root {source.root}: no {QA_FOLDER}/*.json in it, expected OmniMedVQA's raw layout.")
     questions: list[Question] = []
-    seen: dict[str, str] = {}
     rows = 0
     for file in files:
         for index, row in enumerate(read_rows(source, file)):
@@ -76,15 +77,10 @@ def load_raw(source: Source, ledger: Ledger | None = None) -> list[Question]:
             where = where_of(file, index, row)
             try:
                 question = _parse_row(row, where, source, ledger)
-                if question.id in seen:
-                    raise RowError(
-                        "question_id used before",
-                        f"{where}: question_id is already that of {seen[question.id]}, expected a unique one.",
-                    )
+                ledger.claim(question.id, where)
             except RowError as error:
                 ledger.drop(error)
                 continue
-            seen[question.id] = where
             questions.append(question)
     if not questions:
         raise ledger.nothing(source.root, rows)
@@ -175,7 +171,14 @@ def text_of(row: Mapping[str, Any], key: str, where: str, ledger: Ledger, defaul
 
 
 def _options(row: Mapping[str, Any], where: str, ledger: Ledger) -> tuple[str, ...]:
-    given = [text_of(row, f"option_{letter}", where, ledger, "") for letter in LETTERS]
+    names = {name for name in row if re.fullmatch(r"option_\w\w?", name)}
+    if beyond := sorted(names.difference(_OPTION_NAMES)):
+        raise RowError(
+            "an option that has no letter",
+            f"{where}: {beyond[0]} is unknown, expected option_A to option_{LETTERS[-1]}.",
+        )
+    last = max((_OPTION_NAMES.index(name) for name in names), default=-1)
+    given = [text_of(row, name, where, ledger, "") for name in _OPTION_NAMES[: last + 1]]
     options: dict[str, str] = {}
     for text in given:
         if text:

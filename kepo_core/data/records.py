@@ -1,5 +1,6 @@
 """The typed rows that everything else speaks of: a question as asked, an answer as given."""
 
+import string
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +16,8 @@ QUESTION_TYPES = (
     "Other Biological Attributes",
 )
 
-LETTERS = "ABCDEFGH"
+#: The letters of a question's options; what has more options than letters cannot be asked.
+LETTERS = string.ascii_uppercase
 
 
 class AnswerOutcome(StrEnum):
@@ -32,7 +34,7 @@ class AnswerOutcome(StrEnum):
 class Question:
     """One multiple-choice question about one image.
 
-    ``options`` holds the option texts in letter order (2 to 8 of them); ``answer`` is the letter of the
+    ``options`` holds the option texts in letter order (2 to 26 of them); ``answer`` is the letter of the
     right one; ``image`` is an absolute path inside the data root; ``modality`` is one of MODALITIES.
     """
 

@@ -54,13 +54,15 @@ def split_by_question(
 def split_as_given(questions: Iterable[Question], seed: int = 0) -> dict[str, list[Question]]:
     """As Med-R1 published it: each question in the part that its file names; an image can be in both parts.
 
-    For validation a fifth of the train part is set aside, by image. Raises ``DataError`` for data that came in no
-    given parts.
+    Where no file is for validation, a fifth of the train part is set aside for it, by image. Raises ``DataError`` for
+    data that came in no given parts.
     """
-    given: dict[str, list[Question]] = {"train": [], "test": []}
+    given: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
     for question in questions:
         given[split_of(question)].append(question)
-    return {**split_by_image(given["train"], seed, {"train": 0.8, "validation": 0.2}), "test": given["test"]}
+    if not given["validation"]:
+        given |= split_by_image(given["train"], seed, {"train": 0.8, "validation": 0.2})
+    return given
 
 
 #: The values of the parameter ``split``.

@@ -7,13 +7,16 @@ import pytest
 from PIL import Image
 
 from kepo_core.cli import main
+from kepo_core.data import loading
 from kepo_core.data.check import check
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.loading import layout_of, load_questions
 from kepo_core.data.medr1 import split_of, split_problem
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.data.source import QA_FOLDER, open_source
+from kepo_core.data.splits import split_as_given
 from kepo_core.errors import DataError
+from kepo_core.task.prompts import vqa_messages
 from kepo_core.task.rewards import score
 
 MEDR1 = Path(__file__).parents[3] / "shared/data/medr1_splits"
@@ -122,6 +125,89 @@ def test_a_data_set_without_a_usable_row_says_why(medr1: Path) -> None:
     write(medr1, "CT_test.json", row("Images/Toy/none.png"))
     with pytest.raises(DataError, match=r"none of its 1 rows can be used; the first: CT_test.json, row 1: image"):
         load_questions(medr1, Ledger(strict=False))
+
+
+def counted(ledger: Ledger) -> dict[str, int]:
+    return {reason: len(rows) for reason, rows in ledger.dropped.items()}
+
+
+def test_a_backup_beside_the_files_gives_no_question_twice(medr1: Path) -> None:
+    write(medr1, "CT_test.json", row(), row())
+    for folder in ("Backup", "copies/old"):
+        (medr1 / folder).mkdir(parents=True)
+        write(medr1 / folder, "CT_test.json", row(), row())
+    ledger = Ledger(strict=False)
+    questions = load_questions(medr1, ledger)
+    assert [q.id for q in questions] == ["CT_test:1", "CT_test:2"] and ledger.read == 2
+    assert counted(ledger) == {"in a second file of the same name and rows": 4}
+    assert "Backup/CT_test.json, row 1" in ledger.dropped["in a second file of the same name and rows"]
+
+
+@pytest.mark.parametrize("other", [[row()], [row(), row(solution="<answer> A </answer>")], []])
+def test_two_files_of_one_name_and_different_rows_are_refused_before_anything_runs(medr1: Path, other: list) -> None:
+    write(medr1, "CT_test.json", row(), row())
+    (medr1 / "old").mkdir()
+    write(medr1 / "old", "CT_test.json", *other)
+    with pytest.raises(DataError, match=r"CT_test\.json and old/CT_test\.json have one name and different rows"):
+        load_questions(medr1, Ledger(strict=False))
+
+
+def test_splits_by_modality_and_by_question_type_are_the_same_questions(medr1: Path) -> None:
+    """As Med-R1 publishes both, side by side, with other parts."""
+    lung, bone = row(problem="Lung? A)yes, B)no"), row(problem="Bone? A)yes, B)no")
+    for folder in ("modality", "question_type"):
+        (medr1 / folder).mkdir()
+    write(medr1 / "modality", "CT_train.json", lung, row())
+    write(medr1 / "modality", "X-Ray_test.json", bone)
+    write(medr1 / "question_type", "Lesion Grading_test.json", lung, row("Images/Toy/a.png", problem="New? A)x, B)y"))
+    write(medr1 / "question_type", "disease_diagnosis_train.json", bone)
+    ledger = Ledger(strict=False)
+    questions = load_questions(medr1, ledger)
+    assert {q.id: (q.modality, q.question_type, split_of(q)) for q in questions} == {
+        "CT_train:1": ("CT", "Lesion Grading", "train"),
+        "CT_train:2": ("CT", "", "train"),
+        "X-Ray_test:1": ("X-Ray", "Disease Diagnosis", "test"),
+    }
+    assert counted(ledger) == {"a question that a modality's file has, too": 2, "unknown modality": 1}
+
+
+def test_whatever_a_layout_reads_ids_are_unique(medr1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(medr1, "CT_test.json", row())
+    twice = load_questions(medr1) * 2
+    monkeypatch.setattr(loading, "load_medr1", lambda *_: twice)
+    with pytest.raises(DataError, match="1 ids are given twice, 'CT_test:1' first"):
+        load_questions(medr1)
+
+
+def test_files_for_validation_are_read_and_others_are_counted(medr1: Path) -> None:
+    write(medr1, "CT_train.json", *[row()] * 5)
+    write(medr1, "CT_val.json", row())
+    write(medr1, "MRI_validation.json", row())
+    write(medr1, "CT_test.json", row())
+    write(medr1, "CT_holdout.json", row(), row())
+    write(medr1, "CT.json", row())
+    (medr1 / "info.json").write_text('{"version": 1}')
+    (medr1 / "Images/Toy/a.json").write_text("[1]")
+    ledger = Ledger(strict=False)
+    questions = load_questions(medr1, ledger)
+    parts = split_as_given(questions)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 5, "validation": 2, "test": 1}
+    assert counted(ledger) == {
+        "in a file that is neither *_train, *_val nor *_test": 3,
+        "a file beside the questions that holds none": 1,
+    }
+
+
+def test_more_than_eight_options_are_read_and_asked(medr1: Path) -> None:
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten, or so", "eleven"]
+    listed = ", ".join(f"{letter}){word}" for letter, word in zip("ABCDEFGHIJK", words, strict=True))
+    write(medr1, "CT_test.json", row(problem=f"How many? {listed}", solution="<answer> J </answer>"))
+    (question,) = load_questions(medr1)
+    assert question.options == tuple(words) and question.answer == "J" and question.letters == "ABCDEFGHIJK"
+    text = vqa_messages(question.question, question.options, thinking=True)[0]["content"][1]["text"]
+    assert "\nI) nine\nJ) ten, or so\nK) eleven\n" in text
+    found = score("<answer>J</answer>", question.answer, question.options, thinking=False, finished=True)
+    assert found.outcome is AnswerOutcome.CORRECT
 
 
 # Which layout -----------------------------------------------------------------------------------------------------

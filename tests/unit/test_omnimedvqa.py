@@ -112,6 +112,18 @@ def test_letters_close_up_over_missing_options(root):
     assert question.options == ("a cyst", "a tear", "a mass")
 
 
+def test_a_row_has_as_many_options_as_there_are_letters(root):
+    (question,) = load(root, changed(option_I="a tear of I", option_J="the tenth", gt_answer="The tenth"))
+    assert question.options[4:] == ("a tear of I", "the tenth") and question.answer == "F"
+    many = {f"option_{letter}": f"no. {number}" for number, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ")}
+    (question,) = load(root, changed(**many, gt_answer="no. 25"))
+    assert len(question.options) == 26 and question.answer == "Z"
+    with pytest.raises(DataError, match="option_AA is unknown, expected option_A to option_Z"):
+        load(root, changed(option_AA="one more"))
+    with pytest.raises(DataError, match="option_1 is unknown"):
+        load(root, changed(option_1="a number"))
+
+
 def test_equal_options_are_kept_once(root):
     (question,) = load(root, changed(option_A="A cyst."))
     assert question.options == ("A cyst.", "a tear", "a mass")
@@ -198,7 +210,7 @@ def test_a_row_without_id_is_named_by_its_position(root):
 
 def test_an_id_used_twice_is_refused(root):
     load(root, ROW, name="A.json")
-    with pytest.raises(DataError, match=r"^B\.json, row 1 .*already that of A\.json, row 1"):
+    with pytest.raises(DataError, match=r"^B\.json, row 1 .*is already that of A\.json, row 1"):
         load(root, ROW, name="B.json")
 
 
