@@ -52,9 +52,7 @@ class DataParams:
         choices=("image", "question", "given"),
     )
     train_modality: str = option(
-        "MRI",
-        "the in-domain modality",
-        choices=("MRI", "CT", "X-Ray", "Ultrasound", "Dermoscopy", "Fundus", "OCT", "Microscopy"),
+        "MRI", "the modality (category, in data of your own) that is trained on: the in-domain one"
     )
     train_items: Count = option(600, "training questions, at most")
     eval_items: Count = option(300, "test questions per modality, at most")

@@ -8,7 +8,7 @@ import pandas as pd
 
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import layout_of, load_questions
-from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.data.records import LETTERS, Question, categories
 from kepo_core.data.source import Folder, open_source
 from kepo_core.data.splits import image_key
 
@@ -29,21 +29,20 @@ class Checked:
         """By title: what reading came to, and counts per modality."""
         rows = []
         most = max((len(question.options) for question in self.questions), default=2)
-        for modality in MODALITIES:
+        for modality in categories(question.modality for question in self.questions):
             own = [question for question in self.questions if question.modality == modality]
-            if own:
-                pictures = Counter(image_key(question) for question in own)
-                rows.append(
-                    {
-                        "modality": modality,
-                        "questions": len(own),
-                        "data sets": len({question.dataset for question in own}),
-                        "pictures": len(pictures),
-                        "pictures with several questions": sum(count > 1 for count in pictures.values()),
-                    }
-                    | {f"answer {letter}": sum(q.answer == letter for q in own) for letter in LETTERS[:most]}
-                    | {f"{n} options": sum(len(q.options) == n for q in own) for n in range(2, most + 1)}
-                )
+            pictures = Counter(image_key(question) for question in own)
+            rows.append(
+                {
+                    "modality": modality,
+                    "questions": len(own),
+                    "data sets": len({question.dataset for question in own}),
+                    "pictures": len(pictures),
+                    "pictures with several questions": sum(count > 1 for count in pictures.values()),
+                }
+                | {f"answer {letter}": sum(q.answer == letter for q in own) for letter in LETTERS[:most]}
+                | {f"{n} options": sum(len(q.options) == n for q in own) for n in range(2, most + 1)}
+            )
         return {"What was read, mended and dropped": self.ledger.table(), "Questions": pd.DataFrame(rows)}
 
     def heading(self) -> str:

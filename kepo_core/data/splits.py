@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kepo_core.data.medr1 import split_of
-from kepo_core.data.records import MODALITIES, Question
+from kepo_core.data.records import Question, categories
 from kepo_core.errors import DataError
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def study_split(
 ) -> tuple[list[Question], dict[str, list[Question]]]:
     """The paper's design: train on one modality, test on every modality that the data has.
 
-    Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of MODALITIES, at
+    Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of `categories`, at
     most ``eval_items`` questions of ``eval_split`` ("test" or "validation") per modality: the first of `shuffled`
     that are ``usable``, which is asked of no others. Raises ``DataError`` naming the parameter that leaves one
     empty.
@@ -103,9 +103,9 @@ def study_split(
     for name, value in (("train_items", train_items), ("eval_items", eval_items)):
         if value < 1:
             raise DataError(f"{name}: {value} leaves an empty split, expected at least 1.")
-    present = {question.modality for question in questions}
+    present = categories(question.modality for question in questions)
     if train_modality not in present:
-        found = ", ".join(m for m in MODALITIES if m in present) or "nothing"
+        found = ", ".join(present) or "nothing"
         raise DataError(f"train_modality: the data has no {train_modality!r}, expected one of what it has ({found}).")
     parts = SPLITS[split](questions, seed)
 
@@ -114,7 +114,7 @@ def study_split(
         return list(islice(filter(usable, order), n))
 
     train = take("train", train_modality, train_items)
-    tests = {modality: take(eval_split, modality, eval_items) for modality in MODALITIES if modality in present}
+    tests = {modality: take(eval_split, modality, eval_items) for modality in present}
     if not train:
         raise DataError(
             f"train_modality: no {train_modality} questions in the train split, expected more images of it."
