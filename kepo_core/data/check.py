@@ -7,12 +7,12 @@ from pathlib import Path
 import pandas as pd
 
 from kepo_core.data.ledger import Ledger
-from kepo_core.data.loading import layout_of, load_questions
+from kepo_core.data.loading import layout_of, load_questions, open_data
 from kepo_core.data.records import LETTERS, Question, categories
-from kepo_core.data.source import Folder, open_source
+from kepo_core.data.source import Folder
 from kepo_core.data.splits import image_key
 
-LAYOUTS = {"raw": "OmniMedVQA's raw release", "medr1": "Med-R1's question files"}
+LAYOUTS = {"raw": "OmniMedVQA's raw release", "medr1": "Med-R1's question files", "table": "a table of one's own"}
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,12 @@ class Checked:
         return "\n\n".join([self.heading(), *parts])
 
 
-def check(root: Path, strict: bool = False) -> Checked:
-    """Read everything at ``root``. ``strict`` raises ``DataError`` for the first row that would be dropped."""
-    source, ledger = open_source(root), Ledger(strict=strict)
+def check(root: str | Path, strict: bool = False, columns: str = "") -> Checked:
+    """Read everything at ``root``. ``strict`` raises ``DataError`` for the first row that would be dropped.
+
+    ``columns``: as the parameter ``data_columns``.
+    """
+    source, ledger = open_data(root, columns), Ledger(strict=strict)
     layout = layout_of(source)
-    with_images = layout == "raw" or not isinstance(source, Folder) or source.has_images
+    with_images = layout != "medr1" or not isinstance(source, Folder) or source.has_images
     return Checked(source.root, layout, with_images, load_questions(source, ledger, need_images=with_images), ledger)

@@ -36,7 +36,8 @@ class Question:
     ``options`` holds the option texts in letter order (2 to 8 of them); ``answer`` is the letter of the
     right one; ``image`` is an absolute path. ``modality`` is the question's category, whatever the data divide
     themselves into: one is trained on, all are tested. ``split`` is the part that the data put it in ("train",
-    "validation" or "test"), "" where they do not say.
+    "validation" or "test"), "" where they do not say; ``image_name`` calls the picture the same wherever the data lie,
+    "" where its path does (``splits.image_key``).
     """
 
     id: str
@@ -48,6 +49,7 @@ class Question:
     answer: str
     image: Path
     split: str = ""
+    image_name: str = ""
 
     @property
     def letters(self) -> str:

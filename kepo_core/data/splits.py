@@ -25,8 +25,10 @@ FRACTIONS: Mapping[str, float] = {"train": 0.6, "validation": 0.2, "test": 0.2}
 def image_key(question: Question) -> str:
     """The image's path from the release's ``Images`` folder on: the same wherever the data root lies.
 
-    An image outside such a folder is named by its whole path.
+    An image of data of one's own has its ``image_name``; any other outside such a folder is named by its whole path.
     """
+    if question.image_name:
+        return question.image_name
     parts = question.image.parts
     start = max((i for i, part in enumerate(parts) if part == "Images"), default=0)
     return "/".join(parts[start:])
@@ -52,14 +54,17 @@ def split_by_question(
 
 
 def split_as_given(questions: Iterable[Question], seed: int = 0) -> dict[str, list[Question]]:
-    """As Med-R1 published it: each question in the part that its file names; an image can be in both parts.
+    """As the data come: each question in the part that its ``split`` says, or for Med-R1's its file; an image can be in
+    several parts.
 
-    For validation a fifth of the train part is set aside, by image. Raises ``DataError`` for data that came in no
-    given parts.
+    Without a validation part a fifth of the train part is set aside for it, by image. Raises ``DataError`` for data
+    that came in no given parts.
     """
-    given: dict[str, list[Question]] = {"train": [], "test": []}
+    given: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
     for question in questions:
-        given[split_of(question)].append(question)
+        given[question.split or split_of(question)].append(question)
+    if given["validation"]:
+        return given
     return {**split_by_image(given["train"], seed, {"train": 0.8, "validation": 0.2}), "test": given["test"]}
 
 
