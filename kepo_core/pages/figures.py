@@ -203,8 +203,8 @@ def accuracies(table: pd.DataFrame, ax: Axes, *, in_domain: str) -> Axes:
     for k, (model, row) in enumerate(table.iterrows()):
         intervals = row.unstack().loc[columns, ["accuracy", "low", "high"]]
         points(ax, k, _places(columns) + shifts[k], intervals, str(model), upright=True)
-    crowded: Any = {"rotation": 60, "fontsize": 8} if len(columns) > 14 else {"rotation": 30}
-    ax.set_xticks(_places(columns), _starred(columns, in_domain), ha="right", rotation_mode="anchor", **crowded)
+    style: Any = {"rotation": 30} if len(columns) < 15 else {"rotation": 90, "fontsize": 7, "va": "center"}
+    ax.set_xticks(_places(columns), _starred(columns, in_domain), ha="right", rotation_mode="anchor", **style)
     ax.set(xlabel="* trained on", ylabel="accuracy (%), 95 % interval", ylim=(0, 102))
     ax.grid(visible=False, axis="x")
     legend_over(ax, len(table))

@@ -328,6 +328,13 @@ def test_a_hub_name_is_loaded_through_the_library(hub: Path, root: str, monkeypa
     assert questions[3].image.read_bytes() == png(3) and str(source.root) == root
     assert main(["data", "check", root]) == 0
 
+    from kepo_core.experiment import experiment
+    from kepo_core.params import Params
+
+    params = Params(data_root=root, train_modality="birds", train_items=8, eval_items=1, data_seed=1)
+    data = experiment.load_data(params)
+    assert data.train and all(q.image.is_file() for q in (*data.train, *data.test))
+
 
 @pytest.mark.parametrize(
     ("root", "sentence"),
