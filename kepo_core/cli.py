@@ -53,7 +53,7 @@ def _obey(arguments: argparse.Namespace) -> int:
 
         return resume_run(_run_folder(arguments.run))
     if arguments.command == "data":
-        return check_data(arguments.path, arguments.strict, arguments.html)
+        return check_data(arguments.path, arguments.strict, arguments.html, arguments.columns)
     if arguments.command == "report":
         return write_reports(arguments.what, arguments.index)
     if arguments.command == "study":
@@ -117,7 +117,7 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any], met
     return execution.run_notebook(path, params, cell)
 
 
-def check_data(path: str, strict: bool, page: str | None) -> int:
+def check_data(path: str, strict: bool, page: str | None, columns: str = "") -> int:
     """Print what is in the data at ``path``, and write it to the HTML file ``page`` where one is named.
 
     Raises ``DataError`` if the data cannot be read at all or, under ``strict``, for the first row that cannot.
@@ -126,7 +126,7 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     from kepo_core.files import write_atomically
     from kepo_core.pages import shell
 
-    checked = check(Path(path), strict)
+    checked = check(path, strict, columns)
     print(checked.as_text())
     if page:
         write_atomically(Path(page), shell.render("data_check.html.j2", title="Data check", checked=checked))
@@ -281,8 +281,11 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("run", help="a folder's name, its beginning or end (the parameters' hash, say), or its path")
     data = commands.add_parser("data", help="look at data").add_subparsers(dest="data_command", required=True)
     check = data.add_parser("check", help="say what is in a folder or zip of questions, and what was mended or dropped")
-    check.add_argument("path", help="OmniMedVQA's folder or zip, or Med-R1's question files")
+    check.add_argument(
+        "path", help="OmniMedVQA's folder or zip, Med-R1's question files, a table's folder, or hf:OWNER/NAME"
+    )
     check.add_argument("--strict", action="store_true", help="stop at the first row that would be dropped")
+    check.add_argument("--columns", default="", metavar="NAMES", help="as the parameter data_columns")
     check.add_argument("--html", metavar="FILE", help="write the tables as a page, too")
     study = commands.add_parser("study", help="many runs").add_subparsers(dest="study_command", required=True)
     many = study.add_parser("run", help="make the runs of a study file that have not completed yet")

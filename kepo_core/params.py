@@ -44,17 +44,18 @@ _IPYTHON_NAMES = ("In", "Out")
 class DataParams:
     """Data."""
 
-    data_root: str = option("phantom", "phantom (rendered on first use), OmniMedVQA's folder or zip, or Med-R1's files")
+    data_root: str = option(
+        "phantom", "phantom (rendered on first use), OmniMedVQA, Med-R1's files, a table's folder, hf:OWNER/NAME"
+    )
+    data_columns: str = option("", "columns of a table that have other names: question=NAME, options=A+B+C, …")
     data_seed: Natural = option(0, "seed of the rendering, the split and the samples drawn from it")
     split: str = option(
         "image",
-        "unit kept disjoint between train and test; given: Med-R1's own split",
+        "unit kept disjoint between train and test; given: the data's own split",
         choices=("image", "question", "given"),
     )
     train_modality: str = option(
-        "MRI",
-        "the in-domain modality",
-        choices=("MRI", "CT", "X-Ray", "Ultrasound", "Dermoscopy", "Fundus", "OCT", "Microscopy"),
+        "MRI", "the modality (category, in data of your own) that is trained on: the in-domain one"
     )
     train_items: Count = option(600, "training questions, at most")
     eval_items: Count = option(300, "test questions per modality, at most")

@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 
 from kepo_core.analysis.statistics import AVG, AVG_OOD
-from kepo_core.data.records import MODALITIES
 from kepo_core.params import Params
 
 ACCEPTANCE = "acceptance"
@@ -71,15 +70,13 @@ def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -
     return numbers
 
 
-def warnings_for(
-    metrics: pd.DataFrame, differences: pd.DataFrame | None = None, in_domain: str = MODALITIES[0]
-) -> list[str]:
+def warnings_for(metrics: pd.DataFrame, differences: pd.DataFrame | None = None, in_domain: str = "") -> list[str]:
     """The known failure signs that a run shows, each in one sentence with its numbers; empty when there is none.
 
     Args:
         metrics: from ``training_table``; a metric that the method does not log is not judged.
         differences: trained minus untrained, from ``statistics.paired_differences``.
-        in_domain: the modality that was trained on.
+        in_domain: the modality that was trained on, wherever there are ``differences``.
     """
     found = [] if metrics.empty else [*_hint_signs(metrics), *_reward_signs(metrics), *_divergence_signs(metrics)]
     return found if differences is None else [*found, *_transfer_signs(differences, in_domain)]
@@ -159,7 +156,7 @@ def _transfer_signs(differences: pd.DataFrame, in_domain: str) -> Iterator[str]:
         )
     if in_domain in lost:
         yield f"Training hurt in-domain: {in_domain} {change(in_domain)}."
-    fallen = [name for name in lost if name in MODALITIES and name != in_domain]
+    fallen = [name for name in lost if name not in (in_domain, AVG, AVG_OOD)]
     if fallen:
         yield "Worse after training: " + ", ".join(f"{name} {change(name)}" for name in fallen) + "."
 

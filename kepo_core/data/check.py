@@ -7,12 +7,12 @@ from pathlib import Path
 import pandas as pd
 
 from kepo_core.data.ledger import Ledger
-from kepo_core.data.loading import layout_of, load_questions
-from kepo_core.data.records import LETTERS, MODALITIES, Question
-from kepo_core.data.source import Folder, open_source
+from kepo_core.data.loading import layout_of, load_questions, open_data
+from kepo_core.data.records import LETTERS, Question, categories
+from kepo_core.data.source import Folder
 from kepo_core.data.splits import image_key
 
-LAYOUTS = {"raw": "OmniMedVQA's raw release", "medr1": "Med-R1's question files"}
+LAYOUTS = {"raw": "OmniMedVQA's raw release", "medr1": "Med-R1's question files", "table": "a table of one's own"}
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,20 @@ class Checked:
         """By title: what reading came to, and counts per modality."""
         rows = []
         most = max((len(question.options) for question in self.questions), default=2)
-        for modality in MODALITIES:
+        for modality in categories(question.modality for question in self.questions):
             own = [question for question in self.questions if question.modality == modality]
-            if own:
-                pictures = Counter(image_key(question) for question in own)
-                rows.append(
-                    {
-                        "modality": modality,
-                        "questions": len(own),
-                        "data sets": len({question.dataset for question in own}),
-                        "pictures": len(pictures),
-                        "pictures with several questions": sum(count > 1 for count in pictures.values()),
-                    }
-                    | {f"answer {letter}": sum(q.answer == letter for q in own) for letter in LETTERS[:most]}
-                    | {f"{n} options": sum(len(q.options) == n for q in own) for n in range(2, most + 1)}
-                )
+            pictures = Counter(image_key(question) for question in own)
+            rows.append(
+                {
+                    "modality": modality,
+                    "questions": len(own),
+                    "data sets": len({question.dataset for question in own}),
+                    "pictures": len(pictures),
+                    "pictures with several questions": sum(count > 1 for count in pictures.values()),
+                }
+                | {f"answer {letter}": sum(q.answer == letter for q in own) for letter in LETTERS[:most]}
+                | {f"{n} options": sum(len(q.options) == n for q in own) for n in range(2, most + 1)}
+            )
         return {"What was read, mended and dropped": self.ledger.table(), "Questions": pd.DataFrame(rows)}
 
     def heading(self) -> str:
@@ -57,9 +56,12 @@ class Checked:
         return "\n\n".join([self.heading(), *parts])
 
 
-def check(root: Path, strict: bool = False) -> Checked:
-    """Read everything at ``root``. ``strict`` raises ``DataError`` for the first row that would be dropped."""
-    source, ledger = open_source(root), Ledger(strict=strict)
+def check(root: str | Path, strict: bool = False, columns: str = "") -> Checked:
+    """Read everything at ``root``. ``strict`` raises ``DataError`` for the first row that would be dropped.
+
+    ``columns``: as the parameter ``data_columns``.
+    """
+    source, ledger = open_data(root, columns), Ledger(strict=strict)
     layout = layout_of(source)
-    with_images = layout == "raw" or not isinstance(source, Folder) or source.has_images
+    with_images = layout != "medr1" or not isinstance(source, Folder) or source.has_images
     return Checked(source.root, layout, with_images, load_questions(source, ledger, need_images=with_images), ledger)

@@ -82,7 +82,8 @@ def split_of(question: Question) -> str:
     found = _FILE.fullmatch(question.id.rpartition(":")[0])
     if found is None:
         raise DataError(
-            f"split: question {question.id} does not come from a *_train.json or *_test.json, as 'given' expects."
+            f"split: question {question.id} is in no *_train.json or *_test.json and has no split of its own, "
+            "as 'given' needs."
         )
     return "validation" if found["split"].startswith("val") else found["split"]
 

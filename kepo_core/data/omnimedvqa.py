@@ -128,7 +128,7 @@ def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question
         ledger.mend("modality instead of modality_type", where)
     if raw_modality != modality:
         ledger.mend(f"modality {raw_modality!r} read as {modality}", where)
-    options = _options(row, where, ledger)
+    options = options_of(row, where, ledger)
     answer = text_of(row, "gt_answer", where, ledger)
     letter = _answer_letter(answer, options, where)
     if answer not in options:
@@ -170,7 +170,8 @@ def text_of(row: Mapping[str, Any], key: str, where: str, ledger: Ledger, defaul
     return default
 
 
-def _options(row: Mapping[str, Any], where: str, ledger: Ledger) -> tuple[str, ...]:
+def options_of(row: Mapping[str, Any], where: str, ledger: Ledger) -> tuple[str, ...]:
+    """The texts of ``option_A``, ``option_B`` and so on, as `load_raw` says; ``RowError`` for fewer than two."""
     names = {name for name in row if re.fullmatch(r"option_\w\w?", name)}
     if beyond := sorted(names.difference(_OPTION_NAMES)):
         raise RowError(

@@ -1,11 +1,12 @@
 """The typed rows that everything else speaks of: a question as asked, an answer as given."""
 
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-#: The eight imaging modalities of Table 1, in its column order; the first is the in-domain one.
+#: The eight imaging modalities of Table 1, in its column order: the categories of OmniMedVQA, Med-R1 and PhantomVQA.
 MODALITIES = ("MRI", "CT", "X-Ray", "Ultrasound", "Dermoscopy", "Fundus", "OCT", "Microscopy")
 
 QUESTION_TYPES = (
@@ -35,7 +36,10 @@ class Question:
     """One multiple-choice question about one image.
 
     ``options`` holds the option texts in letter order (2 to 26 of them); ``answer`` is the letter of the
-    right one; ``image`` is an absolute path inside the data root; ``modality`` is one of MODALITIES.
+    right one; ``image`` is an absolute path. ``modality`` is the question's category, whatever the data divide
+    themselves into: one is trained on, all are tested. ``split`` is the part that the data put it in ("train",
+    "validation" or "test"), "" where they do not say; ``image_name`` calls the picture the same wherever the data lie,
+    "" where its path does (``splits.image_key``).
     """
 
     id: str
@@ -46,6 +50,8 @@ class Question:
     options: tuple[str, ...]
     answer: str
     image: Path
+    split: str = ""
+    image_name: str = ""
 
     @property
     def letters(self) -> str:
@@ -71,3 +77,9 @@ class Answer:
     tokens: int
     finished: bool
     sample: int = 0
+
+
+def categories(names: Iterable[str]) -> list[str]:
+    """The categories that ``names`` has, each once: Table 1's modalities in its order, then all others by name."""
+    known = {name: place for place, name in enumerate(MODALITIES)}
+    return sorted(set(names), key=lambda name: (known.get(name, len(known)), name))

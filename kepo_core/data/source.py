@@ -48,6 +48,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
 
 
+def write_whole(image: Path, content: bytes) -> None:
+    """Write a file of the cache, whole or not at all, also where others write it at the same time."""
+    image.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=image.parent) as partial:
+        whole = Path(partial) / image.name
+        whole.write_bytes(content)
+        whole.replace(image)
+
+
 def open_source(root: Path) -> Source:
     """The folder or zip archive at ``root``. Raises ``DataError`` if it is neither."""
     root = Path(root).expanduser().resolve()
@@ -55,8 +64,8 @@ def open_source(root: Path) -> Source:
         return Archive(root)
     if not root.is_dir():
         raise DataError(
-            f"data_root {root} does not exist, expected a folder (OmniMedVQA's release or Med-R1's question files) or "
-            "OmniMedVQA.zip."
+            f"data_root {root} does not exist, expected a folder (OmniMedVQA's release, Med-R1's question files, or a "
+            "table and its pictures), OmniMedVQA.zip, or hf:OWNER/NAME."
         )
     return Folder(root)
 
@@ -169,12 +178,7 @@ class Archive:
         """Unpack one located picture into the cache, whole or not at all."""
         if image.is_file():
             return
-        content = self._read(self._members[f"{self._prefix}{image.relative_to(self._unpacked).as_posix()}"])
-        image.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=image.parent) as partial:
-            whole = Path(partial) / image.name
-            whole.write_bytes(content)
-            whole.replace(image)
+        write_whole(image, self._read(self._members[f"{self._prefix}{image.relative_to(self._unpacked).as_posix()}"]))
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
         member = f"{self.root.name}: its member {info.filename!r}"

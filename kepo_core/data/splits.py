@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kepo_core.data.medr1 import split_of
-from kepo_core.data.records import MODALITIES, Question
+from kepo_core.data.records import Question, categories
 from kepo_core.errors import DataError
 
 T = TypeVar("T")
@@ -25,8 +25,10 @@ FRACTIONS: Mapping[str, float] = {"train": 0.6, "validation": 0.2, "test": 0.2}
 def image_key(question: Question) -> str:
     """The image's path from the release's ``Images`` folder on: the same wherever the data root lies.
 
-    An image outside such a folder is named by its whole path.
+    An image of data of one's own has its ``image_name``; any other outside such a folder is named by its whole path.
     """
+    if question.image_name:
+        return question.image_name
     parts = question.image.parts
     start = max((i for i, part in enumerate(parts) if part == "Images"), default=0)
     return "/".join(parts[start:])
@@ -52,14 +54,15 @@ def split_by_question(
 
 
 def split_as_given(questions: Iterable[Question], seed: int = 0) -> dict[str, list[Question]]:
-    """As Med-R1 published it: each question in the part that its file names; an image can be in both parts.
+    """As the data come: each question in the part that its ``split`` says, or for Med-R1's its file; an image can be in
+    several parts.
 
-    Where no file is for validation, a fifth of the train part is set aside for it, by image. Raises ``DataError`` for
-    data that came in no given parts.
+    Without a validation part a fifth of the train part is set aside for it, by image. Raises ``DataError`` for data
+    that came in no given parts.
     """
     given: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
     for question in questions:
-        given[split_of(question)].append(question)
+        given[question.split or split_of(question)].append(question)
     if not given["validation"]:
         given |= split_by_image(given["train"], seed, {"train": 0.8, "validation": 0.2})
     return given
@@ -95,7 +98,7 @@ def study_split(
 ) -> tuple[list[Question], dict[str, list[Question]]]:
     """The paper's design: train on one modality, test on every modality that the data has.
 
-    Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of MODALITIES, at
+    Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of `categories`, at
     most ``eval_items`` questions of ``eval_split`` ("test" or "validation") per modality: the first of `shuffled`
     that are ``usable``, which is asked of no others. Raises ``DataError`` naming the parameter that leaves one
     empty.
@@ -105,9 +108,9 @@ def study_split(
     for name, value in (("train_items", train_items), ("eval_items", eval_items)):
         if value < 1:
             raise DataError(f"{name}: {value} leaves an empty split, expected at least 1.")
-    present = {question.modality for question in questions}
+    present = categories(question.modality for question in questions)
     if train_modality not in present:
-        found = ", ".join(m for m in MODALITIES if m in present) or "nothing"
+        found = ", ".join(present) or "nothing"
         raise DataError(f"train_modality: the data has no {train_modality!r}, expected one of what it has ({found}).")
     parts = SPLITS[split](questions, seed)
 
@@ -116,7 +119,7 @@ def study_split(
         return list(islice(filter(usable, order), n))
 
     train = take("train", train_modality, train_items)
-    tests = {modality: take(eval_split, modality, eval_items) for modality in MODALITIES if modality in present}
+    tests = {modality: take(eval_split, modality, eval_items) for modality in present}
     if not train:
         raise DataError(
             f"train_modality: no {train_modality} questions in the train split, expected more images of it."

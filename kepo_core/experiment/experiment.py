@@ -16,11 +16,12 @@ from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
 from kepo_core.data.images import Decodable, Pictures, load_image
 from kepo_core.data.items import read_items, write_items
 from kepo_core.data.ledger import Ledger
-from kepo_core.data.loading import load_questions
+from kepo_core.data.loading import load_questions, open_data
 from kepo_core.data.phantom import ensure_phantom
 from kepo_core.data.records import Answer, Question
-from kepo_core.data.source import Source, open_source
+from kepo_core.data.source import Source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
+from kepo_core.data.table_files import is_hub
 from kepo_core.errors import DataError, ParamError
 from kepo_core.experiment import launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
@@ -85,8 +86,10 @@ def load_data(params: Params) -> StudyData:
     Raises:
         DataError: a root, file, row or split that cannot be used, named in one sentence.
     """
-    root = ensure_phantom(seed=params.data_seed) if params.data_root == "phantom" else resolve(params.data_root)
-    source, ledger = open_source(root), Ledger(strict=False)
+    root: str | Path = params.data_root if is_hub(params.data_root) else resolve(params.data_root)
+    if params.data_root == "phantom":
+        root = ensure_phantom(seed=params.data_seed)
+    source, ledger = open_data(root, params.data_columns), Ledger(strict=False)
     questions = load_questions(source, ledger)
     try:
         train, tests = _choose(params, questions, source, ledger)

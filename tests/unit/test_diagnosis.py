@@ -113,20 +113,20 @@ def differences(**values):
 def test_in_domain_up_while_out_of_domain_falls():
     table = training_table(rows())
     up, down, level = (0.2, 0.1, 0.3), (-0.1, -0.15, -0.05), (-0.01, -0.05, 0.03)
-    (sign,) = warnings_for(table, differences(mri=up, ood=down))
+    (sign,) = warnings_for(table, differences(mri=up, ood=down), "MRI")
     assert sign == (
         "In-domain up, out-of-domain down: MRI +20.0 points [+10.0, +30.0], the other modalities on average "
         "-10.0 points [-15.0, -5.0]."
     )
-    assert warnings_for(table, differences(mri=up, ood=level)) == []
-    assert warnings_for(table, differences(mri=level, ood=level)) == []
-    assert warnings_for(table, differences(mri=up, ood=level, oct=down)) == [
+    assert warnings_for(table, differences(mri=up, ood=level), "MRI") == []
+    assert warnings_for(table, differences(mri=level, ood=level), "MRI") == []
+    assert warnings_for(table, differences(mri=up, ood=level, oct=down), "MRI") == [
         "Worse after training: OCT -10.0 points [-15.0, -5.0]."
     ]
-    assert warnings_for(table, differences(mri=down, ood=level)) == [
+    assert warnings_for(table, differences(mri=down, ood=level), "MRI") == [
         "Training hurt in-domain: MRI -10.0 points [-15.0, -5.0]."
     ]
-    assert warnings_for(table, differences(mri=(0.05, -0.01, 0.1), ood=down)) == []
+    assert warnings_for(table, differences(mri=(0.05, -0.01, 0.1), ood=down), "MRI") == []
     (sign,) = warnings_for(table, differences(mri=down, ood=down, oct=up), in_domain="OCT")[:1]
     assert sign.startswith("In-domain up, out-of-domain down: OCT")
 
