@@ -48,6 +48,9 @@ class DataParams:
         "phantom", "phantom (rendered on first use), OmniMedVQA, Med-R1's files, a table's folder, hf:OWNER/NAME"
     )
     data_columns: str = option("", "columns of a table that have other names: question=NAME, options=A+B+C, …")
+    follow_links: bool = option(
+        False, "take pictures and question files that links in data_root lead to outside of it, as in the Hub's cache"
+    )
     data_seed: Natural = option(0, "seed of the rendering, the split and the samples drawn from it")
     split: str = option(
         "image",

@@ -1,29 +1,30 @@
 """Questions in whichever layout they are → typed rows."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.medr1 import KEYS, load_medr1
-from kepo_core.data.omnimedvqa import load_raw
+from kepo_core.data.omnimedvqa import load_raw, read_rows
 from kepo_core.data.records import Question
 from kepo_core.data.source import QA_FOLDER, Folder, Source, open_source
 from kepo_core.data.table import Tables, load_table, open_tables, tables_in
 from kepo_core.errors import DataError
 
 
-def open_data(data_root: str | Path, columns: str = "") -> Source:
+def open_data(data_root: str | Path, columns: str = "", follow_links: bool = False) -> Source:
     """What the parameters ``data_root`` and ``data_columns`` name: a folder, an archive, or tables of one's own.
+
+    ``follow_links``: see ``source.Folder``.
 
     Raises ``DataError`` if there is nothing, or tables that lack a column.
     """
-    own = open_tables(data_root, columns)
+    own = open_tables(data_root, columns, follow_links)
     if own is not None:
         return own
-    source = open_source(Path(data_root))
+    source = open_source(Path(data_root), follow_links)
     if isinstance(source, Folder) and _benchmark(source) is None:
-        own = tables_in(source.root, columns)
+        own = tables_in(source.root, columns, follow_links)
     if columns and own is None:
         raise DataError(
             f"data_columns: {columns!r} names columns, but there is no table in {source.root}; leave it empty."
@@ -47,14 +48,14 @@ def layout_of(source: Source) -> str:
 
 
 def _benchmark(source: Source) -> str | None:
-    if source.question_files(QA_FOLDER):
+    if any(file.parent == QA_FOLDER for file in source.question_files(QA_FOLDER)):
         return "raw"
     for file in source.question_files():
         try:
-            rows = json.loads(source.read(file).decode("utf-8-sig"))
-        except (ValueError, DataError):
+            rows = read_rows(source, file)
+        except DataError:
             continue  # reading it names what is wrong, if it is one of the files
-        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and set(KEYS) <= set(rows[0]):
+        if rows and isinstance(rows[0], dict) and set(KEYS) <= set(rows[0]):
             return "medr1"
     return None
 

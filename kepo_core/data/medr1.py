@@ -12,9 +12,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from kepo_core.data.ledger import Ledger, RowError
-from kepo_core.data.omnimedvqa import modality_name, read_rows, same_text, text_of, where_of
+from kepo_core.data.omnimedvqa import leave_out, modality_name, read_rows, same_text, text_of, where_of
 from kepo_core.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Question
-from kepo_core.data.source import Source
+from kepo_core.data.source import Source, picture_name
 from kepo_core.errors import DataError
 
 _FILE = re.compile(r"(?P<name>.+)_(?P<split>train|val|validation|test)")
@@ -65,12 +65,14 @@ def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool =
         where = where_of(file, index, row)
         try:
             fields = _parse_row(row, where, file, homes, ledger)
-            image = source.locate(text_of(row, "image", where, ledger), where, must_exist=need_images)
+            name = text_of(row, "image", where, ledger)
+            image = source.locate(name, where, must_exist=need_images)
         except RowError as error:
             ledger.drop(error)
             continue
         question_type = types.get(_asked(row)) or _type_of_file(file)
-        questions.append(Question(id=f"{file.stem}:{index + 1}", question_type=question_type, image=image, **fields))
+        given = {"image": image, "image_name": picture_name(name), "question_type": question_type}
+        questions.append(Question(id=f"{file.stem}:{index + 1}", **given, **fields))
     if not questions:
         raise ledger.nothing(source.root, len(rows))
     ledger.read += len(questions)
@@ -116,22 +118,10 @@ def _rows(source: Source, ledger: Ledger) -> list[_Row]:
     for file, own in sorted(kept.values()):
         rows += ((file, index, row) for index, row in enumerate(own))
     beside = {file.parent for file in files}
-    _count_others(source, [file for file in everything if file.parent in beside and file not in files], ledger)
+    for file in everything:
+        if file.parent in beside and file not in files:
+            leave_out(source, file, "in a file that is neither *_train, *_val nor *_test", set(KEYS), ledger)
     return rows
-
-
-def _count_others(source: Source, files: list[PurePosixPath], ledger: Ledger) -> None:
-    """Note the rows of files whose names say no part, and files that hold none."""
-    for file in files:
-        try:
-            rows = read_rows(source, file)
-        except DataError:
-            rows = []
-        if not any(isinstance(row, Mapping) and set(KEYS) <= set(row) for row in rows):
-            ledger.leave_out("a file beside the questions that holds none", str(file))
-            continue
-        for index, row in enumerate(rows):
-            ledger.leave_out("in a file that is neither *_train, *_val nor *_test", where_of(file, index, row))
 
 
 def _modality_of_file(file: PurePosixPath) -> str | None:

@@ -10,14 +10,14 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.records import LETTERS, MODALITIES, Question
-from kepo_core.data.source import QA_FOLDER, Source
+from kepo_core.data.source import QA_FOLDER, Source, picture_name
 from kepo_core.errors import DataError
 
 RESTRICTED_FOLDER = QA_FOLDER.with_name("Restricted-access")
@@ -41,6 +41,8 @@ _MODALITY_KEYS = {
     "microscopyimages": "Microscopy",
 }
 
+# How JSON lines begin, whatever the file is called: an object, and on the next line another.
+_ANOTHER_LINE = re.compile(r"\s*\{[^\n]*\}\s*\n\s*\{")
 _OPTION_NAMES = tuple(f"option_{letter}" for letter in LETTERS)
 
 
@@ -66,7 +68,8 @@ def load_raw(source: Source, ledger: Ledger | None = None) -> list[Question]:
     first row that breaks the layout.
     """
     ledger = ledger or Ledger()
-    files = source.question_files(QA_FOLDER)
+    everything = source.question_files(QA_FOLDER.parent)
+    files = [file for file in everything if file.parent == QA_FOLDER]
     if not files:
         raise DataError(f"data_root {source.root}: no {QA_FOLDER}/*.json in it, expected OmniMedVQA's raw layout.")
     questions: list[Question] = []
@@ -84,24 +87,54 @@ def load_raw(source: Source, ledger: Ledger | None = None) -> list[Question]:
             questions.append(question)
     if not questions:
         raise ledger.nothing(source.root, rows)
-    for file in source.question_files(RESTRICTED_FOLDER):
-        for index, row in enumerate(read_rows(source, file)):
-            ledger.leave_out("restricted: its picture is not part of the release", where_of(file, index, row))
+    for file in everything:
+        if RESTRICTED_FOLDER in file.parents:
+            leave_out(source, file, "restricted: its picture is not part of the release", {"question_id"}, ledger)
+        elif file not in files:
+            leave_out(source, file, f"in another folder than {QA_FOLDER}", {"question_id"}, ledger)
     ledger.read += len(questions)
     return questions
 
 
+def leave_out(source: Source, file: PurePosixPath, reason: str, keys: Set[str], ledger: Ledger) -> None:
+    """Count the rows of a file that is not read, or the file itself where no row of it has the ``keys`` of one."""
+    try:
+        rows = read_rows(source, file)
+    except DataError:
+        rows = []
+    if not any(isinstance(row, Mapping) and keys <= row.keys() for row in rows):
+        ledger.leave_out("a file beside the questions that holds none", str(file))
+        return
+    for index, row in enumerate(rows):
+        ledger.leave_out(reason, where_of(file, index, row))
+
+
 def read_rows(source: Source, file: PurePosixPath) -> list[Any]:
-    """The rows of a question file. Raises ``DataError`` naming it where it is no JSON list."""
+    """The rows of a question file: of a JSON list, or of JSON lines, in any encoding of Unicode.
+
+    Raises ``DataError`` naming it, and of JSON lines the line, where it is neither.
+    """
     content = source.read(file)
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
+        text = content.decode(json.detect_encoding(content))
+        lines = file.suffix.lower() == ".jsonl" or _ANOTHER_LINE.match(text)
+        rows = _json_lines(file, text) if lines else json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file.name}: not valid JSON ({error}), expected a list of question objects.") from error
     except RecursionError as error:
         raise DataError(f"{file.name}: cannot be read ({error}), expected a JSON list of question objects.") from error
     if not isinstance(rows, list):
         raise DataError(f"{file.name}: holds a {type(rows).__name__}, expected a list of question objects.")
+    return rows
+
+
+def _json_lines(file: PurePosixPath, text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which cuts at what JSON has in texts
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file.name}, line {number}: not valid JSON ({error}), expected an object.") from error
     return rows
 
 
@@ -133,6 +166,7 @@ def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question
     letter = _answer_letter(answer, options, where)
     if answer not in options:
         ledger.mend("the answer differs from its option in case, spaces or a full stop", where)
+    image = text_of(row, "image_path", where, ledger)
     return Question(
         id=text_of(row, "question_id", where, ledger),
         dataset=text_of(row, "dataset", where, ledger, ""),
@@ -141,7 +175,8 @@ def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question
         question=text_of(row, "question", where, ledger),
         options=options,
         answer=letter,
-        image=source.locate(text_of(row, "image_path", where, ledger), where),
+        image=source.locate(image, where),
+        image_name=picture_name(image),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.omnimedvqa import options_of, same_text, text_of
 from kepo_core.data.records import LETTERS, Question
-from kepo_core.data.source import Folder, cache_dir, write_whole
+from kepo_core.data.source import OUTSIDE, Folder, cache_dir, picture_name, write_whole
 from kepo_core.data.table_files import (
     SPLITS,
     SUFFIXES,
@@ -42,9 +42,15 @@ class Tables(Folder):
     """Tables whose pictures lie in the folder ``home``, in the tables themselves, or in ``downloads``."""
 
     def __init__(
-        self, root: Path, home: Path, parts: Sequence[Part], columns: str, downloads: Sequence[Path] = ()
+        self,
+        root: Path,
+        home: Path,
+        parts: Sequence[Part],
+        columns: str,
+        downloads: Sequence[Path] = (),
+        follow_links: bool = False,
     ) -> None:
-        super().__init__(root)
+        super().__init__(root, follow_links)
         self._home = home
         self._downloads = [folder.resolve() for folder in downloads]
         given = parse_columns(columns)
@@ -63,8 +69,8 @@ class Tables(Folder):
             path = cache_dir().resolve() / "pictures" / name
             self._inside.setdefault(path, (part, index, column))
             return path, name
-        path = self.locate(text_of({column: _path(_single(value))}, column, where, ledger), where)
-        return path, path.relative_to(self._home).as_posix()
+        name = text_of({column: _path(_single(value))}, column, where, ledger)
+        return self.locate(name, where), picture_name(name)
 
     def fetch(self, image: Path) -> None:
         """Put a picture that is bytes into the cache, whole or not at all."""
@@ -92,7 +98,7 @@ def _path(value: Any) -> Any:
     return value.get("path") if isinstance(value, Mapping) else value
 
 
-def open_tables(data_root: str | Path, columns: str = "") -> Tables | None:
+def open_tables(data_root: str | Path, columns: str = "", follow_links: bool = False) -> Tables | None:
     """What names tables by itself: ``hf:OWNER/NAME[:SPLIT]``, a ``datasets`` folder, a table; None of anything else."""
     if is_hub(data_root):
         parts = read_hub(data_root)
@@ -103,16 +109,19 @@ def open_tables(data_root: str | Path, columns: str = "") -> Tables | None:
         return Tables(Path(data_root), cache_dir().resolve() / "pictures", parts, columns, downloads)
     root = Path(data_root).expanduser().resolve()
     if is_dataset(root):
-        return Tables(root, root, read_dataset(root), columns)
+        return Tables(root, root, read_dataset(root), columns, follow_links=follow_links)
     if root.is_file() and root.suffix.lower() in SUFFIXES:
-        return Tables(root, root.parent, [read_file(root)], columns)
+        return Tables(root, root.parent, [read_file(root)], columns, follow_links=follow_links)
     return None
 
 
-def tables_in(folder: Path, columns: str = "") -> Tables | None:
-    """All tables right in a folder; None if there are none."""
+def tables_in(folder: Path, columns: str = "", follow_links: bool = False) -> Tables | None:
+    """All tables right in a folder; None if there are none. Raises ``DataError`` for a link that is not followed."""
     files = table_files(folder)
-    return Tables(folder, folder, [read_file(file) for file in files], columns) if files else None
+    if outside := [file for file in files if not (follow_links or file.resolve().is_relative_to(folder))]:
+        raise DataError(f"data_root {folder}: {outside[0].name} {OUTSIDE}.")
+    parts = [read_file(file) for file in files]
+    return Tables(folder, folder, parts, columns, follow_links=follow_links) if files else None
 
 
 def parse_columns(text: str) -> dict[str, str]:

@@ -89,7 +89,7 @@ def load_data(params: Params) -> StudyData:
     root: str | Path = params.data_root if is_hub(params.data_root) else resolve(params.data_root)
     if params.data_root == "phantom":
         root = ensure_phantom(seed=params.data_seed)
-    source, ledger = open_data(root, params.data_columns), Ledger(strict=False)
+    source, ledger = open_data(root, params.data_columns, params.follow_links), Ledger(strict=False)
     questions = load_questions(source, ledger)
     try:
         train, tests = _choose(params, questions, source, ledger)
