@@ -1,16 +1,14 @@
-"""Images from disk: decoded as a person sees them, resized, checked before a run, kept for the next epoch."""
+"""Images from disk: decoded as a person sees them, resized, kept for the next epoch."""
 
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
-from kepo_core.data.ledger import Ledger, RowError
-from kepo_core.data.records import Question
-from kepo_core.data.source import Source
 from kepo_core.errors import DataError
 
 _WAYS = {
@@ -44,26 +42,39 @@ def load_image(path: Path, image_size: int = 0, fit: str = "squash") -> Image.Im
     ``DataError`` when the file is missing, too large or not a whole image.
     """
     try:
-        # From an open file, not from its name: what Pillow maps into memory (plain TIFF), it turns wrongly.
-        with path.open("rb") as file, Image.open(file) as image:
+        with path.open("rb") as file:  # Pillow would map a plain TIFF into memory by its name, and turn it wrongly
+            decoded = decode(file, path)
+    except FileNotFoundError as error:
+        raise DataError(f"Image {path}: missing, expected an image file.") from error
+    except OSError as error:
+        raise DataError(f"Image {path}: cannot be read ({error.strerror}), expected an image file.") from error
+    if not image_size:
+        return decoded
+    return decoded.resize(shown_size(decoded.size, image_size, fit), Image.Resampling.BICUBIC)
+
+
+def shown_size(size: tuple[int, int], image_size: int, fit: str) -> tuple[int, int]:
+    """Width and height, in pixels, in which `load_image` gives an image of ``size``."""
+    if not image_size:
+        return size
+    if fit == "squash":
+        return image_size, image_size
+    scale = image_size / max(size)
+    return round(size[0] * scale) or 1, round(size[1] * scale) or 1
+
+
+def decode(file: BinaryIO, path: Path) -> Image.Image:
+    """The image in ``file`` as `load_image` says, in its own size; ``path`` is for the ``DataError``."""
+    try:
+        with Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(f"Image {path}: {width}×{height} pixels, expected at most {MAX_PIXELS:,} in all.")
             image.load()
-            decoded = _turned(_without_transparency(_eight_bit(image)), _orientation(image))
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"Image {path}: missing, expected an image file.") from error
+            return _turned(_without_transparency(_eight_bit(image)), _orientation(image))
     # Pillow reports damage as any of these, by format: PNG raises SyntaxError, TIFF ValueError, truncation OSError.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"Image {path}: cannot be decoded ({error}), expected a whole image file.") from error
-    if not image_size:
-        return decoded
-    scale = image_size / max(decoded.size)
-    whole = (round(decoded.width * scale) or 1, round(decoded.height * scale) or 1)
-    size = (image_size, image_size) if fit == "squash" else whole
-    return decoded.resize(size, Image.Resampling.BICUBIC)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -125,27 +136,3 @@ class Pictures:
             self._left -= size
             self._kept[path] = image
         return image
-
-
-class Decodable:
-    """Whether a question's picture can be fetched and decoded; each is tried once. What cannot goes to the ledger.
-
-    A header alone would not show a truncated file.
-    """
-
-    def __init__(self, source: Source, ledger: Ledger) -> None:
-        self.source, self.ledger = source, ledger
-        self._problem: dict[Path, str] = {}
-
-    def __call__(self, question: Question) -> bool:
-        """False after noting it in the ledger, which raises if it is strict."""
-        if question.image not in self._problem:
-            try:
-                self.source.fetch(question.image)
-                load_image(question.image)
-                self._problem[question.image] = ""
-            except DataError as error:
-                self._problem[question.image] = str(error)
-        if problem := self._problem[question.image]:
-            self.ledger.drop(RowError("image cannot be decoded", f"Question {question.id}: {problem}"))
-        return not problem

@@ -198,6 +198,8 @@ def text_of(row: Mapping[str, Any], key: str, where: str, ledger: Ledger, defaul
         ledger.mend(f"{key} is a number, read as text", where)
     # A byte order mark is left in texts that were put together from several files.
     text = "" if value is None else str(value).replace("\ufeff", "").strip()
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RowError(f"{key} is no text", f"{where}: {key} contains half a character, expected Unicode text.")
     if text:
         return text
     if default is None:

@@ -45,6 +45,12 @@ class Source(Protocol):
     def fetch(self, image: Path) -> None:
         """See that a located picture is on disk. Raises ``DataError`` if it cannot be unpacked."""
 
+    def content(self, image: Path) -> bytes:
+        """The file of a located picture, fetched or not. Raises ``DataError`` if it cannot be read."""
+
+    def stamp(self, image: Path) -> str:
+        """What is another as soon as the file of a located picture is."""
+
 
 def cache_dir() -> Path:
     """Where what can be made again is kept: ``$KEPO_CACHE``, else ``~/.cache/kepo``."""
@@ -166,6 +172,21 @@ class Folder:
     def fetch(self, image: Path) -> None:
         """Nothing to do: the pictures of a folder are on disk."""
 
+    def content(self, image: Path) -> bytes:
+        """See `Source`."""
+        try:
+            return image.read_bytes()
+        except OSError as error:
+            raise DataError(f"Image {image}: cannot be read ({error.strerror}), expected an image file.") from error
+
+    def stamp(self, image: Path) -> str:
+        """Size and time of the file; "" if there is none."""
+        try:
+            found = image.stat()
+        except OSError:
+            return ""
+        return f"{found.st_size} {found.st_mtime_ns}"
+
     def _real(self, path: Path) -> Path | None:
         """Where ``path`` leads; None if that is outside and links are not followed."""
         if path.parent not in self._folders:
@@ -225,7 +246,15 @@ class Archive:
         """Unpack one located picture into the cache, whole or not at all."""
         if image.is_file():
             return
-        write_whole(image, self._read(self._members[f"{self._prefix}{image.relative_to(self._unpacked).as_posix()}"]))
+        write_whole(image, self.content(image))
+
+    def content(self, image: Path) -> bytes:
+        """See `Source`."""
+        return self._read(self._members[f"{self._prefix}{image.relative_to(self._unpacked).as_posix()}"])
+
+    def stamp(self, image: Path) -> str:
+        """The picture's path says it: its folder is called by the archive's content."""
+        return image.name
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
         member = f"{self.root.name}: its member {info.filename!r}"

@@ -23,15 +23,11 @@ FRACTIONS: Mapping[str, float] = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
 def image_key(question: Question) -> str:
-    """The image's path from the release's ``Images`` folder on: the same wherever the data root lies.
+    """What tells pictures apart: the question's ``image_name``, or the image's whole path where it has none.
 
-    An image of data of one's own has its ``image_name``; any other outside such a folder is named by its whole path.
+    The same wherever the data lie and, once ``inspection.name_once`` has seen them, for all files that show the same.
     """
-    if question.image_name:
-        return question.image_name
-    parts = question.image.parts
-    start = max((i for i, part in enumerate(parts) if part == "Images"), default=0)
-    return "/".join(parts[start:])
+    return question.image_name or question.image.as_posix()
 
 
 def split_by_image(
@@ -43,7 +39,7 @@ def split_by_image(
     of a modality are met up to one image per boundary. Images that are asked about alike (the same question types
     equally often) are spread over the splits in the same shares. Rows keep the order they came in.
     """
-    return _split(list(questions), lambda question: str(question.image), image_key, seed, fractions)
+    return _split(list(questions), image_key, image_key, seed, fractions)
 
 
 def split_by_question(
@@ -133,9 +129,9 @@ def study_split(
 
 
 def leaked(train: Iterable[Question], test: Iterable[Question]) -> list[Question]:
-    """Those of ``test`` whose image is in ``train``, too."""
-    known = {question.image for question in train}
-    return [question for question in test if question.image in known]
+    """Those of ``test`` whose image is in ``train``, too, under whatever name (see `image_key`)."""
+    known = {image_key(question) for question in train}
+    return [question for question in test if image_key(question) in known]
 
 
 def fingerprint(questions: Iterable[Question]) -> str:

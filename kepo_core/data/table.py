@@ -75,8 +75,18 @@ class Tables(Folder):
     def fetch(self, image: Path) -> None:
         """Put a picture that is bytes into the cache, whole or not at all."""
         if image in self._inside and not image.is_file():
-            part, index, column = self._inside[image]
-            write_whole(image, self._content(_single(part.cell(index, column))) or b"")
+            write_whole(image, self.content(image))
+
+    def content(self, image: Path) -> bytes:
+        """The bytes in the table, else the file's."""
+        if image not in self._inside:
+            return super().content(image)
+        part, index, column = self._inside[image]
+        return self._content(_single(part.cell(index, column))) or b""
+
+    def stamp(self, image: Path) -> str:
+        """A picture that is bytes is called by their hash."""
+        return image.name if image in self._inside else super().stamp(image)
 
     def _content(self, value: Any) -> bytes | None:
         """The bytes of a picture that lies in its table, or was downloaded with it."""

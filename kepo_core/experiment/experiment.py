@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from kepo_core.analysis import diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
-from kepo_core.data.images import Decodable, Pictures, load_image
+from kepo_core.data.images import Pictures, load_image
+from kepo_core.data.inspection import Decodable, Inspector, name_once
 from kepo_core.data.items import read_items, write_items
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions, open_data
@@ -25,6 +26,7 @@ from kepo_core.data.table_files import is_hub
 from kepo_core.errors import DataError, ParamError
 from kepo_core.experiment import launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
+from kepo_core.experiment.askable import Askable
 from kepo_core.experiment.evaluation import Progress, evaluate
 from kepo_core.experiment.methods import needs_teacher
 from kepo_core.experiment.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
@@ -79,9 +81,10 @@ class StudyData:
 
 
 def load_data(params: Params) -> StudyData:
-    """Read, split and sample the questions that ``params`` name, and decode every image of them once.
+    """Read, split and sample the questions that ``params`` name, having decoded every image once.
 
-    Rows and images that cannot be used are left out and counted in the result's ledger.
+    Rows and images that cannot be used are left out and counted in the result's ledger. What is drawn has been put
+    through the student's processor and tokenizer (`Askable`).
 
     Raises:
         DataError: a root, file, row or split that cannot be used, named in one sentence.
@@ -104,25 +107,33 @@ def load_data(params: Params) -> StudyData:
 def _choose(
     params: Params, questions: Sequence[Question], source: Source, ledger: Ledger
 ) -> tuple[list[Question], dict[str, list[Question]]]:
-    """Training and test questions whose pictures can be decoded: those of ``items_file``, or newly drawn ones."""
-    if params.items_file:
-        train, tests = read_items(
-            resolve(params.items_file), questions, params.train_modality, params.train_items, params.eval_items
+    """Training and test questions that can be asked: those of ``items_file``, or newly drawn ones."""
+    inspector = Inspector(source)
+    if not params.items_file:
+        return study_split(
+            name_once(questions, inspector, ledger),
+            params.train_modality,
+            params.train_items,
+            params.eval_items,
+            params.data_seed,
+            params.split,
+            params.eval_split,
+            askable(params, inspector, ledger),
         )
-        decodable = Decodable(source, Ledger())  # strict: the very same items, or none
-        for question in (*train, *(q for rows in tests.values() for q in rows)):
-            decodable(question)
-        return train, tests
-    return study_split(
-        questions,
-        params.train_modality,
-        params.train_items,
-        params.eval_items,
-        params.data_seed,
-        params.split,
-        params.eval_split,
-        Decodable(source, ledger),
+    train, tests = read_items(
+        resolve(params.items_file), questions, params.train_modality, params.train_items, params.eval_items
     )
+    drawn = [*train, *(question for rows in tests.values() for question in rows)]
+    named = {question.id: question for question in name_once(drawn, inspector, ledger)}
+    can_be_asked = askable(params, inspector, Ledger())  # strict: the very same items, or none
+    for question in named.values():
+        can_be_asked(question)
+    return [named[q.id] for q in train], {name: [named[q.id] for q in rows] for name, rows in tests.items()}
+
+
+def askable(params: Params, inspector: Inspector, ledger: Ledger) -> Askable:
+    """Whether a question can be asked in a run of ``params``; what cannot goes to ``ledger``."""
+    return Askable(Decodable(ledger, inspector), load_processor(params.student), params)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from kepo_core.data import omnimedvqa
-from kepo_core.data.images import Decodable, Pictures, load_image
+from kepo_core.data.images import Pictures, load_image
+from kepo_core.data.inspection import Decodable, Inspector
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.records import MODALITIES
 from kepo_core.data.source import open_source
@@ -278,12 +279,12 @@ def test_a_truncated_image_is_found_before_training(root, ending):
     path = root / f"Images/Toy/cut.{ending}"
     Image.effect_noise((64, 64), 50).save(path)
     rows = load(root, changed(image_path=f"Images/Toy/cut.{ending}"))
-    assert Decodable(open_source(root), Ledger())(rows[0])
+    assert Decodable(Ledger(), Inspector(open_source(root)))(rows[0])
     _truncate(path)
     with pytest.raises(DataError, match=r"^Question Toy_0001: Image .*cut.*cannot be decoded"):
-        Decodable(open_source(root), Ledger())(rows[0])
+        Decodable(Ledger(), Inspector(open_source(root)))(rows[0])
     ledger = Ledger(strict=False)
-    decodable = Decodable(open_source(root), ledger)
+    decodable = Decodable(ledger, Inspector(open_source(root)))
     assert not decodable(rows[0]) and not decodable(rows[0])
     assert [len(found) for found in ledger.dropped.values()] == [2]
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from kepo_core.data import source
 from kepo_core.data.check import check
-from kepo_core.data.images import Decodable, load_image
+from kepo_core.data.images import load_image
+from kepo_core.data.inspection import Decodable, Inspector
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions, open_data
 from kepo_core.data.source import Archive, open_source
@@ -65,7 +66,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    """All but what is known of pictures."""
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.parent.name != "inspected")
 
 
 # The archive ------------------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def test_the_archive_is_read_in_place_and_like_the_folder(tmp_path: Path, cache:
     assert check(archive).ledger.read == 4
     assert not cache.exists()  # looking unpacks nothing
     opened, ledger = open_source(archive), Ledger()
-    decodable = Decodable(opened, ledger)
+    decodable = Decodable(ledger, Inspector(opened))
     assert decodable(zip_rows[0]) and decodable(zip_rows[3])
     assert files_in(cache) == ["0.png", "A & B..1.PNG"]  # nothing else, and nothing half
     assert load_image(zip_rows[3].image).getpixel((0, 0)) == (99, 99, 99)
@@ -107,7 +109,7 @@ def test_a_picture_that_cannot_be_unpacked_is_left_out(tmp_path: Path, cache: Pa
     content[middle : middle + 4] = b"\xff\x00\xff\x00"
     path.write_bytes(content)
     questions, ledger = load_questions(path), Ledger(strict=False)
-    assert not Decodable(open_source(path), ledger)(questions[0])
+    assert not Decodable(ledger, Inspector(open_source(path)))(questions[0])
     (sentence,) = ledger.dropped["image cannot be decoded"]
     assert "a.zip: its member 'OmniMedVQA/Images/Toy/0.png' cannot be unpacked" in sentence
     assert not files_in(cache)
