@@ -75,13 +75,13 @@ def _checked(relative: str, where: str) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts or "\0" in relative or re.match(r"[A-Za-z]:[\\/]|\\", relative):
         raise RowError(
             "image path leaves data_root",
-            f"{where}: image_path {relative!r} leaves data_root, expected a relative path inside it.",
+            f"{where}: image_path {relative!r:.200} leaves data_root, expected a relative path inside it.",
         )
     return path
 
 
 def _missing(relative: str, where: str) -> RowError:
-    return RowError("image missing", f"{where}: image {relative!r} is missing under data_root, expected a file.")
+    return RowError("image missing", f"{where}: image {relative!r:.200} is missing under data_root, expected a file.")
 
 
 class Folder:
@@ -113,14 +113,18 @@ class Folder:
         """See `Source`."""
         path = self._home / _checked(relative, where)
         absolute = self._folder(path.parent) / path.name
-        if absolute.is_symlink():
-            absolute = absolute.resolve()
+        try:
+            if absolute.is_symlink():
+                absolute = absolute.resolve()
+            there = absolute.is_file()
+        except OSError:  # no name that a file can have
+            there = False
         if not absolute.is_relative_to(self._home):
             raise RowError(
                 "image link leaves data_root",
                 f"{where}: image_path {relative!r} is a link out of data_root, expected a file inside it.",
             )
-        if must_exist and not absolute.is_file():
+        if must_exist and not there:
             raise _missing(relative, where)
         return absolute
 
