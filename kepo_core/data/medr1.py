@@ -71,8 +71,8 @@ def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool =
             ledger.drop(error)
             continue
         question_type = types.get(_asked(row)) or _type_of_file(file)
-        given = {"image": image, "image_name": picture_name(name), "question_type": question_type}
-        questions.append(Question(id=f"{file.stem}:{index + 1}", **given, **fields))
+        fields |= {"image": image, "image_name": picture_name(name), "question_type": question_type}
+        questions.append(Question(id=f"{file.stem}:{index + 1}", **fields))
     if not questions:
         raise ledger.nothing(source.root, len(rows))
     ledger.read += len(questions)

@@ -102,14 +102,14 @@ def _checked(relative: str, where: str) -> list[PurePosixPath]:
 def _leaves(relative: str, where: str) -> RowError:
     return RowError(
         "image path leaves data_root",
-        f"{where}: image_path {relative!r} leaves data_root, expected a relative path inside it.",
+        f"{where}: image_path {relative!r:.200} leaves data_root, expected a relative path inside it.",
     )
 
 
 def _missing(relative: str, where: str) -> RowError:
     if relative.startswith(("/", "\\")):
         return _leaves(relative, where)
-    return RowError("image missing", f"{where}: image {relative!r} is missing under data_root, expected a file.")
+    return RowError("image missing", f"{where}: image {relative!r:.200} is missing under data_root, expected a file.")
 
 
 def _is_question_file(file: PurePosixPath) -> bool:
@@ -162,10 +162,14 @@ class Folder:
     def locate(self, relative: str, where: str, must_exist: bool = True) -> Path:
         """See `Source`."""
         for path in _checked(relative, where):
-            absolute = self._real(self._home / path)
+            try:
+                absolute = self._real(self._home / path)
+                there = absolute is not None and absolute.is_file()
+            except OSError:  # no name that a file can have
+                continue
             if absolute is None:
-                raise RowError("image link leaves data_root", f"{where}: image_path {relative!r} {OUTSIDE}.")
-            if absolute.is_file() or not must_exist:
+                raise RowError("image link leaves data_root", f"{where}: image_path {relative!r:.200} {OUTSIDE}.")
+            if there or not must_exist:
                 return absolute
         raise _missing(relative, where)
 

@@ -93,9 +93,12 @@ class Tables(Folder):
         content = value.get("bytes") if isinstance(value, Mapping) else value
         if isinstance(content, bytes):
             return content
-        path = Path(str(_path(value)))
-        if any(path.resolve().is_relative_to(folder) for folder in self._downloads) and path.is_file():
-            return path.read_bytes()
+        try:
+            path = Path(str(_path(value))).resolve()
+            if any(path.is_relative_to(folder) for folder in self._downloads):
+                return path.read_bytes()
+        except (OSError, ValueError):  # no path at all: `locate` says so
+            pass
         return None
 
 
@@ -211,7 +214,7 @@ def _question(source: Tables, part: Part, columns: Columns, index: int, row: Any
     name = text("id", f"{part.name}:{index + 1}")
     texts = _option_texts(row, columns["options"], where, ledger)
     options = options_of(
-        {f"option_{letter}": text for letter, text in zip(LETTERS, texts, strict=False)}, where, ledger
+        {f"option_{letter}": option for letter, option in zip(LETTERS, texts, strict=False)}, where, ledger
     )
     image_column = columns["image"][0]
     image, image_name = source.picture(part, index, image_column, row.get(image_column), where, ledger)

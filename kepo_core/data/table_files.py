@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ class Part:
 
     @property
     def split(self) -> str:
-        """The part that the name says, of files sharded as on the Hub too; "" if none."""
-        stem = re.sub(r"-\d+-of-\d+$", "", self.name.removesuffix(Path(self.name).suffix))
-        return SPLITS.get(stem.lower(), "")
+        """The part that the name says, also of files sharded as on the Hub, and of slices; "" if none."""
+        found = re.fullmatch(r"([a-z]+)(-\d+-of-\d+)?(\[[^\]]*\])?(\.\w+)?", self.name.lower())
+        return SPLITS.get(found[1], "") if found else ""
 
     def read(self, columns: Sequence[str]) -> Iterator[Any]:
         """The rows in their order; of a data set, these columns alone."""
@@ -43,7 +43,7 @@ class Part:
             yield from self.rows
             return
         named = {column: dict(enumerate(self.labels[column])) for column in columns if column in self.labels}
-        for batch in self.rows.select_columns(list(columns)).iter(100):
+        for batch in self.rows.select_columns(list(dict.fromkeys(columns))).iter(32):
             for row in batch.to_pylist():
                 yield row | {column: names.get(row[column]) for column, names in named.items()}
 
@@ -97,7 +97,8 @@ def _json_lines(name: str, text: str) -> Part:
 
 def is_dataset(folder: Path) -> bool:
     """Whether ``save_to_disk`` has written it."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    whole = (folder / "dataset_dict.json").is_file()
+    return whole or all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def read_dataset(folder: Path) -> list[Part]:
@@ -139,20 +140,15 @@ def read_hub(data_root: object) -> list[Part]:
     return _parts(found["split"] or "", loaded)
 
 
-def _loaded(what: str, load: Any) -> Any:
+def _loaded(what: str, load: Callable[[], Any]) -> Any:
     """What the ``datasets`` library loads; its errors, of many kinds, in one sentence."""
-    import datasets
+    from datasets.exceptions import DatasetsError
 
-    shown = datasets.utils.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
         return load()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"{what}: cannot be loaded by the datasets library ({cause}).") from error
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
 
 
 def _parts(name: str, loaded: Any) -> list[Part]:

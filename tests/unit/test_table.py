@@ -196,6 +196,8 @@ def test_columns_are_named_for_tables_alone(own: Path) -> None:
         ({"image": "pics/none.png"}, "image missing"),
         ({"image": "../secret.png"}, "image path leaves data_root"),
         ({"image": "/etc/hostname"}, "image path leaves data_root"),
+        ({"image": "iVBORw0KGgo" * 1000}, "image missing"),
+        ({"image": "a\0b"}, "image path leaves data_root"),
         ({"image": {"bytes": None, "path": "../secret.png"}}, "image path leaves data_root"),
         ({"question": " "}, "no question"),
         ({"options": ["one"]}, "a single option"),
@@ -264,6 +266,8 @@ def test_a_letter_is_that_of_the_option_as_it_was_given(own: Path) -> None:
 )
 def test_a_table_that_cannot_be_read_is_one_sentence(own: Path, name: str, content: bytes, sentence: str) -> None:
     (own / name).write_bytes(content)
+    if name == "state.json":
+        (own / "dataset_info.json").write_text("{}")
     with pytest.raises(DataError) as error:
         load_questions(own)
     assert sentence in str(error.value) and "\n" not in str(error.value)
@@ -282,11 +286,11 @@ def test_several_tables_of_a_folder_are_parts_by_their_names(own: Path) -> None:
     table[:4].to_csv(own / "train-00000-of-00002.csv", index=False)
     table[4:6].to_csv(own / "train-00001-of-00002.csv", index=False)
     table[6:8].to_csv(own / "dev.csv", index=False)
-    table[8:].to_csv(own / "test.csv", index=False)
+    table[8:].to_csv(own / "Test.csv", index=False)
     (own / "._test.csv").write_bytes(b"\0")  # as macOS leaves them
     parts = split_as_given(load_questions(own))
     assert {name: len(part) for name, part in parts.items()} == {"train": 6, "validation": 2, "test": 2}
-    assert parts["test"][0].id == "test.csv:1"
+    assert parts["test"][0].id == "Test.csv:1"
 
 
 def test_without_a_validation_part_some_of_training_is_set_aside(own: Path) -> None:
@@ -372,10 +376,11 @@ def test_a_picture_beside_a_downloaded_table_is_read_and_no_other_file(tmp_path:
     (tmp_path / "hf/1.png").write_bytes(png(1))
     (tmp_path / "secret.png").write_bytes(png(2))
     (tmp_path / "hf/link.png").symlink_to(tmp_path / "secret.png")
-    places = [tmp_path / "hf/1.png", tmp_path / "secret.png", tmp_path / "hf/../secret.png", tmp_path / "hf/link.png"]
+    others = ["secret.png", "hf/../secret.png", "hf/link.png", "hf/none.png", "hf/\0", "hf/" + 300 * "x"]
+    places = [tmp_path / name for name in ("hf/1.png", *others)]
     given = [rows()[0] | {"image": {"bytes": None, "path": str(path)}} for path in places]
     part = Part("train", list(given[0]), given)
     source = Tables(Path("hf:someone/x"), tmp_path / "none", [part], "", [tmp_path / "hf"])
     ledger = Ledger(strict=False)
     (question,) = load_questions(source, ledger)
-    assert sum(map(len, ledger.dropped.values())) == 3 and len(question.image_name) == 64
+    assert sum(map(len, ledger.dropped.values())) == len(others) and len(question.image_name) == 64
