@@ -1,11 +1,14 @@
 """``kepo data check``: what is in a data set, what was mended to read it, and what was dropped and why."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
+from kepo_core.data.inspection import Inspector, name_once
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import layout_of, load_questions, open_data
 from kepo_core.data.records import LETTERS, Question, categories
@@ -17,13 +20,17 @@ LAYOUTS = {"raw": "OmniMedVQA's raw release", "medr1": "Med-R1's question files"
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found at ``root``; ``with_images`` is False where there is no folder of pictures at all."""
+    """What was found at ``root``; ``with_images`` is False where there is no folder of pictures at all.
+
+    ``tried``: whether pictures were decoded and all else was tried that a run tries.
+    """
 
     root: Path
     layout: str
     with_images: bool
     questions: list[Question]
     ledger: Ledger
+    tried: bool
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """By title: what reading came to, and counts per modality."""
@@ -46,8 +53,10 @@ class Checked:
         return {"What was read, mended and dropped": self.ledger.table(), "Questions": pd.DataFrame(rows)}
 
     def heading(self) -> str:
-        """The layout and, where no pictures were looked for, that they were not."""
-        pictures = "" if self.with_images else "; there is no Images folder: pictures were not looked for"
+        """The layout and, where no pictures were looked for or decoded, that they were not."""
+        pictures = "" if self.tried else "; pictures were not decoded"
+        if not self.with_images:
+            pictures = "; there is no Images folder: pictures were not looked for"
         return f"{self.root.name}: {LAYOUTS[self.layout]}{pictures}"
 
     def as_text(self) -> str:
@@ -56,12 +65,26 @@ class Checked:
         return "\n\n".join([self.heading(), *parts])
 
 
-def check(root: str | Path, strict: bool = False, columns: str = "") -> Checked:
+def check(
+    root: str | Path,
+    strict: bool = False,
+    columns: str = "",
+    follow_links: bool = False,
+    try_with: Callable[[Inspector, Ledger], Callable[[Question], bool]] | None = None,
+) -> Checked:
     """Read everything at ``root``. ``strict`` raises ``DataError`` for the first row that would be dropped.
 
-    ``columns``: as the parameter ``data_columns``.
+    ``columns`` and ``follow_links`` as the parameters ``data_columns`` and ``follow_links``. ``try_with`` makes what a
+    run asks of each question (``experiment.askable``); without it no picture is decoded.
     """
-    source, ledger = open_data(root, columns), Ledger(strict=strict)
+    source, ledger = open_data(root, columns, follow_links), Ledger(strict=strict)
     layout = layout_of(source)
     with_images = layout != "medr1" or not isinstance(source, Folder) or source.has_images
-    return Checked(source.root, layout, with_images, load_questions(source, ledger, need_images=with_images), ledger)
+    questions = load_questions(source, ledger, need_images=with_images)
+    if try_with and with_images:
+        inspector = Inspector(source)
+        usable = try_with(inspector, ledger)
+        named = tqdm(name_once(questions, inspector, ledger), "questions", delay=1)
+        questions = [question for question in named if usable(question)]
+        ledger.read = len(questions)
+    return Checked(source.root, layout, with_images, questions, ledger, bool(try_with) and with_images)

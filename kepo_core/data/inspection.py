@@ -78,7 +78,7 @@ class Inspector:
             else:
                 missing.append(image)
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-            done = tqdm(pool.map(self._look, missing), "pictures", len(missing), delay=3, leave=False)
+            done = tqdm(pool.map(self._look, missing), "pictures", len(missing), delay=1)
             self._found |= zip(missing, done, strict=True)
         fresh = {image: self._found[image] for image in missing if not self._found[image].problem}
         if fresh:
@@ -134,10 +134,7 @@ def name_once(questions: Iterable[Question], inspector: Inspector, ledger: Ledge
 
 
 class Decodable:
-    """Whether a question's picture can be decoded and fetched; what cannot goes to the ledger.
-
-    A header alone would not show a truncated file.
-    """
+    """Whether a question's picture can be decoded; what cannot goes to the ledger."""
 
     def __init__(self, ledger: Ledger, inspector: Inspector) -> None:
         self.ledger, self.inspector = ledger, inspector
@@ -145,11 +142,6 @@ class Decodable:
     def __call__(self, question: Question) -> bool:
         """False after noting it in the ledger, which raises if it is strict."""
         problem = self.inspector(question.image).problem
-        try:
-            if not problem:
-                self.inspector.source.fetch(question.image)
-        except DataError as error:
-            problem = str(error)
         if problem:
             self.ledger.drop(RowError("image cannot be decoded", f"Question {question.id}: {problem}"))
         return not problem

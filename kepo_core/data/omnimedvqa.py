@@ -141,7 +141,8 @@ def _json_lines(file: PurePosixPath, text: str) -> list[Any]:
 def where_of(file: PurePosixPath, index: int, row: Any) -> str:
     """How error messages name a row: the file, its position from 1, and its id when it has one."""
     name = row.get("question_id") if isinstance(row, Mapping) else None
-    return f"{file.name}, row {index + 1}" + (f" ({name})" if isinstance(name, str) else "")
+    shown = name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) else ""
+    return f"{file.name}, row {index + 1}" + (f" ({shown})" if shown else "")
 
 
 def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question:

@@ -1,13 +1,12 @@
 """Whether a question can be put to the student: tried with its very processor and tokenizer before any model call."""
 
-from typing import Any
-
 from PIL import Image
 
 from kepo_core.data.images import shown_size
-from kepo_core.data.inspection import Decodable
-from kepo_core.data.ledger import RowError
+from kepo_core.data.inspection import Decodable, Inspector
+from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.records import Question
+from kepo_core.experiment.models import load_processor
 from kepo_core.params import Params
 from kepo_core.task.prompts import render_question, vqa_messages
 
@@ -16,13 +15,16 @@ class Askable:
     """Whether a question's picture is decoded, and its prompt read, as a run needs it; what is not goes to the ledger.
 
     Every prompt is tokenized. The image processor sees one picture of each size, as nothing else of an RGB picture can
-    make it fail. 3,000 questions take a second of a core, decoding apart (`Inspector`).
+    make it fail. 3,000 questions take a third of a second of a core, decoding apart (`Inspector`).
     """
 
-    def __init__(self, decodable: Decodable, processor: Any, params: Params) -> None:
-        self.decodable, self.processor, self.params = decodable, processor, params
-        tokens = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
-        self._special = sorted({token for token in (*tokens, *processor.tokenizer.all_special_tokens) if token})
+    def __init__(self, params: Params, inspector: Inspector, ledger: Ledger) -> None:
+        self.params, self.inspector, self.ledger = params, inspector, ledger
+        self.decodable = Decodable(ledger, inspector)
+        self.processor = processor = load_processor(params.student)
+        added = processor.tokenizer.added_tokens_decoder.values()
+        image_token = getattr(processor, "image_token", None)
+        self._special = sorted({token.content for token in added if token.special} | {image_token} - {None})
         self._sizes: dict[tuple[int, int], str] = {}  # size → why the processor refuses it
 
     def __call__(self, question: Question) -> bool:
@@ -33,7 +35,7 @@ class Askable:
             self._check_text(question)
             self._check_size(question)
         except RowError as error:
-            self.decodable.ledger.drop(error)
+            self.ledger.drop(error)
             return False
         return True
 
@@ -53,7 +55,7 @@ class Askable:
             ) from error
 
     def _check_size(self, question: Question) -> None:
-        seen = self.decodable.inspector(question.image)
+        seen = self.inspector(question.image)
         size = shown_size((seen.width, seen.height), self.params.image_size, self.params.image_fit)
         if size not in self._sizes:
             self._sizes[size] = self._refusal(size)

@@ -14,7 +14,7 @@ from kepo_core.analysis import diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
 from kepo_core.data.images import Pictures, load_image
-from kepo_core.data.inspection import Decodable, Inspector, name_once
+from kepo_core.data.inspection import Inspector, name_once
 from kepo_core.data.items import read_items, write_items
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions, open_data
@@ -101,7 +101,10 @@ def load_data(params: Params) -> StudyData:
             raise
         count, first = sum(map(len, ledger.dropped.values())), next(iter(ledger.dropped.values()))[0]
         raise DataError(f"{error} {count} rows were dropped; the first: {first}") from error
-    return StudyData(source.root, train, tests, ledger)
+    data = StudyData(source.root, train, tests, ledger)
+    for question in (*data.train, *data.test):
+        source.fetch(question.image)
+    return data
 
 
 def _choose(
@@ -118,22 +121,17 @@ def _choose(
             params.data_seed,
             params.split,
             params.eval_split,
-            askable(params, inspector, ledger),
+            Askable(params, inspector, ledger),
         )
     train, tests = read_items(
         resolve(params.items_file), questions, params.train_modality, params.train_items, params.eval_items
     )
     drawn = [*train, *(question for rows in tests.values() for question in rows)]
     named = {question.id: question for question in name_once(drawn, inspector, ledger)}
-    can_be_asked = askable(params, inspector, Ledger())  # strict: the very same items, or none
+    can_be_asked = Askable(params, inspector, Ledger())  # strict: the very same items, or none
     for question in named.values():
         can_be_asked(question)
     return [named[q.id] for q in train], {name: [named[q.id] for q in rows] for name, rows in tests.items()}
-
-
-def askable(params: Params, inspector: Inspector, ledger: Ledger) -> Askable:
-    """Whether a question can be asked in a run of ``params``; what cannot goes to ``ledger``."""
-    return Askable(Decodable(ledger, inspector), load_processor(params.student), params)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from kepo_core.cli import main
-from kepo_core.data import loading
+from kepo_core.data import check as data_check
+from kepo_core.data import inspection, loading
 from kepo_core.data.check import check
+from kepo_core.data.inspection import TWINS, Decodable
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.loading import layout_of, load_questions
 from kepo_core.data.medr1 import split_of, split_problem
@@ -280,6 +282,59 @@ def test_the_check_counts_what_was_mended_and_dropped(medr1: Path, capsys: pytes
     assert evil not in page.read_text() and "&lt;script&gt;" in page.read_text()
     assert main(["data", "check", str(medr1), "--strict"]) == 2
     assert "Toy.json, row 4 (Toy_4): image 'gone.png' is missing" in capsys.readouterr().err
+
+
+@pytest.fixture
+def spoilt(medr1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten good rows, and one each of what only decoding, the processor or the tokenizer shows."""
+    monkeypatch.setenv("KEPO_CACHE", str(tmp_path / "cache"))
+    (medr1 / QA_FOLDER).mkdir(parents=True)
+    for i in range(14):
+        Image.effect_noise((40, 30), 50 + i).save(medr1 / f"Images/Toy/{i}.png")
+    whole = (medr1 / "Images/Toy/10.png").read_bytes()
+    (medr1 / "Images/Toy/10.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (300, 1)).save(medr1 / "Images/Toy/11.png")
+    (medr1 / "Images/Toy/13.png").write_bytes((medr1 / "Images/Toy/0.png").read_bytes())
+    rows = [raw_row(i, image_path=f"Images/Toy/{i}.png") for i in range(14)]
+    rows[12]["question"] = "<|image_pad|>?"
+    write(medr1 / QA_FOLDER, "Toy.json", *rows)
+    return medr1
+
+
+def test_the_check_tries_what_a_run_tries(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(spoilt)]) == 0
+    said = capsys.readouterr().out
+    for reason in ("image cannot be decoded", "the processor refuses its image", "a special token in its text", TWINS):
+        assert reason in said, reason
+    assert " 11 " in said.splitlines()[4] and "not decoded" not in said
+    assert "Images/Toy/13.png shows what Images/Toy/0.png shows" in said
+    assert main(["data", "check", "--quick", str(spoilt)]) == 0
+    said = capsys.readouterr().out
+    assert " 14 " in said.splitlines()[4] and "pictures were not decoded" in said.splitlines()[0]
+    assert main(["data", "check", "--strict", str(spoilt)]) == 2
+    assert "Question Toy_10: Image" in capsys.readouterr().err
+
+
+def test_the_check_asks_what_the_given_parameters_ask(
+    spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.yaml").write_text("image_size: 64\n")
+    assert main(["data", "check", "-f", str(tmp_path / "p.yaml"), str(spoilt)]) == 0
+    said = capsys.readouterr().out
+    assert "the processor refuses" not in said and "image cannot be decoded" in said  # squashed to 64×64
+    (spoilt / "Images").rename(tmp_path / "elsewhere")
+    (spoilt / "Images").symlink_to(tmp_path / "elsewhere")
+    assert main(["data", "check", "--quick", str(spoilt)]) == 2
+    (tmp_path / "p.yaml").write_text("follow_links: true\n")
+    assert main(["data", "check", "--quick", "-f", str(tmp_path / "p.yaml"), str(spoilt)]) == 0
+
+
+def test_a_check_shows_how_far_it_is(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[str] = []
+    for module in (inspection, data_check):
+        monkeypatch.setattr(module, "tqdm", lambda items, label, *_, **__: bars.append(label) or items)
+    check(spoilt, try_with=lambda inspector, ledger: Decodable(ledger, inspector))
+    assert bars == ["pictures", "questions"]
 
 
 def test_pictures_that_nobody_gave_are_not_missed(medr1: Path) -> None:

@@ -86,7 +86,9 @@ def test_the_archive_is_read_in_place_and_like_the_folder(tmp_path: Path, cache:
     assert not cache.exists()  # looking unpacks nothing
     opened, ledger = open_source(archive), Ledger()
     decodable = Decodable(ledger, Inspector(opened))
-    assert decodable(zip_rows[0]) and decodable(zip_rows[3])
+    assert decodable(zip_rows[0]) and decodable(zip_rows[3]) and not cache.exists()
+    opened.fetch(zip_rows[0].image)
+    opened.fetch(zip_rows[3].image)
     assert files_in(cache) == ["0.png", "A & B..1.PNG"]  # nothing else, and nothing half
     assert load_image(zip_rows[3].image).getpixel((0, 0)) == (99, 99, 99)
     before = zip_rows[0].image.stat().st_mtime_ns
