@@ -30,7 +30,7 @@ class Checked:
     with_images: bool
     questions: list[Question]
     ledger: Ledger
-    tried: bool
+    tried: bool = False
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """By title: what reading came to, and counts per modality."""

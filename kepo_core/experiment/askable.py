@@ -23,8 +23,8 @@ class Askable:
         self.decodable = Decodable(ledger, inspector)
         self.processor = processor = load_processor(params.student)
         added = processor.tokenizer.added_tokens_decoder.values()
-        image_token = getattr(processor, "image_token", None)
-        self._special = sorted({token.content for token in added if token.special} | {image_token} - {None})
+        own = {str(token.content) for token in added if token.special}
+        self._special = sorted(own | {str(getattr(processor, "image_token", "<image>"))})
         self._sizes: dict[tuple[int, int], str] = {}  # size → why the processor refuses it
 
     def __call__(self, question: Question) -> bool:
