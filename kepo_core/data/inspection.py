@@ -30,6 +30,8 @@ from kepo_core.files import write_atomically
 
 #: What is kept of earlier inspections counts for pictures that were decoded alike.
 _DECODER = f"1, Pillow {PIL.__version__}"
+#: Pictures decoded at a time, at most: of the largest allowed, a scan of 16 bits takes 2 GB while it is decoded.
+MOST_AT_ONCE = 4
 TWINS = "pictures that lie under another name, too: they count as one"
 
 
@@ -47,7 +49,7 @@ class Seen:
 
 
 class Inspector:
-    """Decodes each picture of a source once, on all cores, and remembers it in the cache folder by time and size.
+    """Decodes each picture of a source once, on up to four cores, and remembers it in the cache folder by time and size.
 
     Decoding is the whole cost: a core takes a second for 4,900 pictures of 64×64 pixels (PNG) or 390 photographs of
     640×480 (JPEG); the 82,000 pictures of OmniMedVQA, were they such, would take it three and a half minutes, once.
@@ -77,7 +79,7 @@ class Inspector:
                 self._found[image] = Seen(row["width"], row["height"], row["content"])
             else:
                 missing.append(image)
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE)) as pool:
             done = tqdm(pool.map(self._look, missing), "pictures", len(missing), delay=1)
             self._found |= zip(missing, done, strict=True)
         fresh = {image: self._found[image] for image in missing if not self._found[image].problem}

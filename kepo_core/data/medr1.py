@@ -117,9 +117,8 @@ def _rows(source: Source, ledger: Ledger) -> list[_Row]:
         )
     for file, own in sorted(kept.values()):
         rows += ((file, index, row) for index, row in enumerate(own))
-    beside = {file.parent for file in files}
     for file in everything:
-        if file.parent in beside and file not in files:
+        if file not in files and "Images" not in file.parts:  # what lies among pictures describes these
             leave_out(source, file, "in a file that is neither *_train, *_val nor *_test", set(KEYS), ledger)
     return rows
 

@@ -14,7 +14,7 @@ from kepo_core.analysis import diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
 from kepo_core.data.images import Pictures, load_image
-from kepo_core.data.inspection import Inspector, name_once
+from kepo_core.data.inspection import TWINS, Inspector, name_once
 from kepo_core.data.items import read_items, write_items
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions, open_data
@@ -72,6 +72,7 @@ class StudyData:
         """Counts and content hashes, for the run's provenance."""
         return {
             "test_items_whose_image_is_trained_on": len(leaked(self.train, self.test)),
+            "pictures_of_another_name": len(self.ledger.mended.get(TWINS, ())),
             "rows_dropped": {reason: len(rows) for reason, rows in self.ledger.dropped.items()},
             "train_items": len(self.train),
             "test_items": {modality: len(questions) for modality, questions in self.tests.items()},

@@ -119,8 +119,9 @@ def test_renamed_copies_of_trained_pictures_are_not_tested_on_and_counted_where_
     data = load(world, train_items=60, eval_items=60)
     trained = {q.image.read_bytes() for q in data.train}
     assert not [q for q in data.test if q.image.read_bytes() in trained]
-    assert data.identity()["test_items_whose_image_is_trained_on"] == 0
-    assert sum(map(len, data.ledger.mended.values())) == len(before.test)
+    identity = data.identity()
+    assert identity["test_items_whose_image_is_trained_on"] == 0
+    assert identity["pictures_of_another_name"] == len(before.test) > 0
     asked = load(world, split="question", train_items=60, eval_items=60)
     trained = {q.image.read_bytes() for q in asked.train}
     leaks = [q for q in asked.test if q.image.read_bytes() in trained]
