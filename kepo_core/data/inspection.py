@@ -49,7 +49,7 @@ class Seen:
 
 
 class Inspector:
-    """Decodes each picture of a source once, on up to four cores, and remembers it in the cache folder by time and size.
+    """Decodes each picture of a source once, on up to four cores; the cache folder remembers it by time and size.
 
     Decoding is the whole cost: a core takes a second for 4,900 pictures of 64×64 pixels (PNG) or 390 photographs of
     640×480 (JPEG); the 82,000 pictures of OmniMedVQA, were they such, would take it three and a half minutes, once.
