@@ -9,6 +9,7 @@ def quiet_third_parties() -> None:
     """No bars for loading a file, no advice to install widgets, no warnings about how TRL calls transformers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a line about forking after each use
     warnings.filterwarnings("ignore", message="IProgress not found")
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # `launch.check` has our range
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     # An 8-bit layer says at each call that it computes in 16 bits, and an import that a faster kernel is not there.
     for name in ("autograd._functions", "backends.cpu.ops"):

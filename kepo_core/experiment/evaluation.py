@@ -3,19 +3,18 @@
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import GenerationConfig
+from accelerate.utils import gather_object
 
 from kepo_core.data.images import ReadPicture, load_image
 from kepo_core.data.records import Answer, AnswerOutcome, Question
+from kepo_core.experiment.answering import drawing, in_step
+from kepo_core.files import in_place_of
+from kepo_core.method.vllm_rollouts import CheckedVLLM
 from kepo_core.task.prompts import Messages, vqa_messages
 from kepo_core.task.rewards import score
 
@@ -39,6 +38,7 @@ def evaluate(
     progress: Progress | None = None,
     kept: Path | None = None,
     answer_format: str = "paper",
+    accelerator: Any = None,
 ) -> list[Answer]:
     """Ask ``model`` every question and score what it says; records come in the order of ``questions``.
 
@@ -50,7 +50,7 @@ def evaluate(
     follows from ``seed`` and the batch's number.
 
     Args:
-        model: a Qwen3-VL or another image-text model with ``generate``.
+        model: a Qwen3-VL or another image-text model with ``generate``, or a `CheckedVLLM`.
         processor: its processor, with a chat template.
         thinking: which prompt and format; see ``prompts.vqa_messages``.
         max_tokens: most tokens of a completion; one that reaches it without an end-of-text token is not finished.
@@ -63,7 +63,10 @@ def evaluate(
         seed: names what is sampled.
         progress: told after every batch how far it is.
         kept: a file that keeps the answers as they come. An evaluation that was cut off goes on behind its last whole
-            batch, and as batches are formed before, its records are those of one that was not.
+            batch, and as batches are formed before, its records are those of one that was not. Each of several
+            processes writes a file of its own beside it, until ``kept`` has all answers.
+        accelerator: of several processes, which all call this: each takes its share of the batches, and all return all
+            answers.
         answer_format: what counts as an answer; see ``rewards``.
     """
     if samples < 1 or (samples > 1 and not temperature):
@@ -71,65 +74,104 @@ def evaluate(
     asked_as = messages or [vqa_messages(q.question, q.options, thinking) for q in questions]
     texts = [_prompt_text(processor, prompt) for prompt in asked_as]
     lengths = _lengths(processor, texts)
-    settings = [
-        thinking,
-        max_tokens,
-        batch_size,
-        temperature,
-        samples,
-        seed,
-        texts,
-        [(q.id, q.answer) for q in questions],
-        answer_format,
-    ]
-    file = AnswerFile(kept, settings) if kept is not None else None
-    answers: dict[int, Answer] = {}  # by row: question number × samples + sample
-    with _decoding(model, processor, max_tokens, temperature) as stop_tokens:
-        rows = [length for length in lengths for _ in range(samples)]
-        for number, batch in enumerate(length_batches(rows, batch_size)):
-            if file is not None and file.known.keys() >= set(batch):
-                answers |= {i: file.known[i] for i in batch}
-                continue
-            asked = [questions[i // samples] for i in batch]
-            with _seeded(f"{seed}/evaluation/{number}", model.device):
-                completions = _generate(model, processor, [texts[i // samples] for i in batch], asked, pictures)
+    asked = [(q.id, q.answer) for q in questions]
+    settings = [thinking, max_tokens, batch_size, temperature, samples, seed, texts, asked, answer_format]
+    if isinstance(model, CheckedVLLM):
+        settings.append("vllm")
+    number, of = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    file = AnswerFile(kept, settings, number) if kept is not None else None
+    batches = length_batches([length for length in lengths for _ in range(samples)], batch_size)
+    answers: dict[int, Answer] = {} if file is None else dict(file.known)  # by row: question number × samples + sample
+    with drawing(model, processor, max_tokens, temperature) as (stop_tokens, draw):
+        for name, batch, filled in _share(batches, number, of, answers, in_step=of > 1 and in_step(model)):
+            rows = [questions[i // samples] for i in filled]
+            drawn = draw(
+                [texts[i // samples] for i in filled], [pictures(q.image) for q in rows], f"{seed}/evaluation/{name}"
+            )
             now = {
                 i: _record(processor, question, tokens, stop_tokens, thinking, answer_format, sample=i % samples)
-                for i, question, tokens in zip(batch, asked, completions, strict=True)
+                for i, question, tokens in zip(batch, rows, drawn, strict=False)
             }
             answers |= now
             if file is not None:
                 file.add(now)
             if progress is not None:
-                progress(len(answers), len(rows))
-    return [answers[i] for i in range(len(answers))]
+                progress(len(answers), len(lengths) * samples)
+    for part in gather_object([answers]) if of > 1 else ():
+        answers |= part
+    if of > 1 and number == 0 and file is not None:
+        file.take_all(answers)
+    return [answers[i] for i in range(len(lengths) * samples)]
+
+
+def _share(
+    batches: Sequence[list[int]], number: int, of: int, known: Container[int], *, in_step: bool
+) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Process ``number``'s batches that are not ``known`` yet: (the batch's number, its rows, the rows to draw).
+
+    Processes ``in_step`` get equally many, of equally many rows to draw: what is drawn beyond the rows is not used.
+    """
+    turns = -(-len(batches) // of)
+    for place in range(number, turns * of, of):
+        batch = batches[place] if place < len(batches) else []
+        if in_step:
+            yield place, batch, batch + batches[0][: len(batches[0]) - len(batch)]
+        elif not all(row in known for row in batch):
+            yield place, batch, batch
 
 
 class AnswerFile:
     """Answers by the number of their row, on disk as they come: a line of JSON each, below a line of identity.
 
-    ``known`` holds what an earlier evaluation of the same ``settings`` left, but for a line that it did not finish; a
-    file of other settings is begun anew.
+    ``known`` holds what an earlier evaluation of the same ``settings`` left, in any process, but for lines that were
+    not finished; a file of other settings is written from its start.
     """
 
-    def __init__(self, path: Path, settings: Any) -> None:
-        self.path, self.known = path, dict[int, Answer]()
-        identity = json.dumps({"asked": hashlib.sha256(json.dumps(settings).encode()).hexdigest()}) + "\n"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines[1:] if line.endswith("\n")] if lines[:1] == [identity] else []
-        for line in whole:
-            row = json.loads(line)
-            number = row.pop("number")
-            self.known[number] = Answer(**row | {"outcome": AnswerOutcome(row["outcome"])})
+    def __init__(self, path: Path, settings: Any, process: int = 0) -> None:
+        self._identity = json.dumps({"asked": hashlib.sha256(json.dumps(settings).encode()).hexdigest()}) + "\n"
+        self._path = path.with_stem(f"{path.stem}.{process}") if process else path
+        self.known = dict[int, Answer]()
+        for file in parts(path):
+            self.known |= _read(file, self._identity)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join([identity, *whole]), encoding="utf-8")
+        own = _read(self._path, self._identity) if self._path.exists() else {}
+        self._path.write_text(self._identity + _lines(own), encoding="utf-8")
+
+    def take_all(self, answers: Mapping[int, Answer]) -> None:
+        """Hold ``answers`` in the one file, in the place of those of all processes."""
+        with in_place_of(self._path) as partial:
+            partial.write_text(self._identity + _lines(answers), encoding="utf-8")
+        for file in parts(self._path)[1:]:
+            file.unlink()
 
     def add(self, answers: Mapping[int, Answer]) -> None:
         """Append ``answers`` and see that they reach the disk."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps({"number": i, **asdict(answer)}) + "\n" for i, answer in answers.items()))
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_lines(answers))
             file.flush()
             os.fsync(file.fileno())
+
+
+def parts(path: Path) -> list[Path]:
+    """The file of an evaluation's answers and those of its further processes, as far as they are there."""
+    return [file for file in (path, *sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))) if file.exists()]
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """All answers that an evaluation which has ended left in ``path``, in their order."""
+    found = _read(path)
+    return [found[number] for number in sorted(found)]
+
+
+def _read(path: Path, identity: str | None = None) -> dict[int, Answer]:
+    """The finished lines of a file of answers; none where it is of another ``identity``."""
+    first, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+    rows = [json.loads(line) for line in lines if line.endswith("\n")] if identity in (None, first) else []
+    return {row.pop("number"): Answer(**row | {"outcome": AnswerOutcome(row["outcome"])}) for row in rows}
+
+
+def _lines(answers: Mapping[int, Answer]) -> str:
+    return "".join(json.dumps({"number": i, **asdict(answer)}) + "\n" for i, answer in answers.items())
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -140,13 +182,13 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def trim(tokens: Tensor, stop_tokens: Sequence[int]) -> tuple[Tensor, bool]:
-    """Cut ``tokens`` (T,) after the first stop token → (completion with it, whether there was one).
+def trim(tokens: Sequence[int], stop_tokens: Container[int]) -> tuple[list[int], bool]:
+    """Cut ``tokens`` after the first stop token → (completion with it, whether there was one).
 
     What ``generate`` fills in behind the end, so that rows of a batch are equally long, is no part of a completion.
     """
-    ends = torch.isin(tokens, torch.tensor(stop_tokens, device=tokens.device)).nonzero()
-    return (tokens[: int(ends[0]) + 1], True) if len(ends) else (tokens, False)
+    end = next((place for place, token in enumerate(tokens) if token in stop_tokens), None)
+    return (list(tokens), False) if end is None else (list(tokens[: end + 1]), True)
 
 
 def _prompt_text(processor: Any, messages: Messages) -> str:
@@ -158,66 +200,11 @@ def _lengths(processor: Any, texts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in processor.tokenizer(list(texts))["input_ids"]] if texts else []
 
 
-@contextmanager
-def _seeded(name: str, device: torch.device) -> Iterator[None]:
-    """Torch's random state, the CPU's and ``device``'s, named by ``name`` for a while."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(zlib.crc32(name.encode()))
-        yield
-
-
-@contextmanager
-def _decoding(model: Any, processor: Any, max_tokens: int, temperature: float) -> Iterator[list[int]]:
-    """Evaluation mode and a plain configuration on ``model`` for a while; yields the stop tokens.
-
-    The configuration is exchanged on the model, since ``generate`` fills whatever an argument leaves open from it.
-    What ends a text is no matter of taste: the checkpoint's own stop tokens count beside the tokenizer's.
-    """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens: {max_tokens}, expected at least 1.")
-    if temperature < 0:
-        raise ValueError(f"temperature: {temperature}, expected 0 (greedy) or more.")
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    own, was_training = model.generation_config, model.training
-    tokenizer = processor.tokenizer
-    declared = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    stop_tokens = sorted({token for token in (*declared, tokenizer.eos_token_id) if token is not None})
-    image_token = getattr(model.config, "image_token_id", None)
-    model.generation_config = GenerationConfig(
-        **sampling,
-        max_new_tokens=max_tokens,
-        eos_token_id=stop_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        # As in training: a sampled image placeholder would stand for no image.
-        suppress_tokens=None if image_token is None else [image_token],
-    )
-    model.eval()
-    try:
-        with torch.no_grad():  # not inference_mode: what it leaves in caches cannot be trained with
-            yield stop_tokens
-    finally:
-        model.generation_config = own
-        model.train(was_training)
-
-
-def _generate(
-    model: Any, processor: Any, texts: Sequence[str], questions: Sequence[Question], pictures: ReadPicture
-) -> Tensor:
-    """Completions (B, T) of the batch, padded behind their ends."""
-    images = [[pictures(question.image)] for question in questions]
-    inputs = processor(text=list(texts), images=images, padding=True, padding_side="left", return_tensors="pt")
-    inputs = inputs.to(model.device)
-    output: Tensor = model.generate(**inputs)
-    return output[:, inputs["input_ids"].shape[1] :]
-
-
 def _record(
     processor: Any,
     question: Question,
-    tokens: Tensor,
-    stop_tokens: Sequence[int],
+    tokens: Sequence[int],
+    stop_tokens: Container[int],
     thinking: bool,
     answer_format: str,
     sample: int,

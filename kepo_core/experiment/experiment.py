@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from kepo_core.analysis import diagnosis
@@ -26,10 +27,12 @@ from kepo_core.data.table_files import is_hub
 from kepo_core.errors import DataError, ParamError
 from kepo_core.experiment import launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
+from kepo_core.experiment.answering import start_vllm
 from kepo_core.experiment.askable import Askable
-from kepo_core.experiment.evaluation import Progress, evaluate
+from kepo_core.experiment.evaluation import Progress, evaluate, parts, read_answers
 from kepo_core.experiment.methods import needs_teacher
 from kepo_core.experiment.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
+from kepo_core.experiment.models import resolve as model_folder
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.options import MethodOptions, declared
@@ -255,7 +258,11 @@ def make_trainer(
 
         def ask() -> list[Answer]:  # with its adapters, and as it is shared out, if it is
             student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-            return evaluate_student(params, replace(models, student=student), questions)
+            if hasattr(trainer, "current_vllm"):
+                student = trainer.current_vllm() or student
+            return evaluate_student(
+                params, replace(models, student=student), questions, accelerator=trainer.accelerator
+            )
 
         trainer.add_callback(curves.CurveWriter(ask, run.evaluation_dir, params.curve_steps))
     trainer.remove_callback(PrinterCallback)  # prints every logged dictionary whole; they are in metrics.jsonl
@@ -326,7 +333,8 @@ def fit(trainer: Trainer, run: Run) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if writes and trainer.state.global_step > done:
         # Answers of a model that was trained before, in another process: this one's may differ, on a GPU say.
-        (run.evaluation_dir / "trained.jsonl").unlink(missing_ok=True)
+        for answers in parts(run.evaluation_dir / "trained.jsonl"):
+            answers.unlink()
     save_student(trainer, run.path / "model")
 
 
@@ -336,10 +344,12 @@ def evaluate_student(
     questions: Sequence[Question],
     kept: Path | None = None,
     progress: Progress | None = None,
+    accelerator: Any = None,
 ) -> list[Answer]:
     """The student's answers, in its present state, to ``questions``: greedy, or as ``eval_samples`` says.
 
-    In the file ``kept`` they are kept as they come: a run that is resumed answers the others only.
+    In the file ``kept`` they are kept as they come: a run that is resumed answers the others only. The processes of
+    an ``accelerator`` share them out.
     """
     return evaluate(
         models.student,
@@ -355,4 +365,32 @@ def evaluate_student(
         progress=progress,
         kept=kept,
         answer_format=params.answer_format,
+        accelerator=accelerator,
     )
+
+
+def evaluate_run(params: Params, run: Run, data: StudyData, models: Models, student: str) -> list[Answer]:
+    """The answers of the run's "untrained" or "trained" student to all test questions, as they come in its folder.
+
+    ``models.student`` is this student; where several processes or vLLM answer, they load it themselves.
+    """
+    kept, progress = run.evaluation_dir / f"{student}.jsonl", live.ProgressBar(student)
+    if not launch.evaluates(params):
+        return evaluate_student(params, models, data.test, kept, progress)
+    launch.evaluate(params, run, student, kept, len(data.test) * params.eval_samples, progress)
+    return read_answers(kept)
+
+
+def evaluate_here(run: Run, data: StudyData, student: str) -> None:
+    """In one of the processes that `launch.evaluate` starts: answer its share of `evaluate_run`'s questions."""
+    params = run.params
+    source = params.student if student == "untrained" else str(run.path / "model")
+    args = training_config(params, run.training_dir)
+    accelerator, processor = Accelerator(), load_processor(params.student, "student")
+    if args.use_vllm:
+        model: Any = start_vllm(model_folder(source, "student"), processor, accelerator, args)
+    else:
+        model = load_model(source, "student", trained=not params.lora_rank, precision=params.precision)
+    models = Models(model, processor, None)
+    kept = run.evaluation_dir / f"{student}.jsonl"
+    evaluate_student(params, models, data.test, kept, accelerator=accelerator)

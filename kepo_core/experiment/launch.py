@@ -1,4 +1,4 @@
-"""Training on several processes: ``accelerate launch`` starts `experiment.worker`, and its progress is shown here.
+"""Training and evaluation in other processes: ``accelerate launch`` starts `experiment.worker`; progress shows here.
 
 The workers read everything from the run folder and leave everything in it; only the first of them writes. Their
 standard input is a pipe that this process holds: it closes when this process ends, however it ends, and then they end.
@@ -6,6 +6,7 @@ On several machines, `train` starts those of the first, and ``accelerate launch`
 system (params/README.md).
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import yaml
@@ -22,8 +25,10 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 
 from kepo_core.errors import ParamError
+from kepo_core.experiment.evaluation import Progress, parts
 from kepo_core.experiment.live import LiveTraining, read_rows, total_steps
 from kepo_core.experiment.methods import needs_teacher
+from kepo_core.method.vllm_rollouts import VERSIONS
 from kepo_core.params import Params, project_root, resolve
 from kepo_core.runs.run import Run
 
@@ -33,6 +38,8 @@ WHOLE = "params/accelerate/ddp.yaml"
 LAST_WORDS = "kepo: process "
 #: A worker's argument: `end_with_starter`, for standard input is `train`'s pipe.
 ATTACHED = "--attached"
+#: … and what it does instead of training; "untrained" or "trained" follows.
+EVALUATE = "--evaluate"
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _MIXED = {"fp32": "no", "bf16": "bf16"}
@@ -47,6 +54,11 @@ class TrainingFailed(RuntimeError):  # noqa: N818  # as it reads where it is rai
 def several(params: Params) -> bool:
     """Whether other processes train, started by `train`."""
     return params.method != "none" and (params.processes > 1 or bool(params.accelerate_config))
+
+
+def evaluates(params: Params) -> bool:
+    """Whether other processes evaluate, started by `evaluate`: several at once, or vLLM's."""
+    return params.processes > 1 or bool(params.of_trl("use_vllm"))
 
 
 def configuration(params: Params) -> ClusterConfig:
@@ -76,11 +88,8 @@ def configuration(params: Params) -> ClusterConfig:
 def check(params: Params) -> None:
     """Raise `ParamError` where this machine cannot train as ``params`` say."""
     gpus = torch.cuda.device_count()
-    if params.of_trl("use_vllm") and params.method == "kepo":
-        if importlib.util.find_spec("vllm") is None:
-            raise ParamError("use_vllm is True but vllm is not installed: pip install 'trl[vllm]', or set it to False")
-        if not gpus:
-            raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
+    if params.of_trl("use_vllm"):
+        _check_vllm(gpus)
     if gpus > 1 and params.processes == 1 and params.method != "none":
         raise ParamError(
             f"processes is 1 but this machine shows {gpus} GPUs: set CUDA_VISIBLE_DEVICES to one of them (0, say), or "
@@ -116,6 +125,19 @@ def check(params: Params) -> None:
         )
 
 
+def _check_vllm(gpus: int) -> None:
+    (least, end), wanted = VERSIONS, "pip install -e '.[vllm]', or set it to False"
+    try:
+        found = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError as missing:
+        raise ParamError(f"use_vllm is True but vllm is not installed: {wanted}") from missing
+    if not least <= tuple(map(int, re.findall(r"\d+", found)[:2])) < end:
+        known = f"{'.'.join(map(str, least))} or later, and before {'.'.join(map(str, end))}"
+        raise ParamError(f"use_vllm is True but vllm is {found}, expected {known}: {wanted}")
+    if not gpus and "cpu" not in found:
+        raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
+
+
 def train(params: Params, run: Run, shown: LiveTraining) -> None:
     """Train in ``params.processes`` new processes, from the run's newest checkpoint; the model lies in ``model`` then.
 
@@ -123,15 +145,47 @@ def train(params: Params, run: Run, shown: LiveTraining) -> None:
     ``metrics.jsonl``. Raises `TrainingFailed` with the last words of the worker that ended first. If this process is
     interrupted, so are they; what they wrote is whole.
     """
+    seen = 0
+
+    def show() -> None:
+        nonlocal seen
+        seen = _show_after(seen, params, run, shown)
+
+    _watch(command(params, run), params.processes // configuration(params).num_machines, run, show)
+    shown.finish()
+
+
+def evaluate(params: Params, run: Run, student: str, kept: Path, count: int, progress: Progress) -> None:
+    """Let this machine's share of ``params.processes`` answer all ``count`` rows of the run's test questions.
+
+    Args:
+        student: "untrained" or "trained".
+        kept: the file that has all answers afterwards.
+        progress: told how many are answered.
+
+    Raises:
+        TrainingFailed: with the last words of the worker that ended first; what was answered is kept.
+    """
+    here = max(1, params.processes // configuration(params).num_machines)
+    whole = params.replace(processes=here, accelerate_config="")
+
+    def show() -> None:
+        progress(sum(max(0, len(file.read_bytes().splitlines()) - 1) for file in parts(kept)), count)
+
+    _watch([*command(whole, run), EVALUATE, student], here, run, show)
+    progress(count, count)
+
+
+def _watch(command: Sequence[str], processes: int, run: Run, show: Callable[[], None]) -> None:
+    """Run ``command`` to its end, calling ``show`` on the way; as `train` says."""
     run.training_dir.mkdir(exist_ok=True)
-    here = params.processes // configuration(params).num_machines
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // here))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"  # else accelerate quietly makes every process a run of its own
-    log, seen = run.training_dir / "processes.log", 0
+    log = run.training_dir / "processes.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(params, run),
+            command,
             cwd=project_root(),
             env=environment,
             stdin=subprocess.PIPE,
@@ -143,11 +197,10 @@ def train(params: Params, run: Run, shown: LiveTraining) -> None:
     try:
         while process.poll() is None:
             time.sleep(_PAUSE)
-            seen = _show_after(seen, params, run, shown)
+            show()
         if process.returncode:
             raise TrainingFailed(last_words(log.read_text(encoding="utf-8", errors="replace")))
         log.unlink()
-        shown.finish()
     finally:
         process.stdin.close()
         process.terminate()

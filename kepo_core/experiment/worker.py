@@ -1,4 +1,4 @@
-"""A training process: ``accelerate launch … -m kepo_core.experiment.worker RUN``, which `launch.train` starts."""
+"""A process that trains or evaluates: ``accelerate launch … -m kepo_core.experiment.worker RUN``, see `launch`."""
 
 import os
 import sys
@@ -12,12 +12,16 @@ from kepo_core.runs.run import Run
 
 
 def main(folder: str, *options: str) -> int:
-    """Train as the parameters in the run's ``folder`` say. Returns the exit code; the last line says why it is 1."""
+    """Do what the parameters in the run's ``folder`` say. Returns the exit code; the last line says why it is 1."""
     quiet_third_parties()
     if launch.ATTACHED in options:
         launch.end_with_starter()
     try:
-        work(Run.open(Path(folder)))
+        run = Run.open(Path(folder))
+        if launch.EVALUATE in options:
+            experiment.evaluate_here(run, load_data(run), options[-1])
+        else:
+            work(run)
     except Exception as error:
         traceback.print_exc()
         sentence = str(error).strip().splitlines() or ["no more is known"]
@@ -27,15 +31,17 @@ def main(folder: str, *options: str) -> int:
     return 0
 
 
-def work(run: Run) -> None:
-    """Data, models and trainer as the notebook's process has them, and training to the end.
-
-    Raises ``RuntimeError`` if the data are no longer those of the run.
-    """
-    params = run.params
-    data = experiment.load_data(params)
+def load_data(run: Run) -> experiment.StudyData:
+    """The data as the notebook's process has them; ``RuntimeError`` if they are no longer those of the run."""
+    data = experiment.load_data(run.params)
     if data.identity() != run.provenance["data"]:
-        raise RuntimeError(f"data_root {params.data_root} holds other data here than when the run began")
+        raise RuntimeError(f"data_root {run.params.data_root} holds other data here than when the run began")
+    return data
+
+
+def work(run: Run) -> None:
+    """Models and trainer as the notebook's process has them, and training to the end."""
+    params, data = run.params, load_data(run)
     models = experiment.load_models(params)
     trainer = experiment.make_trainer(params, run, data, models)
     assert trainer is not None  # launch.several

@@ -60,6 +60,8 @@ class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not
         default=True,
         metadata={"help": "The KL estimate is multiplied by the ratio: its gradient is that of D_KL(π_θ‖π_ref)."},
     )
+    # Declared here too, as transformers 5.19 has the old name alone.
+    activation_checkpointing: bool | None = field(default=None, metadata={"help": "Compute activations twice."})
     # None, as transformers warns of this old name of activation_checkpointing wherever it is set.
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name; TRL turns it on."})
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default on a GPU, off without."})
@@ -69,6 +71,8 @@ class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available()
+        if self.activation_checkpointing:
+            self.gradient_checkpointing = True
         super().__post_init__()
         self._check_method()
 

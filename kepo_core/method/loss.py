@@ -15,6 +15,7 @@ from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.top_k import TopTargets, gather_targets
 from kepo_core.method.vision import VisionTrainer
+from kepo_core.method.vllm_rollouts import most_difference
 
 
 class _Forward:
@@ -106,7 +107,8 @@ class GatedLossTrainer(VisionTrainer):
         if self.beta:
             terms["kl"] = self._kl(forward.output.log_probs[:, -width:].detach(), mask, inputs)
             terms["policy"] = terms["policy"] - self.beta * terms["kl"]
-        sums = loss.new_zeros(4, dtype=torch.float32)  # entropy and its tokens, divergence and its tokens
+        # Entropy, divergence and vLLM's difference, each with the tokens that it is summed over.
+        sums = loss.new_zeros(6, dtype=torch.float32)
         if getattr(forward.output, "divergence", None) is not None:
             divergence_BT, gate = forward.output.divergence, inputs["kepo_gate"]
             distill = objective.distillation_term(
@@ -115,12 +117,17 @@ class GatedLossTrainer(VisionTrainer):
             loss = loss + self.args.distill_coef * distill
             terms["distill"] = distill.detach() * scale
             gated_BT = mask * gate.unsqueeze(1)
-            sums[2:] = torch.stack([(divergence_BT.detach() * gated_BT).sum(), gated_BT.sum()])
+            sums[2:4] = torch.stack([(divergence_BT.detach() * gated_BT).sum(), gated_BT.sum()])
         replaced = inputs.get("kepo_replaced_entropy")
         own_BT = mask if replaced is None else mask * (replaced[:, 1:] == 0)
         sums[:2] = torch.stack([(forward.output.entropy[:, -width:].detach() * own_BT).sum(), own_BT.sum()])
         if replaced is not None:
             sums[:2] += replaced.sum(0)
+        if "sampling_per_token_logps" in inputs:
+            now_BT = inputs.get("old_per_token_logps", forward.output.log_probs[:, -width:].detach())
+            off_BT = (now_BT - inputs["sampling_per_token_logps"]).abs()
+            known_BT = mask * ~off_BT.isnan()  # hint-aware draws are of another prompt
+            sums[4:] = torch.stack([(off_BT.nan_to_num() * known_BT).sum(), known_BT.sum()])
         if not training:
             del terms["distill"]  # evaluation asks no teacher
         self._log_loss("train" if training else "eval", terms, sums)
@@ -149,12 +156,24 @@ class GatedLossTrainer(VisionTrainer):
                 step = self.state.global_step + 1
                 raise FloatingPointError(f"the {name} loss is {value} at step {step}, expected a finite number")
         logged = {f"kepo/loss_{name}": value for name, value in means.items()}
-        # Sums of entropy, its tokens, divergence and its tokens since the last optimiser step.
+        # The sums since the last optimiser step.
         window = self._window.setdefault(mode, [0.0] * len(sums))
         window[:] = [total + value for total, value in zip(window, values[len(terms) :], strict=True)]
         if self.accelerator.sync_gradients:  # the micro-batches of an optimiser step are one mean, not one each
-            entropy, tokens, divergence, gated = self._window.pop(mode)
+            entropy, tokens, divergence, gated, off, drawn = self._window.pop(mode)
             logged["kepo/entropy"] = entropy / tokens if tokens else math.nan
             logged["kepo/divergence"] = divergence / gated if gated else math.nan
+            if self.use_vllm:
+                logged["kepo/vllm_difference"] = off / drawn if drawn else math.nan
+                self._stop_if_apart(logged["kepo/vllm_difference"])
         for name, value in logged.items():
             self._metrics[mode][name].append(value)
+
+    def _stop_if_apart(self, difference: float) -> None:
+        """Raise ``FloatingPointError`` where vLLM draws from another distribution than the trainer scores."""
+        if difference > (most := most_difference(self.args)):
+            raise FloatingPointError(
+                f"vLLM's log-probabilities are {difference:.2f} away from the trainer's on average at step "
+                f"{self.state.global_step + 1}, expected at most {most:.2f}: it has other weights, another precision "
+                "or other pictures than the student. Compare its model and dtype, or set use_vllm to False"
+            )

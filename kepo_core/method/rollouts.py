@@ -43,6 +43,8 @@ GLOSSARY: dict[str, str] = {
     "use_bias_correction_kl is off), in the same mean, before beta",
     "kepo/divergence": "mean D(π_T‖π_θ) per gated token; with a served teacher, over its top-k tokens and "
     "one bucket for the rest",
+    "kepo/vllm_difference": "mean |log π_vLLM − log π_θ| per token of the student's own rollouts (with use_vllm); "
+    "training stops where it exceeds 0.2",
     "kepo/unasked": "sequences past the gate that a served teacher was not asked about, as their text would be cut "
     "into other tokens than the student wrote; they are not guided",
 }

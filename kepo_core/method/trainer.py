@@ -27,6 +27,7 @@ from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Prompt, Task, with_images
 from kepo_core.method.teacher import Teacher
+from kepo_core.method.vllm_rollouts import CheckedVLLM
 
 __all__ = ["KEPOConfig", "KEPOTrainer"]
 
@@ -81,6 +82,8 @@ class KEPOTrainer(ScoringTrainer):
     ```
     """
 
+    _last_loaded_step: int  # whose weights vLLM has
+
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "kepo"]
     _name = "KEPO"
     _paper: ClassVar[dict[str, str]] = {
@@ -113,6 +116,8 @@ class KEPOTrainer(ScoringTrainer):
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [checked_reward(reward) for reward in given]
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
+        if self.use_vllm:
+            self.vllm_generation: Any = CheckedVLLM(self.vllm_generation, self.processing_class)
         self._find_rewards()
         if args.scale_rewards == "rloo":
             self.scale_rewards = "none"  # TRL computes Eq. 6, of which Eq. 4 is made
@@ -162,6 +167,15 @@ class KEPOTrainer(ScoringTrainer):
                 "(an end-of-text token)"
             )
         return ids, logps
+
+    def current_vllm(self) -> CheckedVLLM | None:
+        """With ``use_vllm`` what draws the rollouts, with the student's present weights; all processes call it."""
+        if not self.use_vllm:
+            return None
+        if self.state.global_step != self._last_loaded_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        return self.vllm_generation  # type: ignore[no-any-return]
 
     def _seed(self) -> str:
         """Names this generation batch: what is drawn for it besides tokens depends on nothing else."""

@@ -32,11 +32,18 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "_logs",  # the table of completions, whose advantages are put right
         "_pending_extra_logs",  # what reward functions have logged by column, and
         "_pending_metrics",  # as metrics: kept apart for draws that may never be trained on
+        "_last_loaded_step",  # of which step the weights are that vLLM has
         "_step",  # micro-batches so far, and
         "_buffered_inputs",  # the rollouts of a generation window: both are kept in a checkpoint
         "_tag_names",  # what the model card says of the method:
         "_name",
         "_paper",
+    ),
+    "trl.generation.vllm_generation.VLLMGeneration": (
+        "_place_features",  # replaced: a server's pictures are as large as the trainer's
+    ),
+    "trl.generation.vllm_client.VLLMClient": (
+        "_post",  # wrapped: newer vLLMs name a token otherwise
     ),
     "trl.DistillationTrainer": (
         "_generate_and_score_completions",  # overridden: MM-GKD keeps the rows of the batch

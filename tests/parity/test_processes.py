@@ -92,12 +92,6 @@ def test_a_lora_student_is_asked_on_the_way(tmp_path: Path, shard: tuple[str, ..
 
 
 @pytest.mark.slow
-def test_a_vllm_server_answers_each_process_what_it_asked(tmp_path: Path) -> None:
-    start("two_processes_vllm.py", 2, tmp_path / "two")
-    assert (tmp_path / "two" / "asked").read_text() == "[[1, 3], [3, 1], [0, 2], [2, 2]]"
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("shard", [(), ("shard=1",)], ids=["DDP", "FSDP2"])
 def test_what_two_processes_generate_is_reproducible(tmp_path: Path, shard: tuple[str, ...]) -> None:
     """Each process draws for itself; the same seed and number of processes give the same rollouts and weights."""

@@ -216,10 +216,10 @@ def test_batches_hold_similar_lengths_longest_first_and_lose_nothing():
 
 
 def test_trim_keeps_the_end_and_nothing_behind_it():
-    completion, finished = trim(torch.tensor([5, 2, 9, 2, 9]), [9, 7])
-    assert (completion.tolist(), finished) == ([5, 2, 9], True)
-    completion, finished = trim(torch.tensor([5, 2]), [9])
-    assert (completion.tolist(), finished) == ([5, 2], False)
+    completion, finished = trim([5, 2, 9, 2, 9], [9, 7])
+    assert (completion, finished) == ([5, 2, 9], True)
+    completion, finished = trim([5, 2], [9])
+    assert (completion, finished) == ([5, 2], False)
 
 
 def test_samples_follow_their_seed_alone(model, processor, questions, tmp_path):

@@ -110,8 +110,16 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, monkeypatch: pyte
     launch.check(four.replace(method="none"))  # nothing is trained
     launch.check(params("ddp"))
     bad("use_vllm is True but vllm is not installed", Params().replace(use_vllm=True))
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
-    bad("use_vllm is True but this machine has no GPU", Params().replace(use_vllm=True))
+    drawn = Params().replace(use_vllm=True)
+    for version, sentence in (
+        ("0.32.0", "this machine has no GPU"),
+        ("0.29.1", r"vllm is 0\.29\.1, expected 0\.30 or later, and before 0\.33"),
+        ("0.33.0+cpu", r"vllm is 0\.33\.0\+cpu, expected"),
+    ):  # fmt: skip
+        monkeypatch.setattr(launch.importlib.metadata, "version", lambda name, version=version: version)
+        bad(f"use_vllm is True but {sentence}", drawn)
+    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: "0.32.0+cpu")
+    launch.check(drawn)
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     bad("needs deepspeed", params("4gpu-zero3"))

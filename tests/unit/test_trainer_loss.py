@@ -1,5 +1,6 @@
 """KEPOTrainer's loss: Eq. 7 from one forward, the teacher's part in it, and off-policy measures."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,20 @@ def test_a_samplers_own_log_probabilities_do_not_correct_injected_rows(tmp_path:
     injected = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor([place]), True)
     assert (ratio[injected] == 1).all()
     assert (ratio[~injected] != 1).any(dim=1).all()
-    assert torch.isfinite(trainer._compute_loss(trainer.model, batch))
+    with pytest.raises(
+        FloatingPointError, match=r"vLLM's log-probabilities are \d\.\d\d away .* at step 1, expected at most 0\.20"
+    ):
+        trainer._compute_loss(trainer.model, batch)
+    drawn = batch["completion_mask"].bool() & ~injected.unsqueeze(1)
+    for allowed in (0.15, 0.25):  # around the threshold
+        off = batch["old_per_token_logps"] + allowed
+        batch["sampling_per_token_logps"] = torch.where(drawn, off, math.nan)
+        if allowed > 0.2:
+            with pytest.raises(FloatingPointError, match=r"are 0\.25 away"):
+                trainer._compute_loss(trainer.model, batch)
+        else:
+            assert torch.isfinite(trainer._compute_loss(trainer.model, batch))
+            assert trainer._metrics["train"]["kepo/vllm_difference"][-1] == pytest.approx(allowed, abs=1e-5)
 
 
 def test_distillation_through_lora(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""Completions for an evaluation: by transformers, or by the vLLM that draws a training's rollouts."""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from kepo_core.method.vllm_rollouts import CheckedVLLM
+
+#: (prompts, a picture for each, what names the draw) → the tokens of each completion, maybe padded behind its end.
+Draw = Callable[[Sequence[str], Sequence[Image], str], Sequence[Sequence[int]]]
+
+
+def start_vllm(folder: str, processor: Any, accelerator: Any, args: Any) -> CheckedVLLM:
+    """An engine of this process's own over the model in ``folder``, with the settings of a ``KEPOConfig``."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    model: Any = nn.Module()  # without weights: the engine reads those of the folder, and is never sent others
+    model.name_or_path, model.generation_config = folder, _generation(folder)
+    return CheckedVLLM(
+        VLLMGeneration(
+            model,
+            accelerator,
+            processor,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length,
+            model_impl=args.vllm_model_impl,
+        ),
+        processor,
+    )
+
+
+def in_step(model: Any) -> bool:
+    """Whether all processes have to draw equally often, and as many: a model is shared out, or they ask one server."""
+    if isinstance(model, CheckedVLLM):
+        return bool(model.mode == "server")
+    return isinstance(model, FSDPModule) or bool(is_deepspeed_zero3_enabled())
+
+
+@contextmanager
+def drawing(model: Any, processor: Any, max_tokens: int, temperature: float) -> Iterator[tuple[list[int], Draw]]:
+    """The stop tokens and what draws from ``model``, which is as it was afterwards.
+
+    Args:
+        model: an image-text model with ``generate``, or a `CheckedVLLM`.
+        processor: its processor.
+        max_tokens: most tokens of a completion, at least 1.
+        temperature: of sampling; 0 decodes greedily.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: {max_tokens}, expected at least 1.")
+    if temperature < 0:
+        raise ValueError(f"temperature: {temperature}, expected 0 (greedy) or more.")
+    by = _by_vllm if isinstance(model, CheckedVLLM) else _by_transformers
+    with by(model, processor, max_tokens, temperature) as found:
+        yield found
+
+
+@contextmanager
+def _by_transformers(
+    model: Any, processor: Any, max_tokens: int, temperature: float
+) -> Iterator[tuple[list[int], Draw]]:
+    """Evaluation mode and a plain configuration on ``model`` for a while.
+
+    The configuration is exchanged on the model, since ``generate`` fills whatever an argument leaves open from it.
+    """
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    own, was_training = model.generation_config, model.training
+    stop_tokens = _stop_tokens(own, processor.tokenizer)
+    image_token = getattr(model.config, "image_token_id", None)
+
+    def draw(texts: Sequence[str], pictures: Sequence[Image], name: str) -> Sequence[Sequence[int]]:
+        inputs = processor(
+            text=list(texts),
+            images=[[picture] for picture in pictures],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        together = {"synced_gpus": True} if in_step(model) else {}
+        with _seeded(name, model.device):
+            output = model.generate(**inputs, **together)
+        return output[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
+
+    model.generation_config = GenerationConfig(
+        **sampling,
+        max_new_tokens=max_tokens,
+        eos_token_id=stop_tokens,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        # As in training: a sampled image placeholder would stand for no image.
+        suppress_tokens=None if image_token is None else [image_token],
+    )
+    model.eval()
+    try:
+        with torch.no_grad():  # not inference_mode: what it leaves in caches cannot be trained with
+            yield stop_tokens, draw
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+@contextmanager
+def _by_vllm(
+    model: CheckedVLLM, processor: Any, max_tokens: int, temperature: float
+) -> Iterator[tuple[list[int], Draw]]:
+    """Plain sampling on the engine for a while."""
+    stop_tokens = _stop_tokens(model.model.generation_config, processor.tokenizer)
+
+    def draw(texts: Sequence[str], pictures: Sequence[Image], name: str) -> Sequence[Sequence[int]]:
+        # Without padding; a picture's placeholder is repeated here as in training, and the engine checks its own.
+        ids = [
+            processor(text=[text], images=[[picture]])["input_ids"][0]
+            for text, picture in zip(texts, pictures, strict=True)
+        ]
+        _, drawn, *_ = model.generate([list(row) for row in ids], [[picture] for picture in pictures], 1)
+        return drawn  # type: ignore[no-any-return]
+
+    with model.sampling(temperature, max_tokens, stop_tokens):
+        yield stop_tokens, draw
+
+
+def _generation(folder: str) -> GenerationConfig:
+    """A saved model's own generation configuration; an empty one where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig()
+
+
+def _stop_tokens(own: GenerationConfig, tokenizer: Any) -> list[int]:
+    """What ends a text is no matter of taste: the checkpoint's own stop tokens count beside the tokenizer's."""
+    declared = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    return sorted({token for token in (*declared, tokenizer.eos_token_id) if token is not None})
+
+
+@contextmanager
+def _seeded(name: str, device: torch.device) -> Iterator[None]:
+    """Torch's random state, the CPU's and ``device``'s, named by ``name`` for a while."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(zlib.crc32(name.encode()))
+        yield

@@ -1,0 +1,202 @@
+"""Rollouts by vLLM from the very prompts that the trainer scores, and a guard over both.
+
+TRL gives vLLM token ids in which a picture's placeholder is repeated already, once per image token, and the picture
+beside them. Colocated vLLM repeats the first of them once more, and draws from a prompt that nobody wrote. Here it
+gets one placeholder per picture, and what it has made of them is compared with what was sent, token by token.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+from requests import RequestException
+
+#: Versions that have been run with this package (tests/real_vllm) or are TRL's own; the last one is not included.
+VERSIONS = ((0, 30), (0, 33))
+#: The mean |Δ log p| between vLLM and the trainer over the tokens of an optimiser step at which training stops. Where
+#: both compute in float32 it was below 0.001, in bfloat16 below 0.03; with corrupted prompts it was 1.2 and more.
+MOST_DIFFERENCE = 0.2
+
+_LIKELIER_BY = {"top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+
+
+def most_difference(args: Any) -> float:
+    """`MOST_DIFFERENCE` for the sampling that a ``GRPOConfig`` asks for.
+
+    vLLM's log-probabilities are those of what it draws from. A nucleus of mass ``top_p`` raises each of them by up to
+    −log ``top_p``; by how much ``top_k``, ``min_p`` and a penalty move them is not bounded, so that nothing is judged.
+    """
+    if any(getattr(args, name) not in (neutral, None) for name, neutral in _LIKELIER_BY.items()):
+        return math.inf
+    return MOST_DIFFERENCE - math.log(args.top_p)
+
+
+def one_placeholder_each(ids: Sequence[int], pictures: int, image_token: int, row: int) -> list[int]:
+    """``ids`` with as many image tokens as there are pictures, where each picture's are.
+
+    Raises:
+        ValueError: the image tokens stand in several runs, and not in one per picture.
+
+    Example, of image token 9 and two pictures:
+
+    ```python
+    >>> from kepo_core.method.vllm_rollouts import one_placeholder_each
+    >>> one_placeholder_each([1, 9, 9, 9, 2, 9, 9, 3], 2, image_token=9, row=0)
+    [1, 9, 2, 9, 3]
+    >>> one_placeholder_each([1, 9, 9, 9, 9, 9, 3], 2, image_token=9, row=0)
+    [1, 9, 9, 3]
+
+    ```
+    """
+    runs = [(token, len(list(same))) for token, same in groupby(ids)]
+    found = sum(token == image_token for token, _ in runs)
+    if found not in (pictures, min(pictures, 1)):
+        raise ValueError(
+            f"prompt {row} has {pictures} pictures but {found} runs of image tokens ({image_token}), expected one run "
+            "each: put text between the pictures, or set use_vllm to False"
+        )
+    each = pictures // found if found else 0
+    return [token for token, count in runs for _ in range(each if token == image_token else count)]
+
+
+def check_used(sent: Sequence[Sequence[int]], used: Sequence[Sequence[int]]) -> None:
+    """Raise ``ValueError`` unless vLLM drew from the prompts that the trainer scores, naming row and token."""
+    for row, (ours, theirs) in enumerate(zip(sent, used, strict=True)):
+        if list(ours) == list(theirs):
+            continue
+        token = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        place = min(len(ours), len(theirs)) if token is None else token
+        raise ValueError(
+            f"vLLM drew from another prompt than the trainer scores: row {row} differs from token {place} on "
+            f"({len(theirs)} tokens there, {len(ours)} here). Its processor treats pictures otherwise than the "
+            "student's: set use_vllm to False"
+        )
+
+
+class CheckedVLLM:
+    """TRL's VLLMGeneration with right prompts. It answers to everything that TRL asks of one."""
+
+    def __init__(self, inner: Any, processor: Any) -> None:
+        self._inner, self._image_token = inner, getattr(processor, "image_token_id", None)
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._place = inner._place_features
+        inner._place_features = self._place_features
+        if self._image_token is not None:  # as transformers' generation is told: it would stand for no picture
+            inner.generation_kwargs = {"logit_bias": {self._image_token: -100.0}, **inner.generation_kwargs}
+        if inner.mode == "server" and inner.accelerator.is_main_process:
+            _name_tokens(inner.vllm_client)
+            self._check_server()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    @contextmanager
+    def sampling(self, temperature: float, max_tokens: int, stop_tokens: Sequence[int]) -> Iterator[None]:
+        """Plain sampling for a while, for an evaluation: all tokens count, no penalty, greedy at ``temperature`` 0."""
+        inner, bias = self._inner, self._inner.generation_kwargs.get("logit_bias")
+        plain = {
+            "temperature": temperature,
+            "max_completion_length": max_tokens,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": None,
+            "repetition_penalty": 1.0,
+            "generation_kwargs": {"stop_token_ids": list(stop_tokens), "logit_bias": bias},
+        }
+        own = {name: getattr(inner, name) for name in plain}
+        vars(inner).update(plain)
+        try:
+            yield
+        finally:
+            vars(inner).update(own)
+
+    def sync_weights(self) -> None:
+        """TRL's; a server that is gone is named."""
+        try:
+            self._inner.sync_weights()
+        except RequestException as error:
+            raise self._gone(error) from error
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: list[list[Any] | None] | None,
+        num_generations: int,
+        profiler: Any = None,
+    ) -> Any:
+        """As VLLMGeneration.generate, from ``prompts`` whose pictures are expanded.
+
+        Raises:
+            ValueError: vLLM has used other prompts, or a prompt leaves no room for a completion.
+            ConnectionError: the server does not answer.
+        """
+        self._check_room(prompts)
+        sent = prompts
+        if self._inner.mode == "colocate" and images is not None:
+            assert self._image_token is not None
+            sent = [
+                one_placeholder_each(ids, len(pictures or ()), self._image_token, row)
+                for row, (ids, pictures) in enumerate(zip(prompts, images, strict=True))
+            ]
+        try:
+            used, *drawn = self._inner.generate(sent, images, num_generations, profiler)
+        except RequestException as error:
+            raise self._gone(error) from error
+        check_used(prompts, used)
+        return used, *drawn
+
+    def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
+        most, wanted = self._inner.max_model_length, self._inner.max_completion_length
+        for row, ids in enumerate(prompts):
+            if most is not None and len(ids) + wanted > most:
+                raise ValueError(
+                    f"prompt {row} has {len(ids)} tokens, which leaves no room for a completion of {wanted} in vLLM's "
+                    f"context of {most}: set vllm_max_model_length to {len(ids) + wanted} or more"
+                )
+
+    def _place_features(self, features: Any, prompt_ids: list[int]) -> Any:
+        """TRL's places of a server's pictures in the prompt, if these are as large there as here."""
+        placed = self._place(features, prompt_ids)
+        if placed is not None:
+            theirs = [each.get("length") for each in features["mm_placeholders"]["image"]]
+            ours = [each["length"] for each in placed["mm_placeholders"]["image"]]
+            if theirs != ours:
+                raise ValueError(
+                    f"the vLLM server makes {theirs} tokens of a prompt's pictures, the trainer {ours}: serve the "
+                    "student with the processor that it is trained with"
+                )
+        return placed
+
+    def _check_server(self) -> None:
+        """Raise ``ValueError`` unless the server cuts a text into the student's tokens."""
+        client, text = self._inner.vllm_client, "A) 12.5 mm <think>höher</think> 是"
+        asked = {"model": client.model, "prompt": text, "add_special_tokens": False}
+        answer = client.session.post(f"{client.base_url}/tokenize", json=asked)
+        ours = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if answer.status_code == 200 and answer.json()["tokens"] != ours:
+            raise ValueError(
+                f"the vLLM server at {client.base_url} serves {client.model} with another tokenizer than the "
+                "student's: serve the model that is trained"
+            )
+
+    def _gone(self, error: Exception) -> ConnectionError:
+        where = getattr(self._inner, "server_base_url", None)
+        return ConnectionError(f"the vLLM server at {where} does not answer ({type(error).__name__}): start it again")
+
+
+def _name_tokens(client: Any) -> None:
+    """Let TRL's client read the log-probabilities of vLLM 0.32, which tells a token's id in another field."""
+    post = client._post
+
+    def named(url: str, **kwargs: Any) -> Any:
+        answer = post(url, **kwargs)
+        for choice in answer.get("choices", ()):
+            for token in (choice.get("logprobs") or {}).get("content") or ():
+                for entry in (token, *token.get("top_logprobs", ())):
+                    if "token_id" in entry:
+                        entry.setdefault("token", f"token_id:{entry['token_id']}")
+        return answer
+
+    client._post = named

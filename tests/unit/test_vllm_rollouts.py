@@ -1,0 +1,169 @@
+"""What stands between TRL and vLLM, without one: prompts, checks, what is sampled. tests/real_vllm has the real one."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kepo_harness import ScriptedTrainer, fails_on_0, make_row, make_trainer
+from requests import ConnectionError as NoServer
+
+from kepo_core.experiment.experiment import training_config
+from kepo_core.method import hinted
+from kepo_core.method.exploration import Request
+from kepo_core.method.task import with_images
+from kepo_core.method.vllm_rollouts import CheckedVLLM, check_used, most_difference, one_placeholder_each
+from kepo_core.params import Params
+from kepo_core.task.prompts import vqa_messages
+from kepo_core.testbed.embedded import build_processor
+
+IMAGE = 9
+PROCESSOR = SimpleNamespace(image_token_id=IMAGE)
+
+
+class Engine:
+    """VLLMGeneration as far as it is talked to; it repeats the first placeholder of a picture, as vLLM does."""
+
+    def __init__(self, size: int = 3, mode: str = "colocate", **more: Any) -> None:
+        self.size, self.mode, self.asked = size, mode, []
+        self.max_model_length, self.max_completion_length, self.generation_kwargs = 40, 8, {"seed": 1}
+        self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty = 0.9, 0.8, 7, 0.1, 1.3
+        self.accelerator, self.server_base_url = SimpleNamespace(is_main_process=False), "http://here"
+        vars(self).update(more)
+
+    def _place_features(self, features: Any, prompt_ids: list[int]) -> Any:
+        return None if features is None else {"mm_placeholders": {"image": [{"length": prompt_ids.count(IMAGE)}]}}
+
+    def generate(self, prompts: Any, images: Any, num_generations: int, profiler: Any) -> Any:
+        self.asked.append(prompts)
+        used = []
+        for ids, pictures in zip(prompts, images or [None] * len(prompts), strict=True):
+            left, row = len(pictures or ()), []
+            for token in ids:
+                repeats = self.size if token == IMAGE and left else 1
+                left -= token == IMAGE and left > 0
+                row += [token] * repeats
+            used.append(row)
+        return used, [[5]] * len(prompts), [[[-1.0]]] * len(prompts), None
+
+
+def test_each_picture_has_one_placeholder() -> None:
+    assert one_placeholder_each([1, 9, 9, 9, 2, 9, 3], 2, IMAGE, 0) == [1, 9, 2, 9, 3]
+    assert one_placeholder_each([9, 9, 9, 9], 2, IMAGE, 0) == [9, 9]  # side by side: one run
+    assert one_placeholder_each([9], 1, IMAGE, 0) == [9] and one_placeholder_each([1, 2], 0, IMAGE, 0) == [1, 2]
+    for ids, pictures in (([9, 1, 9, 9], 3), ([1, 2], 1), ([9, 9], 0)):
+        with pytest.raises(ValueError, match=f"prompt 4 has {pictures} pictures but"):
+            one_placeholder_each(ids, pictures, IMAGE, 4)
+
+
+def test_what_vllm_used_is_what_was_sent() -> None:
+    checked = CheckedVLLM(engine := Engine(size=3), PROCESSOR)
+    prompts = [[1, 9, 9, 9, 2], [9, 9, 9, 9, 9, 9], [4, 4]]
+    used, ids, *_ = checked.generate(prompts, [["a"], ["a", "b"], None], 1)
+    assert used == prompts and ids == [[5]] * 3 and engine.asked == [[[1, 9, 2], [9, 9], [4, 4]]]
+    assert checked.generate([[4, 4]], None, 1)[0] == [[4, 4]]
+
+
+def test_another_prompt_than_the_trainers_is_refused_by_row_and_token() -> None:
+    engine = Engine(size=4)  # its processor makes more of a picture
+    sentence = r"row 1 differs from token 4 on \(6 tokens there, 5 here\)"
+    with pytest.raises(ValueError, match=sentence):
+        CheckedVLLM(engine, PROCESSOR).generate([[4], [1, 9, 9, 9, 2]], [None, ["a"]], 1)
+    with pytest.raises(ValueError, match=r"row 0 differs from token 2 on \(3 tokens there, 2 here\)"):
+        check_used([[1, 2]], [[1, 2, 3]])
+    check_used([[1, 2]], [(1, 2)])
+
+
+def test_a_context_too_short_is_refused_by_row_and_length() -> None:
+    checked = CheckedVLLM(Engine(), PROCESSOR)
+    checked.generate([[4] * 32], None, 1)
+    with pytest.raises(ValueError, match=r"prompt 1 has 33 tokens, .* completion of 8 .* context of 40: set vllm_max_"):
+        checked.generate([[4], [4] * 33], None, 1)
+
+
+def test_a_servers_pictures_are_as_large_as_the_trainers() -> None:
+    engine = Engine(mode="server")
+    CheckedVLLM(engine, PROCESSOR)
+    theirs = {"mm_placeholders": {"image": [{"length": 3}]}}
+    assert engine._place_features(theirs, [1, 9, 9, 9])["mm_placeholders"]["image"] == [{"length": 3}]
+    assert engine._place_features(None, [1]) is None
+    with pytest.raises(ValueError, match=r"makes \[3\] tokens of a prompt's pictures, the trainer \[2\]"):
+        engine._place_features(theirs, [1, 9, 9])
+
+
+@pytest.mark.parametrize("method", ["generate", "sync_weights"])
+def test_a_server_that_is_gone_is_named(method: str) -> None:
+    def gone(*_: Any) -> None:
+        raise NoServer("refused")
+
+    checked = CheckedVLLM(Engine(mode="server", **{method: gone}), PROCESSOR)
+    with pytest.raises(ConnectionError, match="the vLLM server at http://here does not answer"):
+        checked.generate([[1]], None, 1) if method == "generate" else checked.sync_weights()
+
+
+def test_a_server_with_another_tokenizer_is_refused() -> None:
+    tokenizer = build_processor().tokenizer
+    processor = SimpleNamespace(image_token_id=IMAGE, tokenizer=tokenizer)
+
+    def served(change: int) -> Engine:
+        def post(url: str, json: Any) -> Any:
+            tokens = [token + change for token in tokenizer(json["prompt"])["input_ids"]]
+            return SimpleNamespace(status_code=200, json=lambda: {"tokens": tokens})
+
+        client = SimpleNamespace(base_url="http://here", model="other", session=SimpleNamespace(post=post))
+        return Engine(mode="server", vllm_client=client, accelerator=SimpleNamespace(is_main_process=True))
+
+    CheckedVLLM(served(0), processor)
+    with pytest.raises(ValueError, match="http://here serves other with another tokenizer than the student's"):
+        CheckedVLLM(served(1), processor)
+
+
+def test_an_evaluation_samples_plainly_and_leaves_no_trace() -> None:
+    engine = Engine()
+    checked, before = CheckedVLLM(engine, PROCESSOR), dict(vars(engine))
+    with checked.sampling(0.0, 5, [2, 3]):
+        assert (engine.temperature, engine.top_p, engine.top_k, engine.min_p) == (0.0, 1.0, 0, None)
+        assert (engine.repetition_penalty, engine.max_completion_length) == (1.0, 5)
+        assert engine.generation_kwargs == {"stop_token_ids": [2, 3], "logit_bias": {IMAGE: -100.0}}
+    assert vars(engine) == before and engine.generation_kwargs == {"seed": 1, "logit_bias": {IMAGE: -100.0}}
+
+
+def test_the_threshold_allows_for_what_the_sampling_cuts_off(tmp_path: Path) -> None:
+    def most(**given: Any) -> float:
+        return most_difference(training_config(Params().replace(use_vllm=True, **given), tmp_path))
+
+    assert most() == pytest.approx(0.2) and most(top_p=0.9) == pytest.approx(0.2 + 0.10536, abs=1e-5)
+    assert most(top_k=5) == most(min_p=0.1) == most(repetition_penalty=1.1) == float("inf")
+
+
+def test_parameters_arrive(tmp_path: Path) -> None:
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://host:8000"}
+    given = training_config(Params.load(None, server), tmp_path)
+    assert (given.use_vllm, given.vllm_mode, given.vllm_server_base_url) == (True, "server", "http://host:8000")
+    memory = Params().replace(use_vllm=True, vllm_gpu_memory_utilization=0.2, vllm_max_model_length=4096)
+    here = training_config(memory, tmp_path)
+    assert (here.vllm_mode, here.vllm_gpu_memory_utilization, here.vllm_max_model_length) == ("colocate", 0.2, 4096)
+    assert here.vllm_server_base_url is None and here.vllm_importance_sampling_correction
+    nucleus = training_config(Params().replace(use_vllm=True, top_p=0.95), tmp_path)
+    assert not nucleus.vllm_importance_sampling_correction
+
+
+def test_a_process_asks_a_server_for_as_many_as_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL gives each process its share of the answers by its own number of prompts, which must be everybody's."""
+    tokenizer = build_processor().tokenizer
+    trainer = make_trainer(tmp_path, fails_on_0)
+    asked: list[str] = []
+
+    def generate(self: Any, prompt_ids: Any, *_: Any) -> Any:
+        asked.extend(tokenizer.decode(ids) for ids in prompt_ids)
+        return [[*tokenizer("red")["input_ids"], tokenizer.eos_token_id]] * len(prompt_ids), None
+
+    monkeypatch.setattr(ScriptedTrainer, "_generate_single_turn", generate)
+    monkeypatch.setattr(trainer, "use_vllm", True)
+    trainer.state.global_step = 0
+    monkeypatch.setattr(hinted, "largest", lambda accelerator, number: max(3, number))
+    monkeypatch.setattr(hinted._Sampler, "_scored", lambda self, places, draws: draws)
+    row = make_row(0) | {"prompt": vqa_messages("Question 9?", ["red", "blue"], True)}
+    prompt = with_images(row["prompt"], row)
+    draws = hinted._Sampler(trainer, [row], [prompt], [], {0: 0}, "0").draw([Request(0, "look", 1)])
+    assert len(draws) == 1 and ["look" in text for text in asked] == [True, False, False]
