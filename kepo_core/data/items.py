@@ -23,7 +23,7 @@ def write_items(path: Path, train: Sequence[Question], tests: Mapping[str, Seque
 def read_images(path: Path) -> dict[str, str]:
     """Question id → image of the evaluated items that ``path`` names; empty if it cannot be read."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error):
         return {}
@@ -41,7 +41,7 @@ def read_items(
     by_id = {question.id: question for question in questions}
     found: dict[str, dict[str, Question]] = {"train": {}, "eval": {}}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"items_file {path}: cannot be read ({error}), expected the items.csv of a run.") from error

@@ -419,6 +419,8 @@ def test_others_get_the_very_same_items(tmp_path: Path, cache: Path) -> None:
     given = {"items_file": str(tmp_path / "items.csv")}
     same = experiment.load_data(study_params(root, **given))
     assert (same.train, same.tests) == (data.train, data.tests)
+    (tmp_path / "items.csv").write_text((tmp_path / "items.csv").read_text(), encoding="utf-8-sig")  # as Excel saves
+    assert experiment.load_data(study_params(root, **given)).train == data.train
     fewer = experiment.load_data(study_params(root, **given, train_items=4, eval_items=1))
     assert fewer.train == data.train[:4] and {m: len(rows) for m, rows in fewer.tests.items()} == {"MRI": 1, "CT": 1}
     gone = {name: content for name, content in study_members().items() if not name.endswith(data.train[2].image.name)}
