@@ -1,9 +1,9 @@
 """``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on, ``kepo study run`` makes many runs.
 
 ``kepo data check`` looks at data, ``kepo check-teacher`` at a served teacher, ``kepo runs`` at what has been run,
-``kepo report`` renders pages of it, ``kepo plan`` says what a run would take of a GPU. Exit codes: 0 completed, 1
-failed (the folder says why; or a plan does not fit), 2 refused (a parameter or the data do not fit; nothing is left
-behind), 130 interrupted.
+``kepo report`` renders pages of it, ``kepo export`` makes a folder for the Hub, ``kepo plan`` says what a run takes of
+a GPU. Exit codes: 0 completed, 1 failed (the folder says why; or a plan does not fit), 2 refused (a parameter or the
+data do not fit; nothing is left behind), 130 interrupted.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def _obey(arguments: argparse.Namespace) -> int:
         return check_data(arguments.path, arguments.strict, arguments.html, params, arguments.quick)
     if arguments.command == "report":
         return write_reports(arguments.what, arguments.index)
+    if arguments.command == "export":
+        return export_run(arguments.run, arguments.folder)
     if arguments.command == "study":
         return run_study(arguments.file, arguments.slots, arguments.cluster)
     if arguments.command == "runs":
@@ -163,6 +165,17 @@ def write_reports(what: Sequence[str], results: str | None) -> int:
         print(f"kepo: wrote {page}")
     if results is not None or not what:
         print(f"kepo: wrote {write_index(resolve(results or Params.load().results_dir))}")
+    return COMPLETED
+
+
+def export_run(name: str, folder: str | None) -> int:
+    """Write a completed run as a folder for the Hugging Face Hub. Raises `ParamError` where it cannot be."""
+    from kepo_core.pages.export import export
+    from kepo_core.runs.run import Run
+
+    run = Run.open(_run_folder(name))
+    written = export(run, Path(folder) if folder else run.path / "export")
+    print(f"kepo: wrote {written}; nothing was uploaded: `hf upload OWNER/NAME {written}` does it")
     return COMPLETED
 
 
@@ -307,6 +320,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--index", metavar="RESULTS", nargs="?", const="", help="the index of this folder (default: results)"
     )
+    hub = commands.add_parser("export", help="a run's model with its card, as a folder that the Hugging Face Hub takes")
+    hub.add_argument("run", help="as for resume")
+    hub.add_argument("folder", nargs="?", help="a new folder (default: export, in the run's)")
     _add_runs(commands.add_parser("runs", help="list the runs of a results folder, show or compare them"))
     listing = commands.add_parser("params", help="print every parameter with its meaning, as a parameter file")
     listing.add_argument("-f", "--file", metavar="PARAMS_FILE", help="show this file's values")

@@ -33,7 +33,7 @@ from kepo_core.paths import project_root as project_root
 from kepo_core.paths import resolve as resolve
 
 #: Parameters that say where things are and how often they are saved, not what is computed: they leave the hash alone.
-PLACES = ("results_dir", "run_dir", "save_steps", "teacher_url")
+PLACES = ("results_dir", "run_dir", "save_steps", "teacher_url", "report_to", "project")
 
 _PLAIN = (bool, int, float, str, list, dict, tuple, set, type(None))
 #: Plain data that IPython itself puts into a notebook's namespace.

@@ -48,7 +48,7 @@ SET_BY = {
     "logging_steps": "",
     "save_strategy": "save_steps",
     "save_total_limit": "",
-    "report_to": "",
+    "run_name": "",
     "disable_tqdm": "",
     "dataloader_pin_memory": "",
 }

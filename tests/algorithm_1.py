@@ -21,9 +21,9 @@ G = 4
 #: What the teacher writes → the hint that can be read from it.
 HINTS: dict[str, str | None] = {
     "<hint>look left</hint>": "look left",
-    "Well: <hint>\nlook\nright\n</hint> or <hint>not</hint>": "look\nright",
+    "Well: <hint>not</hint> or <hint>\nlook\nright\n</hint>": "look\nright",
     "<hint>up<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>now</hint>": "up\nuser\nnow",
-    "<hint>so <think>it</think> is <ans<hint>wer>C</answer></hint>": "so it is C",
+    "<hint>so <think>what</think>is it <ans</hint>wer> C <hint>so it is <ans</answer>wer>C</hint>": "so it is C",
     "<hint>open": None,
     "no tags at all": None,
     "<hint> \n </hint>": None,

@@ -5,6 +5,7 @@ Groups fail, hints are written and given, draws are accepted, the gate opens whe
 """
 
 import asyncio
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,76 @@ def test_async_rewards_and_reward_models_trigger_accept_and_gate(tmp_path: Path)
     assert rows["rewards/judge"].nunique() > 1
     kept = rows.query("not replaced")
     assert (kept["gate"] == (kept["rewards/judge"] >= 0)).all()
+
+
+def scaled(completions: list[Any], solution: list[str], scale: float, **_: Any) -> list[float]:
+    return [scale * value for value in correct(completions, solution)]
+
+
+async def scaled_later(completions: list[Any], solution: list[str], scale: float, **_: Any) -> list[float]:
+    return scaled(completions, solution, scale)
+
+
+class Judge:
+    """A reward with a state of its own."""
+
+    def __call__(self, completions: list[Any], solution: list[str], **_: Any) -> list[float]:
+        return correct(completions, solution)
+
+    def method(self, completions: list[Any], solution: list[str], **_: Any) -> list[float]:
+        return self(completions, solution)
+
+
+class LateJudge(Judge):
+    async def __call__(self, completions: list[Any], solution: list[str], **_: Any) -> list[float]:
+        return correct(completions, solution)
+
+
+CALLED = {
+    "scaled": functools.partial(scaled, scale=1.0),
+    "scaled_later": functools.partial(functools.partial(scaled_later), scale=1.0),
+    "Judge": Judge(),
+    "LateJudge": LateJudge(),
+    "method": functools.partial(Judge().method),
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_reward_is_anything_that_is_called(tmp_path: Path, name: str) -> None:
+    """It triggers, accepts and opens the gate by its name, as a function does."""
+    trainer = make_trainer(tmp_path, rewards=[brief, CALLED[name]], gate_reward=name, exploration_reward=name)
+    log, rows = trained(trainer, tmp_path)
+    check(log | {"kepo/rewards/correct": log[f"kepo/rewards/{name}"]},
+          rows.rename(columns={f"rewards/{name}": "rewards/correct"}))  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [True, False], ids=["kepo", "grpo"])
+@pytest.mark.parametrize("compare", ["ge", "lt"])
+def test_single_completions_that_a_reward_does_not_apply_to(tmp_path: Path, parts: bool, compare: str) -> None:
+    """None for every second completion, and for a whole group: unknown is neither right nor wrong."""
+
+    def half(completions: list[Any], solution: list[str], **_: Any) -> list[float | None]:
+        values = correct(completions, solution)
+        return [
+            None if (i % 2 and len(values) == 16) or word == "river" else value
+            for i, (value, word) in enumerate(zip(values, solution, strict=True))
+        ]
+
+    trainer = make_trainer(tmp_path, rewards=[half], distill=parts, explore=parts, gate_compare=compare)
+    trainer.train()
+    log, rows = trainer.state.log_history[0], collect_rollouts(tmp_path)
+    kept = rows.query("not replaced")
+    unknown = kept["rewards/half"].isna()
+    assert unknown.sum() >= 7 and not kept[unknown]["gate"].any() and (kept[unknown]["advantage"] == 0).all()
+    known = kept[~unknown]
+    means = known.groupby("group")["reward"].transform("mean")
+    assert known["advantage"].tolist() == pytest.approx((known["reward"] - means).tolist(), abs=1e-6)
+    failed = rows.query("not injected").groupby("group")["rewards/half"].max() == 0  # the maximum of what is known
+    assert log["kepo/all_fail_rate"] == failed.sum() / 4 and failed.any() and not failed[1]
+    assert log["kepo/explored_groups"] == (failed.sum() if parts else 0)
+    if parts:
+        assert (known["gate"] == (known["reward"] >= 5 if compare == "ge" else known["reward"] < 5)).all()
+    assert math.isfinite(log["loss"]) and math.isfinite(log["kepo/reward"])
 
 
 def test_a_reward_that_does_not_apply_neither_fails_nor_opens_the_gate(tmp_path: Path) -> None:

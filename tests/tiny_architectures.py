@@ -5,6 +5,7 @@ tokens stand for a picture, which fields the processor makes, whether the output
 and a hidden size of 32. The processors are the PIL ones and refuse videos: torchvision is not needed.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
+from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import VideoLlama3ImageProcessorPil
+from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
 from transformers.processing_utils import ProcessorMixin
 
 from kepo_core.experiment.processor import ImageOnlyQwenProcessor
@@ -74,6 +80,12 @@ LLAVA = Markup(
     start="<|im_start|>", end="<|im_end|>", picture="<image>\n", pad="<|endoftext|>", eos="<|im_end|>",
     named={"image_token": "<image>", "video_token": "<video>"},
 )  # fmt: skip
+INTERNVL = Markup(
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+    start="<|im_start|>", end="<|im_end|>", picture="<IMG_CONTEXT>\n", pad="<|endoftext|>", eos="<|im_end|>",
+    named={"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+           "video_token": "<video>"},
+)  # fmt: skip
 SMOLVLM = Markup(
     special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<image>", "<global-img>",
              "<fake_token_around_image>", *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2))),
@@ -89,6 +101,28 @@ class ImageOnlyLlavaProcessor(LlavaOnevisionProcessor):
         self.num_image_tokens = num_image_tokens
         self.vision_feature_select_strategy, self.vision_aspect_ratio = "full", "anyres_max_9"
         self.image_token, self.video_token = "<image>", "<video>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class ImageOnlyInternVLProcessor(InternVLProcessor):
+    """InternVL's processor without the half for videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, image_seq_length: int, chat_template: Any = None) -> None:
+        self.image_seq_length = image_seq_length
+        self.start_image_token, self.end_image_token = tokenizer.start_image_token, tokenizer.end_image_token
+        self.image_token, self.video_token = tokenizer.context_image_token, tokenizer.video_token
+        self.image_token_id = tokenizer.context_image_token_id
+        self.multimodal_pattern = re.compile(f"(?P<image>{re.escape(self.image_token)})|(?P<video><video>)")
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class ImageOnlyVideoLlamaProcessor(VideoLlama3Processor):
+    """VideoLLaMA 3's processor without the half for videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -147,10 +181,23 @@ def _processor(name: str, tokenizer: PreTrainedTokenizerFast) -> Any:
         size = {"height": LLAVA_SIDE, "width": LLAVA_SIDE}
         llava_images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=PINPOINTS)
         return ImageOnlyLlavaProcessor(llava_images, tokenizer, (LLAVA_SIDE // PATCH) ** 2, template)
+    if name == "llava-next":
+        next_images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": LLAVA_SIDE}, image_grid_pinpoints=PINPOINTS,
+            crop_size={"height": LLAVA_SIDE, "width": LLAVA_SIDE},
+        )  # fmt: skip
+        return transformers.LlavaNextProcessor(next_images, tokenizer, PATCH, "full", template)
+    if name == "internvl":
+        size = {"height": LLAVA_SIDE, "width": LLAVA_SIDE}
+        tiles = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=3)
+        return ImageOnlyInternVLProcessor(tiles, tokenizer, (LLAVA_SIDE // PATCH // 2) ** 2, template)
     if name == "smolvlm":
         smol_images = SmolVLMImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
         return ImageOnlySmolVLMProcessor(smol_images, tokenizer, (SIDE // PATCH // 2) ** 2, template)
     pixels = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    if name == "video-llama3":
+        images = VideoLlama3ImageProcessorPil(patch_size=PATCH, size=pixels, merge_size=2)
+        return ImageOnlyVideoLlamaProcessor(images, tokenizer, template)
     return ImageOnlyQwenProcessor(Qwen2VLImageProcessorPil(patch_size=PATCH, size=pixels), tokenizer, template)
 
 
@@ -201,6 +248,25 @@ def _config(name: str, tokenizer: PreTrainedTokenizerFast, hidden: int, padded_r
         text |= {"model_type": "qwen2"}
         vision = SIGLIP | {"image_size": LLAVA_SIDE}
         return transformers.LlavaOnevisionConfig(text_config=text, vision_config=vision, **ids)
+    if name == "llava-next":
+        ids = {"image_token_index": token("<image>"), "image_grid_pinpoints": PINPOINTS}
+        vision = SIGLIP | {"image_size": LLAVA_SIDE}
+        text |= {"model_type": "llama"}
+        return transformers.LlavaNextConfig(
+            text_config=text, vision_config=vision, vision_feature_select_strategy="full", **ids
+        )
+    if name == "internvl":
+        text |= {"model_type": "qwen2"}
+        vision = TOWER | {"image_size": [LLAVA_SIDE, LLAVA_SIDE], "patch_size": [PATCH, PATCH]}
+        return transformers.InternVLConfig(
+            text_config=text, vision_config=vision, image_token_id=token("<IMG_CONTEXT>"),
+            image_seq_length=(LLAVA_SIDE // PATCH // 2) ** 2,
+        )  # fmt: skip
+    if name == "video-llama3":
+        text |= {"model_type": "qwen2"}
+        vision = TOWER | {"patch_size": PATCH}
+        ids = {f"{what}_token_id": token(f"<|{what}_pad|>") for what in ("image", "video")}
+        return transformers.VideoLlama3Config(text_config=text, vision_config=vision, **ids)
     if name == "smolvlm":
         text |= {"model_type": "llama"}
         vision = TOWER | {"image_size": SIDE, "patch_size": PATCH}
@@ -214,6 +280,9 @@ _FAMILIES = {
     "qwen2.5-vl": (transformers.Qwen2_5_VLForConditionalGeneration, QWEN),
     "gemma3": (transformers.Gemma3ForConditionalGeneration, GEMMA),
     "llava-onevision": (transformers.LlavaOnevisionForConditionalGeneration, LLAVA),
+    "llava-next": (transformers.LlavaNextForConditionalGeneration, LLAVA),
+    "internvl": (transformers.InternVLForConditionalGeneration, INTERNVL),
+    "video-llama3": (transformers.VideoLlama3ForConditionalGeneration, QWEN),
     "smolvlm": (transformers.SmolVLMForConditionalGeneration, SMOLVLM),
 }
 ARCHITECTURES: tuple[str, ...] = tuple(_FAMILIES)

@@ -1,10 +1,11 @@
-"""What a training run's logged numbers say: the table of them, a run's headline, and the known signs of failure.
+"""What a training run's logged numbers say: the table of them, a run's headline, and why nothing may be learned.
 
 Metric names are those of ``method.rollouts.GLOSSARY`` and TRL's own.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,27 @@ FEW_RESCUES = 0.1  # share of explored groups that a hint rescued
 MANY_UNREADABLE = 0.5  # share of explored groups whose hint could not be read
 MOSTLY = 0.9  # share of groups, or of completions, that counts as nearly all
 LARGE_FALL = 0.1  # of accuracy or of the format rate, between the best quarter of training and the last
+GROWTH = 3.0  # times the smallest quarter's divergence, in the last
+NOTABLE = {"kepo/divergence": 0.1, "kepo/loss_kl": 1.0}  # nats per token: less than this may grow as it likes
+HALF_LOST = 0.5  # share of weights with a gradient that an optimiser step leaves as they are
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A known cause of a training that fails: its name, the run's own numbers for it, and what to look at next."""
+
+    cause: str
+    seen: str
+    look_at: str
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.seen}. Look at: {self.look_at}."
+
+
+def as_table(signs: Sequence[Sign]) -> pd.DataFrame:
+    """A row per sign: cause, what was seen, what to look at next."""
+    rows = [{name.replace("_", " "): text for name, text in asdict(sign).items()} for sign in signs]
+    return pd.DataFrame(rows, columns=["cause", "seen", "look at"])
 
 
 def training_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -70,74 +92,132 @@ def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -
     return numbers
 
 
-def warnings_for(metrics: pd.DataFrame, differences: pd.DataFrame | None = None, in_domain: str = "") -> list[str]:
-    """The known failure signs that a run shows, each in one sentence with its numbers; empty when there is none.
+def signs_of(metrics: pd.DataFrame, differences: pd.DataFrame | None = None, in_domain: str = "") -> list[Sign]:
+    """The known causes of failure that a run shows signs of; empty when there is none.
 
     Args:
-        metrics: from ``training_table``; a metric that the method does not log is not judged.
+        metrics: from ``training_table``, of a whole run or of its steps so far; a metric that the method does not log
+            is not judged.
         differences: trained minus untrained, from ``statistics.paired_differences``.
         in_domain: the modality that was trained on, wherever there are ``differences``.
     """
-    found = [] if metrics.empty else [*_hint_signs(metrics), *_reward_signs(metrics), *_divergence_signs(metrics)]
+    kinds = (_hint_signs, _reward_signs, _divergence_signs, _length_signs, _precision_signs)
+    found = [] if metrics.empty else [sign for kind in kinds for sign in kind(metrics)]
     return found if differences is None else [*found, *_transfer_signs(differences, in_domain)]
 
 
-def _hint_signs(metrics: pd.DataFrame) -> Iterator[str]:
+def _hint_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
     """Reward 0 despite hints."""
     explored, draws = _total(metrics, "kepo/explored_groups"), _total(metrics, "kepo/draws")
     rescued, unreadable = _total(metrics, "kepo/rescued_groups"), _total(metrics, "kepo/unparsable_hints")
     if explored and unreadable / explored > MANY_UNREADABLE:
-        yield (
-            f"Hints could not be read: for {unreadable:.0f} of {explored:.0f} groups where every rollout failed the "
-            "teacher wrote none in its tags (hint_max_tokens too small, or a teacher that does not know the prompt)."
+        yield Sign(
+            "Hints cannot be read",
+            f"for {unreadable:.0f} of {explored:.0f} groups where every rollout failed the teacher wrote none in its "
+            "tags",
+            "what the teacher writes (kepo check-teacher, notebook 06); hint_max_tokens, which may cut it off; whether "
+            "this teacher follows the prompt",
         )
     if draws and rescued / explored < FEW_RESCUES:
-        yield (
-            f"Reward stays 0 despite hints: {draws:.0f} hint-aware draws rescued {rescued:.0f} of {explored:.0f} "
-            "groups where every rollout failed (hints poor, or rejection_budget too small)."
+        yield Sign(
+            "Hints are not accepted",
+            f"{draws:.0f} hint-aware draws rescued {rescued:.0f} of {explored:.0f} groups where every rollout failed",
+            "the column hint of rollouts.parquet: are hints true, and do they help; hint_context; rejection_budget; "
+            "whether exploration_reward can be above 0 at all",
         )
 
 
-def _reward_signs(metrics: pd.DataFrame) -> Iterator[str]:
+def _reward_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
     """Nothing to learn from."""
     failing, level = _late(metrics, "kepo/all_fail_rate"), _late(metrics, "frac_reward_zero_std")
     accuracy, form = _late(metrics, "kepo/accuracy"), _late(metrics, "kepo/format")
+    entropy = _late(metrics, "kepo/entropy")
     if failing is not None and failing > MOSTLY:
-        yield f"No reward: in the last quarter of training every rollout failed in {failing:.0%} of the groups."
-    elif level is not None and level > MOSTLY:
-        yield (
-            f"No signal: in the last quarter of training {level:.0%} of the groups had equal rewards, so their "
-            "advantages are 0."
+        yield Sign(
+            "No reward",
+            f"in the last quarter of training every rollout failed in {failing:.0%} of the groups",
+            "some completions and their rewards: does the reward read what the prompt asks for; whether the untrained "
+            "student ever succeeds; explore",
+        )
+    elif level is not None and level > MOSTLY and not (accuracy is not None and accuracy > MOSTLY):
+        spread = "" if entropy is None else f"; their entropy is {entropy:.2f} nats a token"
+        yield Sign(
+            "Rewards are equal within groups",
+            f"in the last quarter of training in {level:.0%} of the groups, whose advantages are 0{spread}",
+            "accuracy: near 1 the questions are too easy, near 0 too hard (explore); a larger group_size; temperature, "
+            "where the entropy is near 0",
         )
     if accuracy is not None and form is not None and form > MOSTLY and accuracy < 1 - MOSTLY:
-        yield f"Form without content: format {form:.0%} but accuracy {accuracy:.0%} in the last quarter of training."
+        yield Sign(
+            "The format was learned before the answer",
+            f"format {form:.0%} but accuracy {accuracy:.0%} in the last quarter of training",
+            "the weight of the format reward (reward_weights): with format alone a group earns most of it; whether "
+            "the parser reads right answers as right",
+        )
     if "kepo/gate_rate" in metrics and "kepo/divergence" in metrics and metrics["kepo/gate_rate"].max() == 0:
-        yield "The gate never opened: no sequence reached tau, so nothing was distilled."
+        yield Sign(
+            "The gate never opened",
+            "no sequence reached tau, so nothing was distilled",
+            "the largest value of gate_reward in rollouts.parquet against tau; gate_compare; explore, which brings "
+            "sequences that pass",
+        )
 
 
-def _divergence_signs(metrics: pd.DataFrame) -> Iterator[str]:
+def _divergence_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
     """Training that comes apart."""
+    smaller = "learning_rate; max_grad_norm; the steps before it in metrics.jsonl"
     for name in ("loss", "grad_norm", "kepo/loss_policy", "kepo/loss_distill"):
         if name in metrics and metrics[name].isna().any():
             step = int(metrics.loc[metrics[name].isna(), "step"].iloc[0])
-            yield f"Divergence: {name} is not a finite number at step {step}."
+            yield Sign("Training diverged", f"{name} is not a finite number at step {step}", smaller)
             break
     for name, label in (("kepo/accuracy", "accuracy"), ("kepo/format", "format")):
         quarters = _quarters(metrics, name)
         if quarters and max(quarters) - quarters[-1] > LARGE_FALL:
-            yield (
-                f"Divergence: the rollouts' {label} fell from {max(quarters):.0%} in its best quarter of training to "
-                f"{quarters[-1]:.0%} in the last (learning_rate too high, or training too long)."
+            yield Sign(
+                "Training undid what it had learned",
+                f"the rollouts' {label} fell from {max(quarters):.0%} in its best quarter of training to "
+                f"{quarters[-1]:.0%} in the last",
+                "learning_rate, which may be too high; fewer epochs; beta, which holds the student to where it began",
             )
-    cut = _late(metrics, "kepo/outcome/truncated")
-    if cut is not None and cut > 1 - MOSTLY:
-        yield (
-            f"Completions run into the limit: {cut:.0%} of them were cut before an answer in the last quarter of "
-            "training (max_completion_length too small, or the model no longer ends)."
+    for name, other in (("kepo/divergence", "the teacher"), ("kepo/loss_kl", "the reference")):
+        quarters = _quarters(metrics, name)
+        if quarters and quarters[-1] > max(NOTABLE[name], GROWTH * min(quarters)):
+            yield Sign(
+                f"The divergence from {other} explodes",
+                f"{name} rose from {min(quarters):.2f} nats a token in its smallest quarter of training to "
+                f"{quarters[-1]:.2f} in the last",
+                "learning_rate, which may be too high; distill_coef and beta, which may be too low; completions of the "
+                "last steps: are they still language",
+            )
+
+
+def _length_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
+    """Completions that are cut off: before an answer where the task says so, else anywhere."""
+    by_task = _late(metrics, "kepo/outcome/truncated")
+    cut = _late(metrics, "completions/clipped_ratio") if by_task is None else by_task
+    if cut is not None and cut > (1 - MOSTLY if by_task is not None else HALF_LOST):
+        before = " before an answer" if by_task is not None else ""
+        yield Sign(
+            "Completions are cut off",
+            f"{cut:.0%} of them at the limit{before} in the last quarter of training",
+            "max_completion_length; whether the model still ends its answers (their last tokens); "
+            "mask_truncated_completions",
         )
 
 
-def _transfer_signs(differences: pd.DataFrame, in_domain: str) -> Iterator[str]:
+def _precision_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
+    """Updates that are lost in rounding."""
+    lost = metrics["kepo/unmoved_weights"].mean() if "kepo/unmoved_weights" in metrics else 0.0
+    if lost > HALF_LOST:
+        yield Sign(
+            "The learning rate is too small for the weights' precision",
+            f"an optimiser step left {lost:.0%} of the weights that had a gradient as they were, rounded away",
+            "the dtype of the student's weights: load it in float32 and set bf16, which computes in it; learning_rate",
+        )
+
+
+def _transfer_signs(differences: pd.DataFrame, in_domain: str) -> Iterator[Sign]:
     """In-domain up while out-of-domain falls; an interval has to leave out 0 for either."""
     numbers: dict[str, pd.Series] = {
         str(name): row for name, row in differences[["difference", "low", "high"]].iterrows()
@@ -150,15 +230,20 @@ def _transfer_signs(differences: pd.DataFrame, in_domain: str) -> Iterator[str]:
     gained = [name for name, row in numbers.items() if row["low"] > 0]
     lost = [name for name, row in numbers.items() if row["high"] < 0]
     if in_domain in gained and AVG_OOD in lost:
-        yield (
-            f"In-domain up, out-of-domain down: {in_domain} {change(in_domain)}, the other modalities on average "
-            f"{change(AVG_OOD)}."
+        yield Sign(
+            "In-domain up, out-of-domain down",
+            f"{in_domain} {change(in_domain)}, the other modalities on average {change(AVG_OOD)}",
+            "the curve of both (curve_steps): an earlier end; learning_rate; beta",
         )
     if in_domain in lost:
-        yield f"Training hurt in-domain: {in_domain} {change(in_domain)}."
+        yield Sign("Training hurt in-domain", f"{in_domain} {change(in_domain)}", "the signs above; learning_rate")
     fallen = [name for name in lost if name not in (in_domain, AVG, AVG_OOD)]
     if fallen:
-        yield "Worse after training: " + ", ".join(f"{name} {change(name)}" for name in fallen) + "."
+        yield Sign(
+            "Worse after training",
+            ", ".join(f"{name} {change(name)}" for name in fallen),
+            "predictions.parquet: which of its questions are wrong now, and how (notebook 05)",
+        )
 
 
 def _total(metrics: pd.DataFrame, name: str) -> float:

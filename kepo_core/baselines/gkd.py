@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from kepo_core.baselines.supervised import answer_text
+from kepo_core.method.vision import MODEL_FIELDS
 
 
 class MMGKDTrainer(DistillationTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
@@ -43,6 +44,16 @@ class MMGKDTrainer(DistillationTrainer):  # type: ignore[misc]  # trl is not fol
         self._rows = inputs
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         return batch
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
+        """TRL's; ``ValueError`` for a processor that makes a model input that would not arrive."""
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        if images is not None and (further := sorted(fields.keys() - {*MODEL_FIELDS})):
+            raise ValueError(
+                f"the processor makes {further[0]}, which DistillationTrainer does not pass on: method gkd cannot "
+                "train this model on pictures, method kepo can"
+            )
+        return ids, images, fields
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         if self.on_policy():

@@ -41,7 +41,7 @@ from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
-from kepo_core.runs import curves
+from kepo_core.runs import curves, tracking
 from kepo_core.runs.metrics import MetricsWriter, forget_after
 from kepo_core.runs.run import Run
 from kepo_core.task.dataset import to_dataset
@@ -153,6 +153,7 @@ def load_to_run(params: Params) -> Models:
     Raises `ParamError` where this machine cannot train as ``params`` say.
     """
     launch.check(params)
+    tracking.check(params)
     if params.method != "none":
         try:
             training_config(params, Path("results"))
@@ -202,6 +203,8 @@ def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": 1,
         "report_to": "none",
+        "run_name": output_dir.parent.name,
+        "project": tracking.PROJECT,
         "disable_tqdm": True,  # the notebook shows its own progress
         **{name: value for name, value in params.trl.items() if name in common},
         "save_strategy": "no",
@@ -330,6 +333,7 @@ def fit(trainer: Trainer, run: Run) -> None:
     if writes:
         forget_after(run, done)
         curves.forget_after(run.evaluation_dir, done)
+        tracking.begin(trainer, run, done)
     trainer.train(resume_from_checkpoint=checkpoint)
     if writes and trainer.state.global_step > done:
         # Answers of a model that was trained before, in another process: this one's may differ, on a GPU say.

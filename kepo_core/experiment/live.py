@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kepo_core.analysis.diagnosis import training_table
+from kepo_core.analysis.diagnosis import signs_of, training_table
 from kepo_core.pages import figures
 from kepo_core.params import Params
 
@@ -76,6 +76,8 @@ class ProgressBar:
 class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
     """Shows training as it goes: a bar with the last numbers and, in a live notebook, the curves so far.
 
+    Each known sign of failure (`diagnosis.signs_of`) is printed once, when a quarter of training is over.
+
     A trainer calls it in the process that it trains in; `launch.train` calls `show` for other processes.
 
     Args:
@@ -88,6 +90,7 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._bar = ProgressBar("training", self._curves is not None)
         self._every, self._drawn = every_seconds, -float("inf")
         self._rows: list[dict[str, Any]] = []
+        self._quarters, self._signs = 0, set[str]()
 
     def on_log(
         self,
@@ -105,8 +108,19 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         """Take in what optimiser step ``step`` of ``total`` logged and show it."""
         self._rows.append({**logs, "step": step})
         self._bar(step, total, headline(logs))
+        self._warn(4 * step // total)
         if time.monotonic() - self._drawn > self._every:
             self.finish()
+
+    def _warn(self, quarters: int) -> None:
+        """After each quarter of training, print the signs of failure that were not there before."""
+        if quarters == self._quarters:
+            return
+        self._quarters = quarters
+        for sign in signs_of(training_table(self._rows)):
+            if sign.cause not in self._signs:
+                self._signs.add(sign.cause)
+                print(f"warning: {sign}", flush=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

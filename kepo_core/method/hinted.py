@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -21,8 +20,7 @@ from kepo_core.method import exploration
 from kepo_core.method.exploration import Explored, Request
 from kepo_core.method.rollouts import Completion
 from kepo_core.method.task import Prompt, Row, images_in, with_images
-from kepo_core.method.teacher import MODEL_FIELDS
-from kepo_core.method.vision import COUNTS
+from kepo_core.method.vision import MODEL_FIELDS, PER_TOKEN, as_tensor, count_tiles, further_inputs
 
 
 def read_completions(trainer: Any, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Completion]:
@@ -183,12 +181,9 @@ def log_probabilities(
     Args:
         asked: R prompts, with their pictures.
         ids: R completions.
-
-    Raises:
-        ValueError: the processor makes a model input that GRPOTrainer does not know.
     """
     device = trainer.accelerator.device
-    prompt_ids, _, fields = trainer._tokenize_prompts(list(asked))
+    prompt_ids, images, fields = trainer._tokenize_prompts(list(asked))
     pad_token = trainer._tokenizer.pad_token_id
 
     def padded(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
@@ -199,13 +194,17 @@ def log_probabilities(
     mask = padded([[1] * len(row) for row in ids], 0, "right")
     attention = torch.cat([padded([[1] * len(row) for row in prompt_ids], 0, "left"), mask], dim=1)
     counts = [len(images_in(prompt)) for prompt in asked]
-    model_fields: dict[str, Any] = {"num_images": counts} if any(counts) else {}
-    for name, value in fields.items():
-        if name not in (*MODEL_FIELDS, COUNTS):
-            raise ValueError(f"the processor makes {name}, which is not an input that GRPOTrainer passes on to a model")
-        if isinstance(value, list) and value and isinstance(value[0], list):  # one entry per prompt token
+    model_fields: dict[str, Any] = {}
+    trainer._further = {}
+    if images is not None:
+        image_processor = trainer.processing_class.image_processor
+        model_fields = {"num_images": counts, "num_tiles": count_tiles(fields, images, image_processor)}
+        trainer._further = further_inputs(fields, images, image_processor)
+    for name in fields.keys() & MODEL_FIELDS:
+        value = fields[name]
+        if name.endswith(PER_TOKEN):
             value = torch.cat([padded(value, 0, "left"), torch.zeros_like(completions)], dim=1)
-        model_fields[name] = torch.as_tensor(value if isinstance(value, Tensor) else np.array(value)).to(device)
+        model_fields[name] = as_tensor(value).to(device)
     with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
         logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model,

@@ -1,5 +1,9 @@
 """One matrix of rewards, by TRL's `_calculate_rewards`, for the trigger, acceptance, the gate, advantages and logs.
 
+A reward may be None: the function does not apply to that completion (NaN in the matrix). It opens no gate, whatever τ
+and ``gate_compare`` are, and accepts no draw. A group has failed where one of its rewards is known and none is above 0.
+Sums, means and advantages are of what is known.
+
 A completion is scored once. Rollouts of a batch that may explore are scored before exploration, hint-aware draws when
 they are drawn, and TRL then gets the rewards of what it trains on without a second call.
 """
@@ -27,9 +31,14 @@ def checked_reward(reward: Any) -> Any:
     """
     if isinstance(reward, str | nn.Module):
         return reward
+    if isinstance(reward, type):
+        raise ValueError(f"a reward is the class {reward.__name__}, expected an instance of it: {reward.__name__}(...)")
     if not callable(reward):
-        raise ValueError(f"a reward is {reward!r}, expected a function, a reward model or its name, or a list of these")
-    name = get_callable_name(reward)
+        raise ValueError(
+            f"a reward is {reward!r}, expected a function (or a partial one, a method, an object that is called), a "
+            "reward model or its name, or a list of these"
+        )
+    name = getattr(reward, "__name__", "") or get_callable_name(reward)  # a partial one may be given a name of its own
 
     async def checked_async(**kwargs: Any) -> list[float | None]:
         return _numbers(name, await reward(**kwargs))
@@ -137,7 +146,9 @@ def find_reward(parameter: str, name: str, known: Sequence[str]) -> int | None:
         return 0
     for wanted in (name, f"{name}_reward"):
         if (found := known.count(wanted)) > 1:
-            raise ValueError(f"{parameter} is {name!r}, but {found} reward functions have that name: rename one")
+            raise ValueError(
+                f"{parameter} is {name!r}, but {found} reward functions have that name: set the __name__ of one"
+            )
         if found:
             return known.index(wanted)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -9,7 +9,7 @@ student's own, prompt and picture included, one by one: nothing is learnt from o
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -82,7 +82,7 @@ class ServedTeacher:
         self._markup = markup_of(self._tokenizer)
         self._vocabulary = math.inf  # known from the student
 
-    def check_fits(self, student: Any, processor: Any) -> None:
+    def check_fits(self, student: Any, processor: Any, inputs: Collection[str] = ()) -> None:
         """Raise ``ValueError`` unless the student has ``top_k`` tokens; its tokens are compared at every answer."""
         self._vocabulary = student.get_output_embeddings().weight.shape[0]
         if self.top_k > self._vocabulary:

@@ -3,6 +3,7 @@
 Rewards are not part of it: they are TRL's reward functions, given to the trainer.
 """
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 #: A dataset row, and a prompt as TRL has it: text, or chat messages.
 Row = Mapping[str, Any]
 Prompt = str | list[dict[str, Any]]
+
+_THOUGHT = re.compile(r"<think>(?:(?!</think>).)*(?:</think>|\Z)", re.DOTALL)
 
 
 class Task(Protocol):
@@ -43,7 +46,7 @@ class Task(Protocol):
     def ask(self, row: Row) -> Prompt | None:
         """The teacher's prompt for h ~ π_T(·|x, y) (Eq. 8); None where `tell` needs no hint, and no teacher is asked.
 
-        The hint is what the teacher then writes inside ``<hint>...</hint>``.
+        The hint is what the teacher then writes inside ``<hint>...</hint>`` (the last of them, see `parse_hint`).
         """
         ...
 
@@ -173,6 +176,15 @@ def _extended_content(content: Any, new: Any, replaces: bool) -> Any:
     parts = list(content)
     parts[texts[-1]] = {"type": "text", "text": new(content[texts[-1]]["text"])}
     return parts
+
+
+def outside_thoughts(text: str) -> str:
+    """``text`` without its reasoning: what stands in ``<think>…</think>``, also where either tag is missing.
+
+    An unclosed ``<think>`` reaches to the end; before a ``</think>`` that was never opened all is reasoning (some chat
+    templates open the tag in the prompt).
+    """
+    return _THOUGHT.sub(" ", text).rpartition("</think>")[2]
 
 
 def images_of(row: Row) -> list[Any]:

@@ -1,7 +1,8 @@
 """π_T in process: it writes hints, and gives its hidden states for the completions that pass the gate."""
 
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,43 +14,46 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
-from kepo_core.method.task import Prompt, images_in
-from kepo_core.method.vision import aligned
+from kepo_core.method.task import Prompt, images_in, outside_thoughts
+from kepo_core.method.vision import FURTHER, MODEL_FIELDS, PER_TOKEN, aligned, beside_tokens
 
-_HINT = re.compile(r"<hint>(.*?)</hint>", re.DOTALL)
+_HINT = re.compile(r"<hint>((?:(?!<hint>).)*?)</hint>", re.DOTALL)  # of nested ones the innermost
 _STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
 _MARKUP = re.compile(r"<\S+>")
-#: What a batch of GRPOTrainer holds for the model beside the ids, one entry per row (after splitting by images).
-MODEL_FIELDS = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "image_sizes",
-    "image_position_ids",
-    "token_type_ids",
-    "mm_token_type_ids",
-)
 #: What must be equal for one model's image tensors to be readable by another.
-_IMAGE_FIELDS = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor")
+_IMAGE_FIELDS = (
+    "model_input_names",
+    "patch_size",
+    "merge_size",
+    "temporal_patch_size",
+    "image_grid_pinpoints",
+    "image_mean",
+    "image_std",
+    "rescale_factor",
+)
 
 
 def parse_hint(text: str, markup: Sequence[str] = ()) -> str | None:
-    """What stands in the first ``<hint>…</hint>``, on one or several lines; None if there is none or it is empty.
+    """The last whole ``<hint>…</hint>`` that has a letter or a digit; None if there is none.
+
+    Reasoning is cut out first (`outside_thoughts`). What precedes the last one may be the instruction, restated
+    (``inside <hint>...</hint> tags: <hint>look left</hint>``), or a hint that was thought better of.
 
     Special tokens are neutralised: every string of ``markup`` and every tag that structures the prompts is cut
-    out (again and again, as cutting can join two halves into a new one), so that a hint can neither end the
-    user's turn, nor claim an image, nor pass for the prompt's own tags.
+    out, so that a hint can neither end the user's turn, nor claim an image, nor pass for the prompt's own tags.
     """
-    found = _HINT.search(text)
-    if found is None:
-        return None
-    hint, before = found[1], ""
+    hints = [_neutral(hint, markup) for hint in _HINT.findall(outside_thoughts(text))]
+    return next((hint for hint in reversed(hints) if any(letter.isalnum() for letter in hint)), None)
+
+
+def _neutral(hint: str, markup: Sequence[str]) -> str:
+    """``hint`` without markup, cut out again and again, as cutting can join two halves into a new one."""
+    before = ""
     while hint != before:
         before = hint
         for piece in (*_STRUCTURE, *markup):
             hint = hint.replace(piece, "")
-    return hint.strip() or None
+    return hint.strip()
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -120,13 +124,18 @@ class Teacher:
         """Its output embedding, with ``weight`` (V, H_T) and ``bias``."""
         return self._model.get_output_embeddings()
 
-    def check_fits(self, student: Any, processor: Any) -> None:
+    def check_fits(self, student: Any, processor: Any, inputs: Collection[str] = ()) -> None:
         """Raise unless the student's tokens and image tensors mean the same to this teacher.
 
         Heads may be padded to different sizes, as real checkpoints are: the divergence is over the rows that both have.
 
+        Args:
+            student, processor: its model, and its processor or tokenizer.
+            inputs: what the processor makes for the model beside the tokens, by name.
+
         Raises:
-            ValueError: the vocabularies or the cutting of images into patches differ, or a head lacks tokens.
+            ValueError: the vocabularies or the cutting of images into patches differ, a head lacks tokens, or the
+                teacher does not take an input.
         """
         mine, theirs = self._tokenizer.get_vocab(), tokenizer_of(processor).get_vocab()
         if mine != theirs:
@@ -152,6 +161,11 @@ class Teacher:
                     f"the teacher's {name} is {values[0]} and the student's {values[1]}, expected the same: "
                     "the teacher reads the images as they were prepared for the student"
                 )
+        if unknown := sorted(set(inputs) - inspect.signature(type(self._model).forward).parameters.keys()):
+            raise ValueError(
+                f"the student's processor makes {unknown[0]}, which the teacher ({type(self._model).__name__}) "
+                "does not take, expected a teacher of the student's family: it sees what was prepared for the student"
+            )
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Raise ``ValueError`` where a hint cannot be asked for with prompts like this one."""
@@ -273,6 +287,9 @@ def select_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any
     """Model inputs (prompt and completion joined) of some rows of a GRPOTrainer batch, each with its own images."""
     fields = {name: inputs[name] for name in (*MODEL_FIELDS, "num_images", "num_tiles") if inputs.get(name) is not None}
     split = split_pixel_values_by_grid(fields)
+    sizes = inputs["prompt_ids"].shape[1], inputs["completion_ids"].shape[1]
+    further = {name.removeprefix(FURTHER): inputs[name] for name in inputs if name.startswith(FURTHER)}
+    split |= beside_tokens(further, *sizes)
     chosen = {
         name: value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
         for name, value in split.items()
@@ -281,10 +298,11 @@ def select_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any
     counts = merged.pop("num_images", None)
     merged.pop("num_tiles", None)  # like num_images TRL's own, not the model's
     if counts is not None and not any(counts):  # rows of text among rows with pictures
-        merged = {name: value for name, value in merged.items() if name.endswith("token_type_ids")}
+        merged = {name: value for name, value in merged.items() if name.endswith(PER_TOKEN)}
+    device = inputs["prompt_ids"].device
+    merged = {name: torch.cat(v).to(device) if isinstance(v, list) else v for name, v in merged.items()}
     index = list(rows)
-    width = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
-    merged = aligned(merged, width)
+    merged = aligned(merged, sum(sizes))
     for joined, parts in (("input_ids", "ids"), ("attention_mask", "mask")):
         merged[joined] = torch.cat([inputs[f"prompt_{parts}"], inputs[f"completion_{parts}"]], dim=1)[index]
     return merged

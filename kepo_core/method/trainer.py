@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from trl.trainer.utils import get_config_model_id
 
 from kepo_core.method import hinted, objective
-from kepo_core.method.checks import check_arguments, check_parts
+from kepo_core.method.checks import check_arguments, check_parts, first_row
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
 from kepo_core.method.recording import Generation, record
+from kepo_core.method.rounding import RoundingWatch
 from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Prompt, Task, with_images
@@ -122,13 +123,15 @@ class KEPOTrainer(ScoringTrainer):
         if args.scale_rewards == "rloo":
             self.scale_rewards = "none"  # TRL computes Eq. 6, of which Eq. 4 is made
         self._generation, self._window = Generation([], 0), {}
+        self.add_callback(RoundingWatch(self))
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         let_generate(student)
+        inputs = self.picture_inputs(first_row(train_dataset))
         if teacher is None:
             return
         if isinstance(teacher, Teacher) and teacher.model is student:
             raise ValueError("teacher and student are one model, expected two: the teacher is frozen (load it twice)")
-        teacher.check_fits(student, self.processing_class)
+        teacher.check_fits(student, self.processing_class, inputs)
         if args.distill:
             check_plain_head(student, "student")
             add_distillation_head(student)

@@ -47,6 +47,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     ),
     "trl.DistillationTrainer": (
         "_generate_and_score_completions",  # overridden: MM-GKD keeps the rows of the batch
+        "_tokenize_prompts",  # overridden and called: inputs that would not reach the models are refused
         "_generate_single_turn",  # overridden: right answers in the place of the student's completions
         "_tokenizer",  # which cuts them into tokens
     ),

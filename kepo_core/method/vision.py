@@ -1,51 +1,232 @@
 """Fixes for GRPOTrainer's handling of pictures; what cannot be fixed is refused.
 
-Nothing here changes a batch that GRPOTrainer gets right.
+Nothing here changes a batch that GRPOTrainer gets right. It passes `MODEL_FIELDS` on to the model by name and drops, or
+fails over, whatever else a processor makes (LLaVA-OneVision's ``batch_num_images``, VideoLLaMA 3's
+``image_merge_sizes``). Such further inputs are carried here, row by row, to every forward of student and teacher.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kepo_core.method.resume import ResumableTrainer
-from kepo_core.method.task import images_of
+from kepo_core.method.task import Row, images_of, with_images
 
-#: How many pictures a row has. GRPOTrainer does not pass it on, and the model then takes each to be a row's only one.
-COUNTS = "batch_num_images"
+#: What a batch of GRPOTrainer holds for the model beside the ids, one entry per row (after splitting by images).
+MODEL_FIELDS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
+#: What stands before the name of any other input in a batch, where it is a list of one tensor per row.
+FURTHER = "kepo_input/"
+#: How the names of inputs end that have an entry per token, 0 on text; in a batch these are of the unpadded prompt.
+PER_TOKEN = "token_type_ids"
+_ARGUMENTS = (*MODEL_FIELDS, "batch_size", "compute_entropy", "compute_aux_loss", "num_images", "num_tiles")
 
 
 class VisionTrainer(ResumableTrainer):
     """GRPOTrainer for rows with one picture, several, none, or a mixture, as far as the model allows it."""
 
+    #: Inputs, by name and row, that the model takes beside TRL's when it is called next.
+    _further: dict[str, list[Tensor]] | None = None
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's; a batch without any picture is text, whatever its columns say."""
+        """TRL's, with further model inputs; a batch without any picture is text, whatever its columns say."""
         has_column = "image" in inputs[0] or "images" in inputs[0]
         if has_column and not any(images_of(row) for row in inputs):
             inputs = [{**row, "images": []} for row in inputs]
+        self._further = None
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        return output
+        further: dict[str, list[Tensor]] = self._further or {}
+        return output | {FURTHER + name: rows for name, rows in further.items()}
+
+    def picture_inputs(self, row: Row | None) -> set[str]:
+        """What the processor makes of a row's pictures and tokens, by name; nothing where the row has no pictures.
+
+        Raises:
+            ValueError: as `check_inputs`, before anything is computed.
+        """
+        if row is None or not images_of(row) or isinstance(row["prompt"], str):
+            return set()
+        _, _, fields = self._tokenize_prompts([with_images(row["prompt"], row)])
+        return set(fields)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
         """TRL's; rows without pictures have an empty list of them, as processors expect, not None.
 
         Raises:
-            ValueError: rows whose pictures GRPOTrainer would mix up.
+            ValueError: rows whose pictures GRPOTrainer would mix up, or an input that the model does not take.
         """
         ids, images, fields = super()._tokenize_prompts(prompts)
         if images is None:
             return ids, images, fields
         images = [pictures or [] for pictures in images]
+        check_inputs(fields, ids, images, self.processing_class.image_processor, self.model)
         check_counts([len(pictures) for pictures in images], fields)
+        if self._further is None:  # the first of a batch: prompts with hints follow
+            self._further = further_inputs(fields, images, self.processing_class.image_processor)
         return ids, images, fields
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any
     ) -> Any:
-        """TRL's, with token types that stand beside their tokens."""
-        kwargs.pop(COUNTS, None)  # one picture a row, as `check_counts` has seen
+        """TRL's, with further inputs, token types beside their tokens, and no pictures where rows have none."""
+        counts: list[int] = kwargs.get("num_images") or []
+        known = {name: value for name, value in kwargs.items() if name in _ARGUMENTS}
+        if self._further or not all(counts):
+            if self.accelerator.num_processes > 1 and not all(counts) and torch.is_grad_enabled():
+                check_pictured(counts, kwargs.get("batch_size") or len(input_ids))
+            sizes = input_ids.shape[1] - logits_to_keep, logits_to_keep
+            model = _Fed(model, beside_tokens(self._further or {}, *sizes), counts)
         return super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, *args, **aligned(kwargs, input_ids.shape[1])
+            model, input_ids, attention_mask, logits_to_keep, **aligned(known, input_ids.shape[1])
+        )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's, with the batch's further inputs."""
+        self._further = {name.removeprefix(FURTHER): inputs[name] for name in inputs if name.startswith(FURTHER)}
+        loss: Tensor = super()._compute_loss(model, inputs)
+        return loss
+
+
+class _Fed:
+    """Stands in for the model in TRL's forward: gives it, call by call, further inputs of the rows that come next.
+
+    Where none of these rows has a picture, inputs of pictures are left out: models fail over empty ones.
+    """
+
+    def __init__(self, model: Any, further: Mapping[str, Sequence[Tensor]], counts: Sequence[int]) -> None:
+        self._model, self._further, self._counts, self._start = model, further, counts, 0
+
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        rows = slice(self._start, self._start + len(input_ids))
+        self._start = rows.stop
+        further = {name: torch.cat(list(values[rows])).to(input_ids.device) for name, values in self._further.items()}
+        inputs = kwargs | further
+        if self._counts and not any(self._counts[rows]):
+            pictures = {name for name in (*MODEL_FIELDS, *further) if not name.endswith(PER_TOKEN)}
+            inputs = {name: value for name, value in inputs.items() if name not in pictures}
+        return self._model(input_ids=input_ids, **inputs)
+
+
+def beside_tokens(further: Mapping[str, Sequence[Tensor]], prompt: int, completion: int) -> dict[str, Sequence[Tensor]]:
+    """``further``, by row, where entries per token of a prompt stand beside its tokens in a padded batch.
+
+    Args:
+        prompt, completion: tokens that prompts are padded to on the left and completions on the right.
+    """
+    return {
+        name: [pad(row, (prompt - row.shape[1], completion)) for row in rows] if name.endswith(PER_TOKEN) else rows
+        for name, rows in further.items()
+    }
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A processor's output as a tensor, as GRPOTrainer makes one for generation."""
+    return value if isinstance(value, Tensor) else torch.tensor(np.array(value))
+
+
+def further_inputs(
+    fields: Mapping[str, Any], images: Sequence[Sequence[Any]], image_processor: Any
+) -> dict[str, list[Tensor]]:
+    """The inputs among ``fields`` that GRPOTrainer does not know, row by row."""
+    further = {name: value for name, value in fields.items() if name not in MODEL_FIELDS}
+    return {
+        name: [torch.tensor([list(row)]) for row in value]
+        if name.endswith(PER_TOKEN)
+        else by_row(name, as_tensor(value), images, image_processor)
+        for name, value in further.items()
+    }
+
+
+def by_row(name: str, value: Tensor, images: Sequence[Sequence[Any]], image_processor: Any) -> list[Tensor]:
+    """A model input called ``name`` row by row: it has an entry per row, per row with pictures, or per picture.
+
+    Where two of these are as many, the pictures of one row decide, processed alone.
+
+    Raises:
+        ValueError: it has another number of entries, or it cannot be said which they are.
+    """
+    counts = [len(pictures) for pictures in images]
+    kinds = [counts, [int(count > 0) for count in counts], [1] * len(counts)]
+    kinds = [sizes for sizes in kinds if sum(sizes) == len(value)]
+    if any(sizes != kinds[0] for sizes in kinds):
+        row = next(row for row in range(len(counts)) if counts[row] > 1)
+        alone = image_processor(images=list(images[row])).get(name, ())
+        kinds = [sizes for sizes in kinds if sizes[row] == len(alone)]
+    if not kinds or any(sizes != kinds[0] for sizes in kinds):
+        raise ValueError(
+            f"the processor makes {len(value)} entries of {name} for {len(counts)} rows with {sum(counts)} pictures, "
+            "expected one for each row or picture, and to see which: rows could get what belongs to others"
+        )
+    return list(value.split(kinds[0]))
+
+
+def _is_tiled(fields: Mapping[str, Any], pictures: int) -> bool:
+    """Whether ``pixel_values`` holds the tiles that pictures are cut into, as GRPOTrainer decides it."""
+    pixels = fields.get("pixel_values", ())
+    return "spatial_shapes" in fields or (len(pixels) not in (0, pictures) and np.ndim(pixels[0]) == 3)
+
+
+def count_tiles(fields: Mapping[str, Any], images: Sequence[Sequence[Any]], image_processor: Any) -> list[int] | None:
+    """How many tiles each row's pictures are cut into (InternVL, LFM2-VL); None for models without tiles."""
+    if not _is_tiled(fields, sum(map(len, images))):
+        return None
+    cut = {"crop_to_patches": True} if "spatial_shapes" not in fields else {}
+    return [len(image_processor(images=list(row), **cut)["pixel_values"]) if row else 0 for row in images]
+
+
+def check_inputs(
+    fields: Mapping[str, Any],
+    ids: Sequence[Sequence[int]],
+    images: Sequence[Sequence[Any]],
+    image_processor: Any,
+    model: Any,
+) -> None:
+    """Raise ``ValueError`` for a processor whose output, ``fields``, cannot all be given to ``model``, by name."""
+    student = model.get_base_model() if is_peft_model(model) else model
+    kind = type(student).__name__
+    if unknown := sorted(fields.keys() - inspect.signature(type(student).forward).parameters):
+        raise ValueError(f"the processor makes {unknown[0]}, which {kind} does not take: expected the model's own one")
+    if fields and "pixel_values" not in fields and not all(name.endswith(PER_TOKEN) for name in fields):
+        raise ValueError(
+            f"the processor makes {', '.join(fields)} and no pixel_values: GRPOTrainer cannot train {kind} on pictures"
+        )
+    lengths = [len(row) for row in ids]
+    for name in fields.keys() - {*MODEL_FIELDS}:
+        entries = [len(row) if getattr(row, "shape", True) and hasattr(row, "__len__") else 0 for row in fields[name]]
+        if not name.endswith(PER_TOKEN) and entries in (lengths, [max(lengths)] * len(ids)):
+            raise ValueError(
+                f"the processor makes {name}, an entry per token of the prompt: how it goes on over a completion is "
+                f"not known, so that {kind} cannot be trained on pictures here"
+            )
+    if "spatial_shapes" not in fields and _is_tiled(fields, sum(map(len, images))):
+        first = next(row for row in images if row)
+        if "num_patches" not in image_processor(images=list(first), crop_to_patches=True):
+            raise ValueError(
+                f"the processor of {kind} cuts pictures into tiles and does not give their num_patches: GRPOTrainer "
+                "cannot tell which belong to which row"
+            )
+
+
+def check_pictured(counts: Sequence[int], size: int) -> None:
+    """Raise ``ValueError`` for a forward pass of ``size`` rows without a picture: other processes would wait for it."""
+    if not all(any(counts[start : start + size]) for start in range(0, len(counts), size)):
+        raise ValueError(
+            f"{size} rows without a picture came together in one process of several, expected a picture in each batch: "
+            "raise the batch size, or train rows with and without pictures on one GPU"
         )
 
 
@@ -56,12 +237,6 @@ def check_counts(counts: list[int], fields: Mapping[str, Any]) -> None:
         counts: pictures of each row.
         fields: what the processor made of all rows.
     """
-    if COUNTS in fields and max(counts) > 1:
-        row = next(row for row, count in enumerate(counts) if count > 1)
-        raise ValueError(
-            f"row {row} has {counts[row]} pictures, expected one at most: GRPOTrainer does not pass on {COUNTS}, by "
-            "which this model tells several apart"
-        )
     # One entry per row (SmolVLM), which GRPOTrainer takes for one per picture where there are as many of both.
     by_row = "pixel_attention_mask" in fields and "spatial_shapes" not in fields
     if by_row and sum(counts) == len(counts) and set(counts) != {1}:
@@ -78,6 +253,6 @@ def aligned(fields: Mapping[str, Any], width: int) -> dict[str, Any]:
     with a token of its own (Gemma's) then writes it twice: each type would stand one place behind its token.
     """
     return {
-        name: value[:, -width:] if name.endswith("token_type_ids") and value is not None else value
+        name: value[:, -width:] if name.endswith(PER_TOKEN) and value is not None else value
         for name, value in fields.items()
     }

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from kepo_core.data.omnimedvqa import same_text
 from kepo_core.data.records import LETTERS
 
-_THOUGHT_TAG = re.compile(r"(</?think>)")
 _FIELD = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _BARE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
 _MARKED = re.compile(r"\s*\(?([A-Za-z])\s*[.):](.*)", re.DOTALL)
@@ -18,23 +17,6 @@ _OFFERED = re.compile(
 )
 #: What an option's text is read as where it stands among other words: a word that is no letter.
 _SOME_TEXT = "text"
-
-
-def outside_thoughts(text: str) -> str:
-    """``text`` without ``<think>…</think>``, an unclosed thought at its end and one at its beginning."""
-    kept: list[str] = []
-    thinks = False
-    for part in _THOUGHT_TAG.split(text):
-        if part == "</think>":
-            if not thinks:
-                kept.clear()  # it was never opened: all before it was a thought
-            kept.append(" ")
-            thinks = False
-        elif part == "<think>":
-            thinks = True
-        elif not thinks:
-            kept.append(part)
-    return "".join(kept)
 
 
 def answer_fields(text: str) -> list[str]:

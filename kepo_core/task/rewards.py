@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kepo_core.data.records import LETTERS, AnswerOutcome
+from kepo_core.method.task import outside_thoughts
 from kepo_core.task import answer_fields, lenient
 
 #: A completion as TRL hands it to a reward function: plain text, or a list of chat messages.
@@ -71,7 +72,7 @@ def _read(text: str, options: tuple[str, ...], answer_format: str) -> tuple[froz
     """The different letters that a completion's answers name, and whether it has a closed answer field."""
     if answer_format == "lenient":
         text, options = lenient.normalised(text), tuple(map(lenient.normalised, options))
-    rest = answer_fields.outside_thoughts(text)
+    rest = outside_thoughts(text)
     found = answer_fields.answer_fields(rest)
     if answer_format == "lenient":
         found = [lenient.plain(field) for field in found] or lenient.statements(rest, options)

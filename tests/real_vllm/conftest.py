@@ -59,7 +59,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, i
     def start(folder: str, port: int, name: str) -> subprocess.Popen[bytes]:
         log = tmp_path_factory.mktemp("served") / "log"
         command = [
-            str(Path(sys.executable).with_name("vllm")), "serve", folder, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port),
+            str(Path(sys.executable).with_name("vllm")), "serve", folder, "--served-model-name", name,
+            "--host", "127.0.0.1", "--port", str(port),
             "--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-logprobs", "20",
             "--logprobs-mode", "processed_logprobs", "--enable-scale-out",
             "--weight-transfer-config", '{"backend": "nccl"}',

@@ -41,7 +41,7 @@ PATHS = {
             Group(3, NEVER, "<hint>look left</hint>", (False, True, True)),
             Group(0, (False, False, False, True), "<hint>look left</hint>", ()),
             Group(2, NEVER, "no tags at all", ()),
-            Group(1, NEVER, "Well: <hint>\nlook\nright\n</hint> or <hint>not</hint>", (False,) * 3),
+            Group(1, NEVER, "Well: <hint>not</hint> or <hint>\nlook\nright\n</hint>", (False,) * 3),
         ),
         budget=3,
     ),

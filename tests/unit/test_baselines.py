@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from kepo_harness import make_dataset, sharp_model
 from PIL import Image
+from tiny_architectures import build
 from trl import DistillationConfig, DistillationTrainer
 
 from kepo_core.baselines.gkd import MMGKDTrainer, gkd_trainer
@@ -67,6 +69,15 @@ def test_sft_learns_the_answers_alone(questions: list[Question], tmp_path: Path)
         tokens += len(said)
     trainer = sft_trainer(model, processor, supervised_dataset(questions), arguments(tmp_path, max_steps=1))
     assert first_loss(trainer) == pytest.approx(summed / tokens, rel=1e-4)
+
+
+def test_gkd_refuses_a_model_whose_inputs_would_not_all_arrive(tmp_path: Path) -> None:
+    (student, processor), (teacher, _) = build("video-llama3", 0), build("video-llama3", 1)
+    rows = [{"prompt": [{"role": "user", "content": "What?"}], "image": Image.new("RGB", (32, 32)), "answer": "A"}] * 4
+    dataset = Dataset.from_list(rows)
+    trainer = gkd_trainer(student, teacher, processor, dataset, 1.0, 1.0, arguments(tmp_path))
+    with pytest.raises(ValueError, match="makes image_merge_sizes, which DistillationTrainer does not pass on"):
+        trainer.train()
 
 
 def test_what_fills_no_step_is_left_out_of_an_epoch(questions: list[Question], tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ def test_a_fall_is_said_of_any_category_and_never_of_an_average() -> None:
     right = answers(asked, 10)
     fallen = [a if a.modality != "wasps" else b for a, b in zip(right, answers(asked, 0), strict=True)]
     changes = statistics.paired_differences(right, fallen, None, "ants")
-    signs = diagnosis.warnings_for(diagnosis.training_table([]), changes, "ants")
-    assert [sign[:29] for sign in signs] == ["Worse after training: wasps -"]
+    signs = diagnosis.signs_of(diagnosis.training_table([]), changes, "ants")
+    assert [str(sign)[:29] for sign in signs] == ["Worse after training: wasps -"]
 
 
 def test_marks_of_forty_categories_are_told_apart() -> None:

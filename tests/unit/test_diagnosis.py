@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from kepo_core.analysis import diagnosis
-from kepo_core.analysis.diagnosis import ACCEPTANCE, read_training, training_table, warnings_for
+from kepo_core.analysis.diagnosis import ACCEPTANCE, Sign, as_table, read_training, signs_of, training_table
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.method.rollouts import GLOSSARY
 from kepo_core.task.multiple_choice import GLOSSARY as TASK_GLOSSARY
@@ -26,7 +26,8 @@ def rows(**changes):
         "kepo/format": lambda t: 0.8 + 0.2 * t,
         "kepo/all_fail_rate": lambda t: 0.3 - 0.3 * t,
         "kepo/gate_rate": 0.6,
-        "kepo/divergence": 0.3,
+        "kepo/divergence": lambda t: 0.5 - 0.4 * t,
+        "kepo/loss_kl": lambda t: 0.9 * t,
         "kepo/explored_groups": 3.0,
         "kepo/unparsable_hints": 1.0,
         "kepo/rescued_groups": 2.0,
@@ -43,12 +44,12 @@ def rows(**changes):
 
 
 def signs(**changes):
-    return warnings_for(training_table(rows(**changes)))
+    return signs_of(training_table(rows(**changes)))
 
 
 def test_a_healthy_run_has_no_sign():
     assert signs() == []
-    assert warnings_for(training_table([])) == []
+    assert signs_of(training_table([])) == []
 
 
 def test_every_metric_read_here_is_one_the_trainer_logs():
@@ -59,21 +60,61 @@ def test_every_metric_read_here_is_one_the_trainer_logs():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"kepo_rescued_groups": 0.2, "kepo_accepted": 0.2}, "despite hints: 320 hint-aware draws rescued 8 of 120 "),
-        ({"kepo_unparsable_hints": 2.5}, "Hints could not be read: for 100 of 120 groups"),
+        ({"kepo_rescued_groups": 0.2, "kepo_accepted": 0.2}, "accepted: 320 hint-aware draws rescued 8 of 120 groups"),
+        ({"kepo_unparsable_hints": 2.5}, "Hints cannot be read: for 100 of 120 groups"),
         ({"kepo_all_fail_rate": 0.95}, "No reward: in the last quarter of training every rollout failed in 95%"),
-        ({"frac_reward_zero_std": 0.92}, "No signal: in the last quarter of training 92% of the groups"),
-        ({"kepo_accuracy": 0.05, "kepo_format": 1.0}, "Form without content: format 100% but accuracy 5%"),
-        ({"kepo_gate_rate": 0.0}, "The gate never opened"),
+        ({"frac_reward_zero_std": 0.92}, "equal within groups: in the last quarter of training in 92% of the groups"),
+        ({"frac_reward_zero_std": 0.92, "kepo_entropy": 0.01}, "their entropy is 0.01 nats a token. Look at: accuracy"),
+        ({"kepo_accuracy": 0.05, "kepo_format": 1.0}, "learned before the answer: format 100% but accuracy 5%"),
+        ({"kepo_gate_rate": 0.0}, "The gate never opened: no sequence reached tau"),
         ({"kepo_accuracy": lambda t: 0.7 if t < 0.5 else 0.5}, "accuracy fell from 70% in its best quarter"),
         ({"kepo_format": lambda t: 0.9 if t < 0.7 else 0.6}, "the rollouts' format fell from 90%"),
         ({"grad_norm": lambda t: math.nan if t > 0.5 else 1.0}, "grad_norm is not a finite number at step 22"),
-        ({"kepo_outcome/truncated": 0.3}, "Completions run into the limit: 30%"),
+        ({"kepo_divergence": lambda t: 0.2 if t < 0.7 else 4.0}, "the teacher explodes: kepo/divergence rose from 0.2"),
+        ({"kepo_loss_kl": lambda t: 3 * t}, "from the reference explodes: kepo/loss_kl rose from 0.34 nats a token"),
+        ({"kepo_outcome/truncated": 0.3}, "Completions are cut off: 30% of them at the limit before an answer"),
+        ({"kepo_unmoved_weights": 0.96}, "precision: an optimiser step left 96% of the weights"),
     ],
 )  # fmt: skip
 def test_each_sign_is_told_with_its_numbers_and_alone(changes, words):
     (sign,) = signs(**changes)
-    assert words in sign
+    assert words in str(sign) and len(sign.look_at) > 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kepo_divergence": lambda t: 0.01 if t < 0.7 else 0.09},  # small, whatever it grows by
+        {"kepo_divergence": lambda t: 2.0 if t < 0.3 else 1.0 + t},
+        {"kepo_unmoved_weights": 0.4},
+        {"completions/clipped_ratio": 0.9},  # behind an answer: the task's own outcome counts
+        {"frac_reward_zero_std": 0.95, "kepo_accuracy": 0.95},  # there is nothing left to learn
+    ],
+)
+def test_what_looks_like_a_sign_and_is_none(changes):
+    assert signs(**changes) == []
+
+
+def test_a_task_without_outcomes_is_judged_by_what_trl_counts():
+    def of_other_task(clipped):
+        outcome = f"kepo/outcome/{AnswerOutcome.TRUNCATED}"
+        changed = rows(**{"completions/clipped_ratio": clipped})
+        return signs_of(training_table([{k: v for k, v in row.items() if k != outcome} for row in changed]))
+
+    (sign,) = of_other_task(0.8)
+    assert str(sign).startswith("Completions are cut off: 80% of them at the limit in the last quarter of training.")
+    assert of_other_task(0.3) == []
+
+
+def test_the_table_names_cause_numbers_and_where_to_look():
+    table = as_table(signs(kepo_gate_rate=0.0, kepo_unmoved_weights=1.0))
+    assert list(table) == ["cause", "seen", "look at"]
+    assert table["cause"].tolist() == [
+        "The gate never opened",
+        "The learning rate is too small for the weights' precision",
+    ]
+    assert "tau" in table.loc[0, "look at"] and "float32" in table.loc[1, "look at"]
+    assert as_table([]).empty and list(as_table([])) == list(table)
 
 
 def test_the_end_of_training_counts_and_the_best_quarter_before_it():
@@ -81,7 +122,7 @@ def test_the_end_of_training_counts_and_the_best_quarter_before_it():
     assert len(signs(kepo_all_fail_rate=lambda t: 0.1 if t < 0.5 else 1.0)) == 1
     assert signs(kepo_gate_rate=lambda t: 0.0 if t < 0.9 else 0.1) == []
     (sign,) = signs(kepo_accuracy=lambda t: 0.4 if t < 0.25 else 0.7 if t < 0.5 else 0.4)
-    assert "fell from 70%" in sign
+    assert "fell from 70%" in sign.seen
 
 
 def test_a_little_less_than_a_sign_is_none():
@@ -93,13 +134,13 @@ def test_a_little_less_than_a_sign_is_none():
 def test_a_method_without_a_part_is_not_judged_by_it():
     parts = ("kepo/explored_groups", "kepo/rescued_groups", "kepo/unparsable_hints", "kepo/draws", "kepo/accepted")
     plain = [{k: v for k, v in row.items() if k not in (*parts, "kepo/divergence")} for row in rows(kepo_gate_rate=0)]
-    assert warnings_for(training_table(plain)) == []
+    assert signs_of(training_table(plain)) == []
     # Exploration that had no reason to fire is no failure either.
     assert signs(**{part.replace("kepo/", "kepo_"): 0.0 for part in parts}) == []
 
 
 def test_too_short_a_run_is_not_judged_by_its_quarters():
-    assert warnings_for(training_table(rows(kepo_all_fail_rate=1.0)[:7])) == []
+    assert signs_of(training_table(rows(kepo_all_fail_rate=1.0)[:7])) == []
 
 
 def differences(**values):
@@ -113,22 +154,20 @@ def differences(**values):
 def test_in_domain_up_while_out_of_domain_falls():
     table = training_table(rows())
     up, down, level = (0.2, 0.1, 0.3), (-0.1, -0.15, -0.05), (-0.01, -0.05, 0.03)
-    (sign,) = warnings_for(table, differences(mri=up, ood=down), "MRI")
-    assert sign == (
+    (sign,) = signs_of(table, differences(mri=up, ood=down), "MRI")
+    assert str(sign).startswith(
         "In-domain up, out-of-domain down: MRI +20.0 points [+10.0, +30.0], the other modalities on average "
-        "-10.0 points [-15.0, -5.0]."
+        "-10.0 points [-15.0, -5.0]. Look at: "
     )
-    assert warnings_for(table, differences(mri=up, ood=level), "MRI") == []
-    assert warnings_for(table, differences(mri=level, ood=level), "MRI") == []
-    assert warnings_for(table, differences(mri=up, ood=level, oct=down), "MRI") == [
-        "Worse after training: OCT -10.0 points [-15.0, -5.0]."
-    ]
-    assert warnings_for(table, differences(mri=down, ood=level), "MRI") == [
-        "Training hurt in-domain: MRI -10.0 points [-15.0, -5.0]."
-    ]
-    assert warnings_for(table, differences(mri=(0.05, -0.01, 0.1), ood=down), "MRI") == []
-    (sign,) = warnings_for(table, differences(mri=down, ood=down, oct=up), in_domain="OCT")[:1]
-    assert sign.startswith("In-domain up, out-of-domain down: OCT")
+    assert signs_of(table, differences(mri=up, ood=level), "MRI") == []
+    assert signs_of(table, differences(mri=level, ood=level), "MRI") == []
+    (sign,) = signs_of(table, differences(mri=up, ood=level, oct=down), "MRI")
+    assert (sign.cause, sign.seen) == ("Worse after training", "OCT -10.0 points [-15.0, -5.0]")
+    (sign,) = signs_of(table, differences(mri=down, ood=level), "MRI")
+    assert (sign.cause, sign.seen) == ("Training hurt in-domain", "MRI -10.0 points [-15.0, -5.0]")
+    assert signs_of(table, differences(mri=(0.05, -0.01, 0.1), ood=down), "MRI") == []
+    (sign,) = signs_of(table, differences(mri=down, ood=down, oct=up), in_domain="OCT")[:1]
+    assert isinstance(sign, Sign) and str(sign).startswith("In-domain up, out-of-domain down: OCT")
 
 
 def test_the_table_has_a_row_per_step_and_the_acceptance(tmp_path):
@@ -150,4 +189,4 @@ def test_a_metric_that_is_null_throughout_and_one_that_is_no_number_do_no_harm()
     table = training_table([row | {"kepo/entropy": None, "note": "x"} for row in rows()])
     assert table["kepo/entropy"].isna().all()
     assert "note" not in table
-    assert diagnosis.warnings_for(table) == []
+    assert diagnosis.signs_of(table) == []

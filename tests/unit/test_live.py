@@ -80,6 +80,19 @@ def test_training_without_an_onlooker_is_lines_alone(display, capsys):
     assert display.shown == []
 
 
+@pytest.mark.parametrize("onlooker", [False, True])
+def test_a_sign_of_failure_is_told_once_while_it_trains(display, capsys, onlooker):
+    callback = LiveTraining(live=onlooker, every_seconds=3600.0)
+    shown = {}
+    for step in range(1, 81):
+        late = {"completions/clipped_ratio": 1.0} if step > 40 else {}
+        callback.show(step, 80, LOGS | late | {"frac_reward_zero_std": 1.0})
+        for line in capsys.readouterr().out.splitlines():
+            if line.startswith("warning: "):
+                shown.setdefault(line.removeprefix("warning: ").partition(":")[0], []).append(step)
+    assert shown == {"Rewards are equal within groups": [20], "Completions are cut off": [60]}
+
+
 def test_training_with_an_onlooker_draws_and_ends_with_the_whole_curve(display):
     train(LiveTraining(live=True, every_seconds=0.0), 4)
     bar, curves = display.shown

@@ -346,7 +346,7 @@ def test_a_value_that_is_trls_default_is_not_a_change():
 
 def test_a_field_of_trl_that_does_not_fit_is_refused_at_once():
     bad("num_generations is set by the study itself: set group_size instead", num_generations=4)
-    bad("report_to is set by the study itself: leave it out", report_to="wandb")
+    bad("run_name is set by the study itself: leave it out", run_name="mine")
     bad("temperature must be a number, as in TRL's GRPOConfig, got True", temperature=True)
     bad("scale_rewards is 'x', expected one of none", scale_rewards="x")
     bad("cosin is not a valid SchedulerType|lr_scheduler_type", lr_scheduler_type="cosin", beta=0.1)

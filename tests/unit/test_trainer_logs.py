@@ -17,6 +17,8 @@ from kepo_harness import (
     score_batch,
     wrong,
 )
+from text_harness import make_trainer as make_text_trainer
+from text_harness import text_model
 
 from kepo_core.method.exploration import leaving_members
 from kepo_core.method.rollouts import GLOSSARY, collect_rollouts
@@ -35,7 +37,11 @@ def test_metrics_are_taken_before_injection_and_each_has_a_definition(tmp_path: 
     logged = {name for name in first if name.startswith("kepo/")}
     rewards = {"kepo/rewards/accuracy_reward", "kepo/rewards/format_reward"}
     defined = set(GLOSSARY) | set(TASK_GLOSSARY) | rewards
-    assert logged == defined - {"kepo/rewards/NAME", "kepo/unasked"}  # the last is of a served teacher alone
+    assert logged == defined - {
+        "kepo/rewards/NAME",
+        "kepo/unasked",  # of a served teacher alone
+        "kepo/unmoved_weights",  # of weights in 16 bits
+    }
     assert first["kepo/rewards/accuracy_reward"] == first["kepo/accuracy"]
     assert first["kepo/accuracy"] == pytest.approx(2 / 8) and first["rewards/accuracy_reward/mean"] == pytest.approx(
         3 / 8
@@ -48,6 +54,21 @@ def test_metrics_are_taken_before_injection_and_each_has_a_definition(tmp_path: 
     assert first["kepo/gate_rate"] == pytest.approx(3 / 8) and first["kepo/injected_mentions_hint"] == 0.0
     assert first["kepo/loss_distill"] > 0 and first["kepo/divergence"] > 0 and first["kepo/loss_kl"] == 0.0
     assert second["kepo/explored_groups"] == 0.0 and second["kepo/injected_log_ratio"] is None  # questions 2 and 3
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, 1e-6), (torch.bfloat16, 0.1), (torch.float32, 1e-6)])
+def test_updates_that_are_lost_in_rounding_are_counted(tmp_path: Path, dtype: torch.dtype, rate: float) -> None:
+    student = text_model(0).to(dtype)
+    trainer = make_text_trainer(tmp_path, student=student, learning_rate=rate, max_steps=2)
+    before = student.lm_head.weight.detach().clone()
+    trainer.train()
+    logs = trainer.state.log_history[:2]
+    if dtype == torch.float32:  # nothing is lost, and nothing is watched
+        assert not any("kepo/unmoved_weights" in log for log in logs)
+        return
+    lost = [log["kepo/unmoved_weights"] for log in logs]
+    assert all(share > 0.9 for share in lost) if rate < 1e-3 else all(share < 0.1 for share in lost)
+    assert ((student.lm_head.weight == before).float().mean() > 0.9) == (rate < 1e-3)
 
 
 def test_without_guidance_there_is_no_gate(tmp_path: Path) -> None:

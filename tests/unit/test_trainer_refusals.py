@@ -1,5 +1,6 @@
 """What KEPOTrainer refuses, and with which words."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -266,11 +267,25 @@ def test_columns_of_held_out_rows_are_checked_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reward", [3.0, ["accuracy"], {"accuracy": 1}])
 def test_what_is_no_reward_is_refused(reward: Any) -> None:
-    with pytest.raises(ValueError, match="expected a function, a reward model or its name"):
+    with pytest.raises(ValueError, match=r"expected a function \(or a partial one, .* reward model or its name"):
         checked_reward(reward)
+
+
+def test_a_class_in_the_place_of_a_reward_is_refused_before_it_is_called() -> None:
+    class Judge:
+        def __call__(self, completions: list, **_: Any) -> list[float]: ...
+
+    with pytest.raises(ValueError, match=r"a reward is the class Judge, expected an instance of it: Judge\(\.\.\.\)"):
+        checked_reward(Judge)
 
 
 def test_names_of_rewards_stay_apart() -> None:
     assert distinct(["a", "b", "a"]) == ["a#1", "b", "a#3"]
+    strict, lenient = (functools.partial(fails_on_0, strict=strict) for strict in (True, False))
+    assert checked_reward(strict).__name__ == "fails_on_0"  # as TRL names it
+    lenient.__name__ = "lenient"
+    assert checked_reward(lenient).__name__ == "lenient"
+    with pytest.raises(ValueError, match="2 reward functions have that name: set the __name__ of one"):
+        find_reward("gate_reward", "fails_on_0", ["fails_on_0", "fails_on_0"])
     with pytest.raises(ValueError, match="gate_reward is 'total', the weighted sum, but a reward has that name"):
         find_reward("gate_reward", "total", ["total", "other"])

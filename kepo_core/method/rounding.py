@@ -1,0 +1,51 @@
+"""Whether optimiser steps reach weights that are kept in 16 bits, or are lost in rounding.
+
+A bfloat16 number has 8 significant bits: AdamW's first steps, of about the learning rate, are lost wherever that is
+below 1/512 of a weight. Weights kept in float32, as TRL loads them, never are; they are not watched.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+#: Weights of each parameter that are looked at.
+SAMPLE = 1000
+
+
+class RoundingWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
+    """Logs ``kepo/unmoved_weights`` (`rollouts.GLOSSARY`) where a trained parameter is kept in 16 bits."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, sampled weights, which have a gradient
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Keep a sample of the weights that a step is about to change."""
+        halves = [p for p in self._trainer.model.parameters() if p.grad is not None and p.dtype.itemsize == 2]
+        self._before = [(p, _sample(p.detach()).clone(), _sample(p.grad) != 0) for p in halves]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log the share of those with a gradient that are what they were."""
+        if not self._before:
+            return
+        counts = [
+            torch.stack([(has_gradient & (_sample(p.detach()) == before)).sum(), has_gradient.sum()])
+            for p, before, has_gradient in self._before
+        ]
+        unmoved, moving = torch.stack(counts).sum(0).tolist()
+        self._before = []
+        if moving:
+            self._trainer._metrics["train"]["kepo/unmoved_weights"].append(unmoved / moving)
+
+
+def _sample(values: Tensor) -> Tensor:
+    """At most `SAMPLE` entries of this process's part of a tensor, evenly spread."""
+    flat = (values.to_local() if isinstance(values, DTensor) else values).flatten()
+    return flat[:: -(-len(flat) // SAMPLE) or 1]
