@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def _obey(arguments: argparse.Namespace) -> int:
 
         return resume_run(_run_folder(arguments.run))
     if arguments.command == "data":
-        return check_data(arguments.path, arguments.strict, arguments.html)
+        params = Params.load(arguments.file, {"data_columns": arguments.columns or None})
+        return check_data(arguments.path, arguments.strict, arguments.html, params, arguments.quick)
     if arguments.command == "report":
         return write_reports(arguments.what, arguments.index)
     if arguments.command == "export":
@@ -119,17 +121,23 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any], met
     return execution.run_notebook(path, params, cell)
 
 
-def check_data(path: str, strict: bool, page: str | None) -> int:
+def check_data(path: str, strict: bool, page: str | None, params: Params, quick: bool) -> int:
     """Print what is in the data at ``path``, and write it to the HTML file ``page`` where one is named.
 
-    Raises ``DataError`` if the data cannot be read at all or, under ``strict``, for the first row that cannot.
+    Each question is tried as a run of ``params`` tries it or, if ``quick``, no picture is decoded. Raises ``DataError``
+    if the data cannot be read at all or, under ``strict``, for the first row that cannot.
     """
     from kepo_core.data.check import check
     from kepo_core.files import write_atomically
     from kepo_core.pages import shell
 
-    checked = check(Path(path), strict)
-    print(checked.as_text())
+    try_with = None
+    if not quick:
+        from kepo_core.experiment.askable import Askable
+
+        try_with = partial(Askable, params)
+    checked = check(path, strict, params.data_columns, params.follow_links, try_with)
+    print(_printable(checked.as_text()))
     if page:
         write_atomically(Path(page), shell.render("data_check.html.j2", title="Data check", checked=checked))
     return COMPLETED
@@ -294,8 +302,13 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("run", help="a folder's name, its beginning or end (the parameters' hash, say), or its path")
     data = commands.add_parser("data", help="look at data").add_subparsers(dest="data_command", required=True)
     check = data.add_parser("check", help="say what is in a folder or zip of questions, and what was mended or dropped")
-    check.add_argument("path", help="OmniMedVQA's folder or zip, or Med-R1's question files")
+    check.add_argument(
+        "path", help="OmniMedVQA's folder or zip, Med-R1's question files, a table's folder, or hf:OWNER/NAME"
+    )
+    check.add_argument("-f", "--file", metavar="PARAMS_FILE", help="check what a run of these parameters would check")
+    check.add_argument("--quick", action="store_true", help="decode no pictures and try no processor")
     check.add_argument("--strict", action="store_true", help="stop at the first row that would be dropped")
+    check.add_argument("--columns", default="", metavar="NAMES", help="as the parameter data_columns")
     check.add_argument("--html", metavar="FILE", help="write the tables as a page, too")
     study = commands.add_parser("study", help="many runs").add_subparsers(dest="study_command", required=True)
     many = study.add_parser("run", help="make the runs of a study file that have not completed yet")

@@ -44,17 +44,21 @@ _IPYTHON_NAMES = ("In", "Out")
 class DataParams:
     """Data."""
 
-    data_root: str = option("phantom", "phantom (rendered on first use), OmniMedVQA's folder or zip, or Med-R1's files")
+    data_root: str = option(
+        "phantom", "phantom (rendered on first use), OmniMedVQA, Med-R1's files, a table's folder, hf:OWNER/NAME"
+    )
+    data_columns: str = option("", "columns of a table that have other names: question=NAME, options=A+B+C, …")
+    follow_links: bool = option(
+        False, "take pictures and question files that links in data_root lead to outside of it, as in the Hub's cache"
+    )
     data_seed: Natural = option(0, "seed of the rendering, the split and the samples drawn from it")
     split: str = option(
         "image",
-        "unit kept disjoint between train and test; given: Med-R1's own split",
+        "unit kept disjoint between train and test; given: the data's own split",
         choices=("image", "question", "given"),
     )
     train_modality: str = option(
-        "MRI",
-        "the in-domain modality",
-        choices=("MRI", "CT", "X-Ray", "Ultrasound", "Dermoscopy", "Fundus", "OCT", "Microscopy"),
+        "MRI", "the modality (category, in data of your own) that is trained on: the in-domain one"
     )
     train_items: Count = option(600, "training questions, at most")
     eval_items: Count = option(300, "test questions per modality, at most")
@@ -92,6 +96,11 @@ class TaskParams:
     )
     gkd_lambda: Share = option(1.0, "λ of gkd: 1 on the student's own completions, 0 on the right answers")
     thinking: bool = option(True, "prompt for explicit reasoning (Appendix C)")
+    answer_format: str = option(
+        "paper",
+        "what counts as an answer: the paper's tags and letters, or also what models of other families write",
+        choices=("paper", "lenient"),
+    )
     hint_context: str = option(
         "hint+answer",
         "what the hint-aware prompt contains; none: retries under the plain prompt",

@@ -19,7 +19,7 @@ from kepo_core.analysis.aggregate import Estimate, holm, over_runs
 from kepo_core.analysis.answers import Curve, correctness
 from kepo_core.analysis.claims import Key, Outcomes
 from kepo_core.analysis.statistics import AVG, AVG_OOD
-from kepo_core.data.records import MODALITIES, Answer
+from kepo_core.data.records import Answer, categories
 
 Answers = Mapping[str, Mapping[Key, Sequence[Answer]]]  # arm → run → its answers
 _FIELDS = ["value", "low", "high", "runs", "p"]
@@ -122,7 +122,7 @@ def _steps(curves: Sequence[Curve]) -> list[int]:
 
 def _parts(order: Sequence[Answer], in_domain: str) -> dict[str, list[str]]:
     """The parts that there are answers for: name → modalities."""
-    present = [m for m in MODALITIES if any(answer.modality == m for answer in order)]
+    present = categories(answer.modality for answer in order)
     parts = {**{m: [m] for m in present}, AVG: present, AVG_OOD: [m for m in present if m != in_domain]}
     return {part: modalities for part, modalities in parts.items() if modalities}
 

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from kepo_core.analysis.intervals import design_effect, difference_interval, mean_interval, percent, wilson_interval
-from kepo_core.data.records import MODALITIES, Answer, AnswerOutcome
+from kepo_core.data.records import Answer, AnswerOutcome, categories
 
 AVG = "Avg."
 AVG_OOD = "Avg. (OOD)"
@@ -42,20 +42,20 @@ def mcnemar_exact(before: Sequence[Answer], after: Sequence[Answer]) -> McNemar:
 
 
 def accuracy_table(
-    answers: Mapping[str, Sequence[Answer]], images: Mapping[str, str] | None = None, in_domain: str = MODALITIES[0]
+    answers: Mapping[str, Sequence[Answer]], images: Mapping[str, str] | None, in_domain: str
 ) -> pd.DataFrame:
     """Table 1's shape: a row per model; per modality, then "Avg." and "Avg. (OOD)", the accuracy with its interval.
 
     Columns are pairs (modality or average, one of ``accuracy``, ``low``, ``high``, ``n``), accuracies in [0, 1],
-    modalities in the order of MODALITIES. "Avg." is the unweighted mean of the modalities' accuracies as in the
-    paper, "Avg. (OOD)" that of all but ``in_domain``. A model without answers for a modality that others have gets
-    NaN there and in both averages, which would not compare.
+    modalities in the order of ``records.categories``. "Avg." is the unweighted mean of the modalities' accuracies as in
+    the paper, "Avg. (OOD)" that of all but ``in_domain``, left out where there is no other. A model without answers for
+    a modality that others have gets NaN there and in both averages, which would not compare.
     Intervals: Wilson's per modality, with n / deff questions where ``images`` (question id → image) is given, so
     that questions sharing an image count as what they are, as do several answers to one question (mean@k); averages
     combine them by ``mean_interval``. Every answer stays in the denominator, unreadable ones included.
     """
     rows = {model: _accuracies(given, "modality", images) for model, given in answers.items()}
-    present = [m for m in MODALITIES if any(m in cells for cells in rows.values())]
+    present = categories(answer.modality for given in answers.values() for answer in given)
     for model, found in rows.items():
         cells = {m: found[m] for m in present if m in found}
         rows[model] = cells | (_averages(cells, "accuracy", in_domain) if len(cells) == len(present) else {})
@@ -75,8 +75,8 @@ def type_table(answers: Mapping[str, Sequence[Answer]], images: Mapping[str, str
 def paired_differences(
     before: Sequence[Answer],
     after: Sequence[Answer],
-    images: Mapping[str, str] | None = None,
-    in_domain: str = MODALITIES[0],
+    images: Mapping[str, str] | None,
+    in_domain: str,
 ) -> pd.DataFrame:
     """What changed between two models on the same questions: a row per modality, then the two averages.
 
@@ -88,7 +88,7 @@ def paired_differences(
     """
     pairs = _pairs(before, after, images)
     parts = {str(modality): part for modality, part in pairs.groupby("modality")}
-    rows = {modality: _difference(parts[modality]) for modality in MODALITIES if modality in parts}
+    rows = {modality: _difference(parts[modality]) for modality in categories(parts)}
     for name, cell in _averages(rows, "difference", in_domain).items():
         members = [m for m in rows if m in parts and (name == AVG or m != in_domain)]
         sides = {side: float(np.mean([rows[m][side] for m in members])) for side in ("before", "after")}
@@ -99,8 +99,8 @@ def paired_differences(
 def compare(
     answers: Mapping[str, Sequence[Answer]],
     reference: str,
-    images: Mapping[str, str] | None = None,
-    in_domain: str = MODALITIES[0],
+    images: Mapping[str, str] | None,
+    in_domain: str,
 ) -> pd.DataFrame:
     """Every model against the one called ``reference``, for reading: a row each, differences in points.
 

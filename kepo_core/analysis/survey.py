@@ -4,6 +4,7 @@ Every function takes questions and gives a table; `figures` draws them.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,20 +13,20 @@ from PIL import Image
 
 from kepo_core.analysis.intervals import wilson_interval
 from kepo_core.data.images import ReadPicture, load_image
-from kepo_core.data.records import MODALITIES, Question
-from kepo_core.data.splits import SPLITS, image_key, leaked
+from kepo_core.data.records import Question, categories
+from kepo_core.data.splits import SPLITS, leaked
 from kepo_core.errors import DataError
 from kepo_core.task.prompts import vqa_messages
 
 
 def counts(questions: Iterable[Question], by: str = "question_type") -> pd.DataFrame:
-    """Questions per modality (rows, in the order of MODALITIES) and per ``question_type`` or ``dataset`` (columns).
+    """Questions per modality (rows, in the order of `categories`) and per ``question_type`` or ``dataset`` (columns).
 
-    The kinds that are asked most come first. What Med-R1's files do not tell is "(not given)".
+    The kinds that are asked most come first. What the data do not tell is "(not given)".
     """
     table = pd.DataFrame([(q.modality, getattr(q, by) or "(not given)") for q in questions], columns=["modality", by])
     counted = pd.crosstab(table["modality"], table[by])
-    ordered = counted.loc[[m for m in MODALITIES if m in counted.index]]
+    ordered = counted.loc[categories(counted.index)]
     return ordered[ordered.sum().sort_values(ascending=False, kind="stable").index]
 
 
@@ -43,16 +44,19 @@ def balance(questions: Sequence[Question]) -> pd.DataFrame:
     options = 100 * pd.crosstab(modality, asked["options"], normalize="index").rename(columns="{} options".format)
     numbers = {"best letter": letters.max(axis=1), "guessing": 100 * asked.groupby("modality")["guessing"].mean()}
     table = modality.value_counts().rename("questions").to_frame().join([options, letters]).assign(**numbers)
-    return table.loc[[m for m in MODALITIES if m in table.index]]
+    return table.loc[categories(table.index)]
 
 
 def pictures(questions: Iterable[Question]) -> pd.DataFrame:
-    """One row per distinct picture: modality, image, width, height (pixels), mode, format, kB, sha256 of its bytes.
+    """One row per file: modality, image (from the folder of all), width, height (pixels), mode, format, kB, sha256 of
+    its bytes.
 
     Only headers are decoded. Raises ``DataError`` for a picture that cannot be read.
     """
     rows = []
-    for path, question in {q.image: q for q in questions}.items():
+    files = {q.image: q for q in questions}
+    folder = os.path.commonpath([path.parent for path in files]) if files else ""
+    for path, question in files.items():
         try:
             with Image.open(path) as image:
                 facts = {"width": image.width, "height": image.height, "mode": image.mode, "format": image.format}
@@ -60,8 +64,8 @@ def pictures(questions: Iterable[Question]) -> pd.DataFrame:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"Image {path}: cannot be read ({error}), expected an image file.") from error
         rows.append(
-            {"modality": question.modality, "image": image_key(question), **facts, "kB": len(content) / 1000,
-             "sha256": hashlib.sha256(content).hexdigest()}
+            {"modality": question.modality, "image": path.relative_to(folder).as_posix(), **facts,
+             "kB": len(content) / 1000, "sha256": hashlib.sha256(content).hexdigest()}
         )  # fmt: skip
     return pd.DataFrame(rows)
 

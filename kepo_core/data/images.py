@@ -1,57 +1,118 @@
-"""Images from disk: decoded as RGB, resized, checked before a run needs them, kept for the next epoch."""
+"""Images from disk: decoded as a person sees them, resized, kept for the next epoch."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
-from kepo_core.data.ledger import Ledger, RowError
-from kepo_core.data.records import Question
-from kepo_core.data.source import Source
 from kepo_core.errors import DataError
+
+_WAYS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 ReadPicture = Callable[[Path], Image.Image]
 
 #: Largest image that is decoded, in pixels. The benchmark's largest are scans of a few megapixels; a file beyond
 #: this is a mistake or a decompression bomb, and 64 million RGB pixels are already 192 MB.
 MAX_PIXELS = 64_000_000
+#: The least red, green and blue of what would not be seen on a white page.
+NEARLY_WHITE = 240
 
 
 def load_image(path: Path, image_size: int = 0, fit: str = "squash") -> Image.Image:
-    """The image at ``path`` as RGB, fully decoded.
+    """The image at ``path`` as RGB, fully decoded: what a person who opens the file sees.
+
+    It is turned as its EXIF orientation says, and what is transparent shows white, as on a page (black where all that
+    is visible is white itself). Grey values of more than 8 bits are spread linearly over 0 to 255, since cutting them
+    off would leave most scans white; pixels that are no number are black and do not count for the spread.
 
     ``image_size`` 0 keeps it as stored; with N > 0, ``fit="squash"`` makes it N×N pixels, not keeping the aspect
-    ratio (as the paper's authors do with 384), and ``"longest"`` makes its longest side N, keeping it. Grey values of
-    more than 8 bits are spread linearly over 0 to 255, since cutting them off would leave most scans white. Raises
+    ratio (as the paper's authors do with 384), and ``"longest"`` makes its longest side N, keeping it. Raises
     ``DataError`` when the file is missing, too large or not a whole image.
     """
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file:  # Pillow would map a plain TIFF into memory by its name, and turn it wrongly
+            decoded = decode(file, path)
+    except FileNotFoundError as error:
+        raise DataError(f"Image {path}: missing, expected an image file.") from error
+    except OSError as error:
+        raise DataError(f"Image {path}: cannot be read ({error.strerror}), expected an image file.") from error
+    if not image_size:
+        return decoded
+    return decoded.resize(shown_size(decoded.size, image_size, fit), Image.Resampling.BICUBIC)
+
+
+def shown_size(size: tuple[int, int], image_size: int, fit: str) -> tuple[int, int]:
+    """Width and height, in pixels, in which `load_image` gives an image of ``size``."""
+    if not image_size:
+        return size
+    if fit == "squash":
+        return image_size, image_size
+    scale = image_size / max(size)
+    return round(size[0] * scale) or 1, round(size[1] * scale) or 1
+
+
+def decode(file: BinaryIO, path: Path) -> Image.Image:
+    """The image in ``file`` as `load_image` says, in its own size; ``path`` is for the ``DataError``."""
+    try:
+        with Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(f"Image {path}: {width}×{height} pixels, expected at most {MAX_PIXELS:,} in all.")
-            decoded = _eight_bit(image).convert("RGB")
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"Image {path}: missing, expected an image file.") from error
+            image.load()
+            return _turned(_without_transparency(_eight_bit(image)), _orientation(image))
     # Pillow reports damage as any of these, by format: PNG raises SyntaxError, TIFF ValueError, truncation OSError.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"Image {path}: cannot be decoded ({error}), expected a whole image file.") from error
-    if not image_size:
-        return decoded
-    scale = image_size / max(width, height)
-    size = (image_size, image_size) if fit == "squash" else (round(width * scale) or 1, round(height * scale) or 1)
-    return decoded.resize(size, Image.Resampling.BICUBIC)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, of a loaded picture: Pillow has turned a TIFF by then."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError, OSError, struct.error):
+        return 1  # EXIF that cannot be read turns the picture in no viewer
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    way = _WAYS.get(orientation)
+    return image if way is None else image.transpose(way)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image, dtype=np.float64)
-    low, high = values.min(), values.max()
-    return Image.fromarray(((values - low) * (255 / (high - low or 1))).astype(np.uint8))
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ValueError("not one of its pixels is a number")
+    low, high = values[finite].min(), values[finite].max()
+    spread = (np.where(finite, values, low) - low) * (255 / (high - low or 1))
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:  # type: ignore[attr-defined]
+        spread = np.where(finite, 255 - spread, 0)  # 0 is white, which Pillow minds up to 8 bits only
+    return Image.fromarray(spread.astype(np.uint8))
+
+
+def _without_transparency(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    shown = np.asarray(layer)
+    colours = shown[shown[..., 3] > 0][:, :3]
+    white_on_white = bool((shown[..., 3] == 0).any()) and bool(colours.size) and colours.min() >= NEARLY_WHITE
+    page = Image.new("RGBA", layer.size, "black" if white_on_white else "white")
+    return Image.alpha_composite(page, layer).convert("RGB")
 
 
 class Pictures:
@@ -75,27 +136,3 @@ class Pictures:
             self._left -= size
             self._kept[path] = image
         return image
-
-
-class Decodable:
-    """Whether a question's picture can be fetched and decoded; each is tried once. What cannot goes to the ledger.
-
-    A header alone would not show a truncated file.
-    """
-
-    def __init__(self, source: Source, ledger: Ledger) -> None:
-        self.source, self.ledger = source, ledger
-        self._problem: dict[Path, str] = {}
-
-    def __call__(self, question: Question) -> bool:
-        """False after noting it in the ledger, which raises if it is strict."""
-        if question.image not in self._problem:
-            try:
-                self.source.fetch(question.image)
-                load_image(question.image)
-                self._problem[question.image] = ""
-            except DataError as error:
-                self._problem[question.image] = str(error)
-        if problem := self._problem[question.image]:
-            self.ledger.drop(RowError("image cannot be decoded", f"Question {question.id}: {problem}"))
-        return not problem

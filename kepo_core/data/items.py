@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kepo_core.data.records import MODALITIES, Question
+from kepo_core.data.records import Question, categories
 from kepo_core.data.splits import image_key
 from kepo_core.errors import DataError
 
@@ -23,7 +23,7 @@ def write_items(path: Path, train: Sequence[Question], tests: Mapping[str, Seque
 def read_images(path: Path) -> dict[str, str]:
     """Question id → image of the evaluated items that ``path`` names; empty if it cannot be read."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error):
         return {}
@@ -41,7 +41,7 @@ def read_items(
     by_id = {question.id: question for question in questions}
     found: dict[str, dict[str, Question]] = {"train": {}, "eval": {}}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"items_file {path}: cannot be read ({error}), expected the items.csv of a run.") from error
@@ -62,6 +62,6 @@ def read_items(
         found[part][name] = by_id[name]
     if not found["train"] or not found["eval"]:
         raise DataError(f"items_file {path}: no train or no eval items, expected {','.join(COLUMNS)} and rows of both.")
-    tests = {modality: [q for q in found["eval"].values() if q.modality == modality] for modality in MODALITIES}
-    chosen = {modality: rows[:eval_items] for modality, rows in tests.items() if rows}
-    return list(found["train"].values())[:train_items], chosen
+    asked = list(found["eval"].values())
+    tests = {name: [q for q in asked if q.modality == name] for name in categories(q.modality for q in asked)}
+    return list(found["train"].values())[:train_items], {name: rows[:eval_items] for name, rows in tests.items()}

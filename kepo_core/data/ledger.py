@@ -24,10 +24,20 @@ class Ledger:
     read: int = 0
     mended: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason → where
     dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason → sentences
+    _ids: dict[str, str] = field(default_factory=dict, repr=False)  # question id → where
 
     def mend(self, reason: str, where: str) -> None:
         """Note that the row at ``where`` was read differently from how it is written."""
         self.mended[reason].append(where)
+
+    def claim(self, question_id: str, where: str) -> None:
+        """Note whose id this is. Raises ``RowError`` if it is another row's already."""
+        first = self._ids.setdefault(question_id, where)
+        if first != where:
+            raise RowError(
+                "question_id used before",
+                f"{where}: question_id {question_id!r} is already that of {first}, expected a unique one.",
+            )
 
     def drop(self, error: RowError) -> None:
         """Note that a row was left out; under ``strict`` raise its error."""

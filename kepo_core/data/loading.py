@@ -1,34 +1,63 @@
-"""A folder or archive of questions, in whichever layout it is → typed rows."""
+"""Questions in whichever layout they are → typed rows."""
 
-import json
+from collections import Counter
 from pathlib import Path
 
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.medr1 import KEYS, load_medr1
-from kepo_core.data.omnimedvqa import load_raw
+from kepo_core.data.omnimedvqa import load_raw, read_rows
 from kepo_core.data.records import Question
-from kepo_core.data.source import QA_FOLDER, Source, open_source
+from kepo_core.data.source import QA_FOLDER, Folder, Source, open_source
+from kepo_core.data.table import Tables, load_table, open_tables, tables_in
 from kepo_core.errors import DataError
 
 
-def layout_of(source: Source) -> str:
-    """Either "raw" (OmniMedVQA's release) or "medr1" (Med-R1's question files), told from the files themselves.
+def open_data(data_root: str | Path, columns: str = "", follow_links: bool = False) -> Source:
+    """What the parameters ``data_root`` and ``data_columns`` name: a folder, an archive, or tables of one's own.
 
-    Raises ``DataError`` where it is neither; it names the place nearby that is, if there is one.
+    ``follow_links``: see ``source.Folder``.
+
+    Raises ``DataError`` if there is nothing, or tables that lack a column.
     """
-    if source.question_files(QA_FOLDER):
+    own = open_tables(data_root, columns, follow_links)
+    if own is not None:
+        return own
+    source = open_source(Path(data_root), follow_links)
+    if isinstance(source, Folder) and _benchmark(source) is None:
+        own = tables_in(source.root, columns, follow_links)
+    if columns and own is None:
+        raise DataError(
+            f"data_columns: {columns!r} names columns, but there is no table in {source.root}; leave it empty."
+        )
+    return own or source
+
+
+def layout_of(source: Source) -> str:
+    """Either "raw" (OmniMedVQA's release), "medr1" (Med-R1's question files), both told from the files, or "table".
+
+    Raises ``DataError`` where it is none; it names the place nearby that is, if there is one.
+    """
+    layout = "table" if isinstance(source, Tables) else _benchmark(source)
+    if layout is None:
+        raise DataError(
+            f"data_root {source.root}: neither {QA_FOLDER}/*.json (OmniMedVQA's release) nor *_train.json and "
+            f"*_test.json with {', '.join(KEYS)} (Med-R1's files) nor a table (CSV, JSON lines, Parquet) are in "
+            f"it, expected one of them{_nearby(source.root)}."
+        )
+    return layout
+
+
+def _benchmark(source: Source) -> str | None:
+    if any(file.parent == QA_FOLDER for file in source.question_files(QA_FOLDER)):
         return "raw"
     for file in source.question_files():
         try:
-            rows = json.loads(source.read(file).decode("utf-8-sig"))
-        except (ValueError, DataError):
+            rows = read_rows(source, file)
+        except DataError:
             continue  # reading it names what is wrong, if it is one of the files
-        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and set(KEYS) <= set(rows[0]):
+        if rows and isinstance(rows[0], dict) and set(KEYS) <= set(rows[0]):
             return "medr1"
-    raise DataError(
-        f"data_root {source.root}: neither {QA_FOLDER}/*.json (OmniMedVQA's release) nor *_train.json and "
-        f"*_test.json with {', '.join(KEYS)} (Med-R1's files) are in it, expected one of them{_nearby(source.root)}."
-    )
+    return None
 
 
 def _nearby(root: Path) -> str:
@@ -40,11 +69,20 @@ def _nearby(root: Path) -> str:
 
 
 def load_questions(root: Path | Source, ledger: Ledger | None = None, need_images: bool = True) -> list[Question]:
-    """All questions of a folder, an archive or an opened source, in either layout.
+    """All questions of a folder, an archive or an opened source, in any layout.
 
-    See ``load_raw`` and ``load_medr1``.
+    See ``load_raw``, ``load_medr1`` and ``load_table``.
     """
-    source = open_source(root) if isinstance(root, Path) else root
-    if layout_of(source) == "raw":
-        return load_raw(source, ledger)
-    return load_medr1(source, ledger, need_images)
+    source = open_data(root) if isinstance(root, Path) else root
+    if isinstance(source, Tables):
+        questions = load_table(source, ledger)
+    elif layout_of(source) == "raw":
+        questions = load_raw(source, ledger)
+    else:
+        questions = load_medr1(source, ledger, need_images)
+    twice = [question_id for question_id, count in Counter(q.id for q in questions).items() if count > 1]
+    if twice:  # answers are told apart by it
+        raise DataError(
+            f"data_root {source.root}: {len(twice)} ids are given twice, {twice[0]!r} first, expected unique ones."
+        )
+    return questions

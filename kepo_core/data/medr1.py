@@ -1,9 +1,9 @@
 """The question files that Med-R1 publishes for OmniMedVQA → typed rows.
 
-Layout: ``<modality>_<split>.json`` anywhere below the root, each a list of objects with ``image`` (relative to the
-release's folder), ``problem`` (question and options on one line: ``What is seen? A)a cyst, B)Optic disc (OD).``) and
-``solution`` (``<answer> B </answer>``). Source: Lai et al., "Med-R1", arXiv 2503.13939. The pictures are those of
-the raw release, in whose folder the question files may lie (see ``source.Folder``).
+Layout: ``<modality>_<split>.json`` anywhere below the root (split: train, val or test), each a list of objects with
+``image`` (relative to the release's folder), ``problem`` (question and options on one line: ``What is seen? A)a cyst,
+B)Optic disc (OD).``) and ``solution`` (``<answer> B </answer>``). Source: Lai et al., "Med-R1", arXiv 2503.13939. The
+pictures are those of the raw release, in whose folder the question files may lie (see ``source.Folder``).
 """
 
 import re
@@ -12,14 +12,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from kepo_core.data.ledger import Ledger, RowError
-from kepo_core.data.omnimedvqa import modality_name, read_rows, same_text, text_of, where_of
-from kepo_core.data.records import LETTERS, MODALITIES, Question
-from kepo_core.data.source import Source
+from kepo_core.data.omnimedvqa import leave_out, modality_name, read_rows, same_text, text_of, where_of
+from kepo_core.data.records import LETTERS, MODALITIES, QUESTION_TYPES, Question
+from kepo_core.data.source import Source, picture_name
 from kepo_core.errors import DataError
 
-_FILE = re.compile(r"(?P<modality>.+)_(?P<split>train|test)")
+_FILE = re.compile(r"(?P<name>.+)_(?P<split>train|val|validation|test)")
 _SOLUTION = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
 KEYS = ("image", "problem", "solution")
+_TYPES = {re.sub(r"\W", "", name).lower(): name for name in QUESTION_TYPES}
 
 
 def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
@@ -48,27 +49,30 @@ def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool =
     """All questions of the files below the root, in name order and rows in file order.
 
     A file's name says the modality of its rows; where it does not (``unknown_train.json``), the modality is that of
-    the same data set in other files. ``need_images=False`` takes questions whose pictures are not there. The files
-    do not tell question types: they are "". ``ledger`` and errors as in ``omnimedvqa.load_raw``.
+    the same data set in other files. Of Med-R1's splits by question type, lying beside those by modality, questions
+    that a modality's file has too are taken once, and their types from the file's name; else question types are "".
+    A file of the same name and rows as another (a backup) is left out. ``need_images=False`` takes questions whose
+    pictures are not there. ``ledger`` and errors as in ``omnimedvqa.load_raw``; also raises ``DataError`` for two
+    files of one name and different rows.
     """
     ledger = ledger or Ledger()
-    files = [file for file in source.question_files() if _FILE.fullmatch(file.stem)]
-    if not files:
-        raise DataError(
-            f"data_root {source.root}: no *_train.json or *_test.json in it, expected Med-R1's question files."
-        )
-    rows = [(file, index, row) for file in files for index, row in enumerate(read_rows(source, file))]
-    homes = _modalities_of_datasets(rows)
+    rows = _rows(source, ledger)
+    homes, types = _modalities_of_datasets(rows), _question_types(rows, ledger)
     questions = []
     for file, index, row in rows:
+        if _type_of_file(file) and _asked(row) in types:
+            continue
         where = where_of(file, index, row)
         try:
             fields = _parse_row(row, where, file, homes, ledger)
-            image = source.locate(text_of(row, "image", where), where, must_exist=need_images)
+            name = text_of(row, "image", where, ledger)
+            image = source.locate(name, where, must_exist=need_images)
         except RowError as error:
             ledger.drop(error)
             continue
-        questions.append(Question(id=f"{file.stem}:{index + 1}", question_type="", image=image, **fields))
+        question_type = types.get(_asked(row)) or _type_of_file(file)
+        fields |= {"image": image, "image_name": picture_name(name), "question_type": question_type}
+        questions.append(Question(id=f"{file.stem}:{index + 1}", **fields))
     if not questions:
         raise ledger.nothing(source.root, len(rows))
     ledger.read += len(questions)
@@ -76,18 +80,73 @@ def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool =
 
 
 def split_of(question: Question) -> str:
-    """Either "train" or "test": the file that a question of ``load_medr1`` came from."""
+    """One of "train", "validation" and "test": the file that a question of ``load_medr1`` came from."""
     found = _FILE.fullmatch(question.id.rpartition(":")[0])
     if found is None:
         raise DataError(
-            f"split: question {question.id} does not come from a *_train.json or *_test.json, as 'given' expects."
+            f"split: question {question.id} is in no *_train.json or *_test.json and has no split of its own, "
+            "as 'given' needs."
         )
-    return found["split"]
+    return "validation" if found["split"].startswith("val") else found["split"]
+
+
+_Row = tuple[PurePosixPath, int, Any]
+
+
+def _rows(source: Source, ledger: Ledger) -> list[_Row]:
+    """The rows of all question files, each file name once; rows of other files beside them are counted."""
+    rows: list[_Row] = []
+    kept: dict[str, tuple[PurePosixPath, list[Any]]] = {}
+    everything = source.question_files()
+    files = sorted((f for f in everything if _FILE.fullmatch(f.stem)), key=lambda file: (len(file.parts), file))
+    for file in files:
+        own = read_rows(source, file)
+        first, other = kept.setdefault(file.stem, (file, own))
+        if first == file:
+            continue
+        if other != own:
+            raise DataError(
+                f"data_root {source.root}: {first} and {file} have one name and different rows, expected one of them: "
+                "questions are identified by the names of their files."
+            )
+        for index in range(len(own)):
+            ledger.leave_out("in a second file of the same name and rows", f"{file}, row {index + 1}")
+    if not files:
+        raise DataError(
+            f"data_root {source.root}: no *_train.json or *_test.json in it, expected Med-R1's question files."
+        )
+    for file, own in sorted(kept.values()):
+        rows += ((file, index, row) for index, row in enumerate(own))
+    for file in everything:
+        if file not in files and "Images" not in file.parts:  # what lies among pictures describes these
+            leave_out(source, file, "in a file that is neither *_train, *_val nor *_test", set(KEYS), ledger)
+    return rows
 
 
 def _modality_of_file(file: PurePosixPath) -> str | None:
     found = _FILE.fullmatch(file.stem)
-    return modality_name(found["modality"]) if found else None
+    return modality_name(found["name"]) if found else None
+
+
+def _type_of_file(file: PurePosixPath) -> str:
+    found = _FILE.fullmatch(file.stem)
+    return _TYPES.get(re.sub(r"[\W_]+", "", found["name"]).lower(), "") if found else ""
+
+
+def _asked(row: Any) -> tuple[str, ...]:
+    """What makes two rows the same question."""
+    return tuple(str(row.get(key)) for key in KEYS) if isinstance(row, Mapping) else ()
+
+
+def _question_types(rows: list[_Row], ledger: Ledger) -> dict[tuple[str, ...], str]:
+    """The types of the questions of modalities' files that files by question type have, too; these are counted."""
+    own = {_asked(row) for file, _, row in rows if _modality_of_file(file)}
+    types = {}
+    for file, index, row in rows:
+        if (question_type := _type_of_file(file)) and (asked := _asked(row)) in own:
+            types[asked] = question_type
+            ledger.leave_out("a question that a modality's file has, too", where_of(file, index, row))
+    return types
 
 
 def _dataset(row: Any) -> str:
@@ -95,7 +154,7 @@ def _dataset(row: Any) -> str:
     return parts[1] if len(parts) > 2 and parts[0] == "Images" else ""
 
 
-def _modalities_of_datasets(rows: list[tuple[PurePosixPath, int, Any]]) -> dict[str, set[str]]:
+def _modalities_of_datasets(rows: list[_Row]) -> dict[str, set[str]]:
     homes: dict[str, set[str]] = {}
     for file, _, row in rows:
         modality = _modality_of_file(file)
@@ -120,7 +179,7 @@ def _parse_row(
             )
         (modality,) = candidates
         ledger.mend("the file names no modality: that of the data set was taken", where)
-    problem, solution = text_of(row, "problem", where), text_of(row, "solution", where)
+    problem, solution = text_of(row, "problem", where, ledger), text_of(row, "solution", where, ledger)
     question, given = split_problem(problem)
     options = tuple({same_text(option): option for option in reversed(given) if option}.values())[::-1]
     if len(options) < 2:

@@ -8,15 +8,16 @@ Source: Hu et al., "OmniMedVQA", CVPR 2024. PhantomVQA is written in the same la
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.records import LETTERS, MODALITIES, Question
-from kepo_core.data.source import QA_FOLDER, Source
+from kepo_core.data.source import QA_FOLDER, Source, picture_name
 from kepo_core.errors import DataError
 
 RESTRICTED_FOLDER = QA_FOLDER.with_name("Restricted-access")
@@ -39,6 +40,10 @@ _MODALITY_KEYS = {
     "microscopy": "Microscopy",
     "microscopyimages": "Microscopy",
 }
+
+# How JSON lines begin, whatever the file is called: an object, and on the next line another.
+_ANOTHER_LINE = re.compile(r"\s*\{[^\n]*\}\s*\n\s*\{")
+_OPTION_NAMES = tuple(f"option_{letter}" for letter in LETTERS)
 
 
 @cache
@@ -63,11 +68,11 @@ def load_raw(source: Source, ledger: Ledger | None = None) -> list[Question]:
     first row that breaks the layout.
     """
     ledger = ledger or Ledger()
-    files = source.question_files(QA_FOLDER)
+    everything = source.question_files(QA_FOLDER.parent)
+    files = [file for file in everything if file.parent == QA_FOLDER]
     if not files:
         raise DataError(f"data_root {source.root}: no {QA_FOLDER}/*.json in it, expected OmniMedVQA's raw layout.")
     questions: list[Question] = []
-    seen: dict[str, str] = {}
     rows = 0
     for file in files:
         for index, row in enumerate(read_rows(source, file)):
@@ -75,30 +80,45 @@ def load_raw(source: Source, ledger: Ledger | None = None) -> list[Question]:
             where = where_of(file, index, row)
             try:
                 question = _parse_row(row, where, source, ledger)
-                if question.id in seen:
-                    raise RowError(
-                        "question_id used before",
-                        f"{where}: question_id is already that of {seen[question.id]}, expected a unique one.",
-                    )
+                ledger.claim(question.id, where)
             except RowError as error:
                 ledger.drop(error)
                 continue
-            seen[question.id] = where
             questions.append(question)
     if not questions:
         raise ledger.nothing(source.root, rows)
-    for file in source.question_files(RESTRICTED_FOLDER):
-        for index, row in enumerate(read_rows(source, file)):
-            ledger.leave_out("restricted: its picture is not part of the release", where_of(file, index, row))
+    for file in everything:
+        if RESTRICTED_FOLDER in file.parents:
+            leave_out(source, file, "restricted: its picture is not part of the release", {"question_id"}, ledger)
+        elif file not in files:
+            leave_out(source, file, f"in another folder than {QA_FOLDER}", {"question_id"}, ledger)
     ledger.read += len(questions)
     return questions
 
 
+def leave_out(source: Source, file: PurePosixPath, reason: str, keys: Set[str], ledger: Ledger) -> None:
+    """Count the rows of a file that is not read, or the file itself where no row of it has the ``keys`` of one."""
+    try:
+        rows = read_rows(source, file)
+    except DataError:
+        rows = []
+    if not any(isinstance(row, Mapping) and keys <= row.keys() for row in rows):
+        ledger.leave_out("a file beside the questions that holds none", str(file))
+        return
+    for index, row in enumerate(rows):
+        ledger.leave_out(reason, where_of(file, index, row))
+
+
 def read_rows(source: Source, file: PurePosixPath) -> list[Any]:
-    """The rows of a question file. Raises ``DataError`` naming it where it is no JSON list."""
+    """The rows of a question file: of a JSON list, or of JSON lines, in any encoding of Unicode.
+
+    Raises ``DataError`` naming it, and of JSON lines the line, where it is neither.
+    """
     content = source.read(file)
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
+        text = content.decode(json.detect_encoding(content))
+        lines = file.suffix.lower() == ".jsonl" or _ANOTHER_LINE.match(text)
+        rows = _json_lines(file, text) if lines else json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file.name}: not valid JSON ({error}), expected a list of question objects.") from error
     except RecursionError as error:
@@ -108,10 +128,21 @@ def read_rows(source: Source, file: PurePosixPath) -> list[Any]:
     return rows
 
 
+def _json_lines(file: PurePosixPath, text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which cuts at what JSON has in texts
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file.name}, line {number}: not valid JSON ({error}), expected an object.") from error
+    return rows
+
+
 def where_of(file: PurePosixPath, index: int, row: Any) -> str:
     """How error messages name a row: the file, its position from 1, and its id when it has one."""
     name = row.get("question_id") if isinstance(row, Mapping) else None
-    return f"{file.name}, row {index + 1}" + (f" ({name})" if isinstance(name, str) else "")
+    shown = name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) else ""
+    return f"{file.name}, row {index + 1}" + (f" ({shown})" if shown else "")
 
 
 def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question:
@@ -120,7 +151,7 @@ def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question
             "not an object",
             f"{where}: a {type(row).__name__}, expected an object with question_id, question and options.",
         )
-    raw_modality = text_of(row, "modality_type", where, default="") or text_of(row, "modality", where, default="")
+    raw_modality = text_of(row, "modality_type", where, ledger, "") or text_of(row, "modality", where, ledger, "")
     modality = modality_name(raw_modality)
     if modality is None:
         raise RowError(
@@ -131,29 +162,45 @@ def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question
         ledger.mend("modality instead of modality_type", where)
     if raw_modality != modality:
         ledger.mend(f"modality {raw_modality!r} read as {modality}", where)
-    options = _options(row, where, ledger)
-    answer = text_of(row, "gt_answer", where)
+    options = options_of(row, where, ledger)
+    answer = text_of(row, "gt_answer", where, ledger)
     letter = _answer_letter(answer, options, where)
     if answer not in options:
         ledger.mend("the answer differs from its option in case, spaces or a full stop", where)
+    image = text_of(row, "image_path", where, ledger)
     return Question(
-        id=text_of(row, "question_id", where),
-        dataset=text_of(row, "dataset", where, default=""),
+        id=text_of(row, "question_id", where, ledger),
+        dataset=text_of(row, "dataset", where, ledger, ""),
         modality=modality,
-        question_type=text_of(row, "question_type", where, default=""),
-        question=text_of(row, "question", where),
+        question_type=text_of(row, "question_type", where, ledger, ""),
+        question=text_of(row, "question", where, ledger),
         options=options,
         answer=letter,
-        image=source.locate(text_of(row, "image_path", where), where),
+        image=source.locate(image, where),
+        image_name=picture_name(image),
     )
 
 
-def text_of(row: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    """The value of ``key`` as stripped text; absent, null or empty gives ``default``, or raises when that is None."""
+def text_of(row: Mapping[str, Any], key: str, where: str, ledger: Ledger, default: str | None = None) -> str:
+    """The value of ``key`` as stripped text; absent, null or empty gives ``default``, or raises when that is None.
+
+    A number is read as its digits, and counted, and so is NaN, which pandas writes for what is missing. Nothing else is
+    text.
+    """
     value = row.get(key)
+    if value != value and default is not None:
+        ledger.mend(f"{key} is NaN, read as missing", where)
+        return default
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise RowError(f"{key} is no text", f"{where}: {key} is a {type(value).__name__}, expected text.")
-    text = "" if value is None else str(value).strip()
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise RowError(f"{key} is no text", f"{where}: {key} is {value}, expected text.")
+        ledger.mend(f"{key} is a number, read as text", where)
+    # A byte order mark is left in texts that were put together from several files.
+    text = "" if value is None else str(value).replace("\ufeff", "").strip()
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RowError(f"{key} is no text", f"{where}: {key} contains half a character, expected Unicode text.")
     if text:
         return text
     if default is None:
@@ -161,8 +208,16 @@ def text_of(row: Mapping[str, Any], key: str, where: str, default: str | None = 
     return default
 
 
-def _options(row: Mapping[str, Any], where: str, ledger: Ledger) -> tuple[str, ...]:
-    given = [text_of(row, f"option_{letter}", where, default="") for letter in LETTERS]
+def options_of(row: Mapping[str, Any], where: str, ledger: Ledger) -> tuple[str, ...]:
+    """The texts of ``option_A``, ``option_B`` and so on, as `load_raw` says; ``RowError`` for fewer than two."""
+    names = {name for name in row if re.fullmatch(r"option_\w\w?", name)}
+    if beyond := sorted(names.difference(_OPTION_NAMES)):
+        raise RowError(
+            "an option that has no letter",
+            f"{where}: {beyond[0]} is unknown, expected option_A to option_{LETTERS[-1]}.",
+        )
+    last = max((_OPTION_NAMES.index(name) for name in names), default=-1)
+    given = [text_of(row, name, where, ledger, "") for name in _OPTION_NAMES[: last + 1]]
     options: dict[str, str] = {}
     for text in given:
         if text:

@@ -1,10 +1,12 @@
 """The typed rows that everything else speaks of: a question as asked, an answer as given."""
 
+import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-#: The eight imaging modalities of Table 1, in its column order; the first is the in-domain one.
+#: The eight imaging modalities of Table 1, in its column order: the categories of OmniMedVQA, Med-R1 and PhantomVQA.
 MODALITIES = ("MRI", "CT", "X-Ray", "Ultrasound", "Dermoscopy", "Fundus", "OCT", "Microscopy")
 
 QUESTION_TYPES = (
@@ -15,7 +17,8 @@ QUESTION_TYPES = (
     "Other Biological Attributes",
 )
 
-LETTERS = "ABCDEFGH"
+#: The letters of a question's options; what has more options than letters cannot be asked.
+LETTERS = string.ascii_uppercase
 
 
 class AnswerOutcome(StrEnum):
@@ -32,8 +35,11 @@ class AnswerOutcome(StrEnum):
 class Question:
     """One multiple-choice question about one image.
 
-    ``options`` holds the option texts in letter order (2 to 8 of them); ``answer`` is the letter of the
-    right one; ``image`` is an absolute path inside the data root; ``modality`` is one of MODALITIES.
+    ``options`` holds the option texts in letter order (2 to 26 of them); ``answer`` is the letter of the
+    right one; ``image`` is an absolute path. ``modality`` is the question's category, whatever the data divide
+    themselves into: one is trained on, all are tested. ``split`` is the part that the data put it in ("train",
+    "validation" or "test"), "" where they do not say; ``image_name`` calls the picture the same wherever the data lie,
+    "" where its path does (``splits.image_key``).
     """
 
     id: str
@@ -44,6 +50,8 @@ class Question:
     options: tuple[str, ...]
     answer: str
     image: Path
+    split: str = ""
+    image_name: str = ""
 
     @property
     def letters(self) -> str:
@@ -69,3 +77,9 @@ class Answer:
     tokens: int
     finished: bool
     sample: int = 0
+
+
+def categories(names: Iterable[str]) -> list[str]:
+    """The categories that ``names`` has, each once: Table 1's modalities in its order, then all others by name."""
+    known = {name: place for place, name in enumerate(MODALITIES)}
+    return sorted(set(names), key=lambda name: (known.get(name, len(known)), name))

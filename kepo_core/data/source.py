@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import tempfile
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,8 @@ from kepo_core.errors import DataError
 QA_FOLDER = PurePosixPath("QA_information") / "Open-access"
 #: Largest member of an archive that is unpacked, in bytes; a question file of the release is a few megabytes.
 MAX_MEMBER = 512 * 2**20
+#: What is said of a file that a link leads to.
+OUTSIDE = "is a link out of data_root, expected a file inside it, or follow_links: True"
 
 
 class Source(Protocol):
@@ -28,7 +31,7 @@ class Source(Protocol):
     root: Path  # as error messages name it
 
     def question_files(self, under: PurePosixPath | None = None) -> list[PurePosixPath]:
-        """The ``*.json`` files right in the folder ``under``, or anywhere, in name order."""
+        """The JSON and JSON lines files in and below the folder ``under``, or anywhere, in name order."""
 
     def read(self, file: PurePosixPath) -> bytes:
         """One of these files. Raises ``DataError`` if it cannot be read."""
@@ -42,44 +45,90 @@ class Source(Protocol):
     def fetch(self, image: Path) -> None:
         """See that a located picture is on disk. Raises ``DataError`` if it cannot be unpacked."""
 
+    def content(self, image: Path) -> bytes:
+        """The file of a located picture, fetched or not. Raises ``DataError`` if it cannot be read."""
+
+    def stamp(self, image: Path) -> str:
+        """What is another as soon as the file of a located picture is."""
+
 
 def cache_dir() -> Path:
     """Where what can be made again is kept: ``$KEPO_CACHE``, else ``~/.cache/kepo``."""
     return Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
 
 
-def open_source(root: Path) -> Source:
-    """The folder or zip archive at ``root``. Raises ``DataError`` if it is neither."""
+def write_whole(image: Path, content: bytes) -> None:
+    """Write a file of the cache, whole or not at all, also where others write it at the same time."""
+    image.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=image.parent) as partial:
+        whole = Path(partial) / image.name
+        whole.write_bytes(content)
+        whole.replace(image)
+
+
+def open_source(root: Path, follow_links: bool = False) -> Source:
+    """The folder or zip archive at ``root``, of a folder also what links lead to outside of it, if they are followed.
+
+    Raises ``DataError`` if it is neither.
+    """
     root = Path(root).expanduser().resolve()
     if root.is_file():
         return Archive(root)
     if not root.is_dir():
         raise DataError(
-            f"data_root {root} does not exist, expected a folder (OmniMedVQA's release or Med-R1's question files) or "
-            "OmniMedVQA.zip."
+            f"data_root {root} does not exist, expected a folder (OmniMedVQA's release, Med-R1's question files, or a "
+            "table and its pictures), OmniMedVQA.zip, or hf:OWNER/NAME."
         )
-    return Folder(root)
+    return Folder(root, follow_links)
 
 
-def _checked(relative: str, where: str) -> PurePosixPath:
-    path = PurePosixPath(relative)
-    if path.is_absolute() or ".." in path.parts or "\0" in relative or re.match(r"[A-Za-z]:[\\/]|\\", relative):
-        raise RowError(
-            "image path leaves data_root",
-            f"{where}: image_path {relative!r} leaves data_root, expected a relative path inside it.",
-        )
-    return path
+def picture_name(relative: str) -> str:
+    """What a row calls its picture, the same wherever the data lie: a path from the root on, with plain slashes.
+
+    Paths with Windows' backslashes, and with a slash before the root's folders (``/Images/…``), are read so.
+    """
+    return str(PurePosixPath(relative.replace("\\", "/").lstrip("/")))
+
+
+def _checked(relative: str, where: str) -> list[PurePosixPath]:
+    """Where to look for a picture: its path inside the root, and the same with accents as other systems write them."""
+    path = picture_name(relative)
+    if ".." in path.split("/") or "\0" in path or re.match(r"[A-Za-z]:(/|$)", path):
+        raise _leaves(relative, where)
+    others = () if path.isascii() else (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    return [PurePosixPath(path), *map(PurePosixPath, others)]
+
+
+def _leaves(relative: str, where: str) -> RowError:
+    return RowError(
+        "image path leaves data_root",
+        f"{where}: image_path {relative!r:.200} leaves data_root, expected a relative path inside it.",
+    )
 
 
 def _missing(relative: str, where: str) -> RowError:
-    return RowError("image missing", f"{where}: image {relative!r} is missing under data_root, expected a file.")
+    if relative.startswith(("/", "\\")):
+        return _leaves(relative, where)
+    return RowError("image missing", f"{where}: image {relative!r:.200} is missing under data_root, expected a file.")
+
+
+def _is_question_file(file: PurePosixPath) -> bool:
+    """JSON or JSON lines, but for what macOS writes beside each file."""
+    return file.suffix.lower() in (".json", ".jsonl") and not _of_macos(file)
+
+
+def _of_macos(file: PurePosixPath) -> bool:
+    return file.name.startswith("._") or "__MACOSX" in file.parts
 
 
 class Folder:
-    """A folder of questions. Its pictures lie in it or, if it has no ``Images``, in the nearest one above that has."""
+    """A folder of questions. Its pictures lie in it or, if it has no ``Images``, in the nearest one above that has.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    ``follow_links``: take files that links out of it lead to, as those of the Hub's cache do.
+    """
+
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
+        self.root, self.follow_links = root, follow_links
         self._home = next((f for f in (root, *root.parents[:3]) if (f / "Images").is_dir()), root)
         self._folders: dict[Path, Path] = {}  # rows share few of them
 
@@ -90,8 +139,18 @@ class Folder:
 
     def question_files(self, under: PurePosixPath | None = None) -> list[PurePosixPath]:
         """See `Source`."""
-        found = self.root.rglob("*.json") if under is None else (self.root / under).glob("*.json")
-        return sorted(PurePosixPath(file.relative_to(self.root).as_posix()) for file in found)
+        found: list[PurePosixPath] = []
+        been: set[str] = set()
+        for folder, folders, names in os.walk(self.root / (under or ""), followlinks=self.follow_links):
+            if (real := os.path.realpath(folder)) in been:
+                folders.clear()  # a link back
+                continue
+            been.add(real)
+            here = PurePosixPath(Path(folder).relative_to(self.root).as_posix())
+            found += filter(_is_question_file, (here / name for name in names))
+        if outside := [file for file in sorted(found) if self._real(self.root / file) is None]:
+            raise DataError(f"data_root {self.root}: {outside[0]} {OUTSIDE}.")
+        return sorted(found)
 
     def read(self, file: PurePosixPath) -> bytes:
         """See `Source`."""
@@ -102,26 +161,44 @@ class Folder:
 
     def locate(self, relative: str, where: str, must_exist: bool = True) -> Path:
         """See `Source`."""
-        path = self._home / _checked(relative, where)
-        absolute = self._folder(path.parent) / path.name
-        if absolute.is_symlink():
-            absolute = absolute.resolve()
-        if not absolute.is_relative_to(self._home):
-            raise RowError(
-                "image link leaves data_root",
-                f"{where}: image_path {relative!r} is a link out of data_root, expected a file inside it.",
-            )
-        if must_exist and not absolute.is_file():
-            raise _missing(relative, where)
-        return absolute
+        for path in _checked(relative, where):
+            try:
+                absolute = self._real(self._home / path)
+                there = absolute is not None and absolute.is_file()
+            except OSError:  # no name that a file can have
+                continue
+            if absolute is None:
+                raise RowError("image link leaves data_root", f"{where}: image_path {relative!r:.200} {OUTSIDE}.")
+            if there or not must_exist:
+                return absolute
+        raise _missing(relative, where)
 
     def fetch(self, image: Path) -> None:
         """Nothing to do: the pictures of a folder are on disk."""
 
-    def _folder(self, folder: Path) -> Path:
-        if folder not in self._folders:
-            self._folders[folder] = Path(os.path.realpath(folder))
-        return self._folders[folder]
+    def content(self, image: Path) -> bytes:
+        """See `Source`."""
+        try:
+            return image.read_bytes()
+        except OSError as error:
+            raise DataError(f"Image {image}: cannot be read ({error.strerror}), expected an image file.") from error
+
+    def stamp(self, image: Path) -> str:
+        """Size and time of the file; "" if there is none."""
+        try:
+            found = image.stat()
+        except OSError:
+            return ""
+        return f"{found.st_size} {found.st_mtime_ns}"
+
+    def _real(self, path: Path) -> Path | None:
+        """Where ``path`` leads; None if that is outside and links are not followed."""
+        if path.parent not in self._folders:
+            self._folders[path.parent] = Path(os.path.realpath(path.parent))
+        absolute = self._folders[path.parent] / path.name
+        if absolute.is_symlink():
+            absolute = absolute.resolve()
+        return absolute if self.follow_links or absolute.is_relative_to(self._home) else None
 
 
 class Archive:
@@ -136,23 +213,27 @@ class Archive:
         digest = hashlib.sha256()
         self._members: dict[str, zipfile.ZipInfo] = {}
         for info in self._zip.infolist():
-            if PurePosixPath(info.filename).is_absolute() or ".." in PurePosixPath(info.filename).parts:
+            file = PurePosixPath(info.filename.replace("\\", "/"))  # as Windows packs them
+            if _of_macos(file):
+                continue
+            if file.is_absolute() or ".." in file.parts:
                 raise DataError(f"data_root {root}: its member {info.filename!r} leaves it, expected paths inside.")
             if stat.S_ISLNK(info.external_attr >> 16):
                 raise DataError(f"data_root {root}: its member {info.filename!r} is a link, expected files.")
             digest.update(f"{info.filename}\n{info.CRC}\n".encode())
-            self._members[info.filename] = info
-        first = next((name for name in self._members if f"{QA_FOLDER}/" in f"/{name}"), None)
-        if first is None:
+            self._members[str(file)] = info
+        prefixes = [found[1] for name in self._members if (found := re.match(rf"((?:.*/)?){QA_FOLDER}/", name))]
+        if not prefixes:
             raise DataError(f"data_root {root}: no {QA_FOLDER}/*.json in it, expected OmniMedVQA.zip.")
-        self._prefix = first[: first.index(str(QA_FOLDER))]
+        self._prefix = min(prefixes, key=len)  # a copy deeper inside is none of the release
         #: The content decides the folder, so that another archive of the same name gets another one.
         self._unpacked = cache_dir().resolve() / f"{root.stem}-{digest.hexdigest()[:12]}"
 
     def question_files(self, under: PurePosixPath | None = None) -> list[PurePosixPath]:
         """See `Source`."""
-        names = (name.removeprefix(self._prefix) for name in self._members if name.endswith(".json"))
-        return sorted(file for name in names if (file := PurePosixPath(name)).parent == under or under is None)
+        start = f"{self._prefix}{under}/" if under else self._prefix
+        files = (PurePosixPath(name[len(self._prefix) :]) for name in self._members if name.startswith(start))
+        return sorted(filter(_is_question_file, files))
 
     def read(self, file: PurePosixPath) -> bytes:
         """See `Source`."""
@@ -160,21 +241,24 @@ class Archive:
 
     def locate(self, relative: str, where: str, must_exist: bool = True) -> Path:
         """See `Source`."""
-        path = _checked(relative, where)
-        if must_exist and f"{self._prefix}{path}" not in self._members:
-            raise _missing(relative, where)
-        return self._unpacked / path
+        for path in _checked(relative, where):
+            if f"{self._prefix}{path}" in self._members or not must_exist:
+                return self._unpacked / path
+        raise _missing(relative, where)
 
     def fetch(self, image: Path) -> None:
         """Unpack one located picture into the cache, whole or not at all."""
         if image.is_file():
             return
-        content = self._read(self._members[f"{self._prefix}{image.relative_to(self._unpacked).as_posix()}"])
-        image.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=image.parent) as partial:
-            whole = Path(partial) / image.name
-            whole.write_bytes(content)
-            whole.replace(image)
+        write_whole(image, self.content(image))
+
+    def content(self, image: Path) -> bytes:
+        """See `Source`."""
+        return self._read(self._members[f"{self._prefix}{image.relative_to(self._unpacked).as_posix()}"])
+
+    def stamp(self, image: Path) -> str:
+        """The picture's path says it: its folder is called by the archive's content."""
+        return image.name
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
         member = f"{self.root.name}: its member {info.filename!r}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kepo_core.data.medr1 import split_of
-from kepo_core.data.records import MODALITIES, Question
+from kepo_core.data.records import Question, categories
 from kepo_core.errors import DataError
 
 T = TypeVar("T")
@@ -23,13 +23,11 @@ FRACTIONS: Mapping[str, float] = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
 def image_key(question: Question) -> str:
-    """The image's path from the release's ``Images`` folder on: the same wherever the data root lies.
+    """What tells pictures apart: the question's ``image_name``, or the image's whole path where it has none.
 
-    An image outside such a folder is named by its whole path.
+    The same wherever the data lie and, once ``inspection.name_once`` has seen them, for all files that show the same.
     """
-    parts = question.image.parts
-    start = max((i for i, part in enumerate(parts) if part == "Images"), default=0)
-    return "/".join(parts[start:])
+    return question.image_name or question.image.as_posix()
 
 
 def split_by_image(
@@ -41,7 +39,7 @@ def split_by_image(
     of a modality are met up to one image per boundary. Images that are asked about alike (the same question types
     equally often) are spread over the splits in the same shares. Rows keep the order they came in.
     """
-    return _split(list(questions), lambda question: str(question.image), image_key, seed, fractions)
+    return _split(list(questions), image_key, image_key, seed, fractions)
 
 
 def split_by_question(
@@ -52,15 +50,18 @@ def split_by_question(
 
 
 def split_as_given(questions: Iterable[Question], seed: int = 0) -> dict[str, list[Question]]:
-    """As Med-R1 published it: each question in the part that its file names; an image can be in both parts.
+    """As the data come: each question in the part that its ``split`` says, or for Med-R1's its file; an image can be in
+    several parts.
 
-    For validation a fifth of the train part is set aside, by image. Raises ``DataError`` for data that came in no
-    given parts.
+    Without a validation part a fifth of the train part is set aside for it, by image. Raises ``DataError`` for data
+    that came in no given parts.
     """
-    given: dict[str, list[Question]] = {"train": [], "test": []}
+    given: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
     for question in questions:
-        given[split_of(question)].append(question)
-    return {**split_by_image(given["train"], seed, {"train": 0.8, "validation": 0.2}), "test": given["test"]}
+        given[question.split or split_of(question)].append(question)
+    if not given["validation"]:
+        given |= split_by_image(given["train"], seed, {"train": 0.8, "validation": 0.2})
+    return given
 
 
 #: The values of the parameter ``split``.
@@ -93,7 +94,7 @@ def study_split(
 ) -> tuple[list[Question], dict[str, list[Question]]]:
     """The paper's design: train on one modality, test on every modality that the data has.
 
-    Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of MODALITIES, at
+    Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of `categories`, at
     most ``eval_items`` questions of ``eval_split`` ("test" or "validation") per modality: the first of `shuffled`
     that are ``usable``, which is asked of no others. Raises ``DataError`` naming the parameter that leaves one
     empty.
@@ -103,9 +104,9 @@ def study_split(
     for name, value in (("train_items", train_items), ("eval_items", eval_items)):
         if value < 1:
             raise DataError(f"{name}: {value} leaves an empty split, expected at least 1.")
-    present = {question.modality for question in questions}
+    present = categories(question.modality for question in questions)
     if train_modality not in present:
-        found = ", ".join(m for m in MODALITIES if m in present) or "nothing"
+        found = ", ".join(present) or "nothing"
         raise DataError(f"train_modality: the data has no {train_modality!r}, expected one of what it has ({found}).")
     parts = SPLITS[split](questions, seed)
 
@@ -114,7 +115,7 @@ def study_split(
         return list(islice(filter(usable, order), n))
 
     train = take("train", train_modality, train_items)
-    tests = {modality: take(eval_split, modality, eval_items) for modality in MODALITIES if modality in present}
+    tests = {modality: take(eval_split, modality, eval_items) for modality in present}
     if not train:
         raise DataError(
             f"train_modality: no {train_modality} questions in the train split, expected more images of it."
@@ -128,9 +129,9 @@ def study_split(
 
 
 def leaked(train: Iterable[Question], test: Iterable[Question]) -> list[Question]:
-    """Those of ``test`` whose image is in ``train``, too."""
-    known = {question.image for question in train}
-    return [question for question in test if question.image in known]
+    """Those of ``test`` whose image is in ``train``, too, under whatever name (see `image_key`)."""
+    known = {image_key(question) for question in train}
+    return [question for question in test if image_key(question) in known]
 
 
 def fingerprint(questions: Iterable[Question]) -> str:

@@ -37,6 +37,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
     kept: Path | None = None,
+    answer_format: str = "paper",
     accelerator: Any = None,
 ) -> list[Answer]:
     """Ask ``model`` every question and score what it says; records come in the order of ``questions``.
@@ -66,6 +67,7 @@ def evaluate(
             processes writes a file of its own beside it, until ``kept`` has all answers.
         accelerator: of several processes, which all call this: each takes its share of the batches, and all return all
             answers.
+        answer_format: what counts as an answer; see ``rewards``.
     """
     if samples < 1 or (samples > 1 and not temperature):
         raise ValueError(f"samples: {samples} at temperature {temperature:g}, expected 1, or more with a temperature.")
@@ -73,7 +75,7 @@ def evaluate(
     texts = [_prompt_text(processor, prompt) for prompt in asked_as]
     lengths = _lengths(processor, texts)
     asked = [(q.id, q.answer) for q in questions]
-    settings = [thinking, max_tokens, batch_size, temperature, samples, seed, texts, asked]
+    settings = [thinking, max_tokens, batch_size, temperature, samples, seed, texts, asked, answer_format]
     if isinstance(model, CheckedVLLM):
         settings.append("vllm")
     number, of = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -87,7 +89,7 @@ def evaluate(
                 [texts[i // samples] for i in filled], [pictures(q.image) for q in rows], f"{seed}/evaluation/{name}"
             )
             now = {
-                i: _record(processor, question, tokens, stop_tokens, thinking, sample=i % samples)
+                i: _record(processor, question, tokens, stop_tokens, thinking, answer_format, sample=i % samples)
                 for i, question, tokens in zip(batch, rows, drawn, strict=False)
             }
             answers |= now
@@ -204,11 +206,13 @@ def _record(
     tokens: Sequence[int],
     stop_tokens: Container[int],
     thinking: bool,
+    answer_format: str,
     sample: int,
 ) -> Answer:
     completion, finished = trim(tokens, stop_tokens)
     text = str(processor.tokenizer.decode(completion, skip_special_tokens=True))
-    result = score(text, question.answer, question.letters, thinking=thinking, finished=finished)
+    result = score(text, question.answer, question.options, thinking=thinking, finished=finished,
+                   answer_format=answer_format)  # fmt: skip
     return Answer(
         question_id=question.id,
         modality=question.modality,

@@ -14,18 +14,21 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from kepo_core.analysis import diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
-from kepo_core.data.images import Decodable, Pictures, load_image
+from kepo_core.data.images import Pictures, load_image
+from kepo_core.data.inspection import TWINS, Inspector, name_once
 from kepo_core.data.items import read_items, write_items
 from kepo_core.data.ledger import Ledger
-from kepo_core.data.loading import load_questions
+from kepo_core.data.loading import load_questions, open_data
 from kepo_core.data.phantom import ensure_phantom
 from kepo_core.data.records import Answer, Question
-from kepo_core.data.source import Source, open_source
+from kepo_core.data.source import Source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
+from kepo_core.data.table_files import is_hub
 from kepo_core.errors import DataError, ParamError
 from kepo_core.experiment import launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
 from kepo_core.experiment.answering import start_vllm
+from kepo_core.experiment.askable import Askable
 from kepo_core.experiment.evaluation import Progress, evaluate, parts, read_answers
 from kepo_core.experiment.methods import needs_teacher
 from kepo_core.experiment.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
@@ -72,6 +75,7 @@ class StudyData:
         """Counts and content hashes, for the run's provenance."""
         return {
             "test_items_whose_image_is_trained_on": len(leaked(self.train, self.test)),
+            "pictures_of_another_name": len(self.ledger.mended.get(TWINS, ())),
             "rows_dropped": {reason: len(rows) for reason, rows in self.ledger.dropped.items()},
             "train_items": len(self.train),
             "test_items": {modality: len(questions) for modality, questions in self.tests.items()},
@@ -81,15 +85,18 @@ class StudyData:
 
 
 def load_data(params: Params) -> StudyData:
-    """Read, split and sample the questions that ``params`` name, and decode every image of them once.
+    """Read, split and sample the questions that ``params`` name, having decoded every image once.
 
-    Rows and images that cannot be used are left out and counted in the result's ledger.
+    Rows and images that cannot be used are left out and counted in the result's ledger. What is drawn has been put
+    through the student's processor and tokenizer (`Askable`).
 
     Raises:
         DataError: a root, file, row or split that cannot be used, named in one sentence.
     """
-    root = ensure_phantom(seed=params.data_seed) if params.data_root == "phantom" else resolve(params.data_root)
-    source, ledger = open_source(root), Ledger(strict=False)
+    root: str | Path = params.data_root if is_hub(params.data_root) else resolve(params.data_root)
+    if params.data_root == "phantom":
+        root = ensure_phantom(seed=params.data_seed)
+    source, ledger = open_data(root, params.data_columns, params.follow_links), Ledger(strict=False)
     questions = load_questions(source, ledger)
     try:
         train, tests = _choose(params, questions, source, ledger)
@@ -98,31 +105,37 @@ def load_data(params: Params) -> StudyData:
             raise
         count, first = sum(map(len, ledger.dropped.values())), next(iter(ledger.dropped.values()))[0]
         raise DataError(f"{error} {count} rows were dropped; the first: {first}") from error
-    return StudyData(source.root, train, tests, ledger)
+    data = StudyData(source.root, train, tests, ledger)
+    for question in (*data.train, *data.test):
+        source.fetch(question.image)
+    return data
 
 
 def _choose(
     params: Params, questions: Sequence[Question], source: Source, ledger: Ledger
 ) -> tuple[list[Question], dict[str, list[Question]]]:
-    """Training and test questions whose pictures can be decoded: those of ``items_file``, or newly drawn ones."""
-    if params.items_file:
-        train, tests = read_items(
-            resolve(params.items_file), questions, params.train_modality, params.train_items, params.eval_items
+    """Training and test questions that can be asked: those of ``items_file``, or newly drawn ones."""
+    inspector = Inspector(source)
+    if not params.items_file:
+        return study_split(
+            name_once(questions, inspector, ledger),
+            params.train_modality,
+            params.train_items,
+            params.eval_items,
+            params.data_seed,
+            params.split,
+            params.eval_split,
+            Askable(params, inspector, ledger),
         )
-        decodable = Decodable(source, Ledger())  # strict: the very same items, or none
-        for question in (*train, *(q for rows in tests.values() for q in rows)):
-            decodable(question)
-        return train, tests
-    return study_split(
-        questions,
-        params.train_modality,
-        params.train_items,
-        params.eval_items,
-        params.data_seed,
-        params.split,
-        params.eval_split,
-        Decodable(source, ledger),
+    train, tests = read_items(
+        resolve(params.items_file), questions, params.train_modality, params.train_items, params.eval_items
     )
+    drawn = [*train, *(question for rows in tests.values() for question in rows)]
+    named = {question.id: question for question in name_once(drawn, inspector, ledger)}
+    can_be_asked = Askable(params, inspector, Ledger())  # strict: the very same items, or none
+    for question in named.values():
+        can_be_asked(question)
+    return [named[q.id] for q in train], {name: [named[q.id] for q in rows] for name, rows in tests.items()}
 
 
 @dataclass(frozen=True)
@@ -226,7 +239,7 @@ def make_trainer(
     callbacks = [MetricsWriter(run), *callbacks]
     pictures = Pictures(params.image_size, params.image_fit)
     if params.method == "kepo":
-        task = MultipleChoice(params.hint_context, params.thinking)
+        task = MultipleChoice(params.hint_context, params.thinking, params.answer_format)
         trainer: Trainer = KEPOTrainer(
             model=models.student,
             reward_funcs=task.reward_funcs,
@@ -355,6 +368,7 @@ def evaluate_student(
         pictures=partial(load_image, image_size=params.image_size, fit=params.image_fit),
         progress=progress,
         kept=kept,
+        answer_format=params.answer_format,
         accelerator=accelerator,
     )
 

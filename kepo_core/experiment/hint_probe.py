@@ -190,6 +190,7 @@ def _accepted(
         temperature=1.0,
         samples=draws,
         seed=params.seed,
+        answer_format=params.answer_format,
     )
     right = np.array([answer.correct for answer in answers], dtype=float)
     return list(right.reshape(len(questions), draws).mean(axis=1))

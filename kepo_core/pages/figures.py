@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kepo_core.analysis.diagnosis import ACCEPTANCE
 from kepo_core.analysis.statistics import AVG, AVG_OOD
 from kepo_core.data.images import load_image
-from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.data.records import LETTERS, Question, categories
 from kepo_core.files import in_place_of
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -44,6 +44,7 @@ _STYLE = {
     "ytick.labelsize": 11,
     "legend.fontsize": 11,
     "figure.dpi": 100,
+    "text.parse_math": False,  # names of categories are data: a dollar sign in them starts no formula
 }
 
 
@@ -70,7 +71,7 @@ def show(figure: Figure, *, alt: str, folder: Path | None = None, name: str = ""
 
 def line(ax: Axes, k: int, x: Any, y: Any, band: tuple[Any, Any] | None = None, **style: Any) -> None:
     """The ``k``-th line of a figure, told from others by colour and dash, over a band between two edges."""
-    colour, dash = COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)]
+    colour, dash = COLOURS[k % len(COLOURS)], DASHES[(k + k // len(COLOURS)) % len(DASHES)]
     if band is not None:
         ax.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
     ax.plot(x, y, color=colour, linestyle=dash, linewidth=1.8, **style)
@@ -89,7 +90,7 @@ def points(ax: Axes, k: int, at: Any, table: Any, label: str, *, upright: bool =
 
 def marker(k: int) -> dict[str, Any]:
     """How the ``k``-th set of points of a figure is drawn."""
-    colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
+    colour, marker = COLOURS[k % len(COLOURS)], MARKERS[(k + k // len(COLOURS)) % len(MARKERS)]
     return {"linestyle": "none", "color": colour, "marker": marker, "markersize": 6}
 
 
@@ -178,9 +179,7 @@ def training_panels(metrics: pd.DataFrame, axes: Any) -> None:
         curves(metrics, names, ax, smooth=smooth, title=title, rate=rate)
 
 
-def accuracy_curves(
-    table: pd.DataFrame, axes: Any, *, in_domain: str = MODALITIES[0], ylabel: str = "accuracy (%), 95 % band"
-) -> None:
+def accuracy_curves(table: pd.DataFrame, axes: Any, *, in_domain: str, ylabel: str = "accuracy (%), 95 % band") -> None:
     """Accuracy over training, in domain and out of it on two axes, from ``arms.arm_courses``: bands where known."""
     for part, ax in zip((in_domain, AVG_OOD), _flat(axes), strict=True):
         own = table[table["part"] == part].replace([-np.inf, np.inf], np.nan)
@@ -189,10 +188,12 @@ def accuracy_curves(
             style: Any = {"marker": MARKERS[k % len(MARKERS)], "markersize": 4, "label": str(arm)}
             line(ax, k, rows["step"], shares["value"], (shares["low"], shares["high"]), **style)
         ax.set(xlabel="step", ylabel=ylabel, title=part)
+        if own.empty:
+            nothing(ax, "no other modality")
     legend_above(axes)
 
 
-def accuracies(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]) -> Axes:
+def accuracies(table: pd.DataFrame, ax: Axes, *, in_domain: str) -> Axes:
     """Accuracy with its interval per modality, one colour and marker per model, from ``statistics.accuracy_table``.
 
     The modality that was trained on has an asterisk. The averages stand apart on the right.
@@ -202,7 +203,8 @@ def accuracies(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0])
     for k, (model, row) in enumerate(table.iterrows()):
         intervals = row.unstack().loc[columns, ["accuracy", "low", "high"]]
         points(ax, k, _places(columns) + shifts[k], intervals, str(model), upright=True)
-    ax.set_xticks(_places(columns), _starred(columns, in_domain), rotation=30, ha="right", rotation_mode="anchor")
+    style: Any = {"rotation": 30} if len(columns) < 15 else {"rotation": 90, "fontsize": 7, "va": "center"}
+    ax.set_xticks(_places(columns), _starred(columns, in_domain), ha="right", rotation_mode="anchor", **style)
     ax.set(xlabel="* trained on", ylabel="accuracy (%), 95 % interval", ylim=(0, 102))
     ax.grid(visible=False, axis="x")
     legend_over(ax, len(table))
@@ -218,7 +220,7 @@ def _starred(names: Iterable[Any], in_domain: str) -> list[str]:
     return [f"{name}*" if name == in_domain else str(name) for name in names]
 
 
-def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str = MODALITIES[0]) -> Axes:
+def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str) -> Axes:
     """Paired differences with their intervals, from ``statistics.paired_differences``; 0 is no change.
 
     The modality that was trained on has an asterisk. A change whose interval leaves out 0 is drawn filled and
@@ -266,7 +268,7 @@ def stacked_shares(table: pd.DataFrame, columns: Sequence[str], ax: Axes, *, tit
 
 def picture_sizes(table: pd.DataFrame, ax: Axes) -> Axes:
     """Width against height of `survey.pictures`, logarithmic; squares lie on the line."""
-    for k, name in enumerate(m for m in MODALITIES if m in set(table["modality"])):
+    for k, name in enumerate(categories(table["modality"])):
         own = table[table["modality"] == name]
         ax.plot(own["width"], own["height"], **marker(k), alpha=0.6, label=name)
     sides = table[["width", "height"]].to_numpy()
@@ -278,7 +280,7 @@ def picture_sizes(table: pd.DataFrame, ax: Axes) -> Axes:
         axis.set_minor_locator(NullLocator())
         axis.set_major_locator(LogLocator(base=2))
         axis.set_major_formatter(ScalarFormatter())
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + len(ax.lines) // 16)
     return ax
 
 

@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
-from kepo_core.analysis.statistics import AVG_OOD
-from kepo_core.data.records import MODALITIES, AnswerOutcome
+from kepo_core.analysis.statistics import AVG, AVG_OOD
+from kepo_core.data.records import AnswerOutcome
 from kepo_core.pages.figures import (
     BLUE,
     GREEN,
@@ -51,7 +51,7 @@ def released_curves(table: pd.DataFrame, axes: Any, *, in_domain: str = "MRI") -
     accuracy_curves(means, axes, in_domain=in_domain, ylabel="accuracy (%)")
 
 
-def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str, in_domain: str = MODALITIES[0]) -> Axes:
+def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str, in_domain: str) -> Axes:
     """A line per arm: its difference from another in domain and out of it, from ``arms.arm_differences``."""
     arms, parts = list(table["arm"].unique()), [p for p in (in_domain, AVG_OOD) if (table["part"] == p).any()]
     for k, part in enumerate(parts):
@@ -69,7 +69,7 @@ def _beside(rows: int, k: int, sets: int) -> NDArray[np.floating[Any]]:
     return np.arange(rows) + 0.16 * (2 * k - sets + 1)
 
 
-def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_domain: str = MODALITIES[0]) -> None:
+def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_domain: str) -> None:
     """A line per method on two axes: our accuracies with their intervals, and the paper's Table 1, which has none.
 
     ``table`` is ``statistics.accuracy_table``'s or ``arms.by_part``'s, ``paper`` the part "paper" of
@@ -83,7 +83,7 @@ def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_doma
     for k, name in enumerate(shown):
         at = _beside(len(table), k, len(shown))
         points(left, k, at, table[name], f"{name} (trained on)" if name == in_domain else name)
-        if name in paper and in_domain == MODALITIES[0]:
+        if name in paper and in_domain == "MRI":
             right.plot(paper[name].to_numpy(dtype=float), at, **marker(k))
     left.set(xlabel="accuracy (%), 95 % interval", title="Here", xlim=(0, 103), ylim=(len(table) - 0.4, -0.6))
     left.set_yticks(rows, [str(name) for name in table.index])
@@ -137,12 +137,12 @@ def outcomes_over_training(rollouts: pd.DataFrame, ax: Axes, *, title: str = "",
     return ax
 
 
-def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str = "MRI") -> Axes:
+def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str) -> Axes:
     """What training changed per method and modality, in points, from ``arms.arm_changes``: blue rose, red fell.
 
     Each cell says how much, ± half its 95 % interval; in brackets where the interval holds 0.
     """
-    own = table[table["part"].isin(MODALITIES)]
+    own = table[~table["part"].isin([AVG, AVG_OOD])]
     arms, modalities = own["arm"].unique(), own["part"].unique()
     values, low, high = (
         100 * own.pivot(index="arm", columns="part", values=name).loc[arms, modalities]
@@ -155,10 +155,12 @@ def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str = "MRI") -> Axes
     ]
     bar, text = {"label": "points", "shrink": 0.8}, {"fontsize": 11, "color": "black"}  # on any of the light colours
     colours = {"cmap": "RdBu", "vmin": -60, "vmax": 60, "alpha": 0.6, "cbar_kws": bar}
-    sns.heatmap(values, annot=np.array(told), fmt="", annot_kws=text, ax=ax, **colours)
     names = [f"{name}*" if name == in_domain else str(name) for name in values.columns]
+    lines = [textwrap.fill(str(name), 30) for name in arms]
+    style: Any = {"xticklabels": names, "yticklabels": lines, **colours}  # all of them, however many
+    sns.heatmap(values, annot=np.array(told), fmt="", annot_kws=text, ax=ax, **style)
     ax.set_xticklabels(names, rotation=30, ha="right", rotation_mode="anchor")
-    ax.set_yticklabels([textwrap.fill(str(name), 30) for name in arms], rotation=0)
+    ax.set_yticklabels(lines, rotation=0)
     ax.set(xlabel="", ylabel="")
     ax.grid(visible=False)
     return ax

@@ -29,8 +29,8 @@ from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
 
 #: What decides which questions are asked; all runs of a study share them.
-DATA = ("data_root", "data_seed", "split", "train_modality", "train_items", "eval_items", "eval_split", "items_file",
-        "eval_samples")  # fmt: skip
+DATA = ("data_root", "data_columns", "data_seed", "split", "train_modality", "train_items", "eval_items", "eval_split",
+        "items_file", "eval_samples")  # fmt: skip
 _NEEDED = {"methods": list, "compared_with": str, "seeds": list}
 _KEYS = {"params": str, **_NEEDED, "set": dict, "grid": dict, "students": list}
 

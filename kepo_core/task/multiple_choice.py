@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kepo_core.data.records import LETTERS, AnswerOutcome
+from kepo_core.data.records import AnswerOutcome
 from kepo_core.method.task import Row, Task
 from kepo_core.task.prompts import HINT_CONTEXTS, Messages, hint_aware_messages, hint_messages, needs_hint
-from kepo_core.task.rewards import RewardFunction, reward_functions, score
+from kepo_core.task.rewards import ANSWER_FORMATS, RewardFunction, reward_functions, score
 
 #: The metrics that this task adds to KEPOTrainer's, all of the student's own rollouts before injection.
 GLOSSARY: dict[str, str] = {
@@ -24,9 +24,10 @@ class MultipleChoice(Task):
         context: what the hint-aware prompt gives beside the question: "hint+answer", "hint", "answer" or, for further
             draws under the plain prompt, "none". Without a hint no teacher is asked.
         thinking: whether prompts ask for explicit reasoning. The paper has no hint-aware prompt without it.
+        answer_format: what counts as an answer: "paper", or "lenient" (see ``task.lenient``).
 
     Raises:
-        ValueError: an unknown context.
+        ValueError: an unknown context or answer format.
 
     Example:
     ```python
@@ -44,15 +45,19 @@ class MultipleChoice(Task):
 
     columns = ("question", "options", "answer", "image")
 
-    def __init__(self, context: str = "hint+answer", thinking: bool = True) -> None:
-        if context not in HINT_CONTEXTS:
-            raise ValueError(f"context is {context!r}, expected one of {', '.join(HINT_CONTEXTS)}")
-        self.context, self.thinking = context, thinking
+    def __init__(self, context: str = "hint+answer", thinking: bool = True, answer_format: str = "paper") -> None:
+        for name, value, known in (
+            ("context", context, HINT_CONTEXTS),
+            ("answer_format", answer_format, ANSWER_FORMATS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        self.context, self.thinking, self.answer_format = context, thinking, answer_format
 
     @property
     def reward_funcs(self) -> list[RewardFunction]:
         """Appendix B's two rewards, [accuracy, format]."""
-        return reward_functions(self.thinking)
+        return reward_functions(self.thinking, self.answer_format)
 
     def ask(self, row: Row) -> Messages | None:
         """Appendix C's teacher prompt (Eq. 8), where the context has a hint in it."""
@@ -66,8 +71,8 @@ class MultipleChoice(Task):
 
     def read(self, row: Row, text: str, finished: bool) -> Mapping[str, Any]:
         """The answer's outcome, the letter that was read, whether the format is exact, and the accuracy."""
-        letters = LETTERS[: len(row["options"])]
-        scored = score(text, row["answer"], letters, thinking=self.thinking, finished=finished)
+        scored = score(text, row["answer"], row["options"], thinking=self.thinking, finished=finished,
+                       answer_format=self.answer_format)  # fmt: skip
         return {
             "outcome": scored.outcome,
             "letter": scored.letter,

@@ -11,16 +11,25 @@ The same parser serves training and evaluation. What counts, in full:
 3. A field names a letter if it is nothing but that letter, in either case, with white space or punctuation
    around it (``B``, `` b ``, ``B.``, ``(B)``), or if it is the letter, one of ``. ) :`` and a text that offers no
    other option's letter (``B) a type A lesion``, ``B) E. coli`` among four; not ``B) or C)``). Several different
-   letters (``A or B``) are ambiguous. An option's text without its letter (``a cyst``) is no answer: Appendix C
-   asks for the letter.
-4. All fields name one same letter: that letter was answered; fields without a letter are passed over.
+   letters (``A or B``) are ambiguous.
+4. An option's whole text names that option (``a cyst``), and so does its line as the prompt prints it
+   (``A) I``, ``D) Both A and B``): case, runs of spaces and final full stops do not count. Letters in an option's
+   words name nothing, wherever its text stands in a field: ``C. albicans`` is option A if that is A's text. Where
+   a field may be a letter or a text, it is the letter (``B`` among the blood groups); a letter before another
+   option's whole text names both.
+5. All fields name one same letter: that letter was answered; fields without a letter are passed over.
    Different letters, in one field or in several: AMBIGUOUS. No letter, or one that is not among the
    options: MISSING, or TRUNCATED if the completion hit the token limit before any field was closed.
+
+That is ``answer_format: paper``. ``lenient`` is for models of other families, which have not learned the paper's tags:
+see `lenient`. It changes what counts as an answer, and so every accuracy; the format below stays the paper's.
 
 *The format* (ignores whether the answer is right or even readable)
 
 Thinking: exactly ``<think>…</think>`` then ``<answer>…</answer>``; non-thinking: exactly ``<answer>…</answer>``;
 each tag once and nothing but white space outside. What stands inside a field may be anything.
+
+All of it takes time in proportion to the text.
 """
 
 import functools
@@ -31,21 +40,17 @@ from typing import Any
 
 from kepo_core.data.records import LETTERS, AnswerOutcome
 from kepo_core.method.task import outside_thoughts
+from kepo_core.task import answer_fields, lenient
 
 #: A completion as TRL hands it to a reward function: plain text, or a list of chat messages.
 Completion = str | Sequence[dict[str, Any]]
 RewardFunction = Callable[..., list[float]]
+#: The values of the parameter ``answer_format``.
+ANSWER_FORMATS = ("paper", "lenient")
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_FIELD = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _THINKING_FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 _PLAIN_FORMAT = re.compile(r"\s*<answer>.*</answer>\s*", re.DOTALL)
-_MARKED = re.compile(r"\s*\(?([A-Za-z])\s*[.):](.*)", re.DOTALL)
-_CAPITAL = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?![A-Za-z0-9'’])")
-# A further letter offered in the text behind a marked one: "… C) …", "… C: …", "… or C".
-_OFFERED = re.compile(
-    r"(?<![A-Za-z0-9])(?:([A-Za-z])\)|([A-Z])[.:]\s+\S|(?:or|and|[,/;])\s*\(?([A-Za-z])[\W_]*\Z)", re.DOTALL
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +67,16 @@ class Score:
         return float(self.outcome is AnswerOutcome.CORRECT)
 
 
-def _letters_in(field: str, letters: str) -> set[str]:
-    """The different letters that one answer field names (upper case); empty when it names none."""
-    words = [w for w in re.split(r"[\W_]+", field) if w and w.lower() not in ("or", "and")]
-    if words and all(len(w) == 1 and w.isascii() and w.isalpha() for w in words):
-        return {w.upper() for w in words}
-    marked = _MARKED.match(field)
-    if marked:
-        offered = {letter.upper() for groups in _OFFERED.findall(marked[2]) for letter in groups if letter}
-        return {marked[1].upper()} | offered & set(letters)
-    capitals = set(_CAPITAL.findall(field))
-    return capitals if len(capitals) > 1 else set()
-
-
 @functools.lru_cache(maxsize=4096)  # the task's record and both rewards read one completion
-def _read(text: str, letters: str) -> tuple[frozenset[str], bool]:
-    """The different letters that a completion's answer fields name, and whether it has a closed one."""
-    fields = _FIELD.findall(outside_thoughts(text))
-    return frozenset().union(*(_letters_in(field, letters) for field in fields)), bool(fields)
+def _read(text: str, options: tuple[str, ...], answer_format: str) -> tuple[frozenset[str], bool]:
+    """The different letters that a completion's answers name, and whether it has a closed answer field."""
+    if answer_format == "lenient":
+        text, options = lenient.normalised(text), tuple(map(lenient.normalised, options))
+    rest = outside_thoughts(text)
+    found = answer_fields.answer_fields(rest)
+    if answer_format == "lenient":
+        found = [lenient.plain(field) for field in found] or lenient.statements(rest, options)
+    return frozenset().union(*(answer_fields.letters_in(field, options) for field in found)), bool(found)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -90,22 +87,29 @@ def _has_format(text: str, thinking: bool) -> bool:
     return (_THINKING_FORMAT if thinking else _PLAIN_FORMAT).fullmatch(text) is not None
 
 
-def score(text: str, answer: str, letters: str, *, thinking: bool, finished: bool) -> Score:
+def score(
+    text: str, answer: str, options: Sequence[str], *, thinking: bool, finished: bool, answer_format: str = "paper"
+) -> Score:
     """Read one completion as the module's docstring says, and compare it with the right ``answer`` letter.
 
     Args:
         text: the decoded completion.
         answer: the right letter.
-        letters: the option letters, upper case, e.g. ``"ABCD"``.
+        options: the options' texts in the order of their letters; ``"ABCD"`` stands for four without words.
         thinking: which of the two formats was asked for.
         finished: False if generation stopped at the token limit.
+        answer_format: "paper" or "lenient".
 
     Raises:
-        ValueError: ``answer`` is not one of ``letters`` (an error of the data, never a reward of 0).
+        ValueError: ``answer`` is not the letter of one of ``options`` (an error of the data, never a reward of 0), or
+            the format is another.
     """
+    letters = LETTERS[: len(options)]
     if len(answer) != 1 or answer not in letters:
         raise ValueError(f"the right answer is {answer!r}, expected one of the option letters {', '.join(letters)}")
-    named, answered = _read(text, letters)
+    if answer_format not in ANSWER_FORMATS:
+        raise ValueError(f"answer_format is {answer_format!r}, expected one of {', '.join(ANSWER_FORMATS)}")
+    named, answered = _read(text, tuple(options), answer_format)
     format_ok = _has_format(text, thinking)
     if len(named) > 1:
         return Score(AnswerOutcome.AMBIGUOUS, "", format_ok)
@@ -131,12 +135,16 @@ def completion_text(completion: Completion) -> str:
 
 
 def accuracy_reward(
-    completions: Sequence[Completion], answer: Sequence[str], options: Sequence[Sequence[str]], **_: Any
+    completions: Sequence[Completion],
+    answer: Sequence[str],
+    options: Sequence[Sequence[str]],
+    answer_format: str = "paper",
+    **_: Any,
 ) -> list[float]:
     """1.0 for each right answer, whatever its format (a TRL reward function over dataset columns)."""
     return [
         # The format asked for and the token limit change other facts about a completion, never its accuracy.
-        score(completion_text(c), a, LETTERS[: len(o)], thinking=True, finished=True).accuracy
+        score(completion_text(c), a, o, thinking=True, finished=True, answer_format=answer_format).accuracy
         for c, a, o in zip(completions, answer, options, strict=True)
     ]
 
@@ -146,12 +154,9 @@ def format_reward(completions: Sequence[Completion], thinking: bool = True, **_:
     return [float(_has_format(completion_text(c), thinking)) for c in completions]
 
 
-def reward_functions(thinking: bool) -> list[RewardFunction]:
+def reward_functions(thinking: bool, answer_format: str = "paper") -> list[RewardFunction]:
     """Appendix B's two rewards in the order [accuracy, format], for prompts with or without reasoning."""
-
-    def bound_format_reward(completions: Sequence[Completion], **_: Any) -> list[float]:
-        return format_reward(completions, thinking)
-
+    accuracy = functools.partial(accuracy_reward, answer_format=answer_format)
+    formatted = functools.partial(format_reward, thinking=thinking)
     # TRL names its metrics after the function.
-    bound_format_reward.__name__ = format_reward.__name__
-    return [accuracy_reward, bound_format_reward]
+    return [functools.update_wrapper(accuracy, accuracy_reward), functools.update_wrapper(formatted, format_reward)]

@@ -12,7 +12,7 @@ from kepo_core.analysis.intervals import difference_interval, wilson_interval
 from kepo_core.analysis.statistics import mcnemar_exact
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import Facts, load_facts
-from kepo_core.data.records import LETTERS, Answer, Question
+from kepo_core.data.records import Answer, Question
 from kepo_core.data.splits import image_key, split_by_image
 from kepo_core.experiment import experiment
 from kepo_core.experiment.evaluation import evaluate
@@ -23,6 +23,7 @@ from kepo_core.params import Params
 from kepo_core.task.dataset import to_dataset
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import hint_aware_messages
+from kepo_core.testbed.embedded import LETTERS
 
 TWO_FACT_TYPES = ("Disease Diagnosis", "Lesion Grading")
 

@@ -15,11 +15,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from kepo_core.data import phantom
-from kepo_core.data.records import LETTERS, MODALITIES
+from kepo_core.data import phantom, records
+from kepo_core.data.records import MODALITIES
 from kepo_core.experiment.processor import ImageOnlyQwenProcessor
 from kepo_core.task import prompts
 
+#: The letters that the models know: no question of PhantomVQA has more options.
+LETTERS = records.LETTERS[:8]
 VOCAB_SIZE = 576
 PATCH, MERGE = 8, 2
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from kepo_core.data import phantom
 from kepo_core.data.phantom import Asked, Facts
-from kepo_core.data.records import LETTERS, MODALITIES
+from kepo_core.data.records import MODALITIES
 from kepo_core.experiment.processor import ImageOnlyQwenProcessor
 from kepo_core.task import prompts
+from kepo_core.testbed.embedded import LETTERS
 
 EVEN_TOPICS = 0.3  # of the lessons have a topic drawn evenly: some are too rare in the set to be learned from it
 LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more

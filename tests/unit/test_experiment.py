@@ -216,7 +216,7 @@ def test_a_baseline_trains_on_the_same_items_and_leaves_the_same_files(root: Pat
     if trainer is not None:
         assert (trainer.args.learning_rate, trainer.args.gradient_accumulation_steps) == (given.learning_rate, 2)
         assert (run.path / "model/model.safetensors").is_file() and metrics["loss"].iloc[0] > 0
-    differences = statistics.paired_differences(answers, answers)
+    differences = statistics.paired_differences(answers, answers, None, given.train_modality)
     headline = diagnosis.headline(given, differences, metrics)
     assert headline["steps"] == (0 if name == "zero-shot" else 1) and not any("kepo/" in key for key in headline)
 

@@ -22,8 +22,8 @@ TOPICS = {topic.name: topic for topic in phantom.TOPICS}
 
 
 def question(asked: Asked, name: str = "q") -> Question:
-    image = Path(f"/data/Images/{name}.png")
-    return Question(name, "d", asked.facts.modality, "t", asked.question, asked.options, asked.answer, image)
+    text = (asked.question, asked.options, asked.answer)
+    return Question(name, "d", asked.facts.modality, "t", *text, Path("x.png"), image_name=f"Images/{name}.png")
 
 
 def asked_about(topic: str, options: tuple[str, ...]) -> Asked:
@@ -123,8 +123,7 @@ def test_questions_that_share_a_picture_count_as_what_they_are() -> None:
 
     def width(per_picture: int) -> float:
         questions = [
-            replace(question(a, f"q{i}"), image=Path(f"/data/Images/{i // per_picture}.png"))
-            for i, a in enumerate(asked)
+            replace(question(a, f"q{i}"), image_name=f"Images/{i // per_picture}.png") for i, a in enumerate(asked)
         ]
         facts = {f"Images/{i}.png": FACTS for i in range(40)}
         texts = [careful(a) if i % 8 < 4 else guess(a, rng) for i, a in enumerate(asked)]

@@ -58,7 +58,7 @@ def test_an_accuracy_of_one_or_none_can_be_drawn(ax):
              for part, value in (("accuracy", float(name == "MRI")), ("low", low), ("high", high))}
         )  # fmt: skip
         table.columns = pd.MultiIndex.from_tuples(table.columns)
-        figures.accuracies(table, ax)
+        figures.accuracies(table, ax, in_domain="MRI")
 
 
 def test_the_four_panels(ax):
@@ -80,7 +80,7 @@ def table():
 
 
 def test_accuracies_stand_at_their_value_with_their_interval(ax):
-    figures.accuracies(table(), ax)
+    figures.accuracies(table(), ax, in_domain="MRI")
     before, after = ax.containers
     assert list(before.lines[0].get_ydata()) == pytest.approx([50, 30, 40, 30])
     low, high = before.lines[2][0].get_segments()[0][:, 1]
@@ -98,7 +98,7 @@ def test_differences_tell_gains_from_losses_by_shape_and_colour(ax):
         {"difference": [0.3, -0.2, 0.01], "low": [0.2, -0.3, -0.1], "high": [0.4, -0.15, 0.12]},
         index=["MRI", "CT", "Avg."],
     )
-    figures.differences(frame, ax)
+    figures.differences(frame, ax, in_domain="MRI")
     lines = [container.lines[0] for container in ax.containers]
     assert [line.get_xdata()[0] for line in lines] == pytest.approx([30, -20, 1])
     assert [line.get_marker() for line in lines] == [">", "<", "o"]
@@ -136,7 +136,7 @@ def test_ours_and_the_papers_stand_line_by_line():
     paper = pd.DataFrame({"MRI": [79.0, np.nan], "Avg. (OOD)": [73.67, np.nan]}, index=["grpo", "rloo"])
     figure = Figure()
     left, right = figure.subplots(1, 2)
-    panels.beside_paper(table, paper, (left, right))
+    panels.beside_paper(table, paper, (left, right), in_domain="MRI")
     mri, ood = (container.lines[0] for container in left.containers)
     assert list(mri.get_xdata()) == [50, 80] and list(ood.get_xdata()) == [60, 70]
     (bars,) = left.containers[0].lines[2]

@@ -7,13 +7,18 @@ import pytest
 from PIL import Image
 
 from kepo_core.cli import main
+from kepo_core.data import check as data_check
+from kepo_core.data import inspection, loading
 from kepo_core.data.check import check
+from kepo_core.data.inspection import TWINS, Decodable
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.loading import layout_of, load_questions
 from kepo_core.data.medr1 import split_of, split_problem
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.data.source import QA_FOLDER, open_source
+from kepo_core.data.splits import split_as_given
 from kepo_core.errors import DataError
+from kepo_core.task.prompts import vqa_messages
 from kepo_core.task.rewards import score
 
 MEDR1 = Path(__file__).parents[3] / "shared/data/medr1_splits"
@@ -88,6 +93,9 @@ def test_a_file_of_unknown_modality_takes_it_from_its_data_set(medr1: Path) -> N
         (row(problem="What is seen?"), "fewer than two options", "has not two options"),
         (row(problem="What? A)same, B)Same."), "fewer than two options", "has not two options"),
         (row(problem=3.5j.imag), "fewer than two options", "has not two options"),
+        (row(problem=float("nan")), "problem is no text", "problem is nan, expected text"),
+        (row(solution=float("nan")), "solution is no text", "solution is nan, expected text"),
+        (row(solution=True), "solution is no text", "solution is a bool, expected text"),
         (row(problem=["x"]), "problem is no text", "problem is a list"),
         (row("Images/Toy/none.png"), "image missing", "is missing under data_root"),
         (row("Images/../../a.png"), "image path leaves data_root", "leaves data_root"),
@@ -119,6 +127,90 @@ def test_a_data_set_without_a_usable_row_says_why(medr1: Path) -> None:
     write(medr1, "CT_test.json", row("Images/Toy/none.png"))
     with pytest.raises(DataError, match=r"none of its 1 rows can be used; the first: CT_test.json, row 1: image"):
         load_questions(medr1, Ledger(strict=False))
+
+
+def counted(ledger: Ledger) -> dict[str, int]:
+    return {reason: len(rows) for reason, rows in ledger.dropped.items()}
+
+
+def test_a_backup_beside_the_files_gives_no_question_twice(medr1: Path) -> None:
+    write(medr1, "CT_test.json", row(), row())
+    for folder in ("Backup", "copies/old"):
+        (medr1 / folder).mkdir(parents=True)
+        write(medr1 / folder, "CT_test.json", row(), row())
+    ledger = Ledger(strict=False)
+    questions = load_questions(medr1, ledger)
+    assert [q.id for q in questions] == ["CT_test:1", "CT_test:2"] and ledger.read == 2
+    assert counted(ledger) == {"in a second file of the same name and rows": 4}
+    assert "Backup/CT_test.json, row 1" in ledger.dropped["in a second file of the same name and rows"]
+
+
+@pytest.mark.parametrize("other", [[row()], [row(), row(solution="<answer> A </answer>")], []])
+def test_two_files_of_one_name_and_different_rows_are_refused_before_anything_runs(medr1: Path, other: list) -> None:
+    write(medr1, "CT_test.json", row(), row())
+    (medr1 / "old").mkdir()
+    write(medr1 / "old", "CT_test.json", *other)
+    with pytest.raises(DataError, match=r"CT_test\.json and old/CT_test\.json have one name and different rows"):
+        load_questions(medr1, Ledger(strict=False))
+
+
+def test_splits_by_modality_and_by_question_type_are_the_same_questions(medr1: Path) -> None:
+    """As Med-R1 publishes both, side by side, with other parts."""
+    lung, bone = row(problem="Lung? A)yes, B)no"), row(problem="Bone? A)yes, B)no")
+    for folder in ("modality", "question_type"):
+        (medr1 / folder).mkdir()
+    write(medr1 / "modality", "CT_train.json", lung, row())
+    write(medr1 / "modality", "X-Ray_test.json", bone)
+    write(medr1 / "question_type", "Lesion Grading_test.json", lung, row("Images/Toy/a.png", problem="New? A)x, B)y"))
+    write(medr1 / "question_type", "disease_diagnosis_train.json", bone)
+    ledger = Ledger(strict=False)
+    questions = load_questions(medr1, ledger)
+    assert {q.id: (q.modality, q.question_type, split_of(q)) for q in questions} == {
+        "CT_train:1": ("CT", "Lesion Grading", "train"),
+        "CT_train:2": ("CT", "", "train"),
+        "X-Ray_test:1": ("X-Ray", "Disease Diagnosis", "test"),
+    }
+    assert counted(ledger) == {"a question that a modality's file has, too": 2, "unknown modality": 1}
+
+
+def test_whatever_a_layout_reads_ids_are_unique(medr1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(medr1, "CT_test.json", row())
+    twice = load_questions(medr1) * 2
+    monkeypatch.setattr(loading, "load_medr1", lambda *_: twice)
+    with pytest.raises(DataError, match="1 ids are given twice, 'CT_test:1' first"):
+        load_questions(medr1)
+
+
+def test_files_for_validation_are_read_and_others_are_counted(medr1: Path) -> None:
+    write(medr1, "CT_train.json", *[row()] * 5)
+    write(medr1, "CT_val.json", row())
+    write(medr1, "MRI_validation.json", row())
+    write(medr1, "CT_test.json", row())
+    write(medr1, "CT_holdout.json", row(), row())
+    (medr1 / "more").mkdir()
+    write(medr1 / "more", "CT.json", row())
+    (medr1 / "info.json").write_text('{"version": 1}')
+    (medr1 / "Images/Toy/a.json").write_text("[1]")
+    ledger = Ledger(strict=False)
+    questions = load_questions(medr1, ledger)
+    parts = split_as_given(questions)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 5, "validation": 2, "test": 1}
+    assert counted(ledger) == {
+        "in a file that is neither *_train, *_val nor *_test": 3,
+        "a file beside the questions that holds none": 1,
+    }
+
+
+def test_more_than_eight_options_are_read_and_asked(medr1: Path) -> None:
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten, or so", "eleven"]
+    listed = ", ".join(f"{letter}){word}" for letter, word in zip("ABCDEFGHIJK", words, strict=True))
+    write(medr1, "CT_test.json", row(problem=f"How many? {listed}", solution="<answer> J </answer>"))
+    (question,) = load_questions(medr1)
+    assert question.options == tuple(words) and question.answer == "J" and question.letters == "ABCDEFGHIJK"
+    text = vqa_messages(question.question, question.options, thinking=True)[0]["content"][1]["text"]
+    assert "\nI) nine\nJ) ten, or so\nK) eleven\n" in text
+    found = score("<answer>J</answer>", question.answer, question.options, thinking=False, finished=True)
+    assert found.outcome is AnswerOutcome.CORRECT
 
 
 # Which layout -----------------------------------------------------------------------------------------------------
@@ -193,6 +285,59 @@ def test_the_check_counts_what_was_mended_and_dropped(medr1: Path, capsys: pytes
     assert "Toy.json, row 4 (Toy_4): image 'gone.png' is missing" in capsys.readouterr().err
 
 
+@pytest.fixture
+def spoilt(medr1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten good rows, and one each of what only decoding, the processor or the tokenizer shows."""
+    monkeypatch.setenv("KEPO_CACHE", str(tmp_path / "cache"))
+    (medr1 / QA_FOLDER).mkdir(parents=True)
+    for i in range(14):
+        Image.effect_noise((40, 30), 50 + i).save(medr1 / f"Images/Toy/{i}.png")
+    whole = (medr1 / "Images/Toy/10.png").read_bytes()
+    (medr1 / "Images/Toy/10.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (300, 1)).save(medr1 / "Images/Toy/11.png")
+    (medr1 / "Images/Toy/13.png").write_bytes((medr1 / "Images/Toy/0.png").read_bytes())
+    rows = [raw_row(i, image_path=f"Images/Toy/{i}.png") for i in range(14)]
+    rows[12]["question"] = "<|image_pad|>?"
+    write(medr1 / QA_FOLDER, "Toy.json", *rows)
+    return medr1
+
+
+def test_the_check_tries_what_a_run_tries(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(spoilt)]) == 0
+    said = capsys.readouterr().out
+    for reason in ("image cannot be decoded", "the processor refuses its image", "a special token in its text", TWINS):
+        assert reason in said, reason
+    assert " 11 " in said.splitlines()[4] and "not decoded" not in said
+    assert "Images/Toy/13.png shows what Images/Toy/0.png shows" in said
+    assert main(["data", "check", "--quick", str(spoilt)]) == 0
+    said = capsys.readouterr().out
+    assert " 14 " in said.splitlines()[4] and "pictures were not decoded" in said.splitlines()[0]
+    assert main(["data", "check", "--strict", str(spoilt)]) == 2
+    assert "Question Toy_10: Image" in capsys.readouterr().err
+
+
+def test_the_check_asks_what_the_given_parameters_ask(
+    spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.yaml").write_text("image_size: 64\n")
+    assert main(["data", "check", "-f", str(tmp_path / "p.yaml"), str(spoilt)]) == 0
+    said = capsys.readouterr().out
+    assert "the processor refuses" not in said and "image cannot be decoded" in said  # squashed to 64×64
+    (spoilt / "Images").rename(tmp_path / "elsewhere")
+    (spoilt / "Images").symlink_to(tmp_path / "elsewhere")
+    assert main(["data", "check", "--quick", str(spoilt)]) == 2
+    (tmp_path / "p.yaml").write_text("follow_links: true\n")
+    assert main(["data", "check", "--quick", "-f", str(tmp_path / "p.yaml"), str(spoilt)]) == 0
+
+
+def test_a_check_shows_how_far_it_is(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[str] = []
+    for module in (inspection, data_check):
+        monkeypatch.setattr(module, "tqdm", lambda items, label, *_, **__: bars.append(label) or items)
+    check(spoilt, try_with=lambda inspector, ledger: Decodable(ledger, inspector))
+    assert bars == ["pictures", "questions"]
+
+
 def test_pictures_that_nobody_gave_are_not_missed(medr1: Path) -> None:
     write(medr1, "CT_test.json", row("Images/Far/away.png"))
     for file in (medr1 / "Images/Toy").iterdir():
@@ -223,5 +368,5 @@ def test_every_published_option_behind_its_letter_is_read_as_that_letter() -> No
     for question in check(MEDR1).questions:
         text = question.options[question.letters.index(question.answer)]
         for said in (f"{question.answer}) {text}", f"{question.answer}. {text}", f"{question.answer}: {text}"):
-            found = score(f"<answer>{said}</answer>", question.answer, question.letters, thinking=False, finished=True)
+            found = score(f"<answer>{said}</answer>", question.answer, question.options, thinking=False, finished=True)
             assert found.outcome is AnswerOutcome.CORRECT, said

@@ -75,7 +75,7 @@ def test_rows_are_chosen_by_name_or_as_a_whole() -> None:
 def test_ours_stand_beside_the_papers() -> None:
     given = [Answer(f"{m}{i}", m, "", "", AnswerOutcome.CORRECT, "A", i < 3, True, 5, True)
              for m in MODALITIES for i in range(4)]  # fmt: skip
-    beside = beside_paper(accuracy_table({"grpo": given, "rloo": given}))
+    beside = beside_paper(accuracy_table({"grpo": given, "rloo": given}, None, "MRI"))
     assert beside.loc["grpo", ("ours", "MRI")] == 75 and beside.loc["grpo", ("paper", "MRI")] == 79
     assert beside.loc["grpo", ("paper", "Avg. (OOD)")] == 73.67
     assert beside.loc["rloo", "paper"].isna().all() and beside["ours"].notna().all(axis=None)

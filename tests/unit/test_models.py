@@ -19,13 +19,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from kepo_core.data.images import load_image
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import GRADES, KINDS, PLACES, write_phantom
-from kepo_core.data.records import LETTERS, MODALITIES, Question
+from kepo_core.data.records import MODALITIES, Question
 from kepo_core.errors import ParamError
 from kepo_core.experiment.evaluation import evaluate
 from kepo_core.experiment.models import check_same_vocabulary, load_model, load_processor, resolve, save_embedded
 from kepo_core.plan.architecture import load_config
 from kepo_core.task import prompts
-from kepo_core.testbed.embedded import build_model, build_processor
+from kepo_core.testbed.embedded import LETTERS, build_model, build_processor
 
 
 def test_saved_model_and_processor_come_back(tmp_path: Path, tiny_model) -> None:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from kepo_core.data import omnimedvqa
-from kepo_core.data.images import Decodable, Pictures, load_image
+from kepo_core.data.images import Pictures, load_image
+from kepo_core.data.inspection import Decodable, Inspector
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.records import MODALITIES
 from kepo_core.data.source import open_source
@@ -112,6 +113,18 @@ def test_letters_close_up_over_missing_options(root):
     assert question.options == ("a cyst", "a tear", "a mass")
 
 
+def test_a_row_has_as_many_options_as_there_are_letters(root):
+    (question,) = load(root, changed(option_I="a tear of I", option_J="the tenth", gt_answer="The tenth"))
+    assert question.options[4:] == ("a tear of I", "the tenth") and question.answer == "F"
+    many = {f"option_{letter}": f"no. {number}" for number, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ")}
+    (question,) = load(root, changed(**many, gt_answer="no. 25"))
+    assert len(question.options) == 26 and question.answer == "Z"
+    with pytest.raises(DataError, match="option_AA is unknown, expected option_A to option_Z"):
+        load(root, changed(option_AA="one more"))
+    with pytest.raises(DataError, match="option_1 is unknown"):
+        load(root, changed(option_1="a number"))
+
+
 def test_equal_options_are_kept_once(root):
     (question,) = load(root, changed(option_A="A cyst."))
     assert question.options == ("A cyst.", "a tear", "a mass")
@@ -125,10 +138,28 @@ def test_text_beyond_ascii_and_a_byte_order_mark_are_read(root):
     assert question.question == "Größe in µm?"
 
 
-def test_numbers_are_texts(root):
-    (question,) = load(root, changed(option_A=0, option_B=10, gt_answer="10"))
-    assert question.options[:2] == ("0", "10")
+def test_numbers_are_read_as_texts_and_counted(root):
+    load(root, changed(option_A=0, option_B=10, gt_answer="10", option_C=0.5))
+    ledger = Ledger()
+    (question,) = omnimedvqa.load_raw(open_source(root), ledger)
+    assert question.options[:3] == ("0", "10", "0.5")
     assert question.answer == "B"
+    assert {f"option_{letter} is a number, read as text": 1 for letter in "ABC"}.items() <= {
+        reason: len(where) for reason, where in ledger.mended.items()
+    }.items()
+
+
+def test_what_pandas_writes_for_a_missing_option_is_no_option(root):
+    load(root, changed(option_C=float("nan"), question_type=float("nan")))
+    ledger = Ledger()
+    (question,) = omnimedvqa.load_raw(open_source(root), ledger)
+    assert (question.options, question.question_type) == (("nothing", "a cyst", "a mass"), "")
+    assert {"option_C is NaN, read as missing", "question_type is NaN, read as missing"} <= set(ledger.mended)
+
+
+def test_a_byte_order_mark_inside_a_text_is_none_of_it(root):
+    (question,) = load(root, changed(gt_answer="\ufeffa cyst", question="\ufeffWhat?"))
+    assert (question.question, question.answer) == ("What?", "B")
 
 
 def test_names_with_double_dots_and_spaces_are_no_way_out(root):
@@ -146,6 +177,11 @@ BAD_ROWS = [
     (changed(question=None), "question is missing or empty"),
     (changed(question=["What?"]), "question is a list"),
     (changed(option_B=True), "option_B is a bool"),
+    (changed(option_B={"text": "a cyst"}), "option_B is a dict"),
+    (changed(question=float("nan")), "question is nan, expected text"),
+    (changed(option_A=float("inf")), "option_A is inf, expected text"),
+    (changed(image_path=float("nan")), "image_path is nan, expected text"),
+    (changed(gt_answer=float("nan"), option_D="nan"), "gt_answer is nan, expected text"),
     (changed(gt_answer=None), "gt_answer is missing or empty"),
     (changed(image_path="Images/Toy/b.png"), "image 'Images/Toy/b.png' is missing"),
     (changed(image_path="Images/Toy"), "image 'Images/Toy' is missing"),
@@ -175,7 +211,7 @@ def test_a_row_without_id_is_named_by_its_position(root):
 
 def test_an_id_used_twice_is_refused(root):
     load(root, ROW, name="A.json")
-    with pytest.raises(DataError, match=r"^B\.json, row 1 .*already that of A\.json, row 1"):
+    with pytest.raises(DataError, match=r"^B\.json, row 1 .*is already that of A\.json, row 1"):
         load(root, ROW, name="B.json")
 
 
@@ -243,12 +279,12 @@ def test_a_truncated_image_is_found_before_training(root, ending):
     path = root / f"Images/Toy/cut.{ending}"
     Image.effect_noise((64, 64), 50).save(path)
     rows = load(root, changed(image_path=f"Images/Toy/cut.{ending}"))
-    assert Decodable(open_source(root), Ledger())(rows[0])
+    assert Decodable(Ledger(), Inspector(open_source(root)))(rows[0])
     _truncate(path)
     with pytest.raises(DataError, match=r"^Question Toy_0001: Image .*cut.*cannot be decoded"):
-        Decodable(open_source(root), Ledger())(rows[0])
+        Decodable(Ledger(), Inspector(open_source(root)))(rows[0])
     ledger = Ledger(strict=False)
-    decodable = Decodable(open_source(root), ledger)
+    decodable = Decodable(ledger, Inspector(open_source(root)))
     assert not decodable(rows[0]) and not decodable(rows[0])
     assert [len(found) for found in ledger.dropped.values()] == [2]
 

@@ -73,18 +73,18 @@ def estimates(*rows: tuple[Any, ...]) -> pd.DataFrame:
 
 def test_a_change_whose_interval_holds_0_is_in_brackets(axes) -> None:
     rows = [("kepo", "MRI", 0.2, 0.1, 0.3), ("kepo", "CT", -0.02, -0.08, 0.04), ("kepo", "Avg.", 0.1, 0.0, 0.2)]
-    panels.change_map(estimates(*rows), axes[0])
+    panels.change_map(estimates(*rows), axes[0], in_domain="MRI")
     assert [text.get_text() for text in axes[0].texts] == ["+20 ± 10", "(-2 ± 6)"]
     assert [label.get_text() for label in axes[0].get_xticklabels()] == ["MRI*", "CT"]
 
 
 def test_accuracy_curves_and_gains_draw_their_tables(axes) -> None:
     rows = [("kepo", "MRI", 0.5, 0.4, 0.6), ("kepo", "MRI", 0.75, 0.7, 1.2), ("kepo", "CT", 0.1, 0.1, 0.2)]
-    figures.accuracy_curves(estimates(*rows).assign(step=[0, 5, 0]), axes)
+    figures.accuracy_curves(estimates(*rows).assign(step=[0, 5, 0]), axes, in_domain="MRI")
     assert axes[0].lines[0].get_ydata().tolist() == [50, 75] and not axes[1].lines
     assert axes[0].collections[0].get_paths()[0].vertices[:, 1].max() == 100
     table = estimates(("kepo", "MRI", 0.1, 0.0, 0.2), ("kepo", "CT", 0.3, 0, 1), ("kepo", "Avg. (OOD)", -0.1, -0.2, 0))
-    ax = panels.gains(table, Figure().subplots(), compared_with="grpo")
+    ax = panels.gains(table, Figure().subplots(), compared_with="grpo", in_domain="MRI")
     assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() in "os"] == [[10], [-10]]
 
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kepo_core import params_trl
-from kepo_core.data.records import MODALITIES
 from kepo_core.errors import ParamError
 from kepo_core.method.options import declared, kind_of
 from kepo_core.params import Params, check_names, project_root, resolve
@@ -218,7 +217,6 @@ def test_an_empty_path_is_refused():
 
 
 def test_choices_agree_with_the_modules_that_use_them():
-    assert FIELDS["train_modality"].metadata["choices"] == MODALITIES
     assert FIELDS["hint_context"].metadata["choices"] == HINT_CONTEXTS
 
 

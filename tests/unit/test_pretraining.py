@@ -11,7 +11,7 @@ from PIL import Image
 
 from kepo_core.data import phantom
 from kepo_core.data.phantom import Asked, Facts
-from kepo_core.data.records import LETTERS, MODALITIES
+from kepo_core.data.records import MODALITIES
 from kepo_core.task.rewards import score
 from kepo_core.testbed.lessons import (
     LETTER_WEIGHT,
@@ -37,7 +37,7 @@ def drawn(count: int, seed: int = 0) -> list[Asked]:
 
 
 def judged(text: str, asked: Asked):
-    return score(text, asked.answer, LETTERS[: len(asked.options)], thinking=True, finished=True)
+    return score(text, asked.answer, asked.options, thinking=True, finished=True)
 
 
 def test_careful_is_right_sloppy_breaks_the_format_only_and_guesses_are_fair() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kepo_core.data.images import Decodable, load_image
+from kepo_core.data.images import load_image
+from kepo_core.data.inspection import Decodable, Inspector
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions
 from kepo_core.data.source import open_source
@@ -30,7 +31,7 @@ def test_every_row_is_read_and_every_answer_resolved(questions):
     assert {question.modality for question in questions} == {"Microscopy"}
     assert Counter(len(question.options) for question in questions) == {4: 120, 2: 60, 3: 60}
     assert all(question.answer in question.letters for question in questions)
-    decodable = Decodable(open_source(BCCD), Ledger())
+    decodable = Decodable(Ledger(), Inspector(open_source(BCCD)))
     assert all(decodable(question) for question in questions)
     # The rows whose gt_answer differs from its option in case and full stop: "microscopy." for "Microscopy".
     recognition = [question for question in questions if question.question_type == "Modality Recognition"]

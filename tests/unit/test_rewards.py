@@ -1,5 +1,7 @@
 """The one parser of training and evaluation: every rule of its docstring, and what it must refuse."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,3 +200,128 @@ def test_a_completion_without_text_raises(broken: list) -> None:
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError):
         accuracy_reward(["<answer>A</answer>"], answer=["A", "B"], options=[["x", "y"]] * 2)
+
+
+# The options' own words ---------------------------------------------------------------------------------------------
+
+CYSTS = ("a cyst", "a tear", "a mass", "nothing")
+NUMERALS = ("I", "II", "III", "IV")
+KINDS = ("R", "L", "both R and L")
+FORMS = ("Hepatitis A", "Hepatitis B", "Hepatitis A, B or C", "Both A and B")
+GERMS = ("C. albicans", "E. coli", "B. fragilis", "S. aureus")
+GROUPS = ("AB", "A", "O", "B")
+
+
+def read(field: str, options: tuple[str, ...], answer_format: str = "paper") -> str:
+    """The letter that is read from an answer field, or what else it is."""
+    found = score(f"<answer>{field}</answer>", "A", options, thinking=False, finished=True, answer_format=answer_format)
+    return found.letter or found.outcome.value
+
+
+@pytest.mark.parametrize("answer_format", ["paper", "lenient"])
+@pytest.mark.parametrize("options", [CYSTS, NUMERALS, FORMS, GERMS, KINDS])
+def test_an_options_line_and_text_name_that_option_and_no_other(options, answer_format) -> None:
+    for letter, text in zip("ABCD", options, strict=False):
+        lines = [f"{letter}) {text}", f"{letter}. {text}.", f"({letter}) {text}", f" {letter}:  {text.upper()}"]
+        for said in (*lines, text, text.swapcase(), f"{text}."):
+            assert read(said, options, answer_format) == letter, said
+
+
+def test_the_words_of_an_option_name_no_other_beside_more_words() -> None:
+    assert read("C) Hepatitis A, B or C, as said", FORMS) == "C"
+    assert read("D) Both A and B because of both", FORMS) == "D"
+    assert read("C. albicans, most likely", GERMS) == "missing"
+    assert read("B) E. coli rather than C. albicans", GERMS) == "B"
+    assert read("A) a cyst, B) a tear", CYSTS) == "ambiguous"
+    assert read("C. albicans or E. coli", GERMS) == "missing"
+    assert read("Hepatitis A, B or C, D", FORMS) == "missing"
+
+
+def test_a_letter_counts_before_a_text_and_two_that_contradict_are_ambiguous() -> None:
+    assert [read(group, GROUPS) for group in ("AB", "A", "O", "B", "E")] == ["A", "A", "C", "B", "missing"]
+    assert read("B) a cyst", CYSTS) == "ambiguous"
+    assert read("C) C. albicans", GERMS) == "ambiguous"
+    assert read("C. albicans", ("C. albicans", "none", "albicans")) == "ambiguous"  # A's text and C's line
+
+
+def test_a_reward_function_reads_the_words_of_its_row() -> None:
+    fields = ["<answer>C. albicans</answer>", "<answer>A) I</answer>"]
+    assert accuracy_reward(fields, answer=["C", "A"], options=[GERMS, NUMERALS]) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"\boxed{B}", r"Thus $\boxed{\text{B}}$.", "Option B", "The answer is B.", "**B) a tear**", "<Answer>B</Answer>",
+     "< answer >B</ ANSWER >", "<answer>Ｂ：a tear</answer>", "<answer>（Ｂ）</answer>", "<answer>Option B</answer>",
+     "<answer>The correct answer is B) a tear.</answer>", "It tears.\n\n**Answer:** B", "The final answer is a tear.",
+     "B", "a tear", "answer: (B), because it is torn", "<Think>A?</Think>\n<answer>B</answer>", "<answer>B",
+     "I see C. albicans.\nAnswer: B"],
+)  # fmt: skip
+def test_what_other_families_write_is_read_where_the_switch_says_so(text: str) -> None:
+    def found(answer_format: str) -> AnswerOutcome:
+        return score(text, "B", CYSTS, thinking=True, finished=True, answer_format=answer_format).outcome
+
+    assert found("lenient") is RIGHT
+    assert found("paper") is (RIGHT if text.endswith("\n<answer>B</answer>") else MISSING)
+    assert accuracy_reward([text], answer=["B"], options=[CYSTS], answer_format="lenient") == [1.0]
+    assert reward_functions(True, "lenient")[0]([text], answer=["B"], options=[CYSTS]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The answer is A or B", AMBIGUOUS),
+        ("A) a cyst\nB) a tear\nC) a mass", AMBIGUOUS),
+        (r"\boxed{A} or \boxed{B}", AMBIGUOUS),
+        ("The answer is A.\nNo, the answer is B.", AMBIGUOUS),
+        ("the answer is a large thing", MISSING),
+        ("The answer is not B", MISSING),
+        ("Option B is not what I see, and a tear is unlikely", MISSING),
+        ("<answer>who knows</answer> \\boxed{B}", MISSING),
+        ("<think>The answer is B", MISSING),
+        ("The answer is E", MISSING),
+        ("The answer is a cyst", WRONG),
+    ],
+)
+def test_lenient_is_not_credulous(text: str, expected: AnswerOutcome) -> None:
+    assert score(text, "B", CYSTS, thinking=True, finished=True, answer_format="lenient").outcome is expected
+
+
+def test_a_lenient_answer_is_truncated_only_where_none_was_read() -> None:
+    def found(text: str) -> AnswerOutcome:
+        return score(text, "B", CYSTS, thinking=True, finished=False, answer_format="lenient").outcome
+
+    assert [found(text) for text in ("I see", "The answer is", "The answer is B. I", "<Answer>?</Answer>")] == [
+        TRUNCATED, TRUNCATED, RIGHT, MISSING,
+    ]  # fmt: skip
+
+
+def test_an_unknown_answer_format_is_named() -> None:
+    with pytest.raises(ValueError, match="answer_format is 'strict', expected one of paper, lenient"):
+        score("<answer>B</answer>", "B", CYSTS, thinking=True, finished=True, answer_format="strict")
+
+
+PHRASES = [*PIECES, "a cyst", "a tear", "B) ", "\\boxed{", "}", "The answer is ", "Option ", "**", "Ｂ", " " * 9]
+
+
+@given(st.lists(st.sampled_from(PHRASES), max_size=12).map("".join), st.booleans())
+@settings(deadline=None)
+def test_lenient_gives_one_of_the_five_outcomes_and_the_papers_format(text: str, finished: bool) -> None:
+    paper, lenient = (
+        score(text, "A", CYSTS, thinking=True, finished=finished, answer_format=name) for name in ("paper", "lenient")
+    )
+    assert paper.format_ok == lenient.format_ok
+    assert bool(lenient.letter) == (lenient.outcome in (RIGHT, WRONG))
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<think>", "</think>", "<think></think>", "<answer>", "<answer>A", "\\boxed{", "answer is ", "A, ", "< ", "("],
+)
+@pytest.mark.parametrize("answer_format", ["paper", "lenient"])
+def test_a_text_is_read_in_time_that_grows_as_it_does(piece: str, answer_format: str) -> None:
+    """Quadratic, these took seconds."""
+    for text in (piece * 8000, f"<answer>{piece * 8000}</answer>", piece + " " * 60_000 + piece):
+        start = time.process_time()
+        score(text, "B", CYSTS, thinking=True, finished=True, answer_format=answer_format)
+        assert time.process_time() - start < 0.5

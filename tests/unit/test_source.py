@@ -11,9 +11,10 @@ from PIL import Image
 
 from kepo_core.data import source
 from kepo_core.data.check import check
-from kepo_core.data.images import Decodable, load_image
+from kepo_core.data.images import load_image
+from kepo_core.data.inspection import Decodable, Inspector
 from kepo_core.data.ledger import Ledger
-from kepo_core.data.loading import load_questions
+from kepo_core.data.loading import load_questions, open_data
 from kepo_core.data.source import Archive, open_source
 from kepo_core.errors import DataError
 from kepo_core.experiment import experiment
@@ -65,7 +66,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    """All but what is known of pictures."""
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.parent.name != "inspected")
 
 
 # The archive ------------------------------------------------------------------------------------------------------
@@ -83,8 +85,10 @@ def test_the_archive_is_read_in_place_and_like_the_folder(tmp_path: Path, cache:
     assert check(archive).ledger.read == 4
     assert not cache.exists()  # looking unpacks nothing
     opened, ledger = open_source(archive), Ledger()
-    decodable = Decodable(opened, ledger)
-    assert decodable(zip_rows[0]) and decodable(zip_rows[3])
+    decodable = Decodable(ledger, Inspector(opened))
+    assert decodable(zip_rows[0]) and decodable(zip_rows[3]) and not cache.exists()
+    opened.fetch(zip_rows[0].image)
+    opened.fetch(zip_rows[3].image)
     assert files_in(cache) == ["0.png", "A & B..1.PNG"]  # nothing else, and nothing half
     assert load_image(zip_rows[3].image).getpixel((0, 0)) == (99, 99, 99)
     before = zip_rows[0].image.stat().st_mtime_ns
@@ -107,7 +111,7 @@ def test_a_picture_that_cannot_be_unpacked_is_left_out(tmp_path: Path, cache: Pa
     content[middle : middle + 4] = b"\xff\x00\xff\x00"
     path.write_bytes(content)
     questions, ledger = load_questions(path), Ledger(strict=False)
-    assert not Decodable(open_source(path), ledger)(questions[0])
+    assert not Decodable(ledger, Inspector(open_source(path)))(questions[0])
     (sentence,) = ledger.dropped["image cannot be decoded"]
     assert "a.zip: its member 'OmniMedVQA/Images/Toy/0.png' cannot be unpacked" in sentence
     assert not files_in(cache)
@@ -195,6 +199,184 @@ def test_spaces_ampersands_double_dots_and_upper_case_endings_are_names(tmp_path
     assert [load_image(q.image).size for q in questions] == [(6, 4)] * 4  # png, tif, bmp
 
 
+# As other machines write them ---------------------------------------------------------------------------------------
+
+
+def macos(files: dict[str, bytes]) -> dict[str, bytes]:
+    """What macOS packs: a twin of resource forks before each file."""
+    twins = {f"__MACOSX/{name.rpartition('/')[0]}/._{name.rpartition('/')[2]}": b"\0\5\x16\7" for name in files}
+    return twins | files | {f"{name.rpartition('/')[0]}/._{name.rpartition('/')[2]}": b"\0\5" for name in files}
+
+
+def backslashes(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name.replace("/", "\\"): content for name, content in files.items()}
+
+
+@pytest.mark.parametrize("packed", [macos, backslashes, lambda files: backslashes(macos(files))])
+def test_archives_of_macos_and_windows_are_read_like_any_other(tmp_path: Path, cache: Path, packed) -> None:
+    plain = load_questions(zipped(tmp_path / "a.zip", members()))
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for name, content in packed(members()).items():
+            info = zipfile.ZipInfo("x")
+            info.filename = name  # as it is written there: ZipFile would put slashes
+            archive.writestr(info, content)
+    source, ledger = open_source(tmp_path / "b.zip"), Ledger()
+    questions = load_questions(source, ledger)
+    assert [(q.id, q.image_name) for q in questions] == [(q.id, q.image_name) for q in plain]
+    source.fetch(questions[3].image)
+    assert load_image(questions[3].image).getpixel((0, 0)) == (99, 99, 99)
+
+
+def test_a_member_that_climbs_by_backslashes_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(zipped(tmp_path / "a.zip", members()), "a") as archive:
+        archive.writestr("OmniMedVQA\\..\\..\\evil.json", b"[]")
+    with pytest.raises(DataError, match="leaves it, expected paths inside"):
+        load_questions(tmp_path / "a.zip")
+
+
+def test_a_copy_deeper_in_the_archive_is_not_taken_for_the_release(tmp_path: Path) -> None:
+    copy = {f"a backup/{name}": b"[]" if name.endswith(".json") else content for name, content in members().items()}
+    assert len(load_questions(zipped(tmp_path / "a.zip", copy | members()))) == 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    for name, content in members().items():
+        path = root / Path(name).relative_to("OmniMedVQA")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+TOY = "QA_information/Open-access/Toy.json"
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["Images\\Toy\\0.png", "/Images/Toy/0.png", "\\Images\\Toy\\0.png", "./Images/Toy/0.png", "Images//Toy/0.png"],
+)
+def test_a_picture_is_found_however_its_path_is_written(
+    folder: Path, tmp_path: Path, cache: Path, written: str
+) -> None:
+    (folder / TOY).write_text(json.dumps([row(1, written)]))
+    zip_file = zipped(tmp_path / "a.zip", {str(path.relative_to(folder)): path.read_bytes()
+                                           for path in folder.rglob("*") if path.is_file()})  # fmt: skip
+    for root in (folder, zip_file):
+        (question,) = load_questions(root)
+        assert question.image_name == "Images/Toy/0.png" and question.image.name == "0.png"
+
+
+@pytest.mark.parametrize(
+    "written", ["..\\..\\a.png", "Images\\..\\..\\a.png", "/etc/hostname", "\\\\server\\a.png", "C:a/b", "D:\\a"]
+)
+def test_no_way_of_writing_a_path_leads_out(folder: Path, tmp_path: Path, written: str) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    (folder / TOY).write_text(json.dumps([row(1, written), row(2, SPACES)]))
+    ledger = Ledger(strict=False)
+    assert [q.id for q in load_questions(folder, ledger)] == ["Toy_0002"]
+    assert list(ledger.dropped)[:1] in (["image path leaves data_root"], ["image missing"])
+
+
+def test_names_with_accents_are_found_however_they_are_composed(folder: Path) -> None:
+    (folder / "Images/Toy/Bru\u0308cke.png").write_bytes(picture())  # as macOS writes it
+    (folder / TOY).write_text(json.dumps([row(1, "Images/Toy/Br\u00fccke.png")]))
+    (question,) = load_questions(folder)
+    assert question.image.is_file() and question.image_name == "Images/Toy/Br\u00fccke.png"
+
+
+def test_what_macos_leaves_in_a_folder_is_no_question_file(folder: Path) -> None:
+    (folder / TOY).with_name("._Toy.json").write_bytes(b"\0\5\x16\7")
+    ledger = Ledger(strict=False)
+    assert len(load_questions(folder, ledger)) == 4 and list(ledger.dropped) == [
+        "restricted: its picture is not part of the release"
+    ]
+
+
+LINES = "\n".join(json.dumps(row(i, f"Images/Toy/{i}.{ending}")) for i, ending in enumerate(["png", "tif", "bmp"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("Toy.jsonl", LINES.encode()),
+        ("Toy.JSONL", f"{LINES}\n\n".encode()),
+        ("Toy.json", LINES.replace("\n", "\r\n").encode("utf-8-sig")),
+        ("Toy.json", f"[{LINES.replace(chr(10), ',')}]".encode("utf-16")),
+        ("TOY.JSON", f"[{LINES.replace(chr(10), ',')}]".encode("utf-8-sig")),
+        ("Toy.jsonl", LINES.encode("utf-16-le")),
+    ],
+)
+def test_json_lines_and_any_unicode_are_read(folder: Path, name: str, content: bytes) -> None:
+    (folder / TOY).unlink()
+    (folder / TOY).with_name(name).write_bytes(content)
+    assert [q.id for q in load_questions(folder)] == ["Toy_0000", "Toy_0001", "Toy_0002"]
+
+
+def test_a_broken_line_is_named(folder: Path) -> None:
+    (folder / TOY).with_name("Lines.jsonl").write_text(f"{LINES}\n{{")
+    with pytest.raises(DataError, match=r"^Lines\.jsonl, line 4: not valid JSON"):
+        load_questions(folder)
+
+
+def test_med_r1s_files_may_be_json_lines(folder: Path) -> None:
+    problem = {"problem": "What? A)a, B)b", "solution": "<answer> A </answer>", "image": "Images\\Toy\\0.png"}
+    (folder / "splits").mkdir()
+    (folder / "splits/CT_test.jsonl").write_text(f"{json.dumps(problem)}\n{json.dumps(problem)}\n")
+    assert [q.id for q in load_questions(folder / "splits")] == ["CT_test:1", "CT_test:2"]
+
+
+def test_rows_in_other_folders_of_the_release_are_counted(folder: Path) -> None:
+    for name in ("Open-access/more/Toy.json", "Closed/Toy.jsonl"):
+        path = folder / "QA_information" / name
+        path.parent.mkdir()
+        path.write_text(json.dumps(row(1, "x.png")) if name.endswith("l") else json.dumps([row(1, "x.png")] * 2))
+    (folder / "QA_information/notes.json").write_text("{}")
+    ledger = Ledger(strict=False)
+    assert len(load_questions(folder, ledger)) == 4
+    assert {reason: len(rows) for reason, rows in ledger.dropped.items()} == {
+        "in another folder than QA_information/Open-access": 3,
+        "a file beside the questions that holds none": 1,
+        "restricted: its picture is not part of the release": 1,
+    }
+
+
+def hub_cache(folder: Path, tmp_path: Path, what: str) -> None:
+    """Put files where the Hub's cache has them: their content elsewhere, called by its hash."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(path for path in (folder / what).rglob("*") if path.is_file())):
+        path.rename(blobs / str(number))
+        path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
+
+
+def linked_folder(folder: Path, tmp_path: Path, what: str) -> None:
+    (folder / what).rename(tmp_path / "elsewhere")
+    (folder / what).symlink_to(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("linked", [hub_cache, linked_folder])
+@pytest.mark.parametrize("what", ["Images", "Images/Toy", "QA_information"])
+def test_links_that_leave_the_root_are_followed_where_a_parameter_says_so(
+    folder: Path, tmp_path: Path, linked, what: str
+) -> None:
+    before = load_questions(folder)
+    linked(folder, tmp_path, what)
+    with pytest.raises(DataError, match=r"(is a link out of data_root, expected .* or follow_links: True)"):
+        load_questions(folder)
+    questions = load_questions(open_data(folder, follow_links=True))
+    assert [(q.id, q.image_name, load_image(q.image).size) for q in questions] == [
+        (q.id, q.image_name, (6, 4)) for q in before
+    ]
+    data = study_params(folder, follow_links=True)
+    assert data.follow_links and not study_params(folder).follow_links
+
+
+def test_a_link_back_is_walked_once(folder: Path) -> None:
+    (folder / "QA_information/Open-access/loop").symlink_to(folder)
+    assert len(load_questions(open_data(folder, follow_links=True))) == 4
+
+
 # A study over them ------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +419,8 @@ def test_others_get_the_very_same_items(tmp_path: Path, cache: Path) -> None:
     given = {"items_file": str(tmp_path / "items.csv")}
     same = experiment.load_data(study_params(root, **given))
     assert (same.train, same.tests) == (data.train, data.tests)
+    (tmp_path / "items.csv").write_text((tmp_path / "items.csv").read_text(), encoding="utf-8-sig")  # as Excel saves
+    assert experiment.load_data(study_params(root, **given)).train == data.train
     fewer = experiment.load_data(study_params(root, **given, train_items=4, eval_items=1))
     assert fewer.train == data.train[:4] and {m: len(rows) for m, rows in fewer.tests.items()} == {"MRI": 1, "CT": 1}
     gone = {name: content for name, content in study_members().items() if not name.endswith(data.train[2].image.name)}

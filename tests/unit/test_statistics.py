@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kepo_core.analysis import statistics
 from kepo_core.analysis.intervals import design_effect, difference_interval, mean_interval, wilson_interval
-from kepo_core.analysis.statistics import (
-    accuracy_table,
-    format_table,
-    mcnemar_exact,
-    outcome_table,
-    paired_differences,
-    type_table,
-)
+from kepo_core.analysis.statistics import format_table, mcnemar_exact, outcome_table, type_table
 from kepo_core.data.records import Answer, AnswerOutcome
+
+
+def accuracy_table(given, images=None, in_domain="MRI"):
+    return statistics.accuracy_table(given, images, in_domain)
+
+
+def paired_differences(before, after, images=None, in_domain="MRI"):
+    return statistics.paired_differences(before, after, images, in_domain)
 
 
 def answers(correct, modality="MRI", prefix=None):

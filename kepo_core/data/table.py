@@ -1,0 +1,301 @@
+"""Data of one's own → typed rows: a table beside its pictures, a ``datasets`` folder, or a data set of the Hub.
+
+A row is a question. Columns: ``image`` (or ``images``, one in each), ``question``, ``options`` and ``answer``, and
+where there are any ``id``, ``category``, ``question_type`` and ``split``; columns of other names are mapped
+(`parse_columns`). A picture is a path inside the table's folder, or bytes (``datasets.Image``, Parquet): these are
+called by the hash of their content, and put into the cache folder when they are fetched.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kepo_core.data.ledger import Ledger, RowError
+from kepo_core.data.omnimedvqa import options_of, same_text, text_of
+from kepo_core.data.records import LETTERS, Question
+from kepo_core.data.source import OUTSIDE, Folder, cache_dir, picture_name, write_whole
+from kepo_core.data.table_files import (
+    SPLITS,
+    SUFFIXES,
+    Part,
+    is_dataset,
+    is_hub,
+    read_dataset,
+    read_file,
+    read_hub,
+    table_files,
+)
+from kepo_core.errors import DataError
+
+REQUIRED = ("image", "question", "options", "answer")
+ROLES = (*REQUIRED, "id", "category", "question_type", "split")
+#: The category of data that come without.
+ALL = "all"
+
+Columns = Mapping[str, Sequence[str]]  # one of ROLES → the columns that hold it; several only of options
+
+
+class Tables(Folder):
+    """Tables whose pictures lie in the folder ``home``, in the tables themselves, or in ``downloads``."""
+
+    def __init__(
+        self,
+        root: Path,
+        home: Path,
+        parts: Sequence[Part],
+        columns: str,
+        downloads: Sequence[Path] = (),
+        follow_links: bool = False,
+    ) -> None:
+        super().__init__(root, follow_links)
+        self._home = home
+        self._downloads = [folder.resolve() for folder in downloads]
+        given = parse_columns(columns)
+        self.parts = [(part, _find(given, part, root)) for part in parts]
+        self._inside: dict[Path, tuple[Part, int, str]] = {}  # a picture that is bytes: where they are
+
+    def picture(self, part: Part, index: int, column: str, value: Any, where: str, ledger: Ledger) -> tuple[Path, str]:
+        """Where the picture of a cell is, or will be once fetched, and its name, the same wherever the data lie.
+
+        Raises ``RowError`` for none, for several, and for a path that leaves the folder or is missing in it.
+        """
+        if isinstance(value, list) and len(value) > 1:
+            raise RowError("several pictures", f"{where}: {column} holds {len(value)} pictures, expected a single one.")
+        if content := self._content(_single(value)):
+            name = hashlib.sha256(content).hexdigest()
+            path = cache_dir().resolve() / "pictures" / name
+            self._inside.setdefault(path, (part, index, column))
+            return path, name
+        name = text_of({column: _path(_single(value))}, column, where, ledger)
+        return self.locate(name, where), picture_name(name)
+
+    def fetch(self, image: Path) -> None:
+        """Put a picture that is bytes into the cache, whole or not at all."""
+        if image in self._inside and not image.is_file():
+            write_whole(image, self.content(image))
+
+    def content(self, image: Path) -> bytes:
+        """The bytes in the table, else the file's."""
+        if image not in self._inside:
+            return super().content(image)
+        part, index, column = self._inside[image]
+        return self._content(_single(part.cell(index, column))) or b""
+
+    def stamp(self, image: Path) -> str:
+        """A picture that is bytes is called by their hash."""
+        return image.name if image in self._inside else super().stamp(image)
+
+    def _content(self, value: Any) -> bytes | None:
+        """The bytes of a picture that lies in its table, or was downloaded with it."""
+        content = value.get("bytes") if isinstance(value, Mapping) else value
+        if isinstance(content, bytes):
+            return content
+        try:
+            path = Path(str(_path(value))).resolve()
+            if any(path.is_relative_to(folder) for folder in self._downloads):
+                return path.read_bytes()
+        except (OSError, ValueError):  # no path at all: `locate` says so
+            pass
+        return None
+
+
+def _single(value: Any) -> Any:
+    """What a list of one holds; None of an empty one."""
+    return next(iter(value), None) if isinstance(value, list) else value
+
+
+def _path(value: Any) -> Any:
+    return value.get("path") if isinstance(value, Mapping) else value
+
+
+def open_tables(data_root: str | Path, columns: str = "", follow_links: bool = False) -> Tables | None:
+    """What names tables by itself: ``hf:OWNER/NAME[:SPLIT]``, a ``datasets`` folder, a table; None of anything else."""
+    if is_hub(data_root):
+        parts = read_hub(data_root)
+        from datasets import config
+        from huggingface_hub import constants
+
+        downloads = [Path(constants.HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
+        return Tables(Path(data_root), cache_dir().resolve() / "pictures", parts, columns, downloads)
+    root = Path(data_root).expanduser().resolve()
+    if is_dataset(root):
+        return Tables(root, root, read_dataset(root), columns, follow_links=follow_links)
+    if root.is_file() and root.suffix.lower() in SUFFIXES:
+        return Tables(root, root.parent, [read_file(root)], columns, follow_links=follow_links)
+    return None
+
+
+def tables_in(folder: Path, columns: str = "", follow_links: bool = False) -> Tables | None:
+    """All tables right in a folder; None if there are none. Raises ``DataError`` for a link that is not followed."""
+    files = table_files(folder)
+    if outside := [file for file in files if not (follow_links or file.resolve().is_relative_to(folder))]:
+        raise DataError(f"data_root {folder}: {outside[0].name} {OUTSIDE}.")
+    parts = [read_file(file) for file in files]
+    return Tables(folder, folder, parts, columns, follow_links=follow_links) if files else None
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """``"question=stem, options=A+B+C"`` → what is held by columns → what they are called.
+
+    Raises ``DataError`` for anything else.
+    """
+    found: dict[str, str] = {}
+    for pair in filter(None, map(str.strip, text.split(","))):
+        role, _, name = (part.strip() for part in pair.partition("="))
+        if role not in ROLES or not name or role in found:
+            raise DataError(
+                f"data_columns: {pair!r} is not understood, expected some of {', '.join(ROLES)}, each once, as in "
+                "question=NAME, options=A+B+C."
+            )
+        found[role] = name
+    return found
+
+
+def _find(given: Mapping[str, str], part: Part, root: Path) -> Columns:
+    """The columns of a table. Raises ``DataError`` that names what is missing, and what is there."""
+    found: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
+    for role in ROLES:
+        name = given.get(role, role)
+        if role == "image" and role not in given and "image" not in part.columns and "images" in part.columns:
+            name = "images"
+        names = [name] if name in part.columns or role != "options" else [one.strip() for one in name.split("+")]
+        if absent := [one for one in names if one not in part.columns]:
+            if role in given or role in REQUIRED:
+                missing[role] = ", ".join(absent)
+        else:
+            found[role] = names
+    if missing:
+        raise DataError(
+            f"data_root {root}: {part.name} has no column {', '.join(missing.values())}; its columns are "
+            f"{', '.join(part.columns) or 'none'}. Expected {', '.join(REQUIRED)}; columns of other names are told by "
+            f"data_columns: {', '.join(f'{role}=NAME' for role in missing)}."
+        )
+    return found
+
+
+def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
+    """All questions of the tables, in their order.
+
+    An answer is an option's text, or its letter. A row without an id is called by its table and its number. Data
+    without categories are of one, `ALL`. Where a row does not tell its split, the name of its table may. ``ledger`` and
+    errors as in ``omnimedvqa.load_raw``.
+    """
+    ledger = ledger or Ledger()
+    questions, count = [], 0
+    for part, columns in source.parts:
+        for index, row in enumerate(part.read([name for names in columns.values() for name in names])):
+            count += 1
+            try:
+                questions.append(_question(source, part, columns, index, row, ledger))
+            except RowError as error:
+                ledger.drop(error)
+    if not questions:
+        raise ledger.nothing(source.root, count)
+    ledger.read += len(questions)
+    return questions
+
+
+def _question(source: Tables, part: Part, columns: Columns, index: int, row: Any, ledger: Ledger) -> Question:
+    where = f"{part.name}, row {index + 1}"
+    if not isinstance(row, Mapping):
+        raise RowError(
+            "not a cell for each column",
+            f"{where}: {row!r:.200}, expected a value for each of {', '.join(part.columns)}; in CSV, texts with commas "
+            "stand in quotation marks.",
+        )
+
+    def text(role: str, absent: str = "", empty: str | None = None) -> str:
+        return text_of(row, columns[role][0], where, ledger, empty) if role in columns else absent
+
+    name = text("id", f"{part.name}:{index + 1}")
+    texts = _option_texts(row, columns["options"], where, ledger)
+    options = options_of(
+        {f"option_{letter}": option for letter, option in zip(LETTERS, texts, strict=False)}, where, ledger
+    )
+    image_column = columns["image"][0]
+    image, image_name = source.picture(part, index, image_column, row.get(image_column), where, ledger)
+    question = Question(
+        id=name,
+        dataset=source.root.name.partition(":")[0],  # of a Hub name, without its split
+        modality=_category(text("category", ALL), where),
+        question_type=text("question_type", empty=""),
+        question=text("question"),
+        options=options,
+        answer=_letter(row, columns["answer"][0], texts, options, where, ledger),
+        image=image,
+        split=_split(text("split", empty="") or part.split, where),
+        image_name=image_name,
+    )
+    ledger.claim(name, where)
+    return question
+
+
+def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, ledger: Ledger) -> list[str]:
+    """The options as they are given, empty ones too: of several columns, or of a list or a text in one."""
+    values: Any = [row.get(column) for column in columns]
+    if len(columns) == 1:
+        (values,) = values
+    if isinstance(values, str):
+        values = _listed(values)
+    if not isinstance(values, list):
+        raise RowError(
+            "options are no list",
+            f"{where}: {columns[0]} is {values!r:.200}, expected a list, or texts with | between.",
+        )
+    if len(values) > len(LETTERS):
+        raise RowError("more options than letters", f"{where}: {len(values)} options, expected at most {len(LETTERS)}.")
+    return [text_of({"option": value}, "option", where, ledger, "") for value in values]
+
+
+def _listed(text: str) -> Any:
+    """A list as JSON or Python writes it, else what stands between bars."""
+    if text.lstrip().startswith("["):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(text.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return text.split("|")
+
+
+def _letter(
+    row: Mapping[str, Any], column: str, texts: Sequence[str], options: Sequence[str], where: str, ledger: Ledger
+) -> str:
+    """Which of ``options`` the answer in a cell is: by its text, or by its letter among ``texts``."""
+    if type(row.get(column)) is int:
+        raise RowError(
+            "the answer is a number",
+            f"{where}: {column} is the number {row[column]}, which may count from 0 or from 1, expected the letter or "
+            "the text of an option.",
+        )
+    answer = text_of(row, column, where, ledger)
+    meant = {same_text(answer)}
+    if len(answer) == 1 and answer.upper() in LETTERS[: len(texts)]:
+        meant.add(same_text(texts[LETTERS.index(answer.upper())]))
+    found = [letter for letter, option in zip(LETTERS, options, strict=False) if same_text(option) in meant]
+    if len(found) != 1:
+        reason = (
+            "the answer is one option's letter and another's text" if found else "the answer is not among the options"
+        )
+        listed = ", ".join(map(repr, options))
+        raise RowError(reason, f"{where}: {column} is {answer!r}, expected the letter or the text of one of {listed}.")
+    return found[0]
+
+
+def _category(text: str, where: str) -> str:
+    name = " ".join(text.split())
+    if name.startswith("Avg."):
+        raise RowError(
+            "category Avg.", f"{where}: category {name!r} is what averages are called, expected another name."
+        )
+    return name
+
+
+def _split(text: str, where: str) -> str:
+    if text and text.lower() not in SPLITS:
+        raise RowError("unknown split", f"{where}: split {text!r} is unknown, expected train, validation or test.")
+    return SPLITS.get(text.lower(), "")

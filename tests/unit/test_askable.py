@@ -1,0 +1,130 @@
+"""What a run draws is tried with its very processor and tokenizer before any model is called."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from PIL import Image
+
+from kepo_core.data.source import QA_FOLDER
+from kepo_core.errors import DataError
+from kepo_core.experiment import askable, experiment
+from kepo_core.experiment.experiment import StudyData
+from kepo_core.params import Params
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """60 MRI questions about a picture each."""
+    monkeypatch.setenv("KEPO_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "data"
+    (root / "Images").mkdir(parents=True)
+    (root / QA_FOLDER).mkdir(parents=True)
+    rows = []
+    for i in range(60):
+        Image.new("RGB", (32, 24), (i, 0, 0)).save(root / f"Images/{i}.png")
+        rows.append(
+            {"question_id": f"q{i}", "dataset": "Toy", "question_type": "Grading", "question": "What?",
+             "gt_answer": "a", "option_A": "a", "option_B": "b", "image_path": f"Images/{i}.png",
+             "modality_type": "MRI"}
+        )  # fmt: skip
+    (root / QA_FOLDER / "Toy.json").write_text(json.dumps(rows))
+    return root
+
+
+def change(root: Path, row: str, **fields: object) -> None:
+    file = root / QA_FOLDER / "Toy.json"
+    rows = json.loads(file.read_text())
+    next(r for r in rows if r["question_id"] == row).update(fields)
+    file.write_text(json.dumps(rows))
+
+
+def load(root: Path, **changes: object) -> StudyData:
+    small = {"train_items": 8, "eval_items": 4, "prompts_per_step": 2, "prompts_per_device": 2}
+    return experiment.load_data(Params.load(None, {"data_root": str(root), **small, **changes}))
+
+
+@pytest.mark.parametrize("size", [(300, 1), (1, 300), (4000, 10)])
+def test_a_picture_that_the_processor_refuses_is_left_out_and_counted(world: Path, size: tuple[int, int]) -> None:
+    first, *others = load(world).train
+    Image.new("RGB", size, (200, 0, 0)).save(first.image)
+    data = load(world)
+    assert [q.id for q in data.train[:7]] == [q.id for q in others] and len(data.train) == 8
+    ((reason, sentences),) = data.ledger.dropped.items()
+    assert reason == "the processor refuses its image" and len(sentences) == 1
+    assert f"Question {first.id}: image {first.image} of {size[0]}×{size[1]} pixels is refused" in sentences[0]
+    assert load(world, image_size=64).train[0].id == first.id  # squashed, as the model will see it
+    assert load(world, image_size=4000, image_fit="longest").train[0].id != first.id
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|vision_start|>", "<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("field", ["question", "option_B"])
+def test_a_token_of_the_model_in_a_text_is_left_out_and_counted(world: Path, token: str, field: str) -> None:
+    first = load(world).train[0]
+    change(world, first.id, **{field: f"What is {token} here?"})
+    data = load(world)
+    assert first.id not in {q.id for q in data.train}
+    (sentence,) = data.ledger.dropped["a special token in its text"]
+    assert f"Question {first.id}: its text contains {token}" in sentence
+
+
+@pytest.mark.parametrize("field", ["question", "option_B", "gt_answer", "question_id", "image_path", "dataset"])
+def test_half_a_character_is_no_text(world: Path, field: str) -> None:
+    change(world, "q7", **{field: "half \ud83d"})
+    data = load(world, train_items=60)
+    ((reason, sentences),) = data.ledger.dropped.items()
+    assert reason == f"{field} is no text" and "Toy.json, row 8" in sentences[0]
+
+
+def test_a_text_that_cannot_be_tokenized_is_left_out_and_counted(
+    world: Path, processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Picky:
+        def __init__(self) -> None:
+            self.tokenizer = self
+
+        def __getattr__(self, name: str):
+            return getattr(processor, name)
+
+        added_tokens_decoder: ClassVar = {}
+
+        def __call__(self, text=None, images=None, **_) -> None:
+            if "What else?" in str(text):
+                raise OverflowError("too much")
+
+    monkeypatch.setattr(askable, "load_processor", lambda *_: Picky())
+    first = load(world).train[0]
+    change(world, first.id, question="What else?")
+    data = load(world)
+    assert data.ledger.dropped == {
+        "its text cannot be tokenized": [f"Question {first.id}: its text cannot be tokenized (too much)."]
+    }
+
+
+def test_items_of_a_file_are_refused_by_name(world: Path, tmp_path: Path) -> None:
+    data = load(world)
+    data.write_items(tmp_path / "items.csv")
+    given = {"items_file": str(tmp_path / "items.csv")}
+    assert load(world, **given).train == data.train
+    change(world, data.test[1].id, question="<|image_pad|>?")
+    with pytest.raises(DataError, match=f"Question {data.test[1].id}: its text contains"):
+        load(world, **given)
+
+
+def test_renamed_copies_of_trained_pictures_are_not_tested_on_and_counted_where_they_are(world: Path) -> None:
+    before = load(world, train_items=60, eval_items=60)
+    for question, copied in zip(before.test, before.train, strict=False):
+        question.image.write_bytes(copied.image.read_bytes())
+    data = load(world, train_items=60, eval_items=60)
+    trained = {q.image.read_bytes() for q in data.train}
+    assert not [q for q in data.test if q.image.read_bytes() in trained]
+    identity = data.identity()
+    assert identity["test_items_whose_image_is_trained_on"] == 0
+    assert identity["pictures_of_another_name"] == len(before.test) > 0
+    asked = load(world, split="question", train_items=60, eval_items=60)
+    trained = {q.image.read_bytes() for q in asked.train}
+    leaks = [q for q in asked.test if q.image.read_bytes() in trained]
+    assert asked.identity()["test_items_whose_image_is_trained_on"] == len(leaks) > 0
+    whole = load(world, split="question", train_items=60, eval_items=60, eval_split="validation")
+    assert len({*asked.images.values(), *whole.images.values()}) <= 60 - len(before.test)
