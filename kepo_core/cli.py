@@ -17,8 +17,9 @@ from typing import Any
 
 from kepo_core.errors import DataError, ParamError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
-from kepo_core.params import Params, checked, resolve
+from kepo_core.params import Params, at_root, checked, resolve
 from kepo_core.params_io import tagged_cell
+from kepo_core.paths import shown
 
 #: What `run.Run.state` says, and of folders that cannot be read.
 _STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")
@@ -126,7 +127,7 @@ def check_data(path: str, strict: bool, page: str | None) -> int:
     from kepo_core.files import write_atomically
     from kepo_core.pages import shell
 
-    checked = check(Path(path), strict)
+    checked = check(resolve(path), strict)
     print(checked.as_text())
     if page:
         write_atomically(Path(page), shell.render("data_check.html.j2", title="Data check", checked=checked))
@@ -154,7 +155,7 @@ def write_reports(what: Sequence[str], results: str | None) -> int:
             page = write_report(run, run.status["state"], run.status.get("error", ""))
         print(f"kepo: wrote {page}")
     if results is not None or not what:
-        print(f"kepo: wrote {write_index(resolve(results or Params.load().results_dir))}")
+        print(f"kepo: wrote {write_index(_results(results))}")
     return COMPLETED
 
 
@@ -162,7 +163,12 @@ def _run_folder(name: str) -> str:
     """The run folder that is meant: a path, or a name as `kepo runs` takes it."""
     from kepo_core.runs import listing
 
-    return str(listing.find(name, resolve(Params.load().results_dir)))
+    return str(listing.find(name, _results(None)))
+
+
+def _results(folder: str | None) -> Path:
+    """The results folder that is meant: the one that is named, else the project's."""
+    return resolve(folder) if folder else at_root(Params.load().results_dir)
 
 
 def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
@@ -245,7 +251,7 @@ def look_at_runs(arguments: argparse.Namespace) -> int:
     """
     from kepo_core.runs import listing
 
-    results = resolve(arguments.results)
+    results = _results(arguments.results)
     if arguments.action == "show":
         text = listing.show(listing.find(arguments.run, results))
     elif arguments.action == "compare":
@@ -254,7 +260,8 @@ def look_at_runs(arguments: argparse.Namespace) -> int:
         values = {name: checked(name, parse_value(value)) for name, value in arguments.parameter}
         runs = listing.overview(results, arguments.state, arguments.method, values)
         rows = [listing.as_row(run) for run in runs]
-        text = json.dumps(rows, indent=2, ensure_ascii=False) if arguments.json else listing.as_text(runs)
+        text = listing.as_text(runs) if runs else f"no runs in {shown(results)}"
+        text = json.dumps(rows, indent=2, ensure_ascii=False) if arguments.json else text
     print(_printable(text))
     return COMPLETED
 
@@ -301,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_runs(runs: argparse.ArgumentParser) -> None:
-    runs.set_defaults(action="list", results="results", state=None, method=None, parameter=[], json=False)
+    runs.set_defaults(action="list", results=None, state=None, method=None, parameter=[], json=False)
     actions = runs.add_subparsers(dest="action")
     found = actions.add_parser("list", help="a row per run, the newest first (`kepo runs` alone does the same)")
     found.add_argument("--state", choices=_STATES, help="only runs in this state; killed: no process is at work on it")
@@ -314,7 +321,7 @@ def _add_runs(runs: argparse.ArgumentParser) -> None:
     compare = actions.add_parser("compare", help="what differs between runs, and their accuracies against the first's")
     compare.add_argument("run", nargs="+", help="as for resume")
     for action in (found, show, compare):
-        action.add_argument("--results", default="results", metavar="DIR", help="where the runs are (default: results)")
+        action.add_argument("--results", metavar="DIR", help="where the runs are (default: results)")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from kepo_core.method.options import (
 )
 from kepo_core.params_io import as_number, nearest, parameter_cells, read_yaml, short_hash, yaml_scalar
 from kepo_core.params_rules import check_together
+from kepo_core.paths import anchored
+from kepo_core.paths import at_root as at_root
 from kepo_core.paths import from_root as from_root
 from kepo_core.paths import project_root as project_root
 from kepo_core.paths import resolve as resolve
@@ -35,6 +37,8 @@ from kepo_core.paths import resolve as resolve
 #: Parameters that say where things are and how often they are saved, not what is computed: they leave the hash alone.
 PLACES = ("results_dir", "run_dir", "save_steps", "teacher_url")
 
+#: Parameters that may name a file or folder.
+_FILES = ("data_root", "items_file", "student", "teacher", "accelerate_config")
 _PLAIN = (bool, int, float, str, list, dict, tuple, set, type(None))
 #: Plain data that IPython itself puts into a notebook's namespace.
 _IPYTHON_NAMES = ("In", "Out")
@@ -199,8 +203,9 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
 
     @classmethod
     def _of(cls, values: Mapping[str, Any]) -> Self:
-        """Of flat names, TRL's among them."""
+        """Of flat names, TRL's among them; paths are anchored at the project's root."""
         ours = {name: value for name, value in values.items() if name in declared(Params)}
+        ours |= {name: anchored(ours[name]) for name in _FILES if _may_be_path(ours.get(name))}
         return cls(**ours, trl={name: value for name, value in values.items() if name not in ours})
 
     @classmethod
@@ -282,6 +287,11 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
         names = {(True, True): "kepo", (True, False): "kepo-ke", (False, True): "explore-only", (False, False): "grpo"}
         name = names[self.distill, self.explore]
         return name + (f"-tau{self.tau:g}" if self.distill else "") + mode
+
+
+def _may_be_path(value: Any) -> bool:
+    """Whether a value of `_FILES` is no name of the package's own."""
+    return isinstance(value, str) and value != "phantom" and not value.startswith("embedded:")
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +21,9 @@ from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.experiment.methods import name_of
 from kepo_core.pages.index import write_index
 from kepo_core.pages.report import write_report
-from kepo_core.params import Params, from_root, project_root, resolve
+from kepo_core.params import Params, at_root, from_root, project_root
 from kepo_core.params_io import tagged_cell
+from kepo_core.paths import shown
 from kepo_core.runs.provenance import notebook_digest
 from kepo_core.runs.run import Run
 
@@ -37,9 +38,8 @@ def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int
     """
     run = Run.allocate(params, owner="kepo run", method=name_of(params))
     run.remember(notebook=from_root(notebook), notebook_sha256=notebook_digest(notebook))
-    shown = from_root(run.path)
-    print(f"kepo: run folder {shown}", flush=True)
-    given = {**params.differing(cell), "run_dir": shown}
+    print(f"kepo: run folder {shown(run.path)}", flush=True)
+    given = {**params.differing(cell), "run_dir": from_root(run.path)}
     return _make(notebook, run, given, refusable=True)
 
 
@@ -50,14 +50,13 @@ def resume_run(folder: str) -> int:
     """
     run = Run.open(folder)
     notebook = run.provenance.get("notebook")
-    if not notebook or not resolve(notebook).is_file():
+    if not notebook or not at_root(notebook).is_file():
         raise ParamError(f"run_dir {folder} does not say which notebook made it, expected a folder of `kepo run`")
-    cell = tagged_cell(resolve(notebook))
+    cell = tagged_cell(at_root(notebook))
     run = Run.reopen(folder)
-    shown = from_root(run.path)
-    print(f"kepo: resuming {shown}", flush=True)
-    given = {**run.params.differing(cell), "run_dir": shown}
-    return _make(resolve(notebook), run, given, refusable=False)
+    print(f"kepo: resuming {shown(run.path)}", flush=True)
+    given = {**run.params.differing(cell), "run_dir": from_root(run.path)}
+    return _make(at_root(notebook), run, given, refusable=False)
 
 
 def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -> int:
@@ -66,14 +65,14 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
     Where no status can be written (a full disk, a second Ctrl-C) it stays ``running``, and the run reads as killed.
     ``refusable``: parameters or data that do not fit end in REFUSED and no folder, if nothing was computed yet.
     """
-    shown = from_root(run.path)
+    folder = shown(run.path)
     try:
         state, error = _execute(notebook, run, given, refusable=refusable)
         if state == "refused":
             run.release()  # an open lock would keep the folder on some network disks
             shutil.rmtree(run.path)
             print(f"kepo: {error}", file=sys.stderr)
-            print(f"kepo: refused, {shown} is removed again", flush=True)
+            print(f"kepo: refused, {folder} is removed again", flush=True)
             return REFUSED
         run.conclude(state, error, lambda *end: _write_report(run, *end))
         status = run.status
@@ -82,9 +81,9 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
             (run.path / "report.html").unlink(missing_ok=True)  # its end was not written
         if (run.path / "status.json").is_file():
             reason = str(problem) or "interrupted"
-            said = f"its status could not be written ({reason}): `kepo resume {shown}` resumes it, where there is room"
+            said = f"its status could not be written ({reason}): `kepo resume {folder}` resumes it, where there is room"
         else:
-            said = f"{shown} was deleted or moved while the run was made: start it again"
+            said = f"{folder} was deleted or moved while the run was made: start it again"
         print(f"kepo: {said}", file=sys.stderr)
         return INTERRUPTED if isinstance(problem, KeyboardInterrupt) else FAILED
     finally:
@@ -118,13 +117,13 @@ def _execute(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool
 
 def _print_end(run: Run, status: dict[str, Any]) -> None:
     """Write the index of runs, and print how the run ended and how it is resumed."""
-    shown = from_root(run.path)
+    folder = shown(run.path)
     if "error" in status:
         print(f"kepo: {status['error']}", file=sys.stderr)
-    if run.path.parent == project_root() / run.params.results_dir:  # a run_dir of the user's may lie anywhere
+    if run.path.parent == at_root(run.params.results_dir):  # a run_dir of the user's may lie anywhere
         _draw("the index of runs", lambda: write_index(run.path.parent))
-    resume = "" if status["state"] == "completed" else f"; `kepo resume {shown}` resumes it"
-    print(f"kepo: {status['state']}, everything about it is in {shown}{resume}", flush=True)
+    resume = "" if status["state"] == "completed" else f"; `kepo resume {folder}` resumes it"
+    print(f"kepo: {status['state']}, everything about it is in {folder}{resume}", flush=True)
 
 
 def _write_report(run: Run, state: str, error: str) -> None:
@@ -145,7 +144,10 @@ def _is_no_warning_of_parameters(record: logging.LogRecord) -> bool:
 
 
 def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
-    """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes."""
+    """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes.
+
+    The kernel works in the project's root, wherever the command was given: a resumed run finds what the run found.
+    """
     sockets = tempfile.TemporaryDirectory(prefix="kepo-")  # of this run alone: runs at the same time must not meet
 
     class ThisInterpreter(AsyncKernelManager):
@@ -165,18 +167,19 @@ def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
     logger = logging.getLogger("papermill")
     logger.addFilter(_is_no_warning_of_parameters)
     try:
-        execute_notebook(
-            from_root(notebook),
-            str(output),
-            parameters=given,
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=ThisInterpreter,
-            coalesce_streams=True,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
+        with chdir(project_root()):
+            execute_notebook(
+                from_root(notebook),  # as papermill notes it in the executed notebook
+                str(output),
+                parameters=given,
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=ThisInterpreter,
+                coalesce_streams=True,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
     finally:
         logger.removeFilter(_is_no_warning_of_parameters)
         if signal.getsignal(signal.SIGTERM) is interrupt:  # else it was sent, and the folder is told now

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
 
+from kepo_core import paths
 from kepo_core.errors import ParamError
 from kepo_core.experiment.processor import ImageOnlyQwenProcessor
 
@@ -54,12 +55,12 @@ def resolve(name: str, parameter: str) -> str:
         if name not in EMBEDDED:
             raise ParamError(f"{parameter} is {name!r}, expected one of {', '.join(EMBEDDED)}")
         return str(EMBEDDED[name])
-    path = Path(name).expanduser()
+    path = paths.resolve(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ParamError(f"{parameter} is the folder {name!r}, which holds no config.json: not a saved model")
         return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ParamError(f"{parameter} is {name!r}, expected an existing folder or a hub name like owner/model")
     return name
 

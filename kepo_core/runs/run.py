@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from kepo_core.errors import ParamError
 from kepo_core.files import in_place_of, read_json, write_atomically, write_json
 from kepo_core.method.rollouts import collect_rollouts
-from kepo_core.params import PLACES, Params, project_root
+from kepo_core.params import PLACES, Params, at_root
 from kepo_core.params_io import read_yaml, short_hash
 from kepo_core.runs import provenance
 
@@ -100,7 +100,7 @@ class Run:
     @classmethod
     def open(cls, path: str | Path) -> Self:
         """An existing folder, for reading. Raises `ParamError` if it is not one of a run."""
-        path = project_root() / path
+        path = at_root(path)
         if not (path / "status.json").is_file():
             raise ParamError(f"run_dir {path} is no run folder: it has no status.json")
         return cls(path, Params.of_run(path / "params.yaml"))
@@ -145,7 +145,7 @@ class Run:
 
         Call it after data and models are loaded and checked, so that a bad path leaves no folder behind.
         """
-        if not params.run_dir or not (project_root() / params.run_dir).exists():
+        if not params.run_dir or not at_root(params.run_dir).exists():
             run = cls.allocate(params, method=method)
             _mark_failing_cells(run)
         else:
@@ -292,7 +292,7 @@ class Run:
 def _make_new(params: Params, method: str, started: time.struct_time) -> Path:
     """A folder that did not exist before: ``run_dir``, or a named one; a second of the same second gets a suffix."""
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', started)}-{method}-{params.hash}"
-    first = project_root() / (params.run_dir or f"{params.results_dir}/{name}")
+    first = at_root(params.run_dir or f"{params.results_dir}/{name}")
     numbered = (first.with_name(f"{name}-{number}") for number in range(2, 1000) if not params.run_dir)
     try:
         first.parent.mkdir(parents=True, exist_ok=True)
