@@ -1,6 +1,7 @@
 """A notebook executed into a run folder by papermill, and what its end means for folder and exit code."""
 
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -143,19 +144,34 @@ def _is_no_warning_of_parameters(record: logging.LogRecord) -> bool:
     return "Passed unknown parameter" not in record.getMessage()
 
 
+def _holds_sockets(folder: str) -> bool:
+    """Whether the path of a socket in there can be bound: 107 bytes on Linux, 103 on macOS."""
+    return len(os.fsencode(f"{folder}/kernel-5")) <= 103
+
+
+def _folder_for_sockets() -> tempfile.TemporaryDirectory[str]:
+    """A new folder for one run alone, as runs at the same time must not meet: in /tmp where $TMPDIR is too long."""
+    folder = tempfile.TemporaryDirectory(prefix="kepo-")
+    if not _holds_sockets(folder.name):
+        with suppress(OSError):  # then TCP has to do
+            return tempfile.TemporaryDirectory(prefix="kepo-", dir="/tmp")
+    return folder
+
+
 def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
     """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes.
 
     The kernel works in the project's root, wherever the command was given: a resumed run finds what the run found.
     """
-    sockets = tempfile.TemporaryDirectory(prefix="kepo-")  # of this run alone: runs at the same time must not meet
+    own = _folder_for_sockets()
 
     class ThisInterpreter(AsyncKernelManager):
         """No installed kernel is looked up, so none of another environment is found; sockets need no free port."""
 
-        if sys.platform != "win32":
+        connection_file = f"{own.name}/kernel.json"
+        if sys.platform != "win32" and _holds_sockets(own.name):
             transport = "ipc"
-            ip = f"{sockets.name}/kernel"
+            ip = f"{own.name}/kernel"
         kernel_spec = KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             display_name="Python 3",
@@ -184,7 +200,7 @@ def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
         logger.removeFilter(_is_no_warning_of_parameters)
         if signal.getsignal(signal.SIGTERM) is interrupt:  # else it was sent, and the folder is told now
             signal.signal(signal.SIGTERM, previous)
-        sockets.cleanup()
+        own.cleanup()
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +114,27 @@ def test_a_full_disk_fails_one_run_and_harms_no_other(
     assert "OSError" in run.status["error"] and os.strerror(errno.EFBIG) in run.status["error"]
     assert f"`kepo resume {folder}` resumes it" in said
     assert not list(folder.rglob("*.partial")) and earlier.state == "completed" and digests(earlier.path) == before
+
+
+@pytest.mark.parametrize("place", ["a-folder-of-the-cluster/" * 6, "jürgen-größe/" * 4, "no /tmp either/" * 8])
+def test_a_temporary_folder_whose_path_is_too_long_for_a_socket(
+    results: Path,
+    notebook: Callable[[str], Path],
+    kepo: Kepo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """A socket's path has 107 bytes; where there is no short folder at all, TCP does."""
+    (long := tmp_path / place).mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setenv("TMPDIR", str(long))
+    if place.startswith("no /tmp"):
+        make = tempfile.mkdtemp
+        monkeypatch.setattr(tempfile, "mkdtemp", lambda suffix, prefix, folder: make(suffix, prefix, folder and long))
+    code, said = kepo("run", notebook(""), "-p", "results_dir", results)
+    assert (code, "completed, " in said, "Traceback" in said) == (0, True, False)
+    assert not any(long.glob("kepo-*")), "nothing is left behind"
 
 
 @pytest.mark.parametrize("full", ["report.html", "status.json", "rollouts.parquet"])
