@@ -48,6 +48,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
 
 
+def in_cache(name: str) -> Path:
+    """A folder of the cache, made and written to. Raises ``DataError`` where that cannot be."""
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(
+            f"{cache_dir()} cannot be written ({error.strerror}): set KEPO_CACHE to a folder that can be, it keeps "
+            "unpacked pictures, PhantomVQA and hints."
+        ) from error
+    return folder
+
+
 def open_source(root: Path) -> Source:
     """The folder or zip archive at ``root``. Raises ``DataError`` if it is neither."""
     root = Path(root).expanduser().resolve()
@@ -170,6 +184,7 @@ class Archive:
         if image.is_file():
             return
         content = self._read(self._members[f"{self._prefix}{image.relative_to(self._unpacked).as_posix()}"])
+        in_cache(self._unpacked.name)
         image.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=image.parent) as partial:
             whole = Path(partial) / image.name

@@ -26,10 +26,7 @@ from kepo_core.params import Params, at_root, from_root, project_root
 from kepo_core.params_io import tagged_cell
 from kepo_core.paths import shown
 from kepo_core.runs.provenance import notebook_digest
-from kepo_core.runs.run import Run
-
-#: Errors that a notebook raises before it computes anything, because what it was given does not fit.
-_INPUT_ERRORS = ("ParamError", "DataError")
+from kepo_core.runs.run import INPUT_ERRORS, Run
 
 
 def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int:
@@ -101,7 +98,7 @@ def _execute(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool
         return "interrupted", "stopped by the user"
     except PapermillExecutionError as error:
         sentence = error.evalue.strip() or error.ename
-        if refusable and error.ename in _INPUT_ERRORS and not (run.path / "metrics.jsonl").exists():
+        if refusable and error.ename in INPUT_ERRORS and not (run.path / "metrics.jsonl").exists():
             return "refused", sentence
         return "failed", f"{error.ename}: {sentence}"
     except DeadKernelError:
@@ -123,7 +120,7 @@ def _print_end(run: Run, status: dict[str, Any]) -> None:
         print(f"kepo: {status['error']}", file=sys.stderr)
     if run.path.parent == at_root(run.params.results_dir):  # a run_dir of the user's may lie anywhere
         _draw("the index of runs", lambda: write_index(run.path.parent))
-    resume = "" if status["state"] == "completed" else f"; `kepo resume {folder}` resumes it"
+    resume = f"; `kepo resume {folder}` resumes it" if run.can_be_resumed else ""
     print(f"kepo: {status['state']}, everything about it is in {folder}{resume}", flush=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from kepo_core.analysis import diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
@@ -21,17 +21,18 @@ from kepo_core.data.phantom import ensure_phantom
 from kepo_core.data.records import Answer, Question
 from kepo_core.data.source import Source, open_source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
-from kepo_core.errors import DataError, ParamError
+from kepo_core.errors import DataError
 from kepo_core.experiment import launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
 from kepo_core.experiment.evaluation import Progress, evaluate
-from kepo_core.experiment.methods import needs_teacher
-from kepo_core.experiment.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
+from kepo_core.experiment.models import best_device, load_model
+from kepo_core.experiment.pair import Models as Models
+from kepo_core.experiment.pair import in_our_words
+from kepo_core.experiment.pair import load_models as load_models
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.options import MethodOptions, declared
 from kepo_core.method.resume import last_checkpoint, trained_steps
-from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
@@ -95,6 +96,11 @@ def load_data(params: Params) -> StudyData:
             raise
         count, first = sum(map(len, ledger.dropped.values())), next(iter(ledger.dropped.values()))[0]
         raise DataError(f"{error} {count} rows were dropped; the first: {first}") from error
+    if params.method != "none" and len(train) < params.prompts_per_step:
+        raise DataError(
+            f"data_root {params.data_root} has {len(train)} training questions of {params.train_modality}, expected at "
+            f"least prompts_per_step ({params.prompts_per_step}), of which a step is made."
+        )
     return StudyData(source.root, train, tests, ledger)
 
 
@@ -122,50 +128,21 @@ def _choose(
     )
 
 
-@dataclass(frozen=True)
-class Models:
-    """π_θ, its processor, and π_T where the method needs one."""
-
-    student: PreTrainedModel
-    processor: Any
-    teacher: Teacher | ServedTeacher | None
-
-
 def load_to_run(params: Params) -> Models:
     """`load_models` for the process that makes the run; where others train, it has no teacher but a served one.
+
+    Everything that can be known to be wrong before a model is asked anything is found here.
 
     Raises `ParamError` where this machine cannot train as ``params`` say.
     """
     launch.check(params)
     if params.method != "none":
-        try:
-            training_config(params, Path("results"))
-        except (ValueError, TypeError, ImportError, OSError) as error:  # of TRL or transformers, for a value
-            raise ParamError(" ".join(str(error).split())) from error
+        with in_our_words():
+            config = training_config(params, Path("results"))
+            KEPOTrainer.get_optimizer_cls_and_kwargs(config)
+            nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+            get_scheduler(config.lr_scheduler_type, nothing, 0, 1, config.lr_scheduler_kwargs)
     return load_models(params, with_teacher=not launch.several(params))
-
-
-def load_models(params: Params, *, with_teacher: bool = True) -> Models:
-    """Load and check what ``params`` name; the teacher, loaded or served, only where it has something to do.
-
-    Under LoRA the student's own weights are only read, so they are kept in the compute precision.
-    ``with_teacher=False``: it is checked as far as its processor tells, and left out.
-    """
-    loads = needs_teacher(params) and not params.teacher_url
-    if loads:
-        check_quantizes(params.teacher_quantization)
-    processor = load_processor(params.student, "student")
-    student = load_model(params.student, "student", trained=not params.lora_rank, precision=params.precision)
-    if not loads:
-        served = serving.reach(params, processor) if needs_teacher(params) else None
-        return Models(student, processor, served)
-    teacher_processor = load_processor(params.teacher, "teacher")
-    check_same_vocabulary(processor, teacher_processor)
-    if not with_teacher:
-        return Models(student, processor, None)
-    model = load_model(params.teacher, "teacher", trained=False, precision=params.precision,
-                       quantization=params.teacher_quantization)  # fmt: skip
-    return Models(student, processor, Teacher(model, teacher_processor))
 
 
 def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
@@ -213,28 +190,29 @@ def make_trainer(
     KEPO with both parts off is TRL's GRPO. The baselines keep no checkpoints: a run of theirs that is resumed trains
     from its start. All ``params.processes`` call this.
 
-    Raises ``RuntimeError`` if other than these train together.
+    Raises `ParamError` for what the trainer refuses, ``RuntimeError`` if other than these processes train together.
     """
     if params.method == "none":
         return None
     callbacks = [MetricsWriter(run), *callbacks]
     pictures = Pictures(params.image_size, params.image_fit)
-    if params.method == "kepo":
-        task = MultipleChoice(params.hint_context, params.thinking)
-        trainer: Trainer = KEPOTrainer(
-            model=models.student,
-            reward_funcs=task.reward_funcs,
-            args=training_config(params, run.training_dir),
-            train_dataset=to_dataset(data.train, params.thinking, pictures),
-            processing_class=models.processor,
-            teacher=models.teacher,
-            task=task,
-            callbacks=callbacks,
-            peft_config=lora_config(models.student, params),
-        )
-    else:
-        trainer = _baseline(params, run, data, models, pictures, callbacks)
-        keep_float32_outputs(trainer.accelerator)
+    with in_our_words():
+        if params.method == "kepo":
+            task = MultipleChoice(params.hint_context, params.thinking)
+            trainer: Trainer = KEPOTrainer(
+                model=models.student,
+                reward_funcs=task.reward_funcs,
+                args=training_config(params, run.training_dir),
+                train_dataset=to_dataset(data.train, params.thinking, pictures),
+                processing_class=models.processor,
+                teacher=models.teacher,
+                task=task,
+                callbacks=callbacks,
+                peft_config=lora_config(models.student, params),
+            )
+        else:
+            trainer = _baseline(params, run, data, models, pictures, callbacks)
+            keep_float32_outputs(trainer.accelerator)
     if (found := trainer.accelerator.num_processes) != params.processes:
         raise RuntimeError(f"{found} processes train together, expected {params.processes} (processes)")
     if params.curve_steps:

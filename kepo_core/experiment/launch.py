@@ -34,6 +34,8 @@ LAST_WORDS = "kepo: process "
 #: A worker's argument: `end_with_starter`, for standard input is `train`'s pipe.
 ATTACHED = "--attached"
 
+#: Where accelerate reads how many processes there are.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _MIXED = {"fp32": "no", "bf16": "bf16"}
 _PAUSE = 0.5  # seconds between two looks at the workers
@@ -75,6 +77,7 @@ def configuration(params: Params) -> ClusterConfig:
 
 def check(params: Params) -> None:
     """Raise `ParamError` where this machine cannot train as ``params`` say."""
+    _check_alone()
     gpus = torch.cuda.device_count()
     if params.of_trl("use_vllm") and params.method == "kepo":
         if importlib.util.find_spec("vllm") is None:
@@ -116,6 +119,19 @@ def check(params: Params) -> None:
         )
 
 
+def _check_alone() -> None:
+    """Raise `ParamError` where the environment says that this process is one of several: none of them is `train`'s."""
+    sizes = {name: os.environ.get(name, "") for name in _SIZES}
+    leaked = [name for name, size in sizes.items() if size.isdigit() and int(size) > 1]
+    leaked += [name for name in ("RANK", "LOCAL_RANK") if os.environ.get(name, "-1") != "-1"]
+    if leaked:
+        raise ParamError(
+            f"{leaked[0]} is {os.environ[leaked[0]]} in the environment, as torchrun, mpirun or accelerate set it: "
+            f"training would wait for processes that do not come. Start it without (env -u {' -u '.join(leaked)} "
+            "kepo …), and for several processes set processes: kepo starts them itself"
+        )
+
+
 def train(params: Params, run: Run, shown: LiveTraining) -> None:
     """Train in ``params.processes`` new processes, from the run's newest checkpoint; the model lies in ``model`` then.
 
@@ -145,7 +161,9 @@ def train(params: Params, run: Run, shown: LiveTraining) -> None:
             time.sleep(_PAUSE)
             seen = _show_after(seen, params, run, shown)
         if process.returncode:
-            raise TrainingFailed(last_words(log.read_text(encoding="utf-8", errors="replace")))
+            words = last_words(log.read_text(encoding="utf-8", errors="replace"))
+            refused = "failed: ParamError: " in words or "failed: DataError: " in words
+            raise ParamError(words) if refused else TrainingFailed(words)
         log.unlink()
         shown.finish()
     finally:

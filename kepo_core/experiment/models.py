@@ -7,6 +7,8 @@ kept in the compute precision.
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +74,23 @@ def read_config(name: str, parameter: str = "student") -> Any:
         ParamError: it is broken, of an unknown kind, or cannot be fetched.
     """
     source = resolve(name, parameter)
-    try:
+    with _reading(name, parameter, "config.json"):
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+
+
+@contextmanager
+def _reading(name: str, parameter: str, what: str) -> Iterator[None]:
+    """Whatever libraries raise for a model's files, in our words.
+
+    A broken file of tokenizers raises a bare ``Exception``.
+    """
+    try:
+        yield
+    except (ParamError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ParamError(f"{parameter} is {name!r}, whose config.json cannot be read: {reason}") from error
+        raise ParamError(f"{parameter} is {name!r}, whose {what} cannot be read: {reason}") from error
 
 
 def _torchvision_works() -> bool:
@@ -93,14 +107,15 @@ def load_processor(name: str, parameter: str = "student") -> Any:
     Without a working torchvision a checkpoint of `QWEN` gets :class:`ImageOnlyQwenProcessor`, put together
     from the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
     """
-    source = resolve(name, parameter)
-    if read_config(name, parameter).model_type in QWEN and not _torchvision_works():
-        processor: Any = ImageOnlyQwenProcessor(
-            Qwen2VLImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-        )
-        processor.chat_template = processor.tokenizer.chat_template
-    else:
-        processor = AutoProcessor.from_pretrained(source)
+    source, kind = resolve(name, parameter), read_config(name, parameter).model_type
+    with _reading(name, parameter, "processor"):
+        if kind in QWEN and not _torchvision_works():
+            processor: Any = ImageOnlyQwenProcessor(
+                Qwen2VLImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+            )
+            processor.chat_template = processor.tokenizer.chat_template
+        else:
+            processor = AutoProcessor.from_pretrained(source)
     if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
         raise ParamError(f"{parameter} is {name!r}, whose processor takes no images: expected an image-text model")
     if not processor.chat_template:
@@ -146,26 +161,40 @@ def load_model(
     trained: bool = True,
     precision: str = "fp32",
     quantization: str = "none",
+    only_looked_at: bool = False,
 ) -> PreTrainedModel:
     """The model in evaluation mode on the best device.
 
     ``trained=False`` (a teacher, or what adapters stand on) freezes it and keeps its weights in ``precision``, and
-    those of its linear layers as ``quantization`` says; otherwise they are float32.
+    those of its linear layers as ``quantization`` says; otherwise they are float32. ``only_looked_at``: its weights are
+    checked and not loaded (they are on torch's meta device).
+
+    Raises:
+        ParamError: there are no weights, not all of them, or of another shape.
     """
     dtype = torch.bfloat16 if precision == "bf16" and not trained else torch.float32
     place: dict[str, int | str] | None = None
     if quantization != "none":  # bitsandbytes puts it there at once; untold, on the first GPU in every process
         place = {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
-    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-        resolve(name, parameter),
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        quantization_config=quantization_config(quantization, dtype),
-        device_map=place,
-    )
+    source = resolve(name, parameter)
+    with _reading(name, parameter, "weights"):
+        loaded: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            quantization_config=quantization_config(quantization, dtype),
+            device_map={"": "meta"} if only_looked_at else place,
+            output_loading_info=True,
+        )
+    model, told = loaded
+    if missing := sorted(told["missing_keys"]):  # transformers would draw them at random, and warn
+        raise ParamError(
+            f"{parameter} is {name!r}, whose weights lack {len(missing)} tensors, {missing[0]} for one: expected a "
+            "whole checkpoint"
+        )
     model.requires_grad_(trained)
-    if getattr(model, "is_quantized", False):  # it is in its place, and cannot be moved
+    if only_looked_at or getattr(model, "is_quantized", False):  # it is in its place, and cannot be moved
         return model.eval()
     return model.to(best_device()).eval()  # type: ignore[arg-type]
 

@@ -170,6 +170,8 @@ def next_step(run: Run) -> str:
         return f"wait: {run.worker} is at work"
     if run.status["owner"] == "notebook":
         return "start it again: a run that a notebook made by itself is not resumed"
+    if not run.can_be_resumed:
+        return "start it again with what fits: what it was given was refused"
     first = "put params.yaml back, which was edited since it began; then " if run.is_edited else ""
     return f"{first}kepo resume {shlex.quote(shown(run.path))}"
 

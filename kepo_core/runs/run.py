@@ -27,7 +27,7 @@ from typing import Any, Literal, Self, get_args
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from kepo_core.errors import ParamError
+from kepo_core.errors import DataError, ParamError
 from kepo_core.files import in_place_of, read_json, write_atomically, write_json
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import PLACES, Params, at_root
@@ -37,6 +37,8 @@ from kepo_core.runs import provenance
 Owner = Literal["kepo run", "notebook"]
 State = Literal["running", "completed", "failed", "interrupted"]
 
+#: Errors whose sentence says that what a run was given does not fit.
+INPUT_ERRORS = (ParamError.__name__, DataError.__name__)
 #: The file in a run's folder that its process has locked.
 _LOCK = ".lock"
 
@@ -214,6 +216,17 @@ class Run:
     def worker(self) -> str:
         """Who makes it, in words, for a run that is at work."""
         return f"process {self.status['pid']}"
+
+    @property
+    def can_be_resumed(self) -> bool:
+        """Whether `kepo resume` may complete it.
+
+        Not where the parameters or data that it began with were refused: they stay as they are. What a run that was
+        resumed once was refused for has changed since, outside of it, and can be mended.
+        """
+        status = self.status
+        refused = str(status.get("error", "")).startswith(tuple(f"{name}: " for name in INPUT_ERRORS))
+        return status["state"] != "completed" and status["owner"] == "kepo run" and ("resumed" in status or not refused)
 
     @property
     def minutes(self) -> float:

@@ -224,6 +224,21 @@ def test_parameters_edited_in_the_folder_are_refused_and_those_elsewhere_do_not_
     assert (seen[0].tau, seen[0].seed) == (0.5, 0)
 
 
+@pytest.mark.parametrize("error", ["ParamError", "DataError"])
+def test_a_run_that_cannot_succeed_is_not_offered_to_be_resumed(
+    results: Path, notebook: Callable[[str], Path], kepo: Kepo, error: str
+) -> None:
+    """But one that was resumed is: what has changed since lies outside of it."""
+    work = f"from kepo_core.errors import {error}\n(run.path / 'metrics.jsonl').touch()\nraise {error}('no such data')"
+    code, said = kepo("run", notebook(work), "-p", "results_dir", results)
+    (folder,) = results.glob("2*")
+    assert code == 1 and "no such data" in said and "kepo resume" not in said
+    shown = kepo("runs", "show", folder.name, "--results", results)[1]
+    assert "start it again with what fits" in shown and "kepo resume" not in shown
+    assert f"`kepo resume {folder}` resumes it" in kepo("resume", folder)[1]
+    assert f"kepo resume {folder}" in kepo("runs", "show", folder.name, "--results", results)[1]
+
+
 def test_of_two_that_go_on_with_one_run_at_once_one_does(
     results: Path, notebook: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
