@@ -32,7 +32,7 @@ from kepo_core.experiment.pair import load_models as load_models
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.options import MethodOptions, declared
-from kepo_core.method.resume import last_checkpoint, trained_steps
+from kepo_core.method.resume import ResumableTrainer, last_checkpoint, trained_steps
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
@@ -174,7 +174,7 @@ def training_config(params: Params, output_dir: Path) -> KEPOConfig:
     shared = _shared_arguments(params, output_dir)
     shared["per_device_train_batch_size"] *= params.group_size
     method = {name: getattr(params, name) for name in declared(MethodOptions)}
-    saving = {"save_strategy": "steps" if params.trl["save_steps"] else "no", "save_total_limit": 1}
+    saving = {"save_strategy": "steps" if params.trl["save_steps"] else "no", "save_total_limit": 2}
     # vLLM's log-probabilities are those of the nucleus that it draws from, the trainer's those of all tokens: their
     # quotient would weigh an answer by what top_p cuts off, the less the longer it is.
     vllm = {"vllm_importance_sampling_correction": params.of_trl("top_p") == 1}
@@ -259,6 +259,7 @@ def train_student(params: Params, run: Run, data: StudyData, models: Models, sho
     """
     if not launch.several(params):
         return train(make_trainer(params, run, data, models, callbacks=[shown]), run)
+    last_checkpoint(run.training_dir)  # here, where it is seen what is said of damaged ones
     models.student.to("cpu")  # they need the GPUs
     torch.cuda.empty_cache()
     launch.train(params, run, shown)
@@ -277,12 +278,12 @@ def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
 
 
 def fit(trainer: Trainer, run: Run) -> None:
-    """Train to the end, from the run's newest checkpoint where it has one; the model goes into the run's folder.
+    """Train to the end, from the run's newest whole checkpoint where it has one; the model goes into the run's folder.
 
     What an earlier process logged behind that checkpoint is forgotten first, as it will come again. Of several
     processes, which all call this, the first alone writes.
     """
-    checkpoint = last_checkpoint(run.training_dir)
+    checkpoint = trainer.last_checkpoint() if isinstance(trainer, ResumableTrainer) else None
     done = trained_steps(checkpoint) if checkpoint else 0
     writes = trainer.is_world_process_zero()
     if writes:

@@ -284,7 +284,7 @@ class Run:
         first_line = error.strip().partition("\n")[0]
         self._write_status(state, **kept, **ended, **({"error": first_line} if first_line else {}))
         if state == "completed":
-            checkpoints = self.training_dir.glob("checkpoint-*")
+            checkpoints = [*self.training_dir.glob("checkpoint-*"), *self.training_dir.glob("damaged-*")]
             for folder in (*checkpoints, self.training_dir / ".partial", self.evaluation_dir):
                 shutil.rmtree(folder, ignore_errors=True)
         self.release()
