@@ -22,7 +22,7 @@ from kepo_core.data.records import Answer, Question
 from kepo_core.data.source import Source, open_source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
 from kepo_core.errors import DataError
-from kepo_core.experiment import launch, live, serving
+from kepo_core.experiment import kernel, launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
 from kepo_core.experiment.evaluation import Progress, evaluate
 from kepo_core.experiment.models import best_device, load_model
@@ -255,8 +255,11 @@ def _baseline(
 def train_student(params: Params, run: Run, data: StudyData, models: Models, shown: live.LiveTraining) -> pd.DataFrame:
     """Train ``models.student`` to the end as ``params`` say, here or in ``params.processes`` others (`launch.train`).
 
-    Returns ``diagnosis.training_table``'s rows; none where nothing is trained.
+    Returns ``diagnosis.training_table``'s rows; none where nothing is trained. Raises `ParamError` where a cell that is
+    executed again would train other than the run's record says.
     """
+    if params.method != "none":
+        kernel.begin_training(params, run, data.identity(), models.student)
     if not launch.several(params):
         return train(make_trainer(params, run, data, models, callbacks=[shown]), run)
     last_checkpoint(run.training_dir)  # here, where it is seen what is said of damaged ones
@@ -307,6 +310,7 @@ def evaluate_student(
 
     In the file ``kept`` they are kept as they come: a run that is resumed answers the others only.
     """
+    kernel.check_untrained(models.student, kept, len(questions) * params.eval_samples)
     return evaluate(
         models.student,
         models.processor,

@@ -69,6 +69,12 @@ def new_folder(results: str) -> Path:
     raise ParamError(f"results_dir {parent} holds a thousand folders named own-task-{stamp}Z")
 
 
+def check_untrained(trainer: Any) -> None:
+    """Raise ``ParamError`` where a cell that is executed again would train the trained student once more."""
+    if trainer.state.global_step:
+        raise ParamError("the student has been trained in this kernel already: execute the cells from Models on again")
+
+
 def reward_table(before: Mapping[str, float], after: Mapping[str, float], rows: int) -> pd.DataFrame:
     """Mean rewards on held-out rows before and after training, each with half the width of its 95 % interval.
 

@@ -344,7 +344,8 @@ def _mark_failing_cells(run: Run) -> None:
         return
 
     def after_cell(result: Any) -> None:
-        if error := result.error_before_exec or result.error_in_exec:
+        error = result.error_before_exec or result.error_in_exec
+        if error and run.status["state"] != "completed":  # as by a scratch cell below the last one
             run.fail(error)
 
     register: Callable[[str, Callable[[Any], None]], None] = shell.events.register
