@@ -22,7 +22,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from kepo_core.experiment.processor import ImageOnlyQwenProcessor
+from kepo_core.method.processor import ImageOnlyQwenProcessor
 
 HIDDEN, HEAD_DIM, PATCH = 32, 16, 8
 # Side of the square that a vision tower of fixed size takes, and LLaVA-OneVision's (whose prompts are the longest).

@@ -5,7 +5,6 @@ compute precision (with pure bf16 weights AdamW's steps vanish in rounding); a t
 kept in the compute precision.
 """
 
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,20 +16,16 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
 
 from kepo_core import paths
 from kepo_core.errors import ParamError
-from kepo_core.experiment.processor import ImageOnlyQwenProcessor
+from kepo_core.method.processor import image_only_processor
 
-#: Model types whose own processors need torchvision, though only for videos.
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 #: The shipped weights.
 EMBEDDED_DIR = Path(__file__).parents[1] / "embedded"
 EMBEDDED = {"embedded:student": EMBEDDED_DIR / "student", "embedded:teacher": EMBEDDED_DIR / "teacher"}
@@ -93,28 +88,16 @@ def _reading(name: str, parameter: str, what: str) -> Iterator[None]:
         raise ParamError(f"{parameter} is {name!r}, whose {what} cannot be read: {reason}") from error
 
 
-def _torchvision_works() -> bool:
-    try:  # found is not enough: a build for another torch breaks only when imported
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
 def load_processor(name: str, parameter: str = "student") -> Any:
     """The processor of a model, with left padding.
 
-    Without a working torchvision a checkpoint of `QWEN` gets :class:`ImageOnlyQwenProcessor`, put together
-    from the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
+    Without a working torchvision a Qwen checkpoint gets `method.processor.ImageOnlyQwenProcessor`, put together from
+    the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
     """
     source, kind = resolve(name, parameter), read_config(name, parameter).model_type
     with _reading(name, parameter, "processor"):
-        if kind in QWEN and not _torchvision_works():
-            processor: Any = ImageOnlyQwenProcessor(
-                Qwen2VLImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-            )
-            processor.chat_template = processor.tokenizer.chat_template
-        else:
+        processor: Any = image_only_processor(kind, source)
+        if processor is None:
             processor = AutoProcessor.from_pretrained(source)
     if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
         raise ParamError(f"{parameter} is {name!r}, whose processor takes no images: expected an image-text model")
