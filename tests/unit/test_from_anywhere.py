@@ -1,7 +1,10 @@
 """Every command from every folder: below the project's root, and outside it in a folder that looks like it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from kepo_core.experiment.own_task import new_folder
 from kepo_core.params import Params, resolve
 from kepo_core.runs.run import Run
 
+PACKAGE = Path(__file__).parents[2]
 READ = """
 from pathlib import Path
 from kepo_core.params import Params, resolve
@@ -133,3 +137,21 @@ def test_results_go_where_they_are_meant(project: Path, here: Path, monkeypatch:
     assert Run.allocate(Params(results_dir="~/results")).path.parent == here / "results"
     assert Run.allocate(Params()).path.parent == project / "results"
     assert new_folder("results").parent == project / "results"
+
+
+def test_the_path_of_a_newcomer(project: Path, tmp_path: Path) -> None:
+    """From a folder below the root, with a home that cannot be written, a long TMPDIR, and without git."""
+    (home := tmp_path / "home").touch()  # a file: no folder can be made in it, by root neither
+    (long := tmp_path / "a-temporary-folder-of-the-cluster/" / ("deeper/" * 14)).mkdir(parents=True)
+    surroundings = {"HOME": str(home), "TMPDIR": str(long), "PATH": str(project), "PYTHONPATH": str(PACKAGE)}
+    done = subprocess.run(
+        [sys.executable, "-m", "kepo_core.cli", "run", "tiny.ipynb"],
+        cwd=project / "notebooks",
+        env={name: value for name, value in os.environ.items() if not name.startswith("KEPO_")} | surroundings,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (project / "results").glob("2*")
+    assert done.stdout.endswith(f"kepo: completed, everything about it is in results/{folder.name}\n")
+    assert Run.open(folder).provenance["code"]["note"].startswith("git cannot be run")
