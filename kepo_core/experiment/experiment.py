@@ -182,6 +182,7 @@ def training_config(params: Params, output_dir: Path) -> KEPOConfig:
     return KEPOConfig(num_generations=params.group_size, **{**vllm, **method, **trl, **shared, **saving})
 
 
+@in_our_words()
 def make_trainer(
     params: Params, run: Run, data: StudyData, models: Models, callbacks: Sequence[TrainerCallback] = ()
 ) -> Trainer | None:
@@ -196,23 +197,22 @@ def make_trainer(
         return None
     callbacks = [MetricsWriter(run), *callbacks]
     pictures = Pictures(params.image_size, params.image_fit)
-    with in_our_words():
-        if params.method == "kepo":
-            task = MultipleChoice(params.hint_context, params.thinking)
-            trainer: Trainer = KEPOTrainer(
-                model=models.student,
-                reward_funcs=task.reward_funcs,
-                args=training_config(params, run.training_dir),
-                train_dataset=to_dataset(data.train, params.thinking, pictures),
-                processing_class=models.processor,
-                teacher=models.teacher,
-                task=task,
-                callbacks=callbacks,
-                peft_config=lora_config(models.student, params),
-            )
-        else:
-            trainer = _baseline(params, run, data, models, pictures, callbacks)
-            keep_float32_outputs(trainer.accelerator)
+    if params.method == "kepo":
+        task = MultipleChoice(params.hint_context, params.thinking)
+        trainer: Trainer = KEPOTrainer(
+            model=models.student,
+            reward_funcs=task.reward_funcs,
+            args=training_config(params, run.training_dir),
+            train_dataset=to_dataset(data.train, params.thinking, pictures),
+            processing_class=models.processor,
+            teacher=models.teacher,
+            task=task,
+            callbacks=callbacks,
+            peft_config=lora_config(models.student, params),
+        )
+    else:
+        trainer = _baseline(params, run, data, models, pictures, callbacks)
+        keep_float32_outputs(trainer.accelerator)
     if (found := trainer.accelerator.num_processes) != params.processes:
         raise RuntimeError(f"{found} processes train together, expected {params.processes} (processes)")
     if params.curve_steps:
