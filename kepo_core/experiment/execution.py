@@ -155,10 +155,11 @@ def _folder_for_sockets() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
+def execute(notebook: Path, output: Path, given: dict[str, Any], folder: Path | None = None) -> None:
     """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes.
 
-    The kernel works in the project's root, wherever the command was given: a resumed run finds what the run found.
+    The kernel works in ``folder``. By default that is the project's root, wherever the command was given: a resumed run
+    finds what the run found.
     """
     own = _folder_for_sockets()
 
@@ -180,9 +181,9 @@ def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
     logger = logging.getLogger("papermill")
     logger.addFilter(_is_no_warning_of_parameters)
     try:
-        with chdir(project_root()):
+        with chdir(folder := folder or project_root()):
             execute_notebook(
-                from_root(notebook),  # as papermill notes it in the executed notebook
+                os.path.relpath(notebook, folder),  # as papermill notes it in the executed notebook
                 str(output),
                 parameters=given,
                 kernel_name="python3",

@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kepo_core import paths
 from kepo_core.cli import main
 from kepo_core.data import phantom
+from kepo_core.experiment.execution import execute
 from kepo_core.experiment.own_task import new_folder
 from kepo_core.params import Params, resolve
 from kepo_core.runs.run import Run
@@ -155,3 +156,15 @@ def test_the_path_of_a_newcomer(project: Path, tmp_path: Path) -> None:
     (folder,) = (project / "results").glob("2*")
     assert done.stdout.endswith(f"kepo: completed, everything about it is in results/{folder.name}\n")
     assert Run.open(folder).provenance["code"]["note"].startswith("git cannot be run")
+
+
+def test_a_notebook_works_in_the_root_or_where_its_files_are_named(project: Path, here: Path) -> None:
+    """A study's page reads the study file once more, as it was read: from where the command was given."""
+    work = "from pathlib import Path; Path(where).write_text(str(Path.cwd()))"
+    cells = [new_code_cell("where = ''"), new_code_cell(work)]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(new_notebook(cells=cells), notebook := project / "notebooks/where.ipynb")
+    for folder, expected in ((None, project), (Path.cwd(), here)):
+        execute(notebook, here / "out.ipynb", {"where": str(here / "where")}, folder)
+        assert (here / "where").read_text() == str(expected)
+    assert Path.cwd() == here
