@@ -44,8 +44,14 @@ class Source(Protocol):
 
 
 def cache_dir() -> Path:
-    """Where what can be made again is kept: ``$KEPO_CACHE``, else ``~/.cache/kepo``."""
-    return Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
+    """Where what can be made again is kept: ``$KEPO_CACHE``, else ``~/.cache/kepo``.
+
+    Raises ``DataError`` for a user without a home, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
+    except RuntimeError as error:
+        raise DataError("this user has no home folder: set KEPO_CACHE to a folder that can be written.") from error
 
 
 def in_cache(name: str) -> Path:

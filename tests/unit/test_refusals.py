@@ -215,3 +215,11 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ):
             with pytest.raises(DataError, match=r"cannot be written \(.*\): set KEPO_CACHE to a folder that can be"):
                 use()
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KEPO_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)  # as containers give out
+    with pytest.raises(DataError, match="this user has no home folder: set KEPO_CACHE"):
+        ensure_phantom()
