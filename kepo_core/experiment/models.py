@@ -103,6 +103,9 @@ def load_processor(name: str, parameter: str = "student") -> Any:
         raise ParamError(f"{parameter} is {name!r}, whose processor takes no images: expected an image-text model")
     if not processor.chat_template:
         raise ParamError(f"{parameter} is {name!r}, which has no chat template: expected an instruction-tuned model")
+    with _reading(name, parameter, "chat template"):
+        question = [{"type": "image"}, {"type": "text", "text": "Where does the finding lie?"}]
+        processor.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
     processor.tokenizer.padding_side = "left"
     return processor
 

@@ -90,6 +90,10 @@ def truncated(folder: Path) -> None:
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "whose processor cannot be read: "),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "whose processor cannot be read: "),
         (lambda folder: (folder / "config.json").write_text("{"), "whose config.json cannot be read: "),
+        (
+            lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"),
+            "whose chat template cannot be read: ",
+        ),
     ],
 )
 def test_files_of_a_model_that_are_missing_or_damaged(
