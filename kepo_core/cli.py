@@ -18,8 +18,9 @@ from typing import Any
 
 from kepo_core.errors import DataError, ParamError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
-from kepo_core.params import Params, checked, resolve
+from kepo_core.params import Params, at_root, checked, resolve
 from kepo_core.params_io import tagged_cell
+from kepo_core.paths import shown
 
 #: What `run.Run.state` says, and of folders that cannot be read.
 _STATES = ("running", "completed", "failed", "interrupted", "killed", "unreadable")
@@ -128,6 +129,7 @@ def check_data(path: str, strict: bool, page: str | None, params: Params, quick:
     if the data cannot be read at all or, under ``strict``, for the first row that cannot.
     """
     from kepo_core.data.check import check
+    from kepo_core.data.table_files import is_hub
     from kepo_core.files import write_atomically
     from kepo_core.pages import shell
 
@@ -136,7 +138,8 @@ def check_data(path: str, strict: bool, page: str | None, params: Params, quick:
         from kepo_core.experiment.askable import Askable
 
         try_with = partial(Askable, params)
-    checked = check(path, strict, params.data_columns, params.follow_links, try_with)
+    root = path if is_hub(path) else resolve(path)
+    checked = check(root, strict, params.data_columns, params.follow_links, try_with)
     print(_printable(checked.as_text()))
     if page:
         write_atomically(Path(page), shell.render("data_check.html.j2", title="Data check", checked=checked))
@@ -164,7 +167,7 @@ def write_reports(what: Sequence[str], results: str | None) -> int:
             page = write_report(run, run.status["state"], run.status.get("error", ""))
         print(f"kepo: wrote {page}")
     if results is not None or not what:
-        print(f"kepo: wrote {write_index(resolve(results or Params.load().results_dir))}")
+        print(f"kepo: wrote {write_index(_results(results))}")
     return COMPLETED
 
 
@@ -183,7 +186,12 @@ def _run_folder(name: str) -> str:
     """The run folder that is meant: a path, or a name as `kepo runs` takes it."""
     from kepo_core.runs import listing
 
-    return str(listing.find(name, resolve(Params.load().results_dir)))
+    return str(listing.find(name, _results(None)))
+
+
+def _results(folder: str | None) -> Path:
+    """The results folder that is meant: the one that is named, else the project's."""
+    return resolve(folder) if folder else at_root(Params.load().results_dir)
 
 
 def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
@@ -266,7 +274,7 @@ def look_at_runs(arguments: argparse.Namespace) -> int:
     """
     from kepo_core.runs import listing
 
-    results = resolve(arguments.results)
+    results = _results(arguments.results)
     if arguments.action == "show":
         text = listing.show(listing.find(arguments.run, results))
     elif arguments.action == "compare":
@@ -275,7 +283,8 @@ def look_at_runs(arguments: argparse.Namespace) -> int:
         values = {name: checked(name, parse_value(value)) for name, value in arguments.parameter}
         runs = listing.overview(results, arguments.state, arguments.method, values)
         rows = [listing.as_row(run) for run in runs]
-        text = json.dumps(rows, indent=2, ensure_ascii=False) if arguments.json else listing.as_text(runs)
+        text = listing.as_text(runs) if runs else f"no runs in {shown(results)}"
+        text = json.dumps(rows, indent=2, ensure_ascii=False) if arguments.json else text
     print(_printable(text))
     return COMPLETED
 
@@ -330,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_runs(runs: argparse.ArgumentParser) -> None:
-    runs.set_defaults(action="list", results="results", state=None, method=None, parameter=[], json=False)
+    runs.set_defaults(action="list", results=None, state=None, method=None, parameter=[], json=False)
     actions = runs.add_subparsers(dest="action")
     found = actions.add_parser("list", help="a row per run, the newest first (`kepo runs` alone does the same)")
     found.add_argument("--state", choices=_STATES, help="only runs in this state; killed: no process is at work on it")
@@ -343,7 +352,7 @@ def _add_runs(runs: argparse.ArgumentParser) -> None:
     compare = actions.add_parser("compare", help="what differs between runs, and their accuracies against the first's")
     compare.add_argument("run", nargs="+", help="as for resume")
     for action in (found, show, compare):
-        action.add_argument("--results", default="results", metavar="DIR", help="where the runs are (default: results)")
+        action.add_argument("--results", metavar="DIR", help="where the runs are (default: results)")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ sentence that names the parameter, what was expected and where the value came fr
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,8 +26,11 @@ from kepo_core.method.options import (
     kind_of,
     option,
 )
-from kepo_core.params_io import as_number, nearest, parameter_cells, read_yaml, short_hash, yaml_scalar
+from kepo_core.params_io import as_number, meant_as_parameters, parameter_cells, read_yaml, short_hash, yaml_scalar
+from kepo_core.params_io import check_names as check_names
 from kepo_core.params_rules import check_together
+from kepo_core.paths import anchored
+from kepo_core.paths import at_root as at_root
 from kepo_core.paths import from_root as from_root
 from kepo_core.paths import project_root as project_root
 from kepo_core.paths import resolve as resolve
@@ -35,6 +38,10 @@ from kepo_core.paths import resolve as resolve
 #: Parameters that say where things are and how often they are saved, not what is computed: they leave the hash alone.
 PLACES = ("results_dir", "run_dir", "save_steps", "teacher_url", "report_to", "project")
 
+#: Parameters that may name a file or folder.
+_FILES = ("data_root", "items_file", "student", "teacher", "accelerate_config")
+#: What they may be instead.
+_OWN = ("phantom", "embedded:student", "embedded:teacher")
 _PLAIN = (bool, int, float, str, list, dict, tuple, set, type(None))
 #: Plain data that IPython itself puts into a notebook's namespace.
 _IPYTHON_NAMES = ("In", "Out")
@@ -208,18 +215,20 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
 
     @classmethod
     def _of(cls, values: Mapping[str, Any]) -> Self:
-        """Of flat names, TRL's among them."""
+        """Of flat names, TRL's among them; paths are anchored at the project's root."""
         ours = {name: value for name, value in values.items() if name in declared(Params)}
+        files = {name: ours[name] for name in _FILES if isinstance(ours.get(name), str)}
+        ours |= {name: anchored(path) for name, path in files.items() if path not in _OWN}
         return cls(**ours, trl={name: value for name, value in values.items() if name not in ours})
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
         """The parameters as a notebook's ``globals()`` hold them, after papermill's injected cell where there is one.
 
-        A declared name counts wherever it was set, if its value is plain data. Any other plain public name that a
-        parameter cell sets is a field of TRL's, or an error that names the nearest parameter. In a live notebook,
-        parameter cells are those that do nothing but set names to literals; elsewhere the whole namespace counts.
-        A text is read as a number where one is expected: papermill takes ``2e-6`` for a text.
+        A declared name counts wherever it was set, if its value is plain data. Any other plain public name that is set
+        as a parameter (`params_io.meant_as_parameters`; outside of a live notebook, all of them) is a field of TRL's,
+        or an error that names the nearest parameter. A text is read as a number where one is expected: papermill takes
+        ``2e-6`` for a text.
         """
         plain = {
             name: value
@@ -227,7 +236,9 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
             if isinstance(value, _PLAIN) and not name.startswith("_") and name not in _IPYTHON_NAMES
         }
         cells, names = namespace.get("In"), declared(Params)
-        set_here = parameter_cells(cells) if isinstance(cells, list) else plain
+        set_here: Collection[str] = plain
+        if isinstance(cells, list):
+            set_here = meant_as_parameters(cells, params_trl.names(names, parameter_cells(cells)))
         given = {name: value for name, value in plain.items() if name in names or name in set_here}
         try:
             return cls._of(_given(_numbers(given)))
@@ -325,20 +336,3 @@ def checked(name: str, value: Any, where: str = "") -> Any:
         raise ParamError(f"{name} {where}".rstrip() + f" is not a parameter{error.hint}") from error
     except ParamError as error:
         raise ParamError(f"{error} ({where})" if where else str(error)) from error
-
-
-def check_names(namespace: Mapping[str, Any]) -> None:
-    """Refuse what papermill lets pass: a name that the first parameter cell of a notebook does not set.
-
-    For notebooks whose parameters are their own. ``namespace`` is the notebook's ``globals()``.
-
-    Raises:
-        ParamError: names the nearest parameter.
-    """
-    known: set[str] = set()
-    for source in namespace["In"]:
-        names = parameter_cells([source])
-        known = known or set(names)
-        for name in sorted(names.keys() - known):
-            every = f"; expected one of {', '.join(sorted(known))}"
-            raise ParamError(f"{name} in the notebook is not a parameter{nearest(name, known) or every}")

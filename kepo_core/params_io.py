@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,46 @@ def tagged_cell(notebook: Path) -> dict[str, Any]:
 def parameter_cells(cells: Iterable[str]) -> dict[str, Any]:
     """What those cells set that do nothing but set names to constants (papermill's injected cell is one)."""
     return {name: value for source in cells for name, value in (_constants(source) or {}).items()}
+
+
+def is_injected(source: str) -> bool:
+    """Whether a cell is papermill's."""
+    return source.startswith("# Parameters\n")
+
+
+def meant_as_parameters(cells: Sequence[str], known: Collection[str]) -> set[str]:
+    """The names that the executed ``cells`` of a notebook set as parameters, misspelt ones among them.
+
+    All names count of a cell that does nothing but set names to constants and sets a ``known`` one, unless it was
+    executed again, edited; and all of papermill's. In any other cell ``k = 3`` is the user's own business, and a name
+    counts only where it is a known one but for a letter or so.
+    """
+    found = [(is_injected(source), parameter_cells([source]).keys()) for source in cells]
+    meant: set[str] = set()
+    for place, (injected, names) in enumerate(found):
+        later = [others for papermills, others in found[place + 1 :] if not papermills]
+        if injected or any(name in known for name in names):
+            replaced = not injected and any({*names} & {*known} <= others for others in later)
+            meant |= {name for name in names if name in known or not replaced}
+        else:
+            meant |= {name for name in names if difflib.get_close_matches(name, known, n=1, cutoff=0.8)}
+    return meant
+
+
+def check_names(namespace: Mapping[str, Any]) -> None:
+    """Refuse what papermill lets pass: a name that the parameters cell of a notebook does not set.
+
+    For notebooks whose parameters are their own: that cell is the one that sets most names to constants. ``namespace``
+    is the notebook's ``globals()``.
+
+    Raises:
+        ParamError: names the nearest parameter.
+    """
+    cells = namespace["In"]
+    known = max((parameter_cells([cell]) for cell in cells if not is_injected(cell)), key=len)
+    for name in sorted(meant_as_parameters(cells, known) - known.keys()):
+        every = f"; expected one of {', '.join(sorted(known))}"
+        raise ParamError(f"{name} in the notebook is not a parameter{nearest(name, known) or every}")
 
 
 #: What a constant may be made of: papermill writes an infinity as ``float('inf')``.

@@ -122,6 +122,12 @@ def check_name(name: str, ours: Collection[str]) -> None:
         raise UnknownError(name, nearest(name, known) or "; `kepo params` lists them, and TRL's GRPOConfig has more")
 
 
+def names(ours: Collection[str], asked: Collection[str]) -> set[str]:
+    """``ours`` and TRL's; the latter are looked up only where one of those ``asked`` about is not known here."""
+    here = {*ours, *DEFAULTS, *SET_BY, *GONE}
+    return here if here.issuperset(asked) else here | _known()
+
+
 def _is_default(name: str, value: bool | int | float | str) -> bool:
     """Whether a field with this value does nothing: a switch that TRL leaves at None is off."""
     return bool(value == default(name)) or (value is False and default(name) is None)

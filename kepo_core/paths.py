@@ -24,7 +24,27 @@ def resolve(path: str | Path) -> Path:
     return project_root() / path
 
 
+def at_root(path: str | Path) -> Path:
+    """A path that is meant from the project's root, wherever the process works: ``results_dir``, ``run_dir``."""
+    return project_root() / Path(path).expanduser()
+
+
+def anchored(path: str) -> str:
+    """A relative path that leads somewhere from here, as it is meant from the project's root; others as they are.
+
+    What is kept in it is found again by processes that work elsewhere: a run resumed, a training process, a job.
+    """
+    found = resolve(path)
+    given = bool(path) and not Path(path).expanduser().is_absolute()
+    return from_root(found) if given and found.exists() else path
+
+
+def shown(path: Path) -> str:
+    """A path for somebody who reads it where this process works: outside the project, `from_root` would mislead."""
+    return from_root(path) if Path.cwd().is_relative_to(project_root()) else str(path)
+
+
 def from_root(path: Path) -> str:
-    """A path as files and messages show it: from the project's root where it lies below it."""
+    """A path as files and pages note it: from the project's root where it lies below it."""
     root = project_root()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)

@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration
 
-    from kepo_core.experiment.processor import ImageOnlyQwenProcessor
+    from kepo_core.method.processor import ImageOnlyQwenProcessor
 
 # A busy machine takes longer than any deadline for an example.
 hypothesis.settings.register_profile("kepo", deadline=None)

@@ -28,7 +28,7 @@ from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import
 from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
 from transformers.processing_utils import ProcessorMixin
 
-from kepo_core.experiment.processor import ImageOnlyQwenProcessor
+from kepo_core.method.processor import ImageOnlyQwenProcessor
 
 HIDDEN, HEAD_DIM, PATCH = 32, 16, 8
 # Side of the square that a vision tower of fixed size takes, and LLaVA-OneVision's (whose prompts are the longest).

@@ -192,6 +192,7 @@ def ensure_phantom(cache_dir: Path | None = None, seed: int = 0) -> Path:
     root = cache / f"phantom-v{VERSION}-seed{seed}"
     if root.exists():
         return root
+    cache = cache_dir or source.in_cache("")
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=root.name + ".partial-", dir=cache))
     try:

@@ -53,8 +53,28 @@ class Source(Protocol):
 
 
 def cache_dir() -> Path:
-    """Where what can be made again is kept: ``$KEPO_CACHE``, else ``~/.cache/kepo``."""
-    return Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
+    """Where what can be made again is kept: ``$KEPO_CACHE``, else ``~/.cache/kepo``.
+
+    Raises ``DataError`` for a user without a home, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
+    except RuntimeError as error:
+        raise DataError("this user has no home folder: set KEPO_CACHE to a folder that can be written.") from error
+
+
+def in_cache(name: str) -> Path:
+    """A folder of the cache, made and written to. Raises ``DataError`` where that cannot be."""
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(
+            f"{cache_dir()} cannot be written ({error.strerror}): set KEPO_CACHE to a folder that can be, it keeps "
+            "unpacked pictures, PhantomVQA and hints."
+        ) from error
+    return folder
 
 
 def write_whole(image: Path, content: bytes) -> None:
@@ -250,6 +270,7 @@ class Archive:
         """Unpack one located picture into the cache, whole or not at all."""
         if image.is_file():
             return
+        in_cache(self._unpacked.name)
         write_whole(image, self.content(image))
 
     def content(self, image: Path) -> bytes:

@@ -1,12 +1,13 @@
 """A notebook executed into a run folder by papermill, and what its end means for folder and exit code."""
 
 import logging
+import os
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,13 +22,11 @@ from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.experiment.methods import name_of
 from kepo_core.pages.index import write_index
 from kepo_core.pages.report import write_report
-from kepo_core.params import Params, from_root, project_root, resolve
+from kepo_core.params import Params, at_root, from_root, project_root
 from kepo_core.params_io import tagged_cell
+from kepo_core.paths import shown
 from kepo_core.runs.provenance import notebook_digest
-from kepo_core.runs.run import Run
-
-#: Errors that a notebook raises before it computes anything, because what it was given does not fit.
-_INPUT_ERRORS = ("ParamError", "DataError")
+from kepo_core.runs.run import INPUT_ERRORS, Run
 
 
 def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int:
@@ -37,9 +36,8 @@ def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int
     """
     run = Run.allocate(params, owner="kepo run", method=name_of(params))
     run.remember(notebook=from_root(notebook), notebook_sha256=notebook_digest(notebook))
-    shown = from_root(run.path)
-    print(f"kepo: run folder {shown}", flush=True)
-    given = {**params.differing(cell), "run_dir": shown}
+    print(f"kepo: run folder {shown(run.path)}", flush=True)
+    given = {**params.differing(cell), "run_dir": from_root(run.path)}
     return _make(notebook, run, given, refusable=True)
 
 
@@ -50,14 +48,13 @@ def resume_run(folder: str) -> int:
     """
     run = Run.open(folder)
     notebook = run.provenance.get("notebook")
-    if not notebook or not resolve(notebook).is_file():
+    if not notebook or not at_root(notebook).is_file():
         raise ParamError(f"run_dir {folder} does not say which notebook made it, expected a folder of `kepo run`")
-    cell = tagged_cell(resolve(notebook))
+    cell = tagged_cell(at_root(notebook))
     run = Run.reopen(folder)
-    shown = from_root(run.path)
-    print(f"kepo: resuming {shown}", flush=True)
-    given = {**run.params.differing(cell), "run_dir": shown}
-    return _make(resolve(notebook), run, given, refusable=False)
+    print(f"kepo: resuming {shown(run.path)}", flush=True)
+    given = {**run.params.differing(cell), "run_dir": from_root(run.path)}
+    return _make(at_root(notebook), run, given, refusable=False)
 
 
 def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -> int:
@@ -66,14 +63,14 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
     Where no status can be written (a full disk, a second Ctrl-C) it stays ``running``, and the run reads as killed.
     ``refusable``: parameters or data that do not fit end in REFUSED and no folder, if nothing was computed yet.
     """
-    shown = from_root(run.path)
+    folder = shown(run.path)
     try:
         state, error = _execute(notebook, run, given, refusable=refusable)
         if state == "refused":
             run.release()  # an open lock would keep the folder on some network disks
             shutil.rmtree(run.path)
             print(f"kepo: {error}", file=sys.stderr)
-            print(f"kepo: refused, {shown} is removed again", flush=True)
+            print(f"kepo: refused, {folder} is removed again", flush=True)
             return REFUSED
         run.conclude(state, error, lambda *end: _write_report(run, *end))
         status = run.status
@@ -82,9 +79,9 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
             (run.path / "report.html").unlink(missing_ok=True)  # its end was not written
         if (run.path / "status.json").is_file():
             reason = str(problem) or "interrupted"
-            said = f"its status could not be written ({reason}): `kepo resume {shown}` resumes it, where there is room"
+            said = f"its status could not be written ({reason}): `kepo resume {folder}` resumes it, where there is room"
         else:
-            said = f"{shown} was deleted or moved while the run was made: start it again"
+            said = f"{folder} was deleted or moved while the run was made: start it again"
         print(f"kepo: {said}", file=sys.stderr)
         return INTERRUPTED if isinstance(problem, KeyboardInterrupt) else FAILED
     finally:
@@ -101,7 +98,7 @@ def _execute(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool
         return "interrupted", "stopped by the user"
     except PapermillExecutionError as error:
         sentence = error.evalue.strip() or error.ename
-        if refusable and error.ename in _INPUT_ERRORS and not (run.path / "metrics.jsonl").exists():
+        if refusable and error.ename in INPUT_ERRORS and not (run.path / "metrics.jsonl").exists():
             return "refused", sentence
         return "failed", f"{error.ename}: {sentence}"
     except DeadKernelError:
@@ -118,13 +115,13 @@ def _execute(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool
 
 def _print_end(run: Run, status: dict[str, Any]) -> None:
     """Write the index of runs, and print how the run ended and how it is resumed."""
-    shown = from_root(run.path)
+    folder = shown(run.path)
     if "error" in status:
         print(f"kepo: {status['error']}", file=sys.stderr)
-    if run.path.parent == project_root() / run.params.results_dir:  # a run_dir of the user's may lie anywhere
+    if run.path.parent == at_root(run.params.results_dir):  # a run_dir of the user's may lie anywhere
         _draw("the index of runs", lambda: write_index(run.path.parent))
-    resume = "" if status["state"] == "completed" else f"; `kepo resume {shown}` resumes it"
-    print(f"kepo: {status['state']}, everything about it is in {shown}{resume}", flush=True)
+    resume = f"; `kepo resume {folder}` resumes it" if run.can_be_resumed else ""
+    print(f"kepo: {status['state']}, everything about it is in {folder}{resume}", flush=True)
 
 
 def _write_report(run: Run, state: str, error: str) -> None:
@@ -144,16 +141,35 @@ def _is_no_warning_of_parameters(record: logging.LogRecord) -> bool:
     return "Passed unknown parameter" not in record.getMessage()
 
 
-def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
-    """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes."""
-    sockets = tempfile.TemporaryDirectory(prefix="kepo-")  # of this run alone: runs at the same time must not meet
+def _holds_sockets(folder: str) -> bool:
+    """Whether the path of a socket in there can be bound: 107 bytes on Linux, 103 on macOS."""
+    return len(os.fsencode(f"{folder}/kernel-5")) <= 103
+
+
+def _folder_for_sockets() -> tempfile.TemporaryDirectory[str]:
+    """A new folder for one run alone, as runs at the same time must not meet: in /tmp where $TMPDIR is too long."""
+    folder = tempfile.TemporaryDirectory(prefix="kepo-")
+    if not _holds_sockets(folder.name):
+        with suppress(OSError):  # then TCP has to do
+            return tempfile.TemporaryDirectory(prefix="kepo-", dir="/tmp")
+    return folder
+
+
+def execute(notebook: Path, output: Path, given: dict[str, Any], folder: Path | None = None) -> None:
+    """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes.
+
+    The kernel works in ``folder``. By default that is the project's root, wherever the command was given: a resumed run
+    finds what the run found.
+    """
+    own = _folder_for_sockets()
 
     class ThisInterpreter(AsyncKernelManager):
         """No installed kernel is looked up, so none of another environment is found; sockets need no free port."""
 
-        if sys.platform != "win32":
+        connection_file = f"{own.name}/kernel.json"
+        if sys.platform != "win32" and _holds_sockets(own.name):
             transport = "ipc"
-            ip = f"{sockets.name}/kernel"
+            ip = f"{own.name}/kernel"
         kernel_spec = KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             display_name="Python 3",
@@ -165,23 +181,24 @@ def execute(notebook: Path, output: Path, given: dict[str, Any]) -> None:
     logger = logging.getLogger("papermill")
     logger.addFilter(_is_no_warning_of_parameters)
     try:
-        execute_notebook(
-            from_root(notebook),
-            str(output),
-            parameters=given,
-            kernel_name="python3",
-            language="python",
-            kernel_manager_class=ThisInterpreter,
-            coalesce_streams=True,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
+        with chdir(folder := folder or project_root()):
+            execute_notebook(
+                os.path.relpath(notebook, folder),  # as papermill notes it in the executed notebook
+                str(output),
+                parameters=given,
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=ThisInterpreter,
+                coalesce_streams=True,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
     finally:
         logger.removeFilter(_is_no_warning_of_parameters)
         if signal.getsignal(signal.SIGTERM) is interrupt:  # else it was sent, and the folder is told now
             signal.signal(signal.SIGTERM, previous)
-        sockets.cleanup()
+        own.cleanup()
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from kepo_core.analysis import diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
@@ -24,20 +24,21 @@ from kepo_core.data.records import Answer, Question
 from kepo_core.data.source import Source
 from kepo_core.data.splits import fingerprint, image_key, leaked, study_split
 from kepo_core.data.table_files import is_hub
-from kepo_core.errors import DataError, ParamError
-from kepo_core.experiment import launch, live, serving
+from kepo_core.errors import DataError
+from kepo_core.experiment import kernel, launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
 from kepo_core.experiment.answering import start_vllm
 from kepo_core.experiment.askable import Askable
 from kepo_core.experiment.evaluation import Progress, evaluate, parts, read_answers
-from kepo_core.experiment.methods import needs_teacher
-from kepo_core.experiment.models import best_device, check_quantizes, check_same_vocabulary, load_model, load_processor
+from kepo_core.experiment.models import best_device, load_model, load_processor
 from kepo_core.experiment.models import resolve as model_folder
+from kepo_core.experiment.pair import Models as Models
+from kepo_core.experiment.pair import in_our_words
+from kepo_core.experiment.pair import load_models as load_models
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.options import MethodOptions, declared
-from kepo_core.method.resume import last_checkpoint, trained_steps
-from kepo_core.method.served import ServedTeacher
+from kepo_core.method.resume import ResumableTrainer, last_checkpoint, trained_steps
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params, resolve
@@ -105,6 +106,11 @@ def load_data(params: Params) -> StudyData:
             raise
         count, first = sum(map(len, ledger.dropped.values())), next(iter(ledger.dropped.values()))[0]
         raise DataError(f"{error} {count} rows were dropped; the first: {first}") from error
+    if params.method != "none" and len(train) < params.prompts_per_step:
+        raise DataError(
+            f"data_root {params.data_root} has {len(train)} training questions of {params.train_modality}, expected at "
+            f"least prompts_per_step ({params.prompts_per_step}), of which a step is made."
+        )
     data = StudyData(source.root, train, tests, ledger)
     for question in (*data.train, *data.test):
         source.fetch(question.image)
@@ -138,51 +144,22 @@ def _choose(
     return [named[q.id] for q in train], {name: [named[q.id] for q in rows] for name, rows in tests.items()}
 
 
-@dataclass(frozen=True)
-class Models:
-    """π_θ, its processor, and π_T where the method needs one."""
-
-    student: PreTrainedModel
-    processor: Any
-    teacher: Teacher | ServedTeacher | None
-
-
 def load_to_run(params: Params) -> Models:
     """`load_models` for the process that makes the run; where others train, it has no teacher but a served one.
+
+    Everything that can be known to be wrong before a model is asked anything is found here.
 
     Raises `ParamError` where this machine cannot train as ``params`` say.
     """
     launch.check(params)
     tracking.check(params)
     if params.method != "none":
-        try:
-            training_config(params, Path("results"))
-        except (ValueError, TypeError, ImportError, OSError) as error:  # of TRL or transformers, for a value
-            raise ParamError(" ".join(str(error).split())) from error
+        with in_our_words():
+            config = training_config(params, Path("results"))
+            KEPOTrainer.get_optimizer_cls_and_kwargs(config)
+            nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+            get_scheduler(config.lr_scheduler_type, nothing, 0, 1, config.lr_scheduler_kwargs)
     return load_models(params, with_teacher=not launch.several(params))
-
-
-def load_models(params: Params, *, with_teacher: bool = True) -> Models:
-    """Load and check what ``params`` name; the teacher, loaded or served, only where it has something to do.
-
-    Under LoRA the student's own weights are only read, so they are kept in the compute precision.
-    ``with_teacher=False``: it is checked as far as its processor tells, and left out.
-    """
-    loads = needs_teacher(params) and not params.teacher_url
-    if loads:
-        check_quantizes(params.teacher_quantization)
-    processor = load_processor(params.student, "student")
-    student = load_model(params.student, "student", trained=not params.lora_rank, precision=params.precision)
-    if not loads:
-        served = serving.reach(params, processor) if needs_teacher(params) else None
-        return Models(student, processor, served)
-    teacher_processor = load_processor(params.teacher, "teacher")
-    check_same_vocabulary(processor, teacher_processor)
-    if not with_teacher:
-        return Models(student, processor, None)
-    model = load_model(params.teacher, "teacher", trained=False, precision=params.precision,
-                       quantization=params.teacher_quantization)  # fmt: skip
-    return Models(student, processor, Teacher(model, teacher_processor))
 
 
 def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
@@ -216,7 +193,7 @@ def training_config(params: Params, output_dir: Path) -> KEPOConfig:
     shared = _shared_arguments(params, output_dir)
     shared["per_device_train_batch_size"] *= params.group_size
     method = {name: getattr(params, name) for name in declared(MethodOptions)}
-    saving = {"save_strategy": "steps" if params.trl["save_steps"] else "no", "save_total_limit": 1}
+    saving = {"save_strategy": "steps" if params.trl["save_steps"] else "no", "save_total_limit": 2}
     # vLLM's log-probabilities are those of the nucleus that it draws from, the trainer's those of all tokens: their
     # quotient would weigh an answer by what top_p cuts off, the less the longer it is.
     vllm = {"vllm_importance_sampling_correction": params.of_trl("top_p") == 1}
@@ -224,6 +201,7 @@ def training_config(params: Params, output_dir: Path) -> KEPOConfig:
     return KEPOConfig(num_generations=params.group_size, **{**vllm, **method, **trl, **shared, **saving})
 
 
+@in_our_words()
 def make_trainer(
     params: Params, run: Run, data: StudyData, models: Models, callbacks: Sequence[TrainerCallback] = ()
 ) -> Trainer | None:
@@ -232,7 +210,7 @@ def make_trainer(
     KEPO with both parts off is TRL's GRPO. The baselines keep no checkpoints: a run of theirs that is resumed trains
     from its start. All ``params.processes`` call this.
 
-    Raises ``RuntimeError`` if other than these train together.
+    Raises `ParamError` for what the trainer refuses, ``RuntimeError`` if other than these processes train together.
     """
     if params.method == "none":
         return None
@@ -300,10 +278,14 @@ def _baseline(
 def train_student(params: Params, run: Run, data: StudyData, models: Models, shown: live.LiveTraining) -> pd.DataFrame:
     """Train ``models.student`` to the end as ``params`` say, here or in ``params.processes`` others (`launch.train`).
 
-    Returns ``diagnosis.training_table``'s rows; none where nothing is trained.
+    Returns ``diagnosis.training_table``'s rows; none where nothing is trained. Raises `ParamError` where a cell that is
+    executed again would train other than the run's record says.
     """
+    if params.method != "none":
+        kernel.begin_training(params, run, data.identity(), models.student)
     if not launch.several(params):
         return train(make_trainer(params, run, data, models, callbacks=[shown]), run)
+    last_checkpoint(run.training_dir)  # here, where it is seen what is said of damaged ones
     models.student.to("cpu")  # they need the GPUs
     torch.cuda.empty_cache()
     launch.train(params, run, shown)
@@ -322,12 +304,12 @@ def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
 
 
 def fit(trainer: Trainer, run: Run) -> None:
-    """Train to the end, from the run's newest checkpoint where it has one; the model goes into the run's folder.
+    """Train to the end, from the run's newest whole checkpoint where it has one; the model goes into the run's folder.
 
     What an earlier process logged behind that checkpoint is forgotten first, as it will come again. Of several
     processes, which all call this, the first alone writes.
     """
-    checkpoint = last_checkpoint(run.training_dir)
+    checkpoint = trainer.last_checkpoint() if isinstance(trainer, ResumableTrainer) else None
     done = trained_steps(checkpoint) if checkpoint else 0
     writes = trainer.is_world_process_zero()
     if writes:
@@ -355,6 +337,7 @@ def evaluate_student(
     In the file ``kept`` they are kept as they come: a run that is resumed answers the others only. The processes of
     an ``accelerator`` share them out.
     """
+    kernel.check_untrained(models.student, kept, len(questions) * params.eval_samples)
     return evaluate(
         models.student,
         models.processor,

@@ -18,7 +18,7 @@ from kepo_core.data.phantom import Facts
 from kepo_core.data.records import LETTERS, Question
 from kepo_core.data.splits import image_key
 from kepo_core.experiment.evaluation import evaluate, length_batches
-from kepo_core.experiment.experiment import Models
+from kepo_core.experiment.pair import Models
 from kepo_core.method.task import with_images
 from kepo_core.params import Params
 from kepo_core.task.dataset import to_dataset

@@ -41,6 +41,8 @@ ATTACHED = "--attached"
 #: … and what it does instead of training; "untrained" or "trained" follows.
 EVALUATE = "--evaluate"
 
+#: Where accelerate reads how many processes there are.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _MIXED = {"fp32": "no", "bf16": "bf16"}
 _PAUSE = 0.5  # seconds between two looks at the workers
@@ -87,6 +89,7 @@ def configuration(params: Params) -> ClusterConfig:
 
 def check(params: Params) -> None:
     """Raise `ParamError` where this machine cannot train as ``params`` say."""
+    _check_alone()
     gpus = torch.cuda.device_count()
     if params.of_trl("use_vllm"):
         _check_vllm(gpus)
@@ -136,6 +139,19 @@ def _check_vllm(gpus: int) -> None:
         raise ParamError(f"use_vllm is True but vllm is {found}, expected {known}: {wanted}")
     if not gpus and "cpu" not in found:
         raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
+
+
+def _check_alone() -> None:
+    """Raise `ParamError` where the environment says that this process is one of several: none of them is `train`'s."""
+    sizes = {name: os.environ.get(name, "") for name in _SIZES}
+    leaked = [name for name, size in sizes.items() if size.isdigit() and int(size) > 1]
+    leaked += [name for name in ("RANK", "LOCAL_RANK") if os.environ.get(name, "-1") != "-1"]
+    if leaked:
+        raise ParamError(
+            f"{leaked[0]} is {os.environ[leaked[0]]} in the environment, as torchrun, mpirun or accelerate set it: "
+            f"training would wait for processes that do not come. Start it without (env -u {' -u '.join(leaked)} "
+            "kepo …), and for several processes set processes: kepo starts them itself"
+        )
 
 
 def train(params: Params, run: Run, shown: LiveTraining) -> None:
@@ -199,7 +215,9 @@ def _watch(command: Sequence[str], processes: int, run: Run, show: Callable[[], 
             time.sleep(_PAUSE)
             show()
         if process.returncode:
-            raise TrainingFailed(last_words(log.read_text(encoding="utf-8", errors="replace")))
+            words = last_words(log.read_text(encoding="utf-8", errors="replace"))
+            refused = "failed: ParamError: " in words or "failed: DataError: " in words
+            raise ParamError(words) if refused else TrainingFailed(words)
         log.unlink()
     finally:
         process.stdin.close()

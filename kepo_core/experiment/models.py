@@ -5,8 +5,9 @@ compute precision (with pure bf16 weights AdamW's steps vanish in rounding); a t
 kept in the compute precision.
 """
 
-import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,16 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
 
+from kepo_core import paths
 from kepo_core.errors import ParamError
-from kepo_core.experiment.processor import ImageOnlyQwenProcessor
+from kepo_core.method.processor import image_only_processor
 
-#: Model types whose own processors need torchvision, though only for videos.
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 #: The shipped weights.
 EMBEDDED_DIR = Path(__file__).parents[1] / "embedded"
 EMBEDDED = {"embedded:student": EMBEDDED_DIR / "student", "embedded:teacher": EMBEDDED_DIR / "teacher"}
@@ -54,12 +52,12 @@ def resolve(name: str, parameter: str) -> str:
         if name not in EMBEDDED:
             raise ParamError(f"{parameter} is {name!r}, expected one of {', '.join(EMBEDDED)}")
         return str(EMBEDDED[name])
-    path = Path(name).expanduser()
+    path = paths.resolve(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ParamError(f"{parameter} is the folder {name!r}, which holds no config.json: not a saved model")
         return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ParamError(f"{parameter} is {name!r}, expected an existing folder or a hub name like owner/model")
     return name
 
@@ -71,39 +69,43 @@ def read_config(name: str, parameter: str = "student") -> Any:
         ParamError: it is broken, of an unknown kind, or cannot be fetched.
     """
     source = resolve(name, parameter)
-    try:
+    with _reading(name, parameter, "config.json"):
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+
+
+@contextmanager
+def _reading(name: str, parameter: str, what: str) -> Iterator[None]:
+    """Whatever libraries raise for a model's files, in our words.
+
+    A broken file of tokenizers raises a bare ``Exception``.
+    """
+    try:
+        yield
+    except (ParamError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ParamError(f"{parameter} is {name!r}, whose config.json cannot be read: {reason}") from error
-
-
-def _torchvision_works() -> bool:
-    try:  # found is not enough: a build for another torch breaks only when imported
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):
-        return False
-    return True
+        raise ParamError(f"{parameter} is {name!r}, whose {what} cannot be read: {reason}") from error
 
 
 def load_processor(name: str, parameter: str = "student") -> Any:
     """The processor of a model, with left padding.
 
-    Without a working torchvision a checkpoint of `QWEN` gets :class:`ImageOnlyQwenProcessor`, put together
-    from the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
+    Without a working torchvision a Qwen checkpoint gets `method.processor.ImageOnlyQwenProcessor`, put together from
+    the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
     """
-    source = resolve(name, parameter)
-    if read_config(name, parameter).model_type in QWEN and not _torchvision_works():
-        processor: Any = ImageOnlyQwenProcessor(
-            Qwen2VLImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-        )
-        processor.chat_template = processor.tokenizer.chat_template
-    else:
-        processor = AutoProcessor.from_pretrained(source)
+    source, kind = resolve(name, parameter), read_config(name, parameter).model_type
+    with _reading(name, parameter, "processor"):
+        processor: Any = image_only_processor(kind, source)
+        if processor is None:
+            processor = AutoProcessor.from_pretrained(source)
     if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
         raise ParamError(f"{parameter} is {name!r}, whose processor takes no images: expected an image-text model")
     if not processor.chat_template:
         raise ParamError(f"{parameter} is {name!r}, which has no chat template: expected an instruction-tuned model")
+    with _reading(name, parameter, "chat template"):
+        question = [{"type": "image"}, {"type": "text", "text": "Where does the finding lie?"}]
+        processor.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
     processor.tokenizer.padding_side = "left"
     return processor
 
@@ -145,26 +147,40 @@ def load_model(
     trained: bool = True,
     precision: str = "fp32",
     quantization: str = "none",
+    only_looked_at: bool = False,
 ) -> PreTrainedModel:
     """The model in evaluation mode on the best device.
 
     ``trained=False`` (a teacher, or what adapters stand on) freezes it and keeps its weights in ``precision``, and
-    those of its linear layers as ``quantization`` says; otherwise they are float32.
+    those of its linear layers as ``quantization`` says; otherwise they are float32. ``only_looked_at``: its weights are
+    checked and not loaded (they are on torch's meta device).
+
+    Raises:
+        ParamError: there are no weights, not all of them, or of another shape.
     """
     dtype = torch.bfloat16 if precision == "bf16" and not trained else torch.float32
     place: dict[str, int | str] | None = None
     if quantization != "none":  # bitsandbytes puts it there at once; untold, on the first GPU in every process
         place = {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
-    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-        resolve(name, parameter),
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        quantization_config=quantization_config(quantization, dtype),
-        device_map=place,
-    )
+    source = resolve(name, parameter)
+    with _reading(name, parameter, "weights"):
+        loaded: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            quantization_config=quantization_config(quantization, dtype),
+            device_map={"": "meta"} if only_looked_at else place,
+            output_loading_info=True,
+        )
+    model, told = loaded
+    if missing := sorted(told["missing_keys"]):  # transformers would draw them at random, and warn
+        raise ParamError(
+            f"{parameter} is {name!r}, whose weights lack {len(missing)} tensors, {missing[0]} for one: expected a "
+            "whole checkpoint"
+        )
     model.requires_grad_(trained)
-    if getattr(model, "is_quantized", False):  # it is in its place, and cannot be moved
+    if only_looked_at or getattr(model, "is_quantized", False):  # it is in its place, and cannot be moved
         return model.eval()
     return model.to(best_device()).eval()  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from kepo_core.errors import ParamError
 from kepo_core.method.task import Prompt, Row, Task, with_images
-from kepo_core.params import resolve
+from kepo_core.params import at_root, resolve
 
 #: What the file must define.
 NEEDED = {
@@ -56,7 +56,7 @@ def read_task(file: str) -> OwnTask:
 
 def new_folder(results: str) -> Path:
     """A folder of its own below ``results``, named by UTC time; nothing is ever overwritten."""
-    parent, stamp = resolve(results), datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    parent, stamp = at_root(results), datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     for number in range(1000):
         folder = parent / f"own-task-{stamp}Z{f'-{number}' if number else ''}"
         try:
@@ -67,6 +67,12 @@ def new_folder(results: str) -> Path:
             raise ParamError(f"results_dir {parent} cannot be written: {error.strerror}") from error
         return folder
     raise ParamError(f"results_dir {parent} holds a thousand folders named own-task-{stamp}Z")
+
+
+def check_untrained(trainer: Any) -> None:
+    """Raise ``ParamError`` where a cell that is executed again would train the trained student once more."""
+    if trainer.state.global_step:
+        raise ParamError("the student has been trained in this kernel already: execute the cells from Models on again")
 
 
 def reward_table(before: Mapping[str, float], after: Mapping[str, float], rows: int) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from kepo_core.data import phantom
-from kepo_core.data.source import cache_dir
+from kepo_core.data.source import in_cache
 from kepo_core.errors import ParamError
 from kepo_core.method.chat_client import PATIENCE, RETRIES, ChatClient, TeacherServerError
 from kepo_core.method.served import Completion, ServedTeacher, chat
@@ -37,30 +37,33 @@ def patience(params: Params) -> int:
 def connect(params: Params, processor: Any, retries: int = RETRIES) -> ServedTeacher:
     """The served teacher that ``params`` name; nothing is asked yet. ``processor`` is the student's."""
     client = ChatClient(params.teacher_url, retries=retries)
-    hints = cache_dir() / "hints"
-    return ServedTeacher(client, params.teacher, processor, top_k=params.teacher_top_k, hints=hints)
+    return ServedTeacher(client, params.teacher, processor, top_k=params.teacher_top_k, hints=in_cache("hints"))
 
 
-def reach(params: Params, processor: Any) -> ServedTeacher:
+def reach(params: Params, processor: Any, student: Any) -> ServedTeacher:
     """`connect`, and ask once what the run is going to ask.
 
     Raises:
         ParamError: the server stays away, refuses, or its tokens are not the student's.
     """
-    teacher = connect(params, processor)
     try:
+        teacher = connect(params, processor)
+        teacher.check_fits(student, processor)
         if params.explore and needs_hint(params.hint_context):
             teacher.try_hint(_hint_prompt(params), 1)
         if params.distill:
             teacher.score([_completion(params, processor)])
-    except TeacherServerError as error:
+    except (TeacherServerError, ValueError) as error:
         raise ParamError(f"teacher_url: {error}") from error
     return teacher
 
 
 def report(params: Params, processor: Any) -> tuple[str, bool]:
     """What a served teacher can do, a line per trial up to the first that fails (``FAIL``), and whether all passed."""
-    teacher = connect(params, processor, retries=2)  # somebody waits
+    try:
+        teacher = connect(params, processor, retries=2)  # somebody waits
+    except TeacherServerError as error:
+        raise ParamError(f"teacher_url: {error}") from error
     lines: list[str] = []
     for name, trial in {"hint": _try_hint, "alignment": _try_alignment, "picture": _try_picture}.items():
         started = time.monotonic()

@@ -49,6 +49,9 @@ class ChatClient:
         retries: how often a request is tried again that failed in a way that may pass: no connection, no answer in
             time, HTTP 408, 409, 429 or 5xx; after a longer pause where the server asks for one (``Retry-After``).
         concurrency: most requests at a time.
+
+    Raises:
+        TeacherServerError: proxies or certificates that the environment names cannot be used.
     """
 
     def __init__(
@@ -57,12 +60,19 @@ class ChatClient:
         self.url = url.rstrip("/")
         self._retries, self._concurrency = retries, concurrency
         self._key = os.environ.get(KEY_VARIABLE, "")
-        self._api = openai.AsyncOpenAI(
-            base_url=self.url,
-            api_key=self._key or "none",  # without one, openai would send $OPENAI_API_KEY, which is another service's
-            timeout=openai.Timeout(timeout, connect=min(timeout, _CONNECT)),
-            max_retries=retries,
-        )
+        try:
+            self._api = openai.AsyncOpenAI(
+                base_url=self.url,
+                api_key=self._key or "none",  # without one, openai would send $OPENAI_API_KEY, another service's
+                timeout=openai.Timeout(timeout, connect=min(timeout, _CONNECT)),
+                max_retries=retries,
+            )
+        except (ImportError, ValueError, OSError) as error:  # of httpx: a SOCKS proxy, a proxy's address, certificates
+            raise TeacherServerError(
+                f"no connection to the teacher at {self.url} can be made as the environment's proxies and certificates "
+                f"say ({self._plain(str(error))}): exempt its host by NO_PROXY, or unset ALL_PROXY, HTTP_PROXY, "
+                "HTTPS_PROXY or SSL_CERT_FILE"
+            ) from error
 
     def ask_all(self, bodies: Sequence[Body], read: Callable[[int, Any], Read]) -> list[Read]:
         """What ``read`` makes of the answer to each body (its place, openai's ``ChatCompletion``), in their order.

@@ -3,24 +3,32 @@
 transformers keeps weights, optimiser, schedule, step and random generators. What it and TRL leave out, and what is
 kept here: the rollouts of a generation window that is not used up, the place inside that window, metrics that are
 not logged yet, and how often the sampler has shuffled. A checkpoint is written beside its place and moved there
-whole, so that whatever is called ``checkpoint-N`` can be resumed from, wherever the process was killed.
+whole, so that whatever is called ``checkpoint-N`` can be resumed from, wherever the process was killed. What a disk
+does to it afterwards is found by the checksums in it; then the one before is taken.
 """
 
+import hashlib
 import shutil
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import GRPOTrainer
 
+from kepo_core.errors import ParamError
+from kepo_core.files import read_json, write_json
 from kepo_core.method.rollouts import forget_rollouts
 
 #: Entries of a buffered batch that are computed again from the others.
 _DERIVED = ("kepo_targets",)
 _PARTIAL = ".partial"
+#: The file of a checkpoint that holds the SHA-256 of all others, by their paths in it.
+_CHECKSUMS = "checksums.json"
 
 
 class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
@@ -34,14 +42,27 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
     #: Sums since the last optimiser step, by mode.
     _window: dict[str, list[float]]
     _resumed_from: str | None = None
+    _verified: str | None = None
+
+    def last_checkpoint(self) -> str | None:
+        """`last_checkpoint` of ``output_dir``; all processes ask, and the first looks."""
+        found = [last_checkpoint(Path(self.args.output_dir)) if self.accelerator.is_main_process else None]
+        self._verified = broadcast_object_list(found)[0]
+        return self._verified
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers; ``True`` takes the newest checkpoint of ``output_dir``, or starts where there is none.
 
         Rollouts that an earlier training left of steps that are trained now are removed.
+
+        Raises:
+            ValueError: the checkpoint is damaged; the sentence names the file. ``True`` takes the one before it.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = self.last_checkpoint()
+        unseen = resume_from_checkpoint and str(resume_from_checkpoint) != self._verified
+        if unseen and (reason := damage(Path(str(resume_from_checkpoint)))):
+            raise ValueError(f"{resume_from_checkpoint} is damaged: {reason}; resume from an earlier checkpoint")
         self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.log_rollouts and self.accelerator.is_main_process:
             forget_rollouts(self.args.output_dir, trained_steps(self._resumed_from) if self._resumed_from else 0)
@@ -76,6 +97,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         torch.save(self._loop_state(), partial / name / f"loop_{self.accelerator.process_index}.pt")
         self.accelerator.wait_for_everyone()
         if main:
+            write_json(partial / name / _CHECKSUMS, _checksums(partial / name))
             shutil.rmtree(folder / name, ignore_errors=True)
             (partial / name).rename(folder / name)
             if (card := partial / "README.md").is_file():  # TRL's model card
@@ -131,8 +153,47 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in ``folder``; None where there is none."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The newest whole checkpoint in ``folder``; None where there is none.
+
+    Damaged ones that are newer are renamed, so that the next ones do not push out whole ones, and named on standard
+    error. Raises ``ValueError`` for a checkpoint of another trainer.
+    """
+    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
+        path = Path(newest)
+        if not (reason := damage(path)):
+            return str(newest)
+        aside = path.with_name(path.name.replace("checkpoint", "damaged"))
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        before = get_last_checkpoint(str(folder))
+        instead = f"goes on from {Path(before).name}" if before else "starts anew, as there is no other"
+        print(f"kepo: {path} is damaged ({reason}): it is called {aside.name} now, and training {instead}",
+              file=sys.stderr, flush=True)  # fmt: skip
+    return None
+
+
+def damage(checkpoint: Path) -> str:
+    """What of a checkpoint is not as it was written, in words; "" where all of it is.
+
+    Raises ``ValueError`` for one of another trainer.
+    """
+    if not (checkpoint / _CHECKSUMS).is_file():
+        raise ValueError(f"{checkpoint / _CHECKSUMS} does not exist, expected a checkpoint of this trainer")
+    try:
+        written = read_json(checkpoint / _CHECKSUMS)
+        found = _checksums(checkpoint)
+    except (ParamError, OSError) as error:
+        return str(error)
+    changed = [name for name, digest in written.items() if found.get(name) != digest]
+    return f"{changed[0]} is {'not as it was written' if changed[0] in found else 'missing'}" if changed else ""
+
+
+def _checksums(checkpoint: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != _CHECKSUMS):
+        with path.open("rb") as file:
+            sums[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def trained_steps(checkpoint: str) -> int:

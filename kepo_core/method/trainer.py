@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from transformers import AutoConfig
 from trl.trainer.utils import get_config_model_id
 
 from kepo_core.method import hinted, objective
@@ -22,6 +23,7 @@ from kepo_core.method.checks import check_arguments, check_parts, first_row
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
+from kepo_core.method.processor import image_only_processor
 from kepo_core.method.recording import Generation, record
 from kepo_core.method.rounding import RoundingWatch
 from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward
@@ -116,6 +118,8 @@ class KEPOTrainer(ScoringTrainer):
         if reward_funcs is not None:
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [checked_reward(reward) for reward in given]
+        if kwargs.get("processing_class") is None:
+            kwargs["processing_class"] = _processor_of(model, args)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         if self.use_vllm:
             self.vllm_generation: Any = CheckedVLLM(self.vllm_generation, self.processing_class)
@@ -312,6 +316,18 @@ class KEPOTrainer(ScoringTrainer):
             output["advantages"] = advantages_BT
         means = objective.sequence_mean(hinted_logps - plain_logps, mask_y).tolist()
         return dict(zip(now.injected, means, strict=False))
+
+
+def _processor_of(model: Any, args: KEPOConfig) -> Any:
+    """The model's processor where GRPOTrainer, which asks ``AutoProcessor``, would find a bare tokenizer; else None."""
+    where = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "revision"}
+    if isinstance(model, str):
+        try:
+            kind = AutoConfig.from_pretrained(model, **where).model_type
+        except (OSError, ValueError):  # of an adapter alone, for example: GRPOTrainer knows what to do, or to say
+            return None
+        return image_only_processor(kind, model, **where)
+    return image_only_processor(model.config.model_type, get_config_model_id(model.config))
 
 
 def _default_config(model: Any, teacher: Any, task: Task | None) -> KEPOConfig:

@@ -14,8 +14,9 @@ from kepo_core.analysis.statistics import AVG, accuracy_table, compare, format_t
 from kepo_core.data.items import read_images
 from kepo_core.data.records import Answer
 from kepo_core.errors import ParamError
-from kepo_core.params import PLACES, Params, from_root, resolve
+from kepo_core.params import PLACES, Params, at_root, from_root, resolve
 from kepo_core.params_io import tagged_cell
+from kepo_core.paths import shown
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
 from kepo_core.runs.summary import Summary, summarize
@@ -47,8 +48,9 @@ def find(name: str, results: Path) -> Path:
     there = {path.name: path for path in folders(results) if is_run_folder(path)}
     if name in there:
         return there[name]
-    if "/" in name and resolve(name).is_dir():
-        return resolve(name)
+    path = resolve(name)
+    if path.is_dir() and ("/" in name or is_run_folder(path)):
+        return path
     unnumbered = {folder: re.sub(r"(?<=-[0-9a-f]{8})-\d+$", "", folder) for folder in there}
     fitting = [f for f in there if name and (f.startswith(name) or f.endswith(name) or unnumbered[f].endswith(name))]
     if len(fitting) == 1:
@@ -58,7 +60,7 @@ def find(name: str, results: Path) -> Path:
         raise ParamError(f"{name} is the beginning or end of several runs: {', '.join(fitting[-5:])}{more}; say which")
     near = difflib.get_close_matches(name, there, n=3, cutoff=0.3) or list(there)[-3:]
     like = f", such as {', '.join(near)}" if near else ", which holds none"
-    where = f"{from_root(results)}{like}, its beginning or end"
+    where = f"{shown(results)}{like}, its beginning or end"
     raise ParamError(f"no run is called {name!r}, expected a folder of {where}")
 
 
@@ -99,9 +101,7 @@ def as_row(run: Summary) -> dict[str, Any]:
 
 
 def as_text(runs: Sequence[Summary]) -> str:
-    """`overview` as a table, accuracies in per cent; under it, why runs failed or cannot be read."""
-    if not runs:
-        return "no runs"
+    """`overview`, of one run at least, as a table with accuracies in per cent; under it, why runs failed."""
     width = max(len(run.name) for run in runs)
     columns = {
         "run": [run.name.ljust(width) for run in runs],
@@ -170,15 +170,17 @@ def next_step(run: Run) -> str:
         return f"wait: {run.worker} is at work"
     if run.status["owner"] == "notebook":
         return "start it again: a run that a notebook made by itself is not resumed"
+    if not run.can_be_resumed:
+        return "start it again with what fits: what it was given was refused"
     first = "put params.yaml back, which was edited since it began; then " if run.is_edited else ""
-    return f"{first}kepo resume {shlex.quote(from_root(run.path))}"
+    return f"{first}kepo resume {shlex.quote(shown(run.path))}"
 
 
 def repeat(run: Run) -> str:
     """The command that makes such a run again."""
     notebook = run.provenance.get("notebook", "NOTEBOOK")
     try:
-        cell = tagged_cell(resolve(notebook)) if resolve(notebook).is_file() else {}
+        cell = tagged_cell(at_root(notebook)) if at_root(notebook).is_file() else {}
     except ParamError as error:
         return f"no command, as {error}"
     return shlex.join(["kepo", "run", notebook, *run.params.to_arguments(cell)])

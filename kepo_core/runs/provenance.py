@@ -41,12 +41,15 @@ def collect(params: Params) -> dict[str, Any]:
 
 
 def code(root: Path) -> dict[str, str]:
-    """The commit, and a hash of what differs from it (tracked changes and new files); empty where there is none."""
-    commit = _git(root, "rev-parse", "HEAD").decode().strip()
-    if not commit:
-        return {"commit": "", "uncommitted": "", "note": "the code did not run from a git checkout"}
-    digest = hashlib.sha256(changes := _git(root, "diff", "HEAD", "--binary"))
-    new_files = _git(root, "ls-files", "--others", "--exclude-standard", "-z").split(b"\0")[:-1]
+    """The commit, and a hash of what differs from it (tracked changes, new files); "" and a note where git fails."""
+    commit = ""
+    try:
+        commit = _git(root, "rev-parse", "HEAD").decode().strip()
+        changes = _git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv")
+        new_files = _git(root, "ls-files", "--others", "--exclude-standard", "-z").split(b"\0")[:-1]
+    except GitError as reason:
+        return {"commit": commit, "uncommitted": "", "note": str(reason)}
+    digest = hashlib.sha256(changes)
     for name in sorted(new_files):
         file = root / os.fsdecode(name)
         digest.update(b"\0" + name + b"\0" + (file.read_bytes() if file.is_file() else b""))
@@ -100,9 +103,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+class GitError(RuntimeError):
+    """Git says nothing of the code; the sentence is why, without the machine's paths."""
+
+
 def _git(root: Path, *args: str) -> bytes:
-    """Git's output, empty where git or the repository is missing."""
+    """Git's output, also in a folder of another owner (a container, a shared disk): its code runs here anyway.
+
+    Raises `GitError` where git or the repository is missing, or git refuses.
+    """
+    git = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false"]
     try:
-        return subprocess.run(["git", *args], cwd=root, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return b""
+        return subprocess.run([*git, *args], cwd=root, capture_output=True, check=True,
+                              env={**os.environ, "LC_ALL": "C"}).stdout  # fmt: skip
+    except OSError as error:
+        raise GitError(f"git cannot be run, so that the code's commit is not known ({error.strerror})") from error
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"])[0]
+        if "not a git repository" in said:
+            raise GitError("the code did not run from a git checkout") from error
+        raise GitError(f"git does not tell what code ran: {said.replace(str(root), '.')}") from error

@@ -27,16 +27,18 @@ from typing import Any, Literal, Self, get_args
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from kepo_core.errors import ParamError
+from kepo_core.errors import DataError, ParamError
 from kepo_core.files import in_place_of, read_json, write_atomically, write_json
 from kepo_core.method.rollouts import collect_rollouts
-from kepo_core.params import PLACES, Params, project_root
+from kepo_core.params import PLACES, Params, at_root
 from kepo_core.params_io import read_yaml, short_hash
 from kepo_core.runs import provenance
 
 Owner = Literal["kepo run", "notebook"]
 State = Literal["running", "completed", "failed", "interrupted"]
 
+#: Errors whose sentence says that what a run was given does not fit.
+INPUT_ERRORS = (ParamError.__name__, DataError.__name__)
 #: The file in a run's folder that its process has locked.
 _LOCK = ".lock"
 
@@ -100,7 +102,7 @@ class Run:
     @classmethod
     def open(cls, path: str | Path) -> Self:
         """An existing folder, for reading. Raises `ParamError` if it is not one of a run."""
-        path = project_root() / path
+        path = at_root(path)
         if not (path / "status.json").is_file():
             raise ParamError(f"run_dir {path} is no run folder: it has no status.json")
         return cls(path, Params.of_run(path / "params.yaml"))
@@ -145,7 +147,7 @@ class Run:
 
         Call it after data and models are loaded and checked, so that a bad path leaves no folder behind.
         """
-        if not params.run_dir or not (project_root() / params.run_dir).exists():
+        if not params.run_dir or not at_root(params.run_dir).exists():
             run = cls.allocate(params, method=method)
             _mark_failing_cells(run)
         else:
@@ -216,6 +218,17 @@ class Run:
         return f"process {self.status['pid']}"
 
     @property
+    def can_be_resumed(self) -> bool:
+        """Whether `kepo resume` may complete it.
+
+        Not where the parameters or data that it began with were refused: they stay as they are. What a run that was
+        resumed once was refused for has changed since, outside of it, and can be mended.
+        """
+        status = self.status
+        refused = str(status.get("error", "")).startswith(tuple(f"{name}: " for name in INPUT_ERRORS))
+        return status["state"] != "completed" and status["owner"] == "kepo run" and ("resumed" in status or not refused)
+
+    @property
     def minutes(self) -> float:
         """From start to end, or until now, by the clock and with all pauses."""
         status = self.status
@@ -271,7 +284,7 @@ class Run:
         first_line = error.strip().partition("\n")[0]
         self._write_status(state, **kept, **ended, **({"error": first_line} if first_line else {}))
         if state == "completed":
-            checkpoints = self.training_dir.glob("checkpoint-*")
+            checkpoints = [*self.training_dir.glob("checkpoint-*"), *self.training_dir.glob("damaged-*")]
             for folder in (*checkpoints, self.training_dir / ".partial", self.evaluation_dir):
                 shutil.rmtree(folder, ignore_errors=True)
         self.release()
@@ -292,7 +305,7 @@ class Run:
 def _make_new(params: Params, method: str, started: time.struct_time) -> Path:
     """A folder that did not exist before: ``run_dir``, or a named one; a second of the same second gets a suffix."""
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', started)}-{method}-{params.hash}"
-    first = project_root() / (params.run_dir or f"{params.results_dir}/{name}")
+    first = at_root(params.run_dir or f"{params.results_dir}/{name}")
     numbered = (first.with_name(f"{name}-{number}") for number in range(2, 1000) if not params.run_dir)
     try:
         first.parent.mkdir(parents=True, exist_ok=True)
@@ -331,7 +344,8 @@ def _mark_failing_cells(run: Run) -> None:
         return
 
     def after_cell(result: Any) -> None:
-        if error := result.error_before_exec or result.error_in_exec:
+        error = result.error_before_exec or result.error_in_exec
+        if error and run.status["state"] != "completed":  # as by a scratch cell below the last one
             run.fail(error)
 
     register: Callable[[str, Callable[[Any], None]], None] = shell.events.register

@@ -10,7 +10,7 @@ import pandas as pd
 from kepo_core.analysis.answers import from_table
 from kepo_core.data.records import Answer
 from kepo_core.errors import ParamError
-from kepo_core.params import Params, project_root
+from kepo_core.params import Params, at_root
 from kepo_core.runs import provenance
 from kepo_core.runs.run import Run
 
@@ -60,7 +60,7 @@ def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run 
     A run that stopped before it read its data has not recorded any, and goes with all. Folders that cannot be read
     (deleted at this moment, for example) are skipped; `kepo runs list` shows them.
     """
-    for path in sorted((project_root() / params.results_dir).glob(f"*-{params.hash}*"), reverse=True):
+    for path in sorted(at_root(params.results_dir).glob(f"*-{params.hash}*"), reverse=True):
         try:
             run = Run.open(path)
             found = run.provenance

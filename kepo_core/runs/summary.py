@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kepo_core.errors import ParamError
-from kepo_core.params import PLACES, Params, from_root
+from kepo_core.params import PLACES, Params
 from kepo_core.params_io import parse_yaml
+from kepo_core.paths import shown
 from kepo_core.runs.run import Run
 
 
@@ -133,7 +134,7 @@ def _default_lines() -> frozenset[str]:
 
 
 def _gone(folder: Path, status: Mapping[str, Any]) -> str:
-    resume = f": `kepo resume {from_root(folder)}` resumes it" if status["owner"] == "kepo run" else ""
+    resume = f": `kepo resume {shown(folder)}` resumes it" if status["owner"] == "kepo run" else ""
     return f"its process is gone{resume}"
 
 

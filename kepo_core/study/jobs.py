@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from filelock import FileLock, Timeout
 
 from kepo_core.errors import ParamError
-from kepo_core.params import Params, project_root
+from kepo_core.params import Params, at_root, project_root
 from kepo_core.params_io import tagged_cell
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
@@ -32,7 +32,7 @@ State = Literal["waiting", "reused", "running", "completed", "failed", "elsewher
 
 def jobs_dir(results_dir: str) -> Path:
     """Where the locks and logs of a results folder's runs lie."""
-    return project_root() / results_dir / ".jobs"
+    return at_root(results_dir) / ".jobs"
 
 
 class Handle(Protocol):

@@ -31,7 +31,9 @@ def write_study_report(file: str) -> Path:
     study.folder.mkdir(parents=True, exist_ok=True)
     notebook = study.folder / "notebook.ipynb"
     try:
-        execution.execute(project_root() / NOTEBOOK, notebook, {"study": from_root(resolve(file)), "make_runs": False})
+        given = {"study": from_root(resolve(file)), "make_runs": False}
+        # Here, as it reads the file once more, which may name others from where it is read.
+        execution.execute(project_root() / NOTEBOOK, notebook, given, Path.cwd())
     except PapermillExecutionError as error:
         raise ParamError(f"{NOTEBOOK} stopped: {error.ename}: {error.evalue}; see {from_root(notebook)}") from error
     page = study.folder / "report.html"

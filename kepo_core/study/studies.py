@@ -23,7 +23,7 @@ from kepo_core.analysis.arms import comparison_table, results_table
 from kepo_core.analysis.claims import Key, Outcome, Outcomes, claims_table
 from kepo_core.errors import ParamError
 from kepo_core.experiment.methods import KEPO, method
-from kepo_core.params import Params, checked, project_root, resolve
+from kepo_core.params import Params, at_root, checked, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
@@ -53,7 +53,7 @@ class Study:
     @property
     def folder(self) -> Path:
         """Where its figures and its page go."""
-        return project_root() / self.base.results_dir / "studies" / self.name
+        return at_root(self.base.results_dir) / "studies" / self.name
 
     @property
     def processes(self) -> int:

@@ -16,8 +16,9 @@ from kepo_core.data.records import Answer, Question
 from kepo_core.data.splits import image_key, split_by_image
 from kepo_core.experiment import experiment
 from kepo_core.experiment.evaluation import evaluate
-from kepo_core.experiment.experiment import Models, StudyData
+from kepo_core.experiment.experiment import StudyData
 from kepo_core.experiment.models import load_model
+from kepo_core.experiment.pair import Models
 from kepo_core.method.task import with_images
 from kepo_core.params import Params
 from kepo_core.task.dataset import to_dataset

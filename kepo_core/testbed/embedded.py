@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from kepo_core.data import phantom, records
 from kepo_core.data.records import MODALITIES
-from kepo_core.experiment.processor import ImageOnlyQwenProcessor
+from kepo_core.method.processor import ImageOnlyQwenProcessor
 from kepo_core.task import prompts
 
 #: The letters that the models know: no question of PhantomVQA has more options.

@@ -17,7 +17,7 @@ from torch import Tensor
 from kepo_core.data import phantom
 from kepo_core.data.phantom import Asked, Facts
 from kepo_core.data.records import MODALITIES
-from kepo_core.experiment.processor import ImageOnlyQwenProcessor
+from kepo_core.method.processor import ImageOnlyQwenProcessor
 from kepo_core.task import prompts
 from kepo_core.testbed.embedded import LETTERS
 

@@ -22,7 +22,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from kepo_core.data import phantom
 from kepo_core.experiment.models import best_device
-from kepo_core.experiment.processor import ImageOnlyQwenProcessor
+from kepo_core.method.processor import ImageOnlyQwenProcessor
 from kepo_core.testbed.embedded import build_model, build_processor
 from kepo_core.testbed.lessons import (
     NO_HABITS,

@@ -165,7 +165,7 @@ def test_what_several_processes_trained_is_evaluated_as_it_was_saved(
 
     monkeypatch.setattr(experiment.launch, "train", train)
     (run.path / "metrics.jsonl").write_text("")
-    experiment.train_student(params, run, None, models, None)
+    experiment.train_student(params, run, SimpleNamespace(identity=dict), models, None)
     saved = load_file(run.path / "model" / "model.safetensors")
     evaluated = models.student.state_dict()
     assert saved and all(torch.equal(evaluated[name], value) for name, value in saved.items())

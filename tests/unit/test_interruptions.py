@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,6 +116,27 @@ def test_a_full_disk_fails_one_run_and_harms_no_other(
     assert not list(folder.rglob("*.partial")) and earlier.state == "completed" and digests(earlier.path) == before
 
 
+@pytest.mark.parametrize("place", ["a-folder-of-the-cluster/" * 6, "jürgen-größe/" * 4, "no /tmp either/" * 8])
+def test_a_temporary_folder_whose_path_is_too_long_for_a_socket(
+    results: Path,
+    notebook: Callable[[str], Path],
+    kepo: Kepo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """A socket's path has 107 bytes; where there is no short folder at all, TCP does."""
+    (long := tmp_path / place).mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setenv("TMPDIR", str(long))
+    if place.startswith("no /tmp"):
+        make = tempfile.mkdtemp
+        monkeypatch.setattr(tempfile, "mkdtemp", lambda suffix, prefix, folder: make(suffix, prefix, folder and long))
+    code, said = kepo("run", notebook(""), "-p", "results_dir", results)
+    assert (code, "completed, " in said, "Traceback" in said) == (0, True, False)
+    assert not any(long.glob("kepo-*")), "nothing is left behind"
+
+
 @pytest.mark.parametrize("full", ["report.html", "status.json", "rollouts.parquet"])
 def test_a_disk_that_is_full_at_the_very_end(
     results: Path, notebook: Callable[[str], Path], kepo: Kepo, monkeypatch: pytest.MonkeyPatch, full: str
@@ -200,6 +222,21 @@ def test_parameters_edited_in_the_folder_are_refused_and_those_elsewhere_do_not_
     executes(monkeypatch, work)
     assert kepo("resume", folder)[0] == 0
     assert (seen[0].tau, seen[0].seed) == (0.5, 0)
+
+
+@pytest.mark.parametrize("error", ["ParamError", "DataError"])
+def test_a_run_that_cannot_succeed_is_not_offered_to_be_resumed(
+    results: Path, notebook: Callable[[str], Path], kepo: Kepo, error: str
+) -> None:
+    """But one that was resumed is: what has changed since lies outside of it."""
+    work = f"from kepo_core.errors import {error}\n(run.path / 'metrics.jsonl').touch()\nraise {error}('no such data')"
+    code, said = kepo("run", notebook(work), "-p", "results_dir", results)
+    (folder,) = results.glob("2*")
+    assert code == 1 and "no such data" in said and "kepo resume" not in said
+    shown = kepo("runs", "show", folder.name, "--results", results)[1]
+    assert "start it again with what fits" in shown and "kepo resume" not in shown
+    assert f"`kepo resume {folder}` resumes it" in kepo("resume", folder)[1]
+    assert f"kepo resume {folder}" in kepo("runs", "show", folder.name, "--results", results)[1]
 
 
 def test_of_two_that_go_on_with_one_run_at_once_one_does(

@@ -216,6 +216,13 @@ def test_the_first_that_fails_says_why(run: Run, monkeypatch: pytest.MonkeyPatch
     assert (run.training_dir / "processes.log").is_file()  # the whole of what they said
 
 
+@pytest.mark.parametrize("error", ["ParamError", "DataError"])
+def test_what_a_worker_refuses_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    works(monkeypatch, f"import sys; print('kepo: process 1 failed: {error}: no such picture'); sys.exit(1)")
+    with pytest.raises(ParamError, match=f"^process 1 failed: {error}: no such picture$"):
+        launch.train(run.params, run, Shown())
+
+
 #: A worker that says its number and then does nothing; and one whose starter is killed.
 IDLE = """
 import os, time

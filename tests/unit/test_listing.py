@@ -122,6 +122,9 @@ def test_the_newest_comes_first_and_runs_without_arguments_lists(
             "failed", owner="kepo run", pid=1, started=f"{started}T00:00:00Z"
         )
     assert [found.seed for found in listing.overview(tmp_path / "results")] == [1, 0, 2]
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/phantom.yaml").touch()  # a project
     monkeypatch.chdir(tmp_path)
     assert main(["runs"]) == 0 and capsys.readouterr().out.count("failed") == 3
 

@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from text_harness import make_trainer
+from transformers import TrainerState
 
 from kepo_core.errors import ParamError
 from kepo_core.experiment import own_task
@@ -69,3 +71,9 @@ def test_the_first_hint_shows_what_is_asked(tmp_path: Path) -> None:
     assert own_task.first_hint(trainer, 8, 0)[1] == [None]
     assert own_task.text_of([{"content": [{"type": "image"}, {"type": "text", "text": "x"}]}]) == "[picture]\nx"
     assert (project_root() / "examples").is_dir()
+
+
+def test_the_training_cell_executed_twice_is_refused() -> None:
+    own_task.check_untrained(SimpleNamespace(state=TrainerState()))
+    with pytest.raises(ParamError, match="trained in this kernel already"):
+        own_task.check_untrained(SimpleNamespace(state=TrainerState(global_step=1)))

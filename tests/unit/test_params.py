@@ -310,7 +310,37 @@ def test_a_notebook_with_parameters_of_its_own_refuses_others():
     with pytest.raises(ParamError, match=r"slotz in the notebook is not a parameter; the nearest is slots$"):
         check_names({"In": [*cells, "slotz = 3"]})
     with pytest.raises(ParamError, match=r"zzz in the notebook is not a parameter; expected one of rows, slots$"):
-        check_names({"In": [*cells, "zzz = 3"]})
+        check_names({"In": [*cells, "# Parameters\nzzz = 3"]})
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_scratch_cell_is_the_users_own_business(place):
+    """Above the parameters cell, before it is read and after."""
+    cells = ["", "tau = 0\nseed = 1", "print(tau)"]
+    scratch = "k = 3\nrows = [1, 2]\nsize = 2 * 8"
+    values = {"k": 3, "rows": [1, 2], "size": 16}
+    cells.insert(place, scratch)
+    params = Params.from_notebook({"In": cells, "tau": 0, "seed": 1, **values})
+    assert (params.tau, params.seed, dict(params.trl)) == (0.0, 1, dict(Params().trl))
+    cells = ["", "rows = 'all'\nslots = 0\nstudy = 1\nmake_runs = True", "print(rows)"]
+    cells.insert(place, "k = 3\nj = 4")
+    check_names({"In": cells})
+
+
+@pytest.mark.parametrize("source", ["sed = 1", "lerning_rate = 1e-4", "temperatur = 0.5", "epoch = 3"])
+def test_a_parameter_that_is_misspelt_in_a_cell_of_its_own_is_named(source):
+    name, value = source.split(" = ")
+    with pytest.raises(ParamError, match=f"^{name} in the notebook is not a parameter; the nearest is "):
+        Params.from_notebook({"In": ["", "tau = 0", source], "tau": 0, name: float(value)})
+
+
+def test_a_misspelling_is_forgiven_once_its_cell_was_mended_and_executed_again():
+    cells, values = ["", "tau = 0\nsed = 1", "tau = 0\nseed = 1"], {"tau": 0, "sed": 1, "seed": 1}
+    assert Params.from_notebook({"In": cells, **values}).seed == 1
+    with pytest.raises(ParamError, match="sed in the notebook"):  # papermill's cell mends nothing
+        Params.from_notebook({"In": [*cells[:2], "# Parameters\ntau = 0\nseed = 1"], **values})
+    with pytest.raises(ParamError, match="sed in the notebook"):
+        Params.from_notebook({"In": [*cells[:2], "seed = 1"], **values})
 
 
 # -- places

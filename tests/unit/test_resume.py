@@ -1,6 +1,7 @@
 """Stopped and resumed is the same as never stopped: weights, metrics and rollouts, to the bit."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,8 +115,9 @@ def test_resumed_at_any_step_is_never_stopped(tmp_path: Path, world: str, steps:
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
     make(tmp_path, max_steps=1).train()
-    (tmp_path / "checkpoint-1" / "loop_0.pt").unlink()
-    with pytest.raises(ValueError, match=r"loop_0\.pt does not exist, expected a checkpoint of this trainer"):
+    for name in ("loop_0.pt", "checksums.json"):
+        (tmp_path / "checkpoint-1" / name).unlink()
+    with pytest.raises(ValueError, match=r"checksums\.json does not exist, expected a checkpoint of this trainer"):
         make(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
 
 
@@ -123,6 +125,73 @@ def test_resume_true_without_a_checkpoint_starts(tmp_path: Path) -> None:
     trainer = make(tmp_path / "new", max_steps=1)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 1 and last_checkpoint(tmp_path / "nowhere") is None
+
+
+# Damaged ----------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "said"),
+    [
+        ("optimizer.pt", truncate, "optimizer.pt is not as it was written"),
+        ("model.safetensors", flip, "model.safetensors is not as it was written"),
+        ("loop_0.pt", Path.unlink, "loop_0.pt is missing"),
+        ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json is not as it was written"),
+        ("checksums.json", truncate, "checksums.json cannot be read"),
+    ],
+)
+def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_user_told(
+    trained: tuple[Path, KEPOTrainer],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    harm: Any,
+    said: str,
+) -> None:
+    folder, whole = trained
+    shutil.copytree(folder, tmp_path / "run")
+    harm(tmp_path / "run/checkpoint-2" / name)
+    with pytest.raises(ValueError, match=f"checkpoint-2 is damaged: .*{said}.*; resume from an earlier checkpoint"):
+        make(tmp_path / "run", max_steps=3).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    resumed = make(tmp_path / "run", max_steps=3, save_total_limit=2)
+    resumed.train(resume_from_checkpoint=True)
+    told = capsys.readouterr().err
+    assert said in told and "it is called damaged-2 now, and training goes on from checkpoint-1" in told
+    assert_equal(resumed, whole)
+    assert {path.name for path in (tmp_path / "run").glob("*-*")} == {"damaged-2", "checkpoint-2", "checkpoint-3"}
+
+
+def test_where_no_checkpoint_is_whole_training_starts_anew(
+    trained: tuple[Path, KEPOTrainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, whole = trained
+    shutil.copytree(folder, tmp_path / "run")
+    for step in (1, 2):
+        truncate(tmp_path / f"run/checkpoint-{step}/scheduler.pt")
+    resumed = make(tmp_path / "run", max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert "training starts anew, as there is no other" in capsys.readouterr().err
+    assert_equal(resumed, whole)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, KEPOTrainer]:
+    """A folder with the checkpoints of two steps, and a trainer that has taken a third."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = make(folder, max_steps=3)
+    trainer.train()
+    shutil.rmtree(folder / "checkpoint-3")
+    return folder, trainer
 
 
 # Killed from outside ----------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 import fcntl
 import json
 import math
+import os
 import re
+import subprocess
 import time
 import types
 
@@ -154,6 +156,40 @@ def test_tables_and_data_have_their_places(params):
     found = read_json(run.path / "provenance.json")
     assert found["data"]["train"]["questions"] == 600
     assert found["params_hash"] == params.hash, "what was known before stays"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository with one commit."""
+    (tmp_path / "code.py").write_text("1\n")
+    for command in ("init -q", "add .", "-c user.name=n -c user.email=e commit -qm first"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a folder can be given to another owner by root alone")
+def test_a_checkout_of_another_owner_is_one(checkout, monkeypatch):
+    monkeypatch.delenv("SUDO_UID", raising=False)
+    for path in (checkout, *checkout.rglob("*")):
+        os.chown(path, 65534, 65534)
+    refused = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    found = provenance.code(checkout)
+    assert len(found["commit"]) == 40 and found["uncommitted"] == "" and "note" not in found
+
+
+def test_where_git_says_nothing_the_record_says_why(checkout, tmp_path_factory, monkeypatch):
+    (checkout / ".git/index").write_bytes(b"no index")
+    found = provenance.code(checkout)
+    assert len(found["commit"]) == 40 and "git does not tell what code ran: " in found["note"], "it is not clean"
+    bare = tmp_path_factory.mktemp("bare")
+    assert provenance.code(bare)["note"] == "the code did not run from a git checkout"
+    subprocess.run(["git", "init", "-q"], cwd=bare, check=True)
+    assert "git does not tell what code ran: fatal: " in provenance.code(bare)["note"], "there is no commit"
+    (bare / ".git/config").write_text("[core\n")
+    assert str(bare) not in provenance.code(bare)["note"] and "bad config" in provenance.code(bare)["note"]
+    monkeypatch.setenv("PATH", str(bare))
+    assert provenance.code(bare)["note"].startswith("git cannot be run, so that the code's commit is not known (No ")
 
 
 # -- how a run ends

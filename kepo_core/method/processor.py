@@ -6,13 +6,16 @@ image is one placeholder token per merged patch), with the PIL backend. It is no
 ``AutoProcessor`` (which would return a bare tokenizer without a word): load it by its own class.
 """
 
+import importlib
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
+#: Model types whose own processors need torchvision, though only for videos.
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 
 
@@ -34,3 +37,26 @@ class ImageOnlyQwenProcessor(Qwen3VLProcessor):
         self.vision_start_token_id = tokenizer.convert_tokens_to_ids(VISION_START)
         self.vision_end_token_id = tokenizer.convert_tokens_to_ids(VISION_END)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def image_only_processor(kind: str, source: str, **where: Any) -> ImageOnlyQwenProcessor | None:
+    """The processor of a checkpoint that ``AutoProcessor`` cannot read, as torchvision does not work; else None.
+
+    Args:
+        kind: the checkpoint's ``model_type``.
+        source: its folder or hub name.
+        **where: as for ``from_pretrained``, like ``revision``.
+    """
+    if kind not in QWEN or _torchvision_works():
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", truncation_side="left", **where)
+    pictures = Qwen2VLImageProcessorPil.from_pretrained(source, **where)
+    return ImageOnlyQwenProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def _torchvision_works() -> bool:
+    try:  # found is not enough: a build for another torch breaks only when imported
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):
+        return False
+    return True

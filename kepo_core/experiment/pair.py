@@ -1,0 +1,69 @@
+"""Student and teacher together: loaded, and found to fit, before either is asked anything."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kepo_core.errors import ParamError
+from kepo_core.experiment import serving
+from kepo_core.experiment.methods import needs_teacher
+from kepo_core.experiment.models import check_quantizes, check_same_vocabulary, load_model, load_processor
+from kepo_core.method.forward import check_plain_head
+from kepo_core.method.served import ServedTeacher
+from kepo_core.method.teacher import Teacher
+from kepo_core.params import Params
+
+
+@dataclass(frozen=True)
+class Models:
+    """π_θ, its processor, and π_T where the method needs one."""
+
+    student: PreTrainedModel
+    processor: Any
+    teacher: Teacher | ServedTeacher | None
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """What TRL, transformers or the method refuse a parameter's value with, as a `ParamError`."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
+        raise ParamError(" ".join(str(error).split())) from error
+
+
+def load_models(params: Params, *, with_teacher: bool = True) -> Models:
+    """Load and check what ``params`` name; the teacher, loaded or served, only where it has something to do.
+
+    Under LoRA the student's own weights are only read, so they are kept in the compute precision.
+    ``with_teacher=False``: it is checked, but not loaded.
+    """
+    loads = needs_teacher(params) and not params.teacher_url
+    if loads:
+        check_quantizes(params.teacher_quantization)
+    processor = load_processor(params.student, "student")
+    student = load_model(params.student, "student", trained=not params.lora_rank, precision=params.precision)
+    if params.method == "gkd" or (params.method == "kepo" and params.distill):
+        with in_our_words():
+            check_plain_head(student, "student")
+    if not loads:
+        served = serving.reach(params, processor, student) if needs_teacher(params) else None
+        return Models(student, processor, served)
+    teacher_processor = load_processor(params.teacher, "teacher")
+    check_same_vocabulary(processor, teacher_processor)
+    model = load_model(params.teacher, "teacher", trained=False, precision=params.precision,
+                       quantization=params.teacher_quantization if with_teacher else "none",
+                       only_looked_at=not with_teacher)  # fmt: skip
+    with in_our_words():
+        teacher = Teacher(model, teacher_processor)
+        teacher.check_fits(student, processor)
+    rows = [each.get_output_embeddings().weight.shape[0] for each in (student, model)]
+    if params.method == "gkd" and rows[0] != rows[1]:
+        raise ParamError(
+            f"the student's head has {rows[0]} rows and the teacher's {rows[1]}, expected as many for method gkd: "
+            "TRL's DistillationTrainer compares all of them"
+        )
+    return Models(student, processor, teacher if with_teacher else None)
