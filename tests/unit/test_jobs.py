@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from kepo_core.analysis.answers import to_table
-from kepo_core.cli import _parser, parse_value
+from kepo_core.arguments import parser
+from kepo_core.cli import parse_value
 from kepo_core.data.records import Answer, AnswerOutcome
 from kepo_core.errors import ParamError
 from kepo_core.experiment.methods import methods
@@ -152,7 +153,7 @@ def test_a_job_says_every_parameter_that_differs_from_the_file(params: Params) -
     wanted = [params.replace(**entry.overrides(params)) for entry in methods().values()]
     wanted += [params.replace(seed=3, learning_rate=1e-5, top_p=0.5, items_file="results/a b/items.csv")]
     for one in wanted:
-        asked = _parser().parse_args(jobs.command(one, shelf.origin(ROOT / jobs.NOTEBOOK, DATA))[3:])
+        asked = parser("").parse_args(jobs.command(one, shelf.origin(ROOT / jobs.NOTEBOOK, DATA))[3:])
         given = {name: parse_value(value) for name, value in asked.parameter}
         assert Params.load(asked.file, given).hash == one.hash
 
@@ -167,7 +168,7 @@ def test_a_job_computes_what_the_study_asks_whatever_the_notebooks_cell_says(
     assert (cell := tagged_cell(edited))["tau"] == 0.0 and cell["epsilon_high"] == 0.3
     monkeypatch.setattr(jobs, "project_root", lambda: tmp_path)
     for one in (params, params.replace(tau=0.0), params.replace(epsilon_high=0.2)):
-        asked = _parser().parse_args(jobs.command(one, shelf.origin(ROOT / jobs.NOTEBOOK, DATA))[3:])
+        asked = parser("").parse_args(jobs.command(one, shelf.origin(ROOT / jobs.NOTEBOOK, DATA))[3:])
         given = {name: parse_value(value) for name, value in asked.parameter}
         assert Params.load(asked.file, given, cell=cell) == one
 
