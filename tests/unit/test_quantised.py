@@ -14,7 +14,7 @@ from transformers.quantizers import HfQuantizer
 
 from kepo_core.data import phantom
 from kepo_core.errors import ParamError
-from kepo_core.experiment import experiment, models
+from kepo_core.experiment import experiment, models, pair
 from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.method.teacher import Teacher
 from kepo_core.params import Params
@@ -98,7 +98,7 @@ def test_transformers_is_told_how_to_quantise(monkeypatch: pytest.MonkeyPatch, q
         model = real(source, dtype=kwargs["dtype"])
         model.is_quantized = bits > 0
         monkeypatch.setattr(model, "to", lambda *_: pytest.fail("was moved") if bits else model)
-        return model
+        return model, {"missing_keys": set()}
 
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -131,7 +131,7 @@ def test_the_head_is_not_quantised(tiny_model) -> None:
 
 
 def test_a_quantised_teacher_that_cannot_be_is_refused_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "load_processor", lambda *_: pytest.fail("something was loaded"))
+    monkeypatch.setattr(pair, "load_processor", lambda *_: pytest.fail("something was loaded"))
     monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ParamError, match=r"teacher_quantization is '4bit', which needs bitsandbytes .*pip install"):
         experiment.load_models(Params(teacher_quantization="4bit"))
