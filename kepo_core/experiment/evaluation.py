@@ -18,6 +18,9 @@ from kepo_core.method.vllm_rollouts import CheckedVLLM
 from kepo_core.task.prompts import Messages, vqa_messages
 from kepo_core.task.rewards import score
 
+#: vLLM makes its own batches, of up to so many sequences: fewer would leave it idle.
+VLLM_AT_ONCE = 256
+
 #: Called with (questions answered so far, questions in all) after every batch.
 Progress = Callable[[int, int], None]
 
@@ -54,7 +57,7 @@ def evaluate(
         processor: its processor, with a chat template.
         thinking: which prompt and format; see ``prompts.vqa_messages``.
         max_tokens: most tokens of a completion; one that reaches it without an end-of-text token is not finished.
-        batch_size: questions per batch.
+        batch_size: questions per batch; `VLLM_AT_ONCE` at least for vLLM.
         pictures: reads the picture at a path, as RGB.
         messages: another prompt per question, e.g. a hint-aware one.
         temperature: of sampling; 0 decodes greedily.
@@ -74,6 +77,8 @@ def evaluate(
     asked_as = messages or [vqa_messages(q.question, q.options, thinking) for q in questions]
     texts = [_prompt_text(processor, prompt) for prompt in asked_as]
     lengths = _lengths(processor, texts)
+    if isinstance(model, CheckedVLLM):
+        batch_size = max(batch_size, VLLM_AT_ONCE)
     asked = [(q.id, q.answer) for q in questions]
     settings = [thinking, max_tokens, batch_size, temperature, samples, seed, texts, asked, answer_format]
     if isinstance(model, CheckedVLLM):

@@ -161,7 +161,8 @@ def moments(setting: Setting, way: str) -> dict[str, float]:
         working = memory.forward_only(a, batch.rows * batch.length, batch.rows * batch.patches, batch.compute, 4)
         # TRL shares a reference out in one piece under FSDP2: all of it is gathered.
         found["reference's forward pass"] = working + (batch.compute * a.parameters if way == "FSDP2" else copy)
-    return {name: found[name] for name in MOMENTS if name in found and (name != "rollouts" or not p.of_trl("use_vllm"))}
+    by_vllm = ("rollouts", "evaluation") if p.of_trl("use_vllm") else ()
+    return {name: found[name] for name in MOMENTS if name in found and name not in by_vllm}
 
 
 def total(setting: Setting, way: str) -> float:
@@ -170,12 +171,14 @@ def total(setting: Setting, way: str) -> float:
     return counted * (1 + FALLOW) + CONTEXT
 
 
-def notebook(setting: Setting) -> float:
-    """Bytes on the first GPU while the notebook's process evaluates there, before and after others train; else 0.
+def evaluating(setting: Setting) -> float:
+    """Bytes on a GPU while a process of `launch.evaluate` evaluates there, before and after training; else 0.
 
-    It has the whole student in float32, whatever the precision of training.
+    It has the whole student in float32, whatever the precision of training, or vLLM's share.
     """
     p, a = setting.params, setting.student
+    if p.of_trl("use_vllm"):
+        return float(p.of_trl("vllm_gpu_memory_utilization") * setting.gpu)
     if p.processes == 1 and not p.accelerate_config:
         return 0.0
     batch = replace(setting.batch, compute=4, lora_rank=0)
@@ -191,8 +194,8 @@ def loading(setting: Setting, way: str) -> float:
 
 
 def fits(setting: Setting, way: str) -> bool:
-    """Whether a GPU holds the run at its largest, the notebook's process, and what loading takes."""
-    return max(total(setting, way), notebook(setting), loading(setting, way)) <= setting.gpu
+    """Whether a GPU holds the run at its largest, what evaluates before and after, and what loading takes."""
+    return max(total(setting, way), evaluating(setting), loading(setting, way)) <= setting.gpu
 
 
 def changes(setting: Setting) -> dict[str, Setting]:
@@ -237,14 +240,14 @@ def as_text(setting: Setting, told: list[str]) -> tuple[str, bool]:
     parts, peaks = ({way: kind(setting, way) for way in ways} for kind in (held, moments))
     lines += [*_rows(parts), "the largest of these moments of a step", *_rows(peaks)]
     totals = {way: total(setting, way) for way in ways}
-    first = notebook(setting)
+    first = evaluating(setting)
     fitting = {way: fits(setting, way) for way in ways}
     taken = {way: loading(setting, way) for way in ways}
     lines += [
         _row(f"assumed: {CONTEXT / GIB:.0f} GiB of CUDA, {FALLOW:.0%} fallow", [
             f"{(totals[w] - sum(parts[w].values()) - max(peaks[w].values())) / GIB:.2f}" for w in ways]),
         _row("total", [f"{value / GIB:.2f}" for value in totals.values()]),
-        *[_row("notebook's process, on the first GPU", [f"{first / GIB:.2f}"] * len(ways))] * (first > 0),
+        *[_row("evaluation before and after", [f"{first / GIB:.2f}"] * len(ways))] * (first > 0),
         *[_row("while its part is cut out of the teacher", [f"{v / GIB:.2f}" if v else "–" for v in taken.values()])]
         * any(taken.values()),
         _row("", [_verdict(fit) for fit in fitting.values()]),

@@ -168,16 +168,16 @@ def test_fsdp2_shares_out_gradients_with_the_last_window_alone(nothing_loads: No
         assert found[1] - found[0] == pytest.approx(more, rel=1e-6)
 
 
-def test_the_notebooks_process_has_to_fit_too(nothing_loads: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_evaluates_before_and_after_has_to_fit_too(nothing_loads: None, capsys: pytest.CaptureFixture[str]) -> None:
     """It evaluates the whole student in float32 on the first GPU, however many share it out in training."""
     eight = {"processes": 8, "prompts_per_step": 16, "eval_batch_size": 32, "eval_max_tokens": 4096}
     setting = plan.read(Params.load("params/paper.yaml", eight), gpu=44 * plan.GIB)[0]
-    assert plan.notebook(setting) > plan.notebook(paper()) > 4 * 2_127_532_032
+    assert plan.evaluating(setting) > plan.evaluating(paper()) > 4 * 2_127_532_032
     text, fits = plan.as_text(setting, [])
-    assert plan.total(setting, "FSDP2") < setting.gpu < plan.notebook(setting) and not fits  # in any way
-    assert f"notebook's process, on the first GPU {plan.notebook(setting) / 2**30:>13.2f}" in text
+    assert plan.total(setting, "FSDP2") < setting.gpu < plan.evaluating(setting) and not fits  # in any way
+    assert f"evaluation before and after          {plan.evaluating(setting) / 2**30:>13.2f}" in text
     alone = paper(gpus=1, accelerate_config="")
-    assert plan.notebook(alone) == 0 and "notebook" not in plan.as_text(alone, [])[0]
+    assert plan.evaluating(alone) == 0 and "before and after" not in plan.as_text(alone, [])[0]
 
 
 def test_every_change_is_planned_and_more_of_anything_takes_more(nothing_loads: None) -> None:
