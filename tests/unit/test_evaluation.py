@@ -1,5 +1,7 @@
 """Evaluation: greedy whatever the checkpoint says, the same alone and in a batch, the model left as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -199,6 +201,36 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_its_records_are_the_same(
     assert evaluate(model, processor, questions, **SETTINGS, kept=kept) == whole and len(rows) == 1 + bool(torn)
     again = evaluate(model, processor, questions, **SETTINGS | {"max_tokens": 5}, kept=kept)  # something else is asked
     assert len(again) == 14 and len(rows) == 4 + bool(torn)
+
+
+def test_processes_share_the_batches_and_leave_one_file(model, processor, questions, tmp_path, monkeypatch):
+    """Two processes, one after the other: the second finds the first's answers beside its own, and all are in one."""
+    whole, kept = evaluate(model, processor, questions, **SETTINGS), tmp_path / "untrained.jsonl"
+    gathered = [{}]
+    monkeypatch.setattr(evaluation, "gather_object", lambda own: [*gathered, *own])
+    told = []
+    for number in (1, 0):
+        accelerator = SimpleNamespace(process_index=number, num_processes=2)
+        if number:
+            with pytest.raises(KeyError):  # nobody has answered the others'
+                evaluate(model, processor, questions, **SETTINGS, kept=kept, accelerator=accelerator,
+                         progress=lambda *state: told.append(state))  # fmt: skip
+            assert [path.name for path in tmp_path.iterdir()] == ["untrained.1.jsonl"] and told == [(5, 14)]
+            continue
+        assert evaluate(model, processor, questions, **SETTINGS, kept=kept, accelerator=accelerator) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["untrained.jsonl"]
+    assert evaluation.read_answers(kept) == whole
+    monkeypatch.setattr(model, "generate", None)  # all is known
+    assert evaluate(model, processor, questions, **SETTINGS, kept=kept) == whole
+
+
+def test_processes_in_step_draw_equally_often_and_as_many():
+    batches, both = [[0, 1, 2], [3, 4, 5], [6, 7]], {}
+    for number in (0, 1):
+        both[number] = list(evaluation._share(batches, number, 2, {0, 1, 2}, in_step=True))
+    assert both[0] == [(0, [0, 1, 2], [0, 1, 2]), (2, [6, 7], [6, 7, 0])]
+    assert both[1] == [(1, [3, 4, 5], [3, 4, 5]), (3, [], [0, 1, 2])]
+    assert list(evaluation._share(batches, 0, 2, {0, 1, 2}, in_step=False)) == [(2, [6, 7], [6, 7])]
 
 
 def test_progress_is_told_after_every_batch(model, processor, questions):

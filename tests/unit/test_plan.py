@@ -168,8 +168,8 @@ def test_fsdp2_shares_out_gradients_with_the_last_window_alone(nothing_loads: No
         assert found[1] - found[0] == pytest.approx(more, rel=1e-6)
 
 
-def test_what_evaluates_before_and_after_has_to_fit_too(nothing_loads: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """It evaluates the whole student in float32 on the first GPU, however many share it out in training."""
+def test_what_evaluates_before_and_after_has_to_fit_too(nothing_loads: None) -> None:
+    """Each process has the whole student in float32, however many share it out in training."""
     eight = {"processes": 8, "prompts_per_step": 16, "eval_batch_size": 32, "eval_max_tokens": 4096}
     setting = plan.read(Params.load("params/paper.yaml", eight), gpu=44 * plan.GIB)[0]
     assert plan.evaluating(setting) > plan.evaluating(paper()) > 4 * 2_127_532_032
