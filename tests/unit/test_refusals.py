@@ -142,11 +142,12 @@ def test_a_student_whose_logits_are_more_than_its_head(refused: Callable[..., st
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"optim": "galore_adamw"}, "optim"),
         ({"optim": "lomo"}, "lomo"),
+        ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"use_transformers_continuous_batching": True}, "does not support multimodal models"),
+        ({"sync_ref_model": True, "beta": 0.1, "lora_rank": 2}, "PEFT"),
     ],
 )
-def test_an_optimiser_or_schedule_that_cannot_be_made(
-    refused: Callable[..., str], changes: dict[str, Any], said: str
-) -> None:
+def test_what_trl_cannot_make(refused: Callable[..., str], changes: dict[str, Any], said: str) -> None:
     assert said in refused("student", lambda folder: None, **changes)
 
 

@@ -335,7 +335,10 @@ def test_a_hub_name_is_loaded_through_the_library(hub: Path, root: str, monkeypa
     from kepo_core.experiment import experiment
     from kepo_core.params import Params
 
-    params = Params(data_root=root, train_modality="birds", train_items=8, eval_items=1, data_seed=1)
+    params = Params(
+        data_root=root, train_modality="birds", train_items=8, eval_items=1, data_seed=1, prompts_per_step=2,
+        prompts_per_device=2,
+    )  # fmt: skip
     data = experiment.load_data(params)
     assert data.train and all(q.image.is_file() for q in (*data.train, *data.test))
 

@@ -41,6 +41,7 @@ def test_metrics_are_taken_before_injection_and_each_has_a_definition(tmp_path: 
         "kepo/rewards/NAME",
         "kepo/unasked",  # of a served teacher alone
         "kepo/unmoved_weights",  # of weights in 16 bits
+        "kepo/vllm_difference",  # by vLLM
     }
     assert first["kepo/rewards/accuracy_reward"] == first["kepo/accuracy"]
     assert first["kepo/accuracy"] == pytest.approx(2 / 8) and first["rewards/accuracy_reward/mean"] == pytest.approx(

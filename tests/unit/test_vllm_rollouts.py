@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from kepo_harness import ScriptedTrainer, fails_on_0, make_row, make_trainer
 from requests import ConnectionError as NoServer
+from trl.generation.vllm_client import parse_logprobs
 
 from kepo_core.experiment.experiment import training_config
-from kepo_core.method import hinted
+from kepo_core.method import hinted, vllm_rollouts
 from kepo_core.method.exploration import Request
 from kepo_core.method.task import with_images
 from kepo_core.method.vllm_rollouts import CheckedVLLM, check_used, most_difference, one_placeholder_each
@@ -110,12 +111,24 @@ def test_a_server_with_another_tokenizer_is_refused() -> None:
             tokens = [token + change for token in tokenizer(json["prompt"])["input_ids"]]
             return SimpleNamespace(status_code=200, json=lambda: {"tokens": tokens})
 
-        client = SimpleNamespace(base_url="http://here", model="other", session=SimpleNamespace(post=post))
+        client = SimpleNamespace(base_url="http://here", model="other", session=SimpleNamespace(post=post), _post=post)
         return Engine(mode="server", vllm_client=client, accelerator=SimpleNamespace(is_main_process=True))
 
     CheckedVLLM(served(0), processor)
     with pytest.raises(ValueError, match="http://here serves other with another tokenizer than the student's"):
         CheckedVLLM(served(1), processor)
+
+
+def test_trls_client_reads_the_tokens_of_newer_servers() -> None:
+    """vLLM 0.32 tells a token's id in a field of its own, earlier ones in the text."""
+    entries = [{"token_id": 7, "logprob": -0.5, "top_logprobs": [{"token_id": 7, "logprob": -0.5}]}]
+    older = [{"token": "token_id:8", "logprob": -0.1, "top_logprobs": []}]
+    told = {"choices": [{"logprobs": {"content": entries}}, {"logprobs": {"content": older}}, {"logprobs": None}]}
+    client = SimpleNamespace(_post=lambda url, **_: told)
+    vllm_rollouts._name_tokens(client)
+    choices = client._post("http://here")["choices"]
+    found = parse_logprobs([choice["logprobs"] for choice in choices[:2]])
+    assert found == ([[[-0.5]], [[-0.1]]], [[[7]], [[8]]])
 
 
 def test_an_evaluation_samples_plainly_and_leaves_no_trace() -> None:
