@@ -6,6 +6,7 @@ gets one placeholder per picture, and what it has made of them is compared with 
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -19,6 +20,7 @@ VERSIONS = ((0, 30), (0, 33))
 #: both compute in float32 it was below 0.001, in bfloat16 below 0.03; with corrupted prompts it was 1.2 and more.
 MOST_DIFFERENCE = 0.2
 
+_RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LIKELIER_BY = {"top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 
 
@@ -59,6 +61,18 @@ def one_placeholder_each(ids: Sequence[int], pictures: int, image_token: int, ro
         )
     each = pictures // found if found else 0
     return [token for token, count in runs for _ in range(each if token == image_token else count)]
+
+
+@contextmanager
+def as_it_was(use_vllm: bool) -> Iterator[None]:
+    """Take out of the environment what TRL puts there for its engine: later trainers would be distributed ones."""
+    before = {name: os.environ.get(name) for name in _RENDEZVOUS}
+    yield
+    for name, value in before.items() if use_vllm else ():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def check_used(sent: Sequence[Sequence[int]], used: Sequence[Sequence[int]]) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from trl.generation.vllm_generation import VLLMGeneration
 
 from kepo_core.experiment import experiment
+from kepo_core.experiment.evaluation import evaluate
 from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.method import hinted, vllm_rollouts
 from kepo_core.method.rollouts import collect_rollouts
@@ -33,7 +34,13 @@ def train(params: Params) -> tuple[Any, pd.DataFrame, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def trained(small: Callable[..., Params]) -> Iterator[Any]:
+def asking(small: Callable[..., Params]) -> Params:
+    """What an evaluation is asked with; made before any trainer, whose accelerator new parameters would take away."""
+    return small(eval_items=25, eval_batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def trained(small: Callable[..., Params], asking: Params) -> Iterator[Any]:
     yield train(small(max_steps=10))
     gc.collect()
 
@@ -103,16 +110,15 @@ def test_prompts_of_all_kinds_go_together(trained: Any) -> None:
     assert difference(trained[0], pictured) < 0.005
 
 
-def test_the_engine_of_the_rollouts_answers_too(trained: Any, small: Callable[..., Params]) -> None:
+def test_the_engine_of_the_rollouts_answers_too(trained: Any, asking: Params) -> None:
     """Greedy: as transformers but for ties. Sampled: each sample is another, and the engine is left as it was."""
-    trainer, params = trained[0], small(eval_items=25, eval_batch_size=64)
-    questions = experiment.load_data(params).test
+    trainer, questions = trained[0], experiment.load_data(asking).test
     engine, processor = trainer.current_vllm(), trainer.processing_class
     own = dict(vars(engine._inner))
     said, seconds = {}, {}
     for name, model in {"vLLM": engine, "transformers": trainer.model}.items():
         start = time.monotonic()
-        said[name] = experiment.evaluate_student(params, experiment.Models(model, processor, None), questions)
+        said[name] = experiment.evaluate_student(asking, experiment.Models(model, processor, None), questions)
         seconds[name] = time.monotonic() - start
     apart = sum(a.completion != b.completion for a, b in zip(*said.values(), strict=True))
     print(
@@ -120,8 +126,9 @@ def test_the_engine_of_the_rollouts_answers_too(trained: Any, small: Callable[..
         + ", ".join(f"{n} {s:.1f} s" for n, s in seconds.items())
     )
     assert apart <= len(questions) // 50 and vars(engine._inner) == own
-    sampling = params.replace(eval_samples=4, eval_temperature=1.0)
-    drawn = experiment.evaluate_student(sampling, experiment.Models(engine, processor, None), questions[:20])
+    drawn = evaluate(
+        engine, processor, questions[:20], thinking=True, max_tokens=48, batch_size=64, temperature=1.0, samples=4
+    )
     assert len({answer.completion for answer in drawn[:8]}) > 2 and [a.sample for a in drawn[:4]] == [0, 1, 2, 3]
 
 

@@ -1,5 +1,6 @@
 """What stands between TRL and vLLM, without one: prompts, checks, what is sampled. tests/real_vllm has the real one."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,3 +181,13 @@ def test_a_process_asks_a_server_for_as_many_as_the_others(tmp_path: Path, monke
     prompt = with_images(row["prompt"], row)
     draws = hinted._Sampler(trainer, [row], [prompt], [], {0: 0}, "0").draw([Request(0, "look", 1)])
     assert len(draws) == 1 and ["look" in text for text in asked] == [True, False, False]
+
+
+def test_what_an_engine_leaves_in_the_environment_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    for use_vllm, left in ((True, (None, "1")), (False, ("0", "3"))):
+        with vllm_rollouts.as_it_was(use_vllm):
+            os.environ.update(RANK="0", WORLD_SIZE="3")
+        assert (os.environ.get("RANK"), os.environ["WORLD_SIZE"]) == left
+    monkeypatch.delenv("RANK")
