@@ -36,10 +36,11 @@ help:
 
 install: $(STAMP)
 
-$(BIN)/python:
+# The last thing that venv makes is pip: without it, an interrupted one is made again.
+$(BIN)/python $(VLLM_VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "make: $(PYTHON) is missing or older than Python 3.11; say which one to use: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(patsubst %/bin/,%,$(dir $@))
 
 # The lock is complete, so nothing is resolved in its step. torch is not in it (see pyproject.toml): the second step
 # installs the pinned version, in the build that pip's settings find for this machine, and then this package.
@@ -50,9 +51,8 @@ $(STAMP): requirements.lock pyproject.toml | $(BIN)/python
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VLLM_STAMP): requirements-vllm.lock pyproject.toml tests/real_vllm/prepare.py
+$(VLLM_STAMP): requirements-vllm.lock pyproject.toml tests/real_vllm/prepare.py | $(VLLM_VENV)/bin/pip
 	@echo "Setting up $(VLLM_VENV): about two minutes the first time."
-	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) --no-deps --require-hashes -r requirements-vllm.lock
 	$(VLLM_PIP) --no-deps "$$(sed -n 's/^    "\(torch==.*\)",$$/\1/p' pyproject.toml)"
 	$(VLLM_PIP) --no-deps --no-build-isolation -e .
@@ -83,7 +83,7 @@ test-all: lint test-vllm
 # A real vLLM on the CPU: servers on loopback, and engines in the tests' own process.
 test-vllm: $(VLLM_STAMP)
 	PATH="$(CURDIR)/$(VLLM_VENV)/bin:$$PATH" OMP_NUM_THREADS=1 \
-		$(VLLM_VENV)/bin/python -m pytest -p no:nbval tests/real_vllm
+		$(VLLM_VENV)/bin/python -m pytest -p no:nbval -rP --durations=0 tests/real_vllm
 
 faults: $(STAMP)
 	$(BIN)/python tests/planted_faults.py

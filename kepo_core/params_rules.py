@@ -57,6 +57,8 @@ def _check_trl(params: Any) -> None:
     given = params.trl
     if given.get("use_vllm") and params.method == "gkd":
         raise ParamError("use_vllm draws the rollouts of method kepo, not of gkd: set use_vllm to False")
+    if given.get("use_vllm") and params.method == "sft" and params.curve_steps:
+        raise ParamError("use_vllm has no engine while method sft trains: set curve_steps to 0, or use_vllm to False")
     if given.get("vllm_mode", "colocate") not in ("colocate", "server"):
         raise ParamError(f"vllm_mode must be one of colocate, server, got {given['vllm_mode']!r}")
     if (share := given.get("vllm_gpu_memory_utilization")) is not None:

@@ -11,8 +11,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.generation.vllm_generation import VLLMGeneration
 
-from kepo_core.method.vllm_rollouts import CheckedVLLM
+from kepo_core.method.forward import let_generate
+from kepo_core.method.vllm_rollouts import CheckedVLLM, making_engine
 
 #: (prompts, a picture for each, what names the draw) → the tokens of each completion, maybe padded behind its end.
 Draw = Callable[[Sequence[str], Sequence[Image], str], Sequence[Sequence[int]]]
@@ -20,27 +22,25 @@ Draw = Callable[[Sequence[str], Sequence[Image], str], Sequence[Sequence[int]]]
 
 def start_vllm(folder: str, processor: Any, accelerator: Any, args: Any) -> CheckedVLLM:
     """An engine of this process's own over the model in ``folder``, with the settings of a ``KEPOConfig``."""
-    from trl.generation.vllm_generation import VLLMGeneration
-
     model: Any = nn.Module()  # without weights: the engine reads those of the folder, and is never sent others
     model.name_or_path, model.generation_config = folder, _generation(folder)
-    return CheckedVLLM(
-        VLLMGeneration(
+    with making_engine(args):
+        engine = VLLMGeneration(
             model,
             accelerator,
             processor,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             max_model_length=args.vllm_max_model_length,
             model_impl=args.vllm_model_impl,
-        ),
-        processor,
-    )
+        )
+    return CheckedVLLM(engine, processor)
 
 
 def in_step(model: Any) -> bool:
-    """Whether all processes have to draw equally often, and as many: a model is shared out, or they ask one server."""
+    """Whether all processes have to draw equally often, and as many: they share a model, or ask one engine."""
     if isinstance(model, CheckedVLLM):
-        return bool(model.mode == "server")
+        return bool(model.mode == "server" or model.tensor_parallel_size > 1 or model.enable_sleep_mode)
     return isinstance(model, FSDPModule) or bool(is_deepspeed_zero3_enabled())
 
 
@@ -91,6 +91,7 @@ def _by_transformers(
             output = model.generate(**inputs, **together)
         return output[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
 
+    let_generate(model)
     model.generation_config = GenerationConfig(
         **sampling,
         max_new_tokens=max_tokens,

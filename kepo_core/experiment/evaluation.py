@@ -50,7 +50,7 @@ def evaluate(
     says otherwise. Batches hold questions of similar length, padded on the left,
     and a greedy answer does not depend on its neighbours beyond floating-point rounding. The model is left in the
     mode (train or eval) and with the configuration it came in, and so is torch's random state: what a batch samples
-    follows from ``seed`` and the batch's number.
+    follows from ``seed`` and the batch's number; vLLM draws as its engine comes to it.
 
     Args:
         model: a Qwen3-VL or another image-text model with ``generate``, or a `CheckedVLLM`.
@@ -104,7 +104,7 @@ def evaluate(
                 progress(len(answers), len(lengths) * samples)
     for part in gather_object([answers]) if of > 1 else ():
         answers |= part
-    if of > 1 and number == 0 and file is not None:
+    if file is not None and number == 0 and (of > 1 or len(parts(file.path)) > 1):
         file.take_all(answers)
     return [answers[i] for i in range(len(lengths) * samples)]
 
@@ -134,24 +134,27 @@ class AnswerFile:
 
     def __init__(self, path: Path, settings: Any, process: int = 0) -> None:
         self._identity = json.dumps({"asked": hashlib.sha256(json.dumps(settings).encode()).hexdigest()}) + "\n"
-        self._path = path.with_stem(f"{path.stem}.{process}") if process else path
+        self.path = path.with_stem(f"{path.stem}.{process}") if process else path
         self.known = dict[int, Answer]()
         for file in parts(path):
             self.known |= _read(file, self._identity)
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = _read(self._path, self._identity) if self._path.exists() else {}
-        self._path.write_text(self._identity + _lines(own), encoding="utf-8")
+        own = _read(self.path, self._identity) if self.path.exists() else {}
+        self._hold(own)
+
+    def _hold(self, answers: Mapping[int, Answer]) -> None:
+        with in_place_of(self.path) as partial:
+            partial.write_text(self._identity + _lines(answers), encoding="utf-8")
 
     def take_all(self, answers: Mapping[int, Answer]) -> None:
         """Hold ``answers`` in the one file, in the place of those of all processes."""
-        with in_place_of(self._path) as partial:
-            partial.write_text(self._identity + _lines(answers), encoding="utf-8")
-        for file in parts(self._path)[1:]:
+        self._hold(answers)
+        for file in parts(self.path)[1:]:
             file.unlink()
 
     def add(self, answers: Mapping[int, Answer]) -> None:
         """Append ``answers`` and see that they reach the disk."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(_lines(answers))
             file.flush()
             os.fsync(file.fileno())
@@ -160,6 +163,11 @@ class AnswerFile:
 def parts(path: Path) -> list[Path]:
     """The file of an evaluation's answers and those of its further processes, as far as they are there."""
     return [file for file in (path, *sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))) if file.exists()]
+
+
+def answered(path: Path) -> int:
+    """How many answers an evaluation has left there by now; 0 where there is no file."""
+    return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in parts(path))  # the first line is no answer
 
 
 def read_answers(path: Path) -> list[Answer]:

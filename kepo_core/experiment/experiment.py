@@ -274,7 +274,11 @@ def evaluate_run(params: Params, run: Run, data: StudyData, models: Models, stud
     kept, progress = run.evaluation_dir / f"{student}.jsonl", live.ProgressBar(student)
     if not launch.evaluates(params):
         return evaluate_student(params, models, data.test, kept, progress)
-    launch.evaluate(params, run, student, kept, len(data.test) * params.eval_samples, progress)
+    count = len(data.test) * params.eval_samples
+    if parts(kept) != [kept] or len(read_answers(kept)) != count:
+        models.student.to("cpu")  # they need the GPUs
+        torch.cuda.empty_cache()
+        launch.evaluate(params, run, student, kept, count, progress)
     return read_answers(kept)
 
 
@@ -287,7 +291,9 @@ def evaluate_here(run: Run, data: StudyData, student: str) -> None:
     if args.use_vllm:
         model: Any = start_vllm(model_folder(source, "student"), processor, accelerator, args)
     else:
-        model = load_model(source, "student", trained=not params.lora_rank, precision=params.precision)
+        # What was trained is not rounded, also under LoRA.
+        adapted = student == "untrained" and bool(params.lora_rank)
+        model = load_model(source, "student", trained=not adapted, precision=params.precision)
     models = Models(model, processor, None)
     kept = run.evaluation_dir / f"{student}.jsonl"
     evaluate_student(params, models, data.test, kept, accelerator=accelerator)

@@ -25,7 +25,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 
 from kepo_core.errors import ParamError
-from kepo_core.experiment.evaluation import Progress, parts
+from kepo_core.experiment.evaluation import Progress, answered
 from kepo_core.experiment.live import LiveTraining, read_rows, total_steps
 from kepo_core.experiment.methods import needs_teacher
 from kepo_core.method.vllm_rollouts import VERSIONS
@@ -54,8 +54,9 @@ class TrainingFailed(RuntimeError):  # noqa: N818  # as it reads where it is rai
 
 
 def several(params: Params) -> bool:
-    """Whether other processes train, started by `train`."""
-    return params.method != "none" and (params.processes > 1 or bool(params.accelerate_config))
+    """Whether other processes train, started by `train`: several, those of a file, or one whose vLLM goes with it."""
+    elsewhere = params.processes > 1 or bool(params.accelerate_config) or bool(params.of_trl("use_vllm"))
+    return params.method != "none" and elsewhere
 
 
 def evaluates(params: Params) -> bool:
@@ -98,6 +99,10 @@ def check(params: Params) -> None:
             f"processes is 1 but this machine shows {gpus} GPUs: set CUDA_VISIBLE_DEVICES to one of them (0, say), or "
             "processes to as many (and prompts_per_step to a multiple of prompts_per_device × processes)"
         )
+    if params.processes > 1:
+        here = params.processes // configuration(params).num_machines
+        if gpus and here > gpus:
+            raise ParamError(f"processes is {params.processes}, {here} on this machine, which has {gpus} GPU(s)")
     if not several(params):
         return
     config = configuration(params)
@@ -121,10 +126,6 @@ def check(params: Params) -> None:
         raise ParamError(
             f"accelerate_config {params.accelerate_config} needs deepspeed, which is not installed: "
             "pip install deepspeed, or take an FSDP2 file"
-        )
-    if gpus and params.processes // config.num_machines > gpus:
-        raise ParamError(
-            f"processes is {params.processes} on {config.num_machines} machine(s), but this one has {gpus} GPU(s)"
         )
 
 
@@ -186,7 +187,7 @@ def evaluate(params: Params, run: Run, student: str, kept: Path, count: int, pro
     whole = params.replace(processes=here, accelerate_config="")
 
     def show() -> None:
-        progress(sum(max(0, len(file.read_bytes().splitlines()) - 1) for file in parts(kept)), count)
+        progress(answered(kept), count)
 
     _watch([*command(whole, run), EVALUATE, student], here, run, show)
     progress(count, count)

@@ -45,7 +45,9 @@ def load_models(params: Params, *, with_teacher: bool = True) -> Models:
     if loads:
         check_quantizes(params.teacher_quantization)
     processor = load_processor(params.student, "student")
-    student = load_model(params.student, "student", trained=not params.lora_rank, precision=params.precision)
+    # vLLM's weights are these with the adapters merged in, and out again: in 16 bits that would wear them away.
+    whole = not params.lora_rank or bool(params.of_trl("use_vllm"))
+    student = load_model(params.student, "student", trained=whole, precision=params.precision)
     if params.method == "gkd" or (params.method == "kepo" and params.distill):
         with in_our_words():
             check_plain_head(student, "student")

@@ -123,11 +123,10 @@ class GatedLossTrainer(VisionTrainer):
         sums[:2] = torch.stack([(forward.output.entropy[:, -width:].detach() * own_BT).sum(), own_BT.sum()])
         if replaced is not None:
             sums[:2] += replaced.sum(0)
-        if "sampling_per_token_logps" in inputs:
+        if "sampling_per_token_logps" in inputs:  # of the rows that were drawn from the plain prompt
             now_BT = inputs.get("old_per_token_logps", forward.output.log_probs[:, -width:].detach())
             off_BT = (now_BT - inputs["sampling_per_token_logps"]).abs()
-            known_BT = mask * ~off_BT.isnan()  # hint-aware draws are of another prompt
-            sums[4:] = torch.stack([(off_BT.nan_to_num() * known_BT).sum(), known_BT.sum()])
+            sums[4:] = torch.stack([torch.where(own_BT.bool(), off_BT, 0.0).sum(), own_BT.sum()])
         if not training:
             del terms["distill"]  # evaluation asks no teacher
         self._log_loss("train" if training else "eval", terms, sums)
@@ -165,13 +164,15 @@ class GatedLossTrainer(VisionTrainer):
             logged["kepo/divergence"] = divergence / gated if gated else math.nan
             if self.use_vllm:
                 logged["kepo/vllm_difference"] = off / drawn if drawn else math.nan
-                self._stop_if_apart(logged["kepo/vllm_difference"])
+                if drawn:
+                    self._stop_if_apart(off / drawn)
         for name, value in logged.items():
             self._metrics[mode][name].append(value)
 
     def _stop_if_apart(self, difference: float) -> None:
         """Raise ``FloatingPointError`` where vLLM draws from another distribution than the trainer scores."""
-        if difference > (most := most_difference(self.args)):
+        most = most_difference(self.args)
+        if not difference <= most:  # NaN is no agreement
             raise FloatingPointError(
                 f"vLLM's log-probabilities are {difference:.2f} away from the trainer's on average at step "
                 f"{self.state.global_step + 1}, expected at most {most:.2f}: it has other weights, another precision "

@@ -30,7 +30,7 @@ from kepo_core.method.scoring import ScoringTrainer, as_trl, checked_reward
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Prompt, Task, with_images
 from kepo_core.method.teacher import Teacher
-from kepo_core.method.vllm_rollouts import CheckedVLLM, as_it_was
+from kepo_core.method.vllm_rollouts import CheckedVLLM, making_engine
 
 __all__ = ["KEPOConfig", "KEPOTrainer"]
 
@@ -120,7 +120,7 @@ class KEPOTrainer(ScoringTrainer):
             reward_funcs = [checked_reward(reward) for reward in given]
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = _processor_of(model, args)
-        with as_it_was(args.use_vllm):
+        with making_engine(args):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         if self.use_vllm:
             self.vllm_generation: Any = CheckedVLLM(self.vllm_generation, self.processing_class)

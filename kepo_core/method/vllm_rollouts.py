@@ -9,10 +9,12 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 from requests import RequestException
+from trl.generation import vllm_generation
 
 #: Versions that have been run with this package (tests/real_vllm) or are TRL's own; the last one is not included.
 VERSIONS = ((0, 30), (0, 33))
@@ -21,16 +23,23 @@ VERSIONS = ((0, 30), (0, 33))
 MOST_DIFFERENCE = 0.2
 
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_LIKELIER_BY = {"top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+#: What reshapes the distribution by no bound, and the values that do not.
+_UNBOUNDED: dict[str, tuple[Any, ...]] = {
+    "top_k": (0, -1),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "vllm_structured_outputs_regex": (None,),
+    "generation_kwargs": (None, {}),
+}
 
 
 def most_difference(args: Any) -> float:
     """`MOST_DIFFERENCE` for the sampling that a ``GRPOConfig`` asks for.
 
     vLLM's log-probabilities are those of what it draws from. A nucleus of mass ``top_p`` raises each of them by up to
-    −log ``top_p``; by how much ``top_k``, ``min_p`` and a penalty move them is not bounded, so that nothing is judged.
+    −log ``top_p``; by how much ``top_k``, ``min_p``, penalties or a grammar do is not bounded, and nothing is judged.
     """
-    if any(getattr(args, name) not in (neutral, None) for name, neutral in _LIKELIER_BY.items()):
+    if any(getattr(args, name) not in neutral for name, neutral in _UNBOUNDED.items()):
         return math.inf
     return MOST_DIFFERENCE - math.log(args.top_p)
 
@@ -64,15 +73,24 @@ def one_placeholder_each(ids: Sequence[int], pictures: int, image_token: int, ro
 
 
 @contextmanager
-def as_it_was(use_vllm: bool) -> Iterator[None]:
-    """Take out of the environment what TRL puts there for its engine: later trainers would be distributed ones."""
-    before = {name: os.environ.get(name) for name in _RENDEZVOUS}
-    yield
-    for name, value in before.items() if use_vllm else ():
-        if value is None:
+def making_engine(args: Any) -> Iterator[None]:
+    """While TRL makes its engine for a ``GRPOConfig``: it computes in the precision that the trainer computes in.
+
+    What TRL puts into the environment for it goes again: later trainers would be distributed ones.
+    """
+    if not args.use_vllm:
+        yield
+        return
+    before, made = {name: os.environ.get(name) for name in _RENDEZVOUS}, getattr(vllm_generation, "LLM", None)
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    vllm_generation.LLM = partial(made, dtype=precision) if made else None
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = made
+        for name, value in before.items():
             os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+            os.environ.update({} if value is None else {name: value})
 
 
 def check_used(sent: Sequence[Sequence[int]], used: Sequence[Sequence[int]]) -> None:
@@ -95,6 +113,7 @@ class CheckedVLLM:
     def __init__(self, inner: Any, processor: Any) -> None:
         self._inner, self._image_token = inner, getattr(processor, "image_token_id", None)
         self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._most = inner.max_model_length  # tokens of a prompt and its completion
         self._place = inner._place_features
         inner._place_features = self._place_features
         if self._image_token is not None:  # as transformers' generation is told: it would stand for no picture
@@ -117,6 +136,7 @@ class CheckedVLLM:
             "top_k": 0,
             "min_p": None,
             "repetition_penalty": 1.0,
+            "structured_outputs_regex": None,
             "generation_kwargs": {"stop_token_ids": list(stop_tokens), "logit_bias": bias},
         }
         own = {name: getattr(inner, name) for name in plain}
@@ -128,10 +148,8 @@ class CheckedVLLM:
 
     def sync_weights(self) -> None:
         """TRL's; a server that is gone is named."""
-        try:
+        with self._in_our_words():
             self._inner.sync_weights()
-        except RequestException as error:
-            raise self._gone(error) from error
 
     def generate(
         self,
@@ -148,26 +166,27 @@ class CheckedVLLM:
         """
         self._check_room(prompts)
         sent = prompts
+        # No pictures are None to TRL, which looks for the first of an empty list.
+        images = None if images is None else [pictures or None for pictures in images]
         if self._inner.mode == "colocate" and images is not None:
             assert self._image_token is not None
             sent = [
                 one_placeholder_each(ids, len(pictures or ()), self._image_token, row)
                 for row, (ids, pictures) in enumerate(zip(prompts, images, strict=True))
             ]
-        try:
+        with self._in_our_words():
             used, *drawn = self._inner.generate(sent, images, num_generations, profiler)
-        except RequestException as error:
-            raise self._gone(error) from error
         check_used(prompts, used)
         return used, *drawn
 
     def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
-        most, wanted = self._inner.max_model_length, self._inner.max_completion_length
+        most, wanted = self._most, self._inner.max_completion_length
         for row, ids in enumerate(prompts):
             if most is not None and len(ids) + wanted > most:
                 raise ValueError(
                     f"prompt {row} has {len(ids)} tokens, which leaves no room for a completion of {wanted} in vLLM's "
-                    f"context of {most}: set vllm_max_model_length to {len(ids) + wanted} or more"
+                    f"context of {most}: set vllm_max_model_length (a server's --max-model-len) to "
+                    f"{len(ids) + wanted} or more"
                 )
 
     def _place_features(self, features: Any, prompt_ids: list[int]) -> Any:
@@ -184,20 +203,36 @@ class CheckedVLLM:
         return placed
 
     def _check_server(self) -> None:
-        """Raise ``ValueError`` unless the server cuts a text into the student's tokens."""
+        """Raise ``ValueError`` unless the server cuts a text into the student's tokens; note how long its context is."""
         client, text = self._inner.vllm_client, "A) 12.5 mm <think>höher</think> 是"
+        self._most = client.session.get(f"{client.base_url}/v1/models").json()["data"][0].get("max_model_len")
         asked = {"model": client.model, "prompt": text, "add_special_tokens": False}
         answer = client.session.post(f"{client.base_url}/tokenize", json=asked)
-        ours = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        if answer.status_code == 200 and answer.json()["tokens"] != ours:
+        if answer.status_code != 200:
+            raise ValueError(f"the vLLM server at {client.base_url} does not tokenize: {answer.text[:300]}")
+        if answer.json()["tokens"] != self._tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise ValueError(
                 f"the vLLM server at {client.base_url} serves {client.model} with another tokenizer than the "
                 "student's: serve the model that is trained"
             )
 
-    def _gone(self, error: Exception) -> ConnectionError:
-        where = getattr(self._inner, "server_base_url", None)
-        return ConnectionError(f"the vLLM server at {where} does not answer ({type(error).__name__}): start it again")
+    @contextmanager
+    def _in_our_words(self) -> Iterator[None]:
+        """What TRL's client meets at a server, as one sentence that names it."""
+        try:
+            yield
+        except RequestException as error:
+            raise ConnectionError(
+                f"the vLLM server at {self._inner.server_base_url} does not answer ({type(error).__name__}): start it "
+                "again"
+            ) from error
+        except Exception as error:  # TRL raises it bare
+            if not str(error).startswith("Request failed"):
+                raise
+            raise ValueError(
+                f"the vLLM server at {self._inner.server_base_url} refuses what it is asked, expected one that serves "
+                f"the student: {str(error)[:300]}"
+            ) from error
 
 
 def _name_tokens(client: Any) -> None:

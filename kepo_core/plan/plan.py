@@ -111,6 +111,8 @@ def held(setting: Setting, way: str) -> dict[str, float]:
     own = memory.student_weights(a, batch)
     if way == "ZeRO-3" and memory.compute_copy(a, batch):
         own += 2 * a.parameters
+    if p.lora_rank and p.of_trl("use_vllm"):  # in float32 then, see `pair.load_models`
+        own += (4 - batch.compute) * a.parameters
     items = {"student's weights": own / share, "optimizer": 8 * trained / share}
     if way == "replicated":
         items["gradient buckets of DDP"] = 4.0 * trained

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from kepo_core.experiment.evaluation import answered, parts
 from kepo_core.experiment.live import read_rows, total_steps, watched
 from kepo_core.runs.run import Run
 from kepo_core.study.jobs import Job, State
@@ -35,10 +36,9 @@ def progress(run: Run) -> str:
     """How far a run is, from the files that it has written: questions evaluated, or its last step and reward."""
     before, after = (run.evaluation_dir / f"{name}.jsonl" for name in ("untrained", "trained"))
     rows = read_rows(run.path / "metrics.jsonl")
-    if after.is_file() or (before.is_file() and not rows):
-        which = after if after.is_file() else before
-        answers = which.read_bytes().count(b"\n") - 1  # its first line says what is asked
-        return f"{which.stem} student: {answers} answers"
+    for which in (after, before):
+        if parts(which) and (which is after or not rows):
+            return f"{which.stem} student: {answered(which)} answers"
     if not rows:
         return "starting"
     last = rows[-1]

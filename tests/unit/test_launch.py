@@ -121,9 +121,11 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: "0.32.0+cpu")
     launch.check(drawn)
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     bad("needs deepspeed", params("4gpu-zero3"))
-    bad(r"processes is 4 on 1 machine\(s\), but this one has 2 GPU\(s\)", four)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    bad(r"processes is 4, 4 on this machine, which has 2 GPU\(s\)", four)
+    bad("processes is 4, 4 on this machine", Params().replace(method="none", processes=4, prompts_per_device=2))
     for alone in (Params(), params("1gpu")):  # transformers would spread one process over both
         bad("processes is 1 but this machine shows 2 GPUs: set CUDA_VISIBLE_DEVICES to one of them", alone)
     launch.check(Params(method="none"))

@@ -174,6 +174,7 @@ def test_rules_between_parameters():
     bad(r"prompts_per_device × processes \(2 × 8\), got 8", prompts_per_device=2, processes=8)
     bad("vllm_server_base_url must be set for vllm_mode server", use_vllm=True, vllm_mode="server")
     bad("use_vllm draws the rollouts of method kepo", use_vllm=True, method="gkd")
+    bad("use_vllm has no engine while method sft", use_vllm=True, method="sft", thinking=False, curve_steps=5)
     bad("max_steps must be at least 1, got 0", max_steps=0)
     bad("eval_samples is 3 but eval_temperature is 0", eval_samples=3)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from kepo_harness import ScriptedTrainer, fails_on_0, make_row, make_trainer
 from requests import ConnectionError as NoServer
+from trl.generation import vllm_generation
 from trl.generation.vllm_client import parse_logprobs
 
 from kepo_core.experiment.experiment import training_config
@@ -30,6 +31,7 @@ class Engine:
         self.size, self.mode, self.asked = size, mode, []
         self.max_model_length, self.max_completion_length, self.generation_kwargs = 40, 8, {"seed": 1}
         self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty = 0.9, 0.8, 7, 0.1, 1.3
+        self.structured_outputs_regex = "x+"
         self.accelerator, self.server_base_url = SimpleNamespace(is_main_process=False), "http://here"
         vars(self).update(more)
 
@@ -94,12 +96,20 @@ def test_a_servers_pictures_are_as_large_as_the_trainers() -> None:
 
 
 @pytest.mark.parametrize("method", ["generate", "sync_weights"])
-def test_a_server_that_is_gone_is_named(method: str) -> None:
-    def gone(*_: Any) -> None:
-        raise NoServer("refused")
+@pytest.mark.parametrize(
+    ("met", "kind", "said"),
+    [
+        (NoServer("refused"), ConnectionError, "the vLLM server at http://here does not answer"),
+        (Exception("Request failed: 400, too long"), ValueError, "http://here refuses what it is asked, .* too long"),
+        (RuntimeError("something else"), RuntimeError, "^something else$"),
+    ],
+)
+def test_what_a_server_does_is_one_sentence(method: str, met: Exception, kind: type[Exception], said: str) -> None:
+    def meet(*_: Any) -> None:
+        raise met
 
-    checked = CheckedVLLM(Engine(mode="server", **{method: gone}), PROCESSOR)
-    with pytest.raises(ConnectionError, match="the vLLM server at http://here does not answer"):
+    checked = CheckedVLLM(Engine(mode="server", **{method: meet}), PROCESSOR)
+    with pytest.raises(kind, match=said):
         checked.generate([[1]], None, 1) if method == "generate" else checked.sync_weights()
 
 
@@ -112,10 +122,13 @@ def test_a_server_with_another_tokenizer_is_refused() -> None:
             tokens = [token + change for token in tokenizer(json["prompt"])["input_ids"]]
             return SimpleNamespace(status_code=200, json=lambda: {"tokens": tokens})
 
-        client = SimpleNamespace(base_url="http://here", model="other", session=SimpleNamespace(post=post), _post=post)
+        models = SimpleNamespace(json=lambda: {"data": [{"max_model_len": 30}]})
+        session = SimpleNamespace(post=post, get=lambda url: models)
+        client = SimpleNamespace(base_url="http://here", model="other", session=session, _post=post)
         return Engine(mode="server", vllm_client=client, accelerator=SimpleNamespace(is_main_process=True))
 
-    CheckedVLLM(served(0), processor)
+    with pytest.raises(ValueError, match=r"prompt 0 has 23 tokens, .* context of 30"):  # the server's
+        CheckedVLLM(served(0), processor).generate([[4] * 23], None, 1)
     with pytest.raises(ValueError, match="http://here serves other with another tokenizer than the student's"):
         CheckedVLLM(served(1), processor)
 
@@ -183,11 +196,27 @@ def test_a_process_asks_a_server_for_as_many_as_the_others(tmp_path: Path, monke
     assert len(draws) == 1 and ["look" in text for text in asked] == [True, False, False]
 
 
-def test_what_an_engine_leaves_in_the_environment_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("given", "dtype"), [({}, "float32"), ({"bf16": True}, "bfloat16"), ({"fp16": True}, "float16")]
+)
+def test_an_engine_computes_as_the_trainer_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, bool], dtype: str
+) -> None:
+    monkeypatch.setattr(vllm_generation, "LLM", dict, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("RANK", raising=False)
-    for use_vllm, left in ((True, (None, "1")), (False, ("0", "3"))):
-        with vllm_rollouts.as_it_was(use_vllm):
-            os.environ.update(RANK="0", WORLD_SIZE="3")
-        assert (os.environ.get("RANK"), os.environ["WORLD_SIZE"]) == left
-    monkeypatch.delenv("RANK")
+    args = SimpleNamespace(**{"use_vllm": True, "bf16": False, "fp16": False} | given)
+    with vllm_rollouts.making_engine(args):
+        os.environ.update(RANK="0", WORLD_SIZE="3")
+        assert vllm_generation.LLM(seed=1) == {"seed": 1, "dtype": dtype}
+    assert vllm_generation.LLM is dict and "RANK" not in os.environ and os.environ["WORLD_SIZE"] == "1"
+
+
+def test_rows_without_pictures_go_with_others() -> None:
+    """TRL looks for the first picture of every list that it is given."""
+    engine = Engine()
+    given: list[Any] = []
+    generate = engine.generate
+    engine.generate = lambda prompts, images, *rest: given.append(images) or generate(prompts, images, *rest)  # type: ignore
+    CheckedVLLM(engine, PROCESSOR).generate([[1, 9, 9, 9], [4]], [["a"], []], 1)
+    assert given == [[["a"], None]]
