@@ -18,15 +18,30 @@ def project_root() -> Path:
 
 def resolve(path: str | Path) -> Path:
     """A path as the user means it: absolute, from the working directory, else from the project's root."""
-    path = Path(path).expanduser()
-    if path.is_absolute() or path.exists():
+    path = _at_home(path)
+    if path.is_absolute() or _is_there(path):
         return path.absolute()
     return project_root() / path
 
 
 def at_root(path: str | Path) -> Path:
     """A path that is meant from the project's root, wherever the process works: ``results_dir``, ``run_dir``."""
-    return project_root() / Path(path).expanduser()
+    return project_root() / _at_home(path)
+
+
+def _at_home(path: str | Path) -> Path:
+    """``~`` replaced; the name of a user that there is not stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no disk takes
+        return False
 
 
 def anchored(path: str) -> str:
@@ -35,8 +50,8 @@ def anchored(path: str) -> str:
     What is kept in it is found again by processes that work elsewhere: a run resumed, a training process, a job.
     """
     found = resolve(path)
-    given = bool(path) and not Path(path).expanduser().is_absolute()
-    return from_root(found) if given and found.exists() else path
+    given = bool(path) and not _at_home(path).is_absolute()
+    return from_root(found) if given and _is_there(found) else path
 
 
 def shown(path: Path) -> str:

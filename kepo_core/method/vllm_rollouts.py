@@ -203,7 +203,7 @@ class CheckedVLLM:
         return placed
 
     def _check_server(self) -> None:
-        """Raise ``ValueError`` unless the server cuts a text into the student's tokens; note how long its context is."""
+        """Raise ``ValueError`` unless the server has the student's tokens, and note how long its context is."""
         client, text = self._inner.vllm_client, "A) 12.5 mm <think>höher</think> 是"
         self._most = client.session.get(f"{client.base_url}/v1/models").json()["data"][0].get("max_model_len")
         asked = {"model": client.model, "prompt": text, "add_special_tokens": False}

@@ -92,7 +92,7 @@ def portable(params: Params) -> Params:
     changes: dict[str, Any] = {
         name: f"PATH/TO/{Path(value).name}" if not address else "http://HOST:8000/v1"
         for name, value in params.to_dict().items()
-        if isinstance(value, str) and ((address := "://" in value) or Path(value).expanduser().is_absolute())
+        if isinstance(value, str) and ((address := "://" in value) or value[:1] == "~" or Path(value).is_absolute())
     }
     return params.replace(**changes | {"run_dir": "", "results_dir": Params().results_dir})
 

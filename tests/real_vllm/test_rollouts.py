@@ -4,19 +4,16 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from PIL import Image
+from prompts import PROMPTS, as_prompt, difference
 from trl.generation.vllm_generation import VLLMGeneration
 
 from kepo_core.experiment import experiment
 from kepo_core.experiment.evaluation import evaluate
-from kepo_core.experiment.models import load_model, load_processor
-from kepo_core.method import hinted, vllm_rollouts
+from kepo_core.method import vllm_rollouts
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
@@ -63,51 +60,13 @@ def test_groups_that_fail_explore_by_vllm(trained: Any) -> None:
     assert (injected["accuracy"] > 0).all() and injected["hint_log_ratio"].notna().all()
 
 
-def picture(width: int, height: int, shade: int) -> Image.Image:
-    image = Image.new("RGB", (width, height), (shade, 40, 200 - shade))
-    image.paste((250, 250, 250), (4, 4, width // 2, height // 3))
-    return image
-
-
-#: The parts of a prompt: a number is a picture of this width, a text a text.
-PROMPTS = {
-    "one picture, text behind": [64, "What is it?"],
-    "one picture, text before": ["What is it?", 64],
-    "a picture alone": [64],
-    "two of one size, side by side": [64, 64, "Which is darker?"],
-    "two of two sizes, text between": [64, "and", 96, "Which is larger?"],
-    "three sizes, the text before": ["Which is largest?", 32, 96, 64],
-    "text alone": ["What is two and two?"],
-}
-
-
-def as_prompt(parts: list[Any]) -> Any:
-    content = [
-        {"type": "image", "image": picture(part, 64, 20 * number)}
-        if isinstance(part, int)
-        else {"type": "text", "text": part}
-        for number, part in enumerate(parts)
-    ]
-    return [{"role": "user", "content": content}]
-
-
-def difference(trainer: Any, prompts: list[Any]) -> float:
-    """Mean |log p by vLLM − log p by the trainer| of one completion per prompt."""
-    ids, images, fields = trainer._tokenize_prompts(prompts)
-    drawn, logps = trainer._generate_single_turn(ids, images, fields, 1)
-    ours, _, mask = hinted.log_probabilities(trainer, prompts, drawn)
-    theirs = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in logps], batch_first=True)
-    return float(((ours - theirs).abs() * mask).sum() / mask.sum())
-
-
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_prompt_is_the_same_in_vllm(trained: Any, name: str) -> None:
     assert difference(trained[0], [as_prompt(PROMPTS[name])] * 2) < 0.005
 
 
 def test_prompts_of_all_kinds_go_together(trained: Any) -> None:
-    pictured = [as_prompt(parts) for name, parts in PROMPTS.items() if name != "text alone"]
-    assert difference(trained[0], pictured) < 0.005
+    assert difference(trained[0], [as_prompt(parts) for parts in PROMPTS.values()]) < 0.005
 
 
 def test_the_engine_of_the_rollouts_answers_too(trained: Any, asking: Params) -> None:
@@ -163,22 +122,12 @@ def test_adapters_arrive_merged(small: Callable[..., Params]) -> None:
     assert len(off) == 3 and max(off) < 0.005 and len(rows[~rows["injected"]]) == 3 * 4 * 4
 
 
-def test_a_bf16_run_stays_close(small: Callable[..., Params]) -> None:
-    """The student under autocast; vLLM as the checkpoint says, in float32."""
-    _, _, steps = train(small(max_steps=3, precision="bf16"))
-    off = [step["kepo/vllm_difference"] for step in steps]
-    print(f"\nbfloat16 beside float32, mean |Δ log p|: {', '.join(f'{each:.5f}' for each in off)}")
-    assert len(off) == 3 and 0 < max(off) < vllm_rollouts.MOST_DIFFERENCE / 4
-
-
-def test_both_in_bf16_stay_far_below_the_threshold(
-    small: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_step_in_bf16_stays_far_below_the_threshold(
+    small: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One step: vLLM packs bfloat16 weights on a CPU when it has read them, and takes no others then."""
-    load_model("embedded:student").to(torch.bfloat16).save_pretrained(tmp_path / "student")
-    load_processor("embedded:student").save_pretrained(tmp_path / "student")
+    """Student and engine compute in bfloat16. One step: on a CPU vLLM packs such weights, and takes no others then."""
     monkeypatch.setattr(VLLMGeneration, "sync_weights", lambda self: None)
-    _, _, steps = train(small(max_steps=1, precision="bf16", student=str(tmp_path / "student")))
+    _, _, steps = train(small(max_steps=1, precision="bf16"))
     off = steps[0]["kepo/vllm_difference"]
-    print(f"\nboth in bfloat16, mean |Δ log p|: {off:.5f}")
+    print(f"\nbfloat16, mean |Δ log p|: {off:.5f}")
     assert 0.0005 < off < vllm_rollouts.MOST_DIFFERENCE / 4

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from prompts import PROMPTS, as_prompt, difference
 from trl.generation.vllm_client import VLLMClient
 
 from kepo_core.experiment import experiment
@@ -51,16 +52,31 @@ def test_a_server_draws_for_each_process_what_it_asked(
     assert len(answered) == 16 and answered["completion"].str.len().gt(0).all()
 
 
-def test_a_server_that_dies_is_one_sentence_and_what_was_done_is_kept(
-    server: dict[str, Any], small: Callable[..., Params], serve: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+@pytest.fixture
+def trainer(server: dict[str, Any], small: Callable[..., Params], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One over the server, to which no weights are sent, and its run."""
     monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, device=0: None)
     monkeypatch.setattr(VLLMClient, "update_named_params", lambda self, metadata, named_params: None)
     params = small(**server | {"max_steps": 3, "save_steps": 1, "curve_steps": 0})
-    run = Run.allocate(params)
-    trainer = experiment.make_trainer(params, run, experiment.load_data(params), experiment.load_models(params))
-    assert trainer is not None
+    data, models, run = experiment.load_data(params), experiment.load_models(params), Run.allocate(params)
+    return experiment.make_trainer(params, run, data, models), run
+
+
+def test_prompts_of_all_kinds_are_the_same_at_a_server(trainer: Any) -> None:
+    for name, parts in PROMPTS.items():
+        assert difference(trainer[0], [as_prompt(parts)] * 2) < 1e-4, name
+    assert difference(trainer[0], [as_prompt(parts) for parts in PROMPTS.values()]) < 1e-4
+
+
+def test_a_context_too_short_is_the_servers(trainer: Any) -> None:
+    """It was started with 512, whatever vllm_max_model_length says."""
+    trainer[0].vllm_generation._inner.max_model_length = 100_000
+    with pytest.raises(ValueError, match=r"leaves no room for a completion of 48 in vLLM's context of 512"):
+        difference(trainer[0], [as_prompt(["What is it? " * 200])])
+
+
+def test_a_server_that_dies_is_one_sentence_and_what_was_done_is_kept(trainer: Any) -> None:
+    trainer, run = trainer
     client = trainer.vllm_generation.vllm_client  # type: ignore[attr-defined]
     ask, asked = client.session.request, []
 

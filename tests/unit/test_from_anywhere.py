@@ -168,3 +168,8 @@ def test_a_notebook_works_in_the_root_or_where_its_files_are_named(project: Path
         execute(notebook, here / "out.ipynb", {"where": str(here / "where")}, folder)
         assert (here / "where").read_text() == str(expected)
     assert Path.cwd() == here
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/x", "a" * 5000, "a\0b"])
+def test_a_text_that_is_no_path_is_kept_as_it_is(text: str) -> None:
+    assert paths.anchored(text) == text and resolve(text).is_absolute()
