@@ -21,7 +21,7 @@ from kepo_core.runs.run import Run
 
 def train(params: Params) -> tuple[Any, pd.DataFrame, list[dict[str, Any]]]:
     """The trainer, its rollouts, and what it logged of each step."""
-    models, data = experiment.load_to_run(params), experiment.load_data(params)
+    models, data = experiment.load_models(params), experiment.load_data(params)
     run = Run.allocate(params)
     trainer = experiment.make_trainer(params, run, data, models)
     assert trainer is not None
