@@ -13,6 +13,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import torch
 from requests import RequestException
 from trl.generation import vllm_generation
 
@@ -73,17 +74,20 @@ def one_placeholder_each(ids: Sequence[int], pictures: int, image_token: int, ro
 
 
 @contextmanager
-def making_engine(args: Any) -> Iterator[None]:
+def making_engine(args: Any, *, trained: bool) -> Iterator[None]:
     """While TRL makes its engine for a ``GRPOConfig``: it computes in the precision that the trainer computes in.
 
-    What TRL puts into the environment for it goes again: later trainers would be distributed ones.
+    On a CPU one that gets ``trained`` weights computes as the checkpoint says, which has to be in float16: others are
+    packed there when they are read, and cannot be exchanged. What TRL puts into the environment for the engine goes
+    again: later trainers would be distributed ones.
     """
     if not args.use_vllm:
         yield
         return
     before, made = {name: os.environ.get(name) for name in _RENDEZVOUS}, getattr(vllm_generation, "LLM", None)
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    vllm_generation.LLM = partial(made, dtype=precision) if made else None
+    if made and (torch.cuda.is_available() or not trained):
+        vllm_generation.LLM = partial(made, dtype=precision)
     try:
         yield
     finally:

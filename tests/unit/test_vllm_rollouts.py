@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from kepo_harness import ScriptedTrainer, fails_on_0, make_row, make_trainer
 from requests import ConnectionError as NoServer
 from trl.generation import vllm_generation
@@ -206,10 +207,12 @@ def test_an_engine_computes_as_the_trainer_and_leaves_nothing_behind(
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("RANK", raising=False)
     args = SimpleNamespace(**{"use_vllm": True, "bf16": False, "fp16": False} | given)
-    with vllm_rollouts.making_engine(args):
+    with vllm_rollouts.making_engine(args, trained=False):
         os.environ.update(RANK="0", WORLD_SIZE="3")
         assert vllm_generation.LLM(seed=1) == {"seed": 1, "dtype": dtype}
     assert vllm_generation.LLM is dict and "RANK" not in os.environ and os.environ["WORLD_SIZE"] == "1"
+    with vllm_rollouts.making_engine(args, trained=True):
+        assert vllm_generation.LLM is dict or torch.cuda.is_available()
 
 
 def test_rows_without_pictures_go_with_others() -> None:
