@@ -237,6 +237,14 @@ def test_the_words_of_an_option_name_no_other_beside_more_words() -> None:
     assert read("Hepatitis A, B or C, D", FORMS) == "missing"
 
 
+@pytest.mark.parametrize("answer_format", ["paper", "lenient"])
+def test_spaces_beside_a_mark_change_no_options_text(answer_format: str) -> None:
+    for said in ("C.albicans", "c.albicans", "C . albicans", "A)C.albicans"):
+        assert read(said, GERMS, answer_format) == "A"
+    assert read("D) Hepatitis A,B or C", FORMS, answer_format) == "ambiguous"
+    assert read("acyst", CYSTS, answer_format) == read("C.albicans, most likely", GERMS, answer_format) == "missing"
+
+
 def test_a_letter_counts_before_a_text_and_two_that_contradict_are_ambiguous() -> None:
     assert [read(group, GROUPS) for group in ("AB", "A", "O", "B", "E")] == ["A", "A", "C", "B", "missing"]
     assert read("B) a cyst", CYSTS) == "ambiguous"
