@@ -8,7 +8,8 @@ from kepo_core.data.omnimedvqa import same_text
 from kepo_core.data.records import LETTERS
 
 _FIELD = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_BARE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
+#: A letter and nothing else but marks.
+BARE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
 _MARKED = re.compile(r"\s*\(?([A-Za-z])\s*[.):](.*)", re.DOTALL)
 _CAPITAL = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?![A-Za-z0-9'’])")
 # A further letter offered in the text behind a marked one: "… C) …", "… C: …", "… or C".
@@ -27,7 +28,7 @@ def answer_fields(text: str) -> list[str]:
 def letters_in(field: str, options: Sequence[str]) -> set[str]:
     """The different letters that one answer field names (upper case); empty when it names none."""
     letters = LETTERS[: len(options)]
-    bare = _BARE.fullmatch(field)
+    bare = BARE.fullmatch(field)
     if bare and bare[1].upper() in letters:
         return {bare[1].upper()}
     if named := named_by_text(field, options):
@@ -58,7 +59,7 @@ def named_by_text(field: str, options: Sequence[str]) -> set[str]:
 
 def without_texts(field: str, options: Sequence[str]) -> str:
     """``field`` with another word for each option's text in it, so that no letter of these is left."""
-    return _any_of(tuple(options)).sub(_SOME_TEXT, field)
+    return any_of(tuple(options)).sub(_SOME_TEXT, field)
 
 
 def _parts(text: str) -> list[str]:
@@ -67,7 +68,7 @@ def _parts(text: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _any_of(options: tuple[str, ...]) -> re.Pattern[str]:
+def any_of(options: tuple[str, ...]) -> re.Pattern[str]:
     """Any option's text of more than a letter, the longest first, as whole words."""
     texts = sorted({same_text(option) for option in options}, key=len, reverse=True)
     # Between two words there is white space, beside a mark there may be some.
