@@ -8,8 +8,7 @@ from kepo_core.data.omnimedvqa import same_text
 from kepo_core.data.records import LETTERS
 
 _FIELD = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-#: A letter and nothing else but marks.
-BARE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
+_BARE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
 _MARKED = re.compile(r"\s*\(?([A-Za-z])\s*[.):](.*)", re.DOTALL)
 _CAPITAL = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?![A-Za-z0-9'’])")
 # A further letter offered in the text behind a marked one: "… C) …", "… C: …", "… or C".
@@ -28,7 +27,7 @@ def answer_fields(text: str) -> list[str]:
 def letters_in(field: str, options: Sequence[str]) -> set[str]:
     """The different letters that one answer field names (upper case); empty when it names none."""
     letters = LETTERS[: len(options)]
-    bare = BARE.fullmatch(field)
+    bare = _BARE.fullmatch(field)
     if bare and bare[1].upper() in letters:
         return {bare[1].upper()}
     if named := named_by_text(field, options):

@@ -4,7 +4,7 @@ r"""How models of other families write their answers: what ``answer_format: leni
 - In an answer field: markdown and LaTeX around what is said (``**B) a cyst**``, ``\boxed{B}``, ``\text{B}``), and
   words before it (``Option B``, ``The answer is B.``).
 - Without an answer field, the first of these that there is: ``\boxed{…}``; all sentences such as ``The answer is B`` or
-  ``The answer is a cyst.``, also behind others on a line; lines that are an answer as a whole, a letter or an option's
+  ``The answer is a cyst.``, also behind others on a line; lines that are an answer as a whole, letters or an option's
   whole text or line (``B``, ``Option B``, ``**B) a cyst**``, ``a cyst``).
 
 An option's whole text comes first: what stands in it (``Option B``, ``HLA-B*27``, ``$10``) is no word before an answer
@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from kepo_core.task.answer_fields import BARE, any_of, letters_in, named_by_text, without_texts
+from kepo_core.task.answer_fields import any_of, letters_in, named_by_text, without_texts
 
 _TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -57,7 +57,14 @@ def statements(text: str, options: Sequence[str]) -> list[str]:
     said = [named for line in lines for rest in _sentences(line, options) for named in _said(rest, options)]
     if said:
         return said
-    return [line for raw in lines if BARE.fullmatch(line := plain(raw, options)) or named_by_text(line, options)]
+    return [line for raw in lines if _is_answer(line := plain(raw, options), options)]
+
+
+def _is_answer(line: str, options: Sequence[str]) -> bool:
+    """Whether a line is an option's whole text or line, or nothing but letters (one, or several that are ambiguous)."""
+    words = re.findall(r"[^\W_]+", line)
+    only_letters = all(len(word) == 1 or word.lower() in ("or", "and") for word in words)
+    return bool(named_by_text(line, options) or (only_letters and letters_in(line, options)))
 
 
 def _unadorned(text: str, options: Sequence[str]) -> str:

@@ -297,6 +297,8 @@ def test_what_other_families_write_is_read_where_the_switch_says_so(text: str) -
         ("B: the liver\nC. the spleen", MISSING),
         ("A) is too dark.\nB", RIGHT),
         ("B) a tear, perhaps", MISSING),
+        ("B\nor C", AMBIGUOUS),
+        ("B) or A)\nB", AMBIGUOUS),
         ("B) a cyst", AMBIGUOUS),
         ("The answer is not B", MISSING),
         ("Option B is not what I see, and a tear is unlikely", MISSING),
