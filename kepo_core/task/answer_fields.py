@@ -48,8 +48,8 @@ def named_by_text(field: str, options: Sequence[str]) -> set[str]:
     """The letters of the options whose whole text or line the field is."""
 
     def of_text(text: str) -> set[str]:
-        said = same_text(text)
-        return {letter for letter, option in zip(LETTERS, options, strict=False) if same_text(option) == said}
+        said = _parts(text)
+        return {letter for letter, option in zip(LETTERS, options, strict=False) if _parts(option) == said}
 
     named, marked = of_text(field), _MARKED.match(field)
     behind = of_text(marked[2]) if marked else set()
@@ -58,12 +58,18 @@ def named_by_text(field: str, options: Sequence[str]) -> set[str]:
 
 def without_texts(field: str, options: Sequence[str]) -> str:
     """``field`` with another word for each option's text in it, so that no letter of these is left."""
-    return _any_of(tuple(options)).sub(_SOME_TEXT, field)
+    return any_of(tuple(options)).sub(_SOME_TEXT, field)
+
+
+def _parts(text: str) -> list[str]:
+    """Its words and marks, so that ``C.albicans`` is ``C. albicans``, and ``acyst`` is not ``a cyst``."""
+    return re.findall(r"\w+|[^\w\s]", same_text(text))
 
 
 @functools.lru_cache(maxsize=4096)
-def _any_of(options: tuple[str, ...]) -> re.Pattern[str]:
+def any_of(options: tuple[str, ...]) -> re.Pattern[str]:
     """Any option's text of more than a letter, the longest first, as whole words."""
     texts = sorted({same_text(option) for option in options}, key=len, reverse=True)
-    spaced = [r"\s+".join(map(re.escape, text.split())) for text in texts if len(text) > 1]
+    # Between two words there is white space, beside a mark there may be some.
+    spaced = [r"(?:(?<!\w)|(?!\w))\s*".join(map(re.escape, _parts(text))) for text in texts if len(text) > 1]
     return re.compile(rf"(?<!\w)(?:{'|'.join(spaced)})(?!\w)" if spaced else r"(?!)", re.IGNORECASE)

@@ -3,35 +3,36 @@ r"""How models of other families write their answers: what ``answer_format: leni
 - Tags in any case and with spaces in them (``<Answer>``, ``</ think >``); full-width letters, colons and brackets.
 - In an answer field: markdown and LaTeX around what is said (``**B) a cyst**``, ``\boxed{B}``, ``\text{B}``), and
   words before it (``Option B``, ``The answer is B.``).
-- Without an answer field, the first of these that there is: ``\boxed{…}``; sentences such as ``The answer is B``;
-  lines that are an answer as a whole (``B``, ``Option B``, ``**B) a cyst**``, ``a cyst``).
+- Without an answer field, the first of these that there is: ``\boxed{…}``; all sentences such as ``The answer is B`` or
+  ``The answer is a cyst.``, also behind others on a line; lines that are an answer as a whole, letters or an option's
+  whole text or line (``B``, ``Option B``, ``**B) a cyst**``, ``a cyst``).
 
-What is found is read as a field of the paper's: several different letters are ambiguous here, too.
+An option's whole text comes first: what stands in it (``Option B``, ``HLA-B*27``, ``$10``) is no word before an answer
+and no ornament. What is found is read as a field of the paper's: several different letters are ambiguous here, too.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
 
-from kepo_core.task.answer_fields import letters_in, named_by_text, without_texts
+from kepo_core.task.answer_fields import any_of, letters_in, named_by_text, without_texts
 
 _TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _COMMAND = re.compile(r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-_ORNAMENT = re.compile(r"\*+|__|[`$#]")
 _WORDS = r"(?:(?:my|the|so|therefore|thus|hence|final|correct|right|best)\b,?\s+)*"
+_ORNAMENT = r"\*+|__|[`$#]"
 _BEFORE = re.compile(
-    rf"\s*{_WORDS}(?:answer|option|choice)\b\s*(?:is\b|[:=])?\s*(?:option|choice)?\b\s*:?", re.IGNORECASE
+    rf"(\s*{_WORDS}(?:answer|option|choice)\b\s*(?:is\b|[:=])?)\s*(?:option|choice)?\b\s*:?", re.IGNORECASE
 )
-_SENTENCE = re.compile(r"\b(?:answer|option|choice)\s*(?:is\b|[:=])(?:\s*:)?(.*)", re.IGNORECASE)
+_SENTENCE = r"\b(?:answer|option|choice)\s*(?:is\b|[:=])(?:\s*:)?"
 # At a sentence's beginning: "B", "(B) or C", before its end, a mark or a conjunction.
 _LETTERS = re.compile(
     r"\s*(?:option\s+)?(\(?[A-Z]\b\)?(?:\s*(?:,|/|or\b|and\b)\s*\(?[A-Z]\b\)?)*)"
     r"\s*(?:\Z|[.,;:!]|(?:because|since|as|for|due|which|based)\b)",
     re.IGNORECASE,
 )
-# A line that is one: "B", "B)", "(B) a cyst".
-_LINE = re.compile(r"\s*\(?[A-Za-z]\s*(?:[.):].*)?")
 
 
 def normalised(text: str) -> str:
@@ -39,38 +40,64 @@ def normalised(text: str) -> str:
     return _TAG.sub(lambda tag: f"<{tag[1] or ''}{tag[2].lower()}>", unicodedata.normalize("NFKC", text))
 
 
-def plain(field: str) -> str:
-    """What a field says, without ornaments and words before it."""
-    said = _unadorned(field)
+def plain(field: str, options: Sequence[str]) -> str:
+    """What a field says, without ornaments and words before it; an option's whole text stays as it is."""
+    said = _unadorned(field, options)
     before = _BEFORE.match(said)
-    return said[before.end() :] if before else said
+    shorter = [said[before.end(1) :], said[before.end() :]] if before else []
+    candidates = [field, said, *shorter]
+    return next((text for text in candidates if named_by_text(text, options)), candidates[-1])
 
 
 def statements(text: str, options: Sequence[str]) -> list[str]:
     """What ``text``, which has no answer field, answers; empty if it does not."""
     if boxed := _BOXED.findall(text):
-        return [plain(content) for content in boxed]
-    lines = [line for raw in text.splitlines() if (line := _unadorned(raw.replace("<answer>", " ")))]
-    said = [_said(sentence[1], options) for line in lines if (sentence := _SENTENCE.search(line))]
-    if any(said):
+        return [plain(content, options) for content in boxed]
+    lines = [line for raw in text.splitlines() if (line := _unadorned(raw.replace("<answer>", " "), options))]
+    said = [named for line in lines for rest in _sentences(line, options) for named in _said(rest, options)]
+    if said:
         return said
-    return [line for line in map(plain, lines) if _LINE.fullmatch(line) or _names_one(line, options)]
+    return [line for raw in lines if _is_answer(line := plain(raw, options), options)]
 
 
-def _unadorned(text: str) -> str:
-    """On one line, with single spaces, without markdown and LaTeX."""
+def _is_answer(line: str, options: Sequence[str]) -> bool:
+    """Whether a line is an option's whole text or line, or nothing but letters (one, or several that are ambiguous)."""
+    words = re.findall(r"[^\W_]+", line)
+    only_letters = all(len(word) == 1 or word.lower() in ("or", "and") for word in words)
+    return bool(named_by_text(line, options) or (only_letters and letters_in(line, options)))
+
+
+def _unadorned(text: str, options: Sequence[str]) -> str:
+    """On one line, with single spaces, without markdown and LaTeX but where these stand in an option's text."""
     for _ in range(2):  # \boxed{\text{B}}
         text = _COMMAND.sub(r"\1", text)
-    return " ".join(_ORNAMENT.sub("", text).split())
+    return " ".join(_outside(tuple(options), _ORNAMENT).sub(r"\1", text).split())
 
 
-def _said(rest: str, options: Sequence[str]) -> str:
+@functools.lru_cache(maxsize=4096)
+def _outside(options: tuple[str, ...], pattern: str) -> re.Pattern[str]:
+    """``pattern``, or in its first group an option's text, so that it is not found in one."""
+    return re.compile(rf"({any_of(options).pattern})|{pattern}", re.IGNORECASE)
+
+
+def _sentences(line: str, options: Sequence[str]) -> list[str]:
+    """What stands behind each "the answer is", up to the next."""
+    begins = [found for found in _outside(tuple(options), _SENTENCE).finditer(line) if not found[1]]
+    ends = [*(found.start() for found in begins[1:]), len(line)]
+    rests = [line[found.end() : end].strip() for found, end in zip(begins, ends, strict=False)]
+    return [rest for rest in rests if rest]
+
+
+def _said(rest: str, options: Sequence[str]) -> list[str]:
     """What a sentence says behind "the answer is": an option's text or line, else the letters that it begins with."""
+    if named_by_text(rest, options):
+        return [rest]
+    texts = any_of(tuple(options))
+    text = texts.match(rest)
+    named = named_by_text(text[0], options) if text else set()
+    if text and named and rest.startswith(tuple(".,;:!"), text.end()):  # texts and letters behind it contradict it
+        return [*texts.findall(rest), f"{min(named)}) {rest[text.end() :]}"]
     begins = _LETTERS.match(without_texts(rest, options))
-    if begins and not named_by_text(rest, options):
-        return begins[1]
-    return rest if letters_in(rest, options) else ""
-
-
-def _names_one(line: str, options: Sequence[str]) -> bool:
-    return len(letters_in(line, options)) == 1
+    if begins:
+        return [begins[1]]
+    return [rest] if letters_in(rest, options) else []

@@ -13,10 +13,10 @@ The same parser serves training and evaluation. What counts, in full:
    other option's letter (``B) a type A lesion``, ``B) E. coli`` among four; not ``B) or C)``). Several different
    letters (``A or B``) are ambiguous.
 4. An option's whole text names that option (``a cyst``), and so does its line as the prompt prints it
-   (``A) I``, ``D) Both A and B``): case, runs of spaces and final full stops do not count. Letters in an option's
-   words name nothing, wherever its text stands in a field: ``C. albicans`` is option A if that is A's text. Where
-   a field may be a letter or a text, it is the letter (``B`` among the blood groups); a letter before another
-   option's whole text names both.
+   (``A) I``, ``D) Both A and B``): case, runs of spaces, spaces beside a mark (``C.albicans``) and final full stops
+   do not count. Letters in an option's words name nothing, wherever its text stands in a field: ``C. albicans`` is
+   option A if that is A's text. Where a field may be a letter or a text, it is the letter (``B`` among the blood
+   groups); a letter before another option's whole text names both.
 5. All fields name one same letter: that letter was answered; fields without a letter are passed over.
    Different letters, in one field or in several: AMBIGUOUS. No letter, or one that is not among the
    options: MISSING, or TRUNCATED if the completion hit the token limit before any field was closed.
@@ -75,7 +75,7 @@ def _read(text: str, options: tuple[str, ...], answer_format: str) -> tuple[froz
     rest = outside_thoughts(text)
     found = answer_fields.answer_fields(rest)
     if answer_format == "lenient":
-        found = [lenient.plain(field) for field in found] or lenient.statements(rest, options)
+        found = [lenient.plain(field, options) for field in found] or lenient.statements(rest, options)
     return frozenset().union(*(answer_fields.letters_in(field, options) for field in found)), bool(found)
 
 

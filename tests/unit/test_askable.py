@@ -12,6 +12,7 @@ from kepo_core.errors import DataError
 from kepo_core.experiment import askable, experiment
 from kepo_core.experiment.experiment import StudyData
 from kepo_core.params import Params
+from kepo_core.task.prompts import vqa_messages
 
 
 @pytest.fixture
@@ -89,9 +90,10 @@ def test_a_text_that_cannot_be_tokenized_is_left_out_and_counted(
 
         added_tokens_decoder: ClassVar = {}
 
-        def __call__(self, text=None, images=None, **_) -> None:
+        def __call__(self, text=None, images=None, **_) -> dict:
             if "What else?" in str(text):
                 raise OverflowError("too much")
+            return {"input_ids": [[]]}
 
     monkeypatch.setattr(askable, "load_processor", lambda *_: Picky())
     first = load(world).train[0]
@@ -100,6 +102,27 @@ def test_a_text_that_cannot_be_tokenized_is_left_out_and_counted(
     assert data.ledger.dropped == {
         "its text cannot be tokenized": [f"Question {first.id}: its text cannot be tokenized (too much)."]
     }
+
+
+@pytest.mark.parametrize(("words", "option"), [(9000, ""), (200, "max_completion_length"), (200, "eval_max_tokens")])
+def test_what_is_longer_than_the_students_context_is_left_out_and_counted(
+    world: Path, processor, words: int, option: str
+) -> None:
+    first = load(world).train[0]
+    question = " ".join(["long"] * words)
+    change(world, first.id, question=question)
+    messages = vqa_messages(question, first.options, Params().thinking)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    picture = [[Image.new("RGB", (32, 24))]]
+    prompt = processor(text=[text], images=picture, return_tensors="pt")["input_ids"].shape[1]
+    room = 2048 - prompt
+    if option:
+        assert load(world, **{option: room}).train[0].id == first.id
+    data = load(world, **({option: room + 1} if option else {}))
+    ((reason, (sentence,)),) = data.ledger.dropped.items()
+    assert reason == "longer than the student's context" and first.id not in {q.id for q in data.train}
+    assert f"Question {first.id}: its prompt of {prompt:,} tokens and a completion of up to " in sentence
+    assert f"{room + 1 if option else 48:,} are longer than the student's context of 2,048 tokens" in sentence
 
 
 def test_items_of_a_file_are_refused_by_name(world: Path, tmp_path: Path) -> None:

@@ -237,6 +237,14 @@ def test_the_words_of_an_option_name_no_other_beside_more_words() -> None:
     assert read("Hepatitis A, B or C, D", FORMS) == "missing"
 
 
+@pytest.mark.parametrize("answer_format", ["paper", "lenient"])
+def test_spaces_beside_a_mark_change_no_options_text(answer_format: str) -> None:
+    for said in ("C.albicans", "c.albicans", "C . albicans", "A)C.albicans"):
+        assert read(said, GERMS, answer_format) == "A"
+    assert read("D) Hepatitis A,B or C", FORMS, answer_format) == "ambiguous"
+    assert read("acyst", CYSTS, answer_format) == read("C.albicans, most likely", GERMS, answer_format) == "missing"
+
+
 def test_a_letter_counts_before_a_text_and_two_that_contradict_are_ambiguous() -> None:
     assert [read(group, GROUPS) for group in ("AB", "A", "O", "B", "E")] == ["A", "A", "C", "B", "missing"]
     assert read("B) a cyst", CYSTS) == "ambiguous"
@@ -275,6 +283,23 @@ def test_what_other_families_write_is_read_where_the_switch_says_so(text: str) -
         (r"\boxed{A} or \boxed{B}", AMBIGUOUS),
         ("The answer is A.\nNo, the answer is B.", AMBIGUOUS),
         ("the answer is a large thing", MISSING),
+        ("The answer is B. Wait, the answer is A.", AMBIGUOUS),
+        ("The answer is a tear. No: the answer is A", AMBIGUOUS),
+        ("The answer is a tear, no, the answer is A", AMBIGUOUS),
+        ("The answer is a tear, a cyst or a mass", AMBIGUOUS),
+        ("The answer is a tear, or A", AMBIGUOUS),
+        ("The answer is a THİNG, or A", MISSING),
+        ("The answer is a tear. It is dark.", RIGHT),
+        ("The answer is a cyst. It is dark. The answer is B.", AMBIGUOUS),
+        ("Option: B. Better choice: C) a mass. Answer: B", AMBIGUOUS),
+        ("Which answer is right? The answer is not A. The answer is B.", RIGHT),
+        ("B) Liver is excluded, since it is dark.", MISSING),
+        ("B: the liver\nC. the spleen", MISSING),
+        ("A) is too dark.\nB", RIGHT),
+        ("B) a tear, perhaps", MISSING),
+        ("B\nor C", AMBIGUOUS),
+        ("B) or A)\nB", AMBIGUOUS),
+        ("B) a cyst", AMBIGUOUS),
         ("The answer is not B", MISSING),
         ("Option B is not what I see, and a tear is unlikely", MISSING),
         ("<answer>who knows</answer> \\boxed{B}", MISSING),
@@ -285,6 +310,19 @@ def test_what_other_families_write_is_read_where_the_switch_says_so(text: str) -
 )
 def test_lenient_is_not_credulous(text: str, expected: AnswerOutcome) -> None:
     assert score(text, "B", CYSTS, thinking=True, finished=True, answer_format="lenient").outcome is expected
+
+
+@pytest.mark.parametrize("write", ["{}", "<answer>{}</answer>", "**{}**", "The answer is {}.", "\\boxed{{{}}}"])
+@pytest.mark.parametrize(
+    "options",
+    [("Option B", "Option A"), ("Choice: B", "Answer A"), ("HLA-B*27", "HLA-B27"), ("D#", "$10", "10"),
+     ("CD4 __A__", "CD4 `B`")],
+)  # fmt: skip
+def test_an_options_text_is_no_word_before_an_answer_and_no_ornament(options, write: str) -> None:
+    for letter, text in zip("ABC", options, strict=False):
+        said = write.format(text)
+        found = score(said, "A", options, thinking=True, finished=True, answer_format="lenient")
+        assert (found.letter or found.outcome) == letter, said
 
 
 def test_a_lenient_answer_is_truncated_only_where_none_was_read() -> None:
@@ -316,7 +354,19 @@ def test_lenient_gives_one_of_the_five_outcomes_and_the_papers_format(text: str,
 
 @pytest.mark.parametrize(
     "piece",
-    ["<think>", "</think>", "<think></think>", "<answer>", "<answer>A", "\\boxed{", "answer is ", "A, ", "< ", "("],
+    [
+        "<think>",
+        "</think>",
+        "<think></think>",
+        "<answer>",
+        "<answer>A",
+        "\\boxed{",
+        "answer is ",
+        "answer is A. ",
+        "A, ",
+        "< ",
+        "(",
+    ],
 )
 @pytest.mark.parametrize("answer_format", ["paper", "lenient"])
 def test_a_text_is_read_in_time_that_grows_as_it_does(piece: str, answer_format: str) -> None:
