@@ -91,7 +91,7 @@ def open_source(root: Path, follow_links: bool = False) -> Source:
 
     Raises ``DataError`` if it is neither.
     """
-    root = Path(root).expanduser().resolve()
+    root = Path(os.path.realpath(Path(root).expanduser()))
     if root.is_file():
         return Archive(root)
     if not root.is_dir():
@@ -217,7 +217,7 @@ class Folder:
             self._folders[path.parent] = Path(os.path.realpath(path.parent))
         absolute = self._folders[path.parent] / path.name
         if absolute.is_symlink():
-            absolute = absolute.resolve()
+            absolute = Path(os.path.realpath(absolute))  # resolve() raises for a link to itself
         return absolute if self.follow_links or absolute.is_relative_to(self._home) else None
 
 

@@ -9,6 +9,7 @@ called by the hash of their content, and put into the cache folder when they are
 import ast
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class Tables(Folder):
         if isinstance(content, bytes):
             return content
         try:
-            path = Path(str(_path(value))).resolve()
+            path = Path(os.path.realpath(str(_path(value))))
             if any(path.is_relative_to(folder) for folder in self._downloads):
                 return path.read_bytes()
         except (OSError, ValueError):  # no path at all: `locate` says so
@@ -120,7 +121,7 @@ def open_tables(data_root: str | Path, columns: str = "", follow_links: bool = F
 
         downloads = [Path(constants.HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
         return Tables(Path(data_root), cache_dir().resolve() / "pictures", parts, columns, downloads)
-    root = Path(data_root).expanduser().resolve()
+    root = Path(os.path.realpath(Path(data_root).expanduser()))
     if is_dataset(root):
         return Tables(root, root, read_dataset(root), columns, follow_links=follow_links)
     if root.is_file() and root.suffix.lower() in SUFFIXES:
