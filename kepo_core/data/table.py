@@ -10,7 +10,10 @@ import ast
 import hashlib
 import json
 import os
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ REQUIRED = ("image", "question", "options", "answer")
 ROLES = (*REQUIRED, "id", "category", "question_type", "split")
 #: The category of data that come without.
 ALL = "all"
+
+_NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*(e[+-]?\d+)?\s*", re.IGNORECASE)
 
 Columns = Mapping[str, Sequence[str]]  # one of ROLES → the columns that hold it; several only of options
 
@@ -181,27 +186,53 @@ def _find(given: Mapping[str, str], part: Part, root: Path) -> Columns:
 def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
     """All questions of the tables, in their order.
 
-    An answer is an option's text, or its letter. A row without an id is called by its table and its number. Data
-    without categories are of one, `ALL`. Where a row does not tell its split, the name of its table may. ``ledger`` and
-    errors as in ``omnimedvqa.load_raw``.
+    An answer is an option's text, or its letter; never a number, in any kind of table. A row without an id is called by
+    its table and its number; where ids restart in each table, its name is put in front of all. A row that is there
+    twice is read once. Data without categories are of one, `ALL`. Where a row does not tell its split, the name of its
+    table may. ``ledger`` and errors as in ``omnimedvqa.load_raw``; also raises ``DataError`` for an id that different
+    rows of one table have.
     """
     ledger = ledger or Ledger()
-    questions, count = [], 0
+    found: dict[Question, tuple[str, str]] = {}
+    count = 0
     for part, columns in source.parts:
         for index, row in enumerate(part.read([name for names in columns.values() for name in names])):
             count += 1
+            where = f"{part.name}, row {index + 1}"
             try:
-                questions.append(_question(source, part, columns, index, row, ledger))
+                question = _question(source, part, columns, index, row, where, ledger)
             except RowError as error:
                 ledger.drop(error)
-    if not questions:
+                continue
+            if question in found:
+                ledger.leave_out("the same row again", where)
+            found.setdefault(question, (part.name, where))
+    if not found:
         raise ledger.nothing(source.root, count)
-    ledger.read += len(questions)
-    return questions
+    ledger.read += len(found)
+    return _with_own_ids(found, source.root, ledger)
 
 
-def _question(source: Tables, part: Part, columns: Columns, index: int, row: Any, ledger: Ledger) -> Question:
-    where = f"{part.name}, row {index + 1}"
+def _with_own_ids(found: Mapping[Question, tuple[str, str]], root: Path, ledger: Ledger) -> list[Question]:
+    """The questions; behind their tables' names where two tables share an id. ``found``: each one's table and place."""
+    tables: dict[str, list[str]] = defaultdict(list)
+    for question, (table, _) in found.items():
+        tables[question.id].append(table)
+    if twice := [name for name, having in tables.items() if len(set(having)) < len(having)]:
+        raise DataError(
+            f"data_root {root}: {len(twice)} ids stand for different rows of one table ({', '.join(twice[:5])}), "
+            "expected one row each, or no column id."
+        )
+    if len(tables) == len(found):
+        return list(found)
+    for _, where in found.values():
+        ledger.mend("ids restart in each table: its name was put in front", where)
+    return [replace(question, id=f"{table}:{question.id}") for question, (table, _) in found.items()]
+
+
+def _question(
+    source: Tables, part: Part, columns: Columns, index: int, row: Any, where: str, ledger: Ledger
+) -> Question:
     if not isinstance(row, Mapping):
         raise RowError(
             "not a cell for each column",
@@ -219,7 +250,7 @@ def _question(source: Tables, part: Part, columns: Columns, index: int, row: Any
     )
     image_column = columns["image"][0]
     image, image_name = source.picture(part, index, image_column, row.get(image_column), where, ledger)
-    question = Question(
+    return Question(
         id=name,
         dataset=source.root.name.partition(":")[0],  # of a Hub name, without its split
         modality=_category(text("category", ALL), where),
@@ -231,8 +262,6 @@ def _question(source: Tables, part: Part, columns: Columns, index: int, row: Any
         split=_split(text("split", empty="") or part.split, where),
         image_name=image_name,
     )
-    ledger.claim(name, where)
-    return question
 
 
 def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, ledger: Ledger) -> list[str]:
@@ -267,11 +296,11 @@ def _letter(
     row: Mapping[str, Any], column: str, texts: Sequence[str], options: Sequence[str], where: str, ledger: Ledger
 ) -> str:
     """Which of ``options`` the answer in a cell is: by its text, or by its letter among ``texts``."""
-    if type(row.get(column)) is int:
+    if _NUMBER.fullmatch(str(row.get(column))):
         raise RowError(
             "the answer is a number",
-            f"{where}: {column} is the number {row[column]}, which may count from 0 or from 1, expected the letter or "
-            "the text of an option.",
+            f"{where}: {column} is the number {row[column]}, which may be an option's text or count options from 0 or "
+            "from 1, expected the letter of an option, or its text where that is no number.",
         )
     answer = text_of(row, column, where, ledger)
     meant = {same_text(answer)}
