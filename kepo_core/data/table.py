@@ -14,13 +14,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.omnimedvqa import options_of, same_text, text_of
 from kepo_core.data.records import LETTERS, Question
-from kepo_core.data.source import OUTSIDE, Folder, cache_dir, picture_name, write_whole
+from kepo_core.data.source import OUTSIDE, Folder, cache_dir, is_question_file, picture_name, write_whole
 from kepo_core.data.table_files import (
     SPLITS,
     SUFFIXES,
@@ -78,6 +78,13 @@ class Tables(Folder):
         name = text_of({column: _path(_single(value))}, column, where, ledger)
         return self.locate(name, where), picture_name(name)
 
+    def other_files(self) -> list[PurePosixPath]:
+        """Of a folder with tables, all that may be tables and are not among them; else nothing."""
+        if not self.root.is_dir() or is_dataset(self.root):
+            return []
+        read = {PurePosixPath(part.name) for part, _ in self.parts}
+        return sorted({*super().other_files(), *self._files(None, is_question_file)} - read)
+
     def fetch(self, image: Path) -> None:
         """Put a picture that is bytes into the cache, whole or not at all."""
         if image in self._inside and not image.is_file():
@@ -126,11 +133,13 @@ def open_tables(data_root: str | Path, columns: str = "", follow_links: bool = F
 
         downloads = [Path(constants.HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
         return Tables(Path(data_root), cache_dir().resolve() / "pictures", parts, columns, downloads)
-    root = Path(os.path.realpath(Path(data_root).expanduser()))
+    given = Path(data_root).expanduser()
+    root = Path(os.path.realpath(given))
     if is_dataset(root):
         return Tables(root, root, read_dataset(root), columns, follow_links=follow_links)
-    if root.is_file() and root.suffix.lower() in SUFFIXES:
-        return Tables(root, root.parent, [read_file(root)], columns, follow_links=follow_links)
+    for file in (root, given.parent.resolve() / given.name):  # the Hub's cache links to files without an ending
+        if file.is_file() and file.suffix.lower() in SUFFIXES:
+            return Tables(file, file.parent, [read_file(file)], columns, follow_links=follow_links)
     return None
 
 

@@ -341,6 +341,32 @@ def test_rows_in_other_folders_of_the_release_are_counted(folder: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_beside_the_release_that_no_reader_takes_are_counted(folder: Path, tmp_path: Path, packed: bool) -> None:
+    counted = ["QA_information/Open-access/more.ndjson", "QA_information/Open-access/old.json.gz", "table.CSV",
+               "tables/rows.parquet"]  # fmt: skip
+    for name in [*counted, "Images/Toy/sizes.csv", ".git/x.csv", "._table.csv", "README.md"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\0")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    ledger = Ledger(strict=False)
+    assert len(load_questions(open_data(zipped(tmp_path / "a.zip", files) if packed else folder), ledger)) == 4
+    assert ledger.dropped["a file of a kind that is not read here"] == counted
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.xlsx", "rows.json", "rows"])
+def test_a_root_of_a_kind_that_is_not_read_says_which_are(tmp_path: Path, name: str) -> None:
+    if name.endswith("xlsx"):  # an archive itself
+        zipped(tmp_path / name, {"xl/workbook.xml": b"<a/>"})
+    else:
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(
+        DataError, match=r"expected a folder .*, a table \(\.csv, \.jsonl, \.parquet\), OmniMedVQA\.zip"
+    ) as error:
+        open_data(tmp_path / name)
+    assert "whole zip" not in str(error.value)
+
+
 def hub_cache(folder: Path, tmp_path: Path, what: str) -> None:
     """Put files where the Hub's cache has them: their content elsewhere, called by its hash."""
     blobs = tmp_path / "blobs"

@@ -337,6 +337,30 @@ def test_several_tables_of_a_folder_are_parts_by_their_names(own: Path) -> None:
     assert parts["test"][0].id == "Test.csv:1"
 
 
+def test_what_lies_beside_tables_and_is_not_read_is_counted(own: Path) -> None:
+    WRITERS["csv"](own)
+    (own / "more").mkdir()
+    for name in ("more/t.csv", "more/t.parquet", "t.tsv", "t.json", "t.jsonl.gz", "more/rows.json"):
+        (own / name).write_text("[]")
+    ledger = Ledger(strict=False)
+    assert essence(load_questions(open_data(own), ledger)) == EXPECTED
+    assert ledger.dropped == {
+        "a table in a folder inside, where none is read": ["more/t.csv", "more/t.parquet"],
+        "a file of a kind that is not read here": ["more/rows.json", "t.json", "t.jsonl.gz", "t.tsv"],
+    }
+    load_questions(open_data(own / "t.csv"), alone := Ledger(strict=False))
+    assert not alone.dropped
+
+
+@pytest.mark.parametrize(("link", "target"), [("t.csv", "blobs/0a1b"), ("table", "own/t.csv")])
+def test_a_table_may_be_a_link_as_the_hubs_cache_has_them(own: Path, link: str, target: str) -> None:
+    WRITERS["csv"](own)
+    (own.parent / "blobs").mkdir()
+    (own / "t.csv").rename(own.parent / target)
+    (own / link).symlink_to(own.parent / target)
+    assert essence(load_questions(open_data(own / link))) == EXPECTED
+
+
 def test_without_a_validation_part_some_of_training_is_set_aside(own: Path) -> None:
     WRITERS["csv"](own)
     parts = split_as_given(load_questions(own))
