@@ -9,6 +9,7 @@ from kepo_core.data.omnimedvqa import load_raw, read_rows
 from kepo_core.data.records import Question
 from kepo_core.data.source import QA_FOLDER, Folder, Source, open_source
 from kepo_core.data.table import Tables, load_table, open_tables, tables_in
+from kepo_core.data.table_files import SUFFIXES
 from kepo_core.errors import DataError
 
 
@@ -73,13 +74,17 @@ def load_questions(root: Path | Source, ledger: Ledger | None = None, need_image
 
     See ``load_raw``, ``load_medr1`` and ``load_table``.
     """
-    source = open_data(root) if isinstance(root, Path) else root
+    source, ledger = open_data(root) if isinstance(root, Path) else root, ledger or Ledger()
     if isinstance(source, Tables):
         questions = load_table(source, ledger)
     elif layout_of(source) == "raw":
         questions = load_raw(source, ledger)
     else:
         questions = load_medr1(source, ledger, need_images)
+    for file in source.other_files():
+        below = isinstance(source, Tables) and file.suffix.lower() in SUFFIXES
+        reason = "a table in a folder inside, where none is read" if below else "a file of a kind that is not read here"
+        ledger.leave_out(reason, str(file))
     twice = [question_id for question_id, count in Counter(q.id for q in questions).items() if count > 1]
     if twice:  # answers are told apart by it
         raise DataError(

@@ -19,6 +19,7 @@ from kepo_core.errors import DataError
 
 _FILE = re.compile(r"(?P<name>.+)_(?P<split>train|val|validation|test)")
 _SOLUTION = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
+_MARK = re.compile(r",\s*[A-Z]\)")
 KEYS = ("image", "problem", "solution")
 _TYPES = {re.sub(r"\W", "", name).lower(): name for name in QUESTION_TYPES}
 
@@ -135,7 +136,11 @@ def _type_of_file(file: PurePosixPath) -> str:
 
 def _asked(row: Any) -> tuple[str, ...]:
     """What makes two rows the same question."""
-    return tuple(str(row.get(key)) for key in KEYS) if isinstance(row, Mapping) else ()
+    if not isinstance(row, Mapping):
+        return ()
+    image, problem, solution = (str(row.get(key)).strip() for key in KEYS)
+    found = _SOLUTION.fullmatch(solution)
+    return picture_name(image), " ".join(problem.split()), found[1] if found else solution
 
 
 def _question_types(rows: list[_Row], ledger: Ledger) -> dict[tuple[str, ...], str]:
@@ -150,7 +155,8 @@ def _question_types(rows: list[_Row], ledger: Ledger) -> dict[tuple[str, ...], s
 
 
 def _dataset(row: Any) -> str:
-    parts = PurePosixPath(str(row.get("image", ""))).parts if isinstance(row, Mapping) else ()
+    name = picture_name(str(row.get("image", "")).strip()) if isinstance(row, Mapping) else ""
+    parts = PurePosixPath(name).parts
     return parts[1] if len(parts) > 2 and parts[0] == "Images" else ""
 
 
@@ -158,8 +164,8 @@ def _modalities_of_datasets(rows: list[_Row]) -> dict[str, set[str]]:
     homes: dict[str, set[str]] = {}
     for file, _, row in rows:
         modality = _modality_of_file(file)
-        if modality is not None:
-            homes.setdefault(_dataset(row), set()).add(modality)
+        if modality is not None and (dataset := _dataset(row)):
+            homes.setdefault(dataset, set()).add(modality)
     return homes
 
 
@@ -184,6 +190,11 @@ def _parse_row(
     options = tuple({same_text(option): option for option in reversed(given) if option}.values())[::-1]
     if len(options) < 2:
         raise RowError("fewer than two options", f"{where}: problem {problem!r} has not two options, expected A) B) ….")
+    if odd := next(filter(_MARK.search, given), None):
+        raise RowError(
+            "an option's letter is out of order",
+            f"{where}: option {odd!r} holds the mark of another, expected A), B), C) and so on in their order.",
+        )
     if len(options) < len(given):
         ledger.mend("options that say the same were kept once", where)
     found = _SOLUTION.fullmatch(solution)

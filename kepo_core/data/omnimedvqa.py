@@ -43,6 +43,7 @@ _MODALITY_KEYS = {
 
 # How JSON lines begin, whatever the file is called: an object, and on the next line another.
 _ANOTHER_LINE = re.compile(r"\s*\{[^\n]*\}\s*\n\s*\{")
+_OPTION = re.compile(r"\s*option", re.IGNORECASE)
 _OPTION_NAMES = tuple(f"option_{letter}" for letter in LETTERS)
 
 
@@ -210,11 +211,11 @@ def text_of(row: Mapping[str, Any], key: str, where: str, ledger: Ledger, defaul
 
 def options_of(row: Mapping[str, Any], where: str, ledger: Ledger) -> tuple[str, ...]:
     """The texts of ``option_A``, ``option_B`` and so on, as `load_raw` says; ``RowError`` for fewer than two."""
-    names = {name for name in row if re.fullmatch(r"option_\w\w?", name)}
+    names = set(filter(_OPTION.match, row))
     if beyond := sorted(names.difference(_OPTION_NAMES)):
         raise RowError(
             "an option that has no letter",
-            f"{where}: {beyond[0]} is unknown, expected option_A to option_{LETTERS[-1]}.",
+            f"{where}: {beyond[0]!r} is unknown, expected option_A to option_{LETTERS[-1]}.",
         )
     last = max((_OPTION_NAMES.index(name) for name in names), default=-1)
     given = [text_of(row, name, where, ledger, "") for name in _OPTION_NAMES[: last + 1]]

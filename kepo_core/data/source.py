@@ -12,6 +12,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -21,6 +22,14 @@ from kepo_core.errors import DataError
 QA_FOLDER = PurePosixPath("QA_information") / "Open-access"
 #: Largest member of an archive that is unpacked, in bytes; a question file of the release is a few megabytes.
 MAX_MEMBER = 512 * 2**20
+_OTHER = re.compile(
+    r"\.(ndjson|csv|tsv|xlsx?|ods|parquet|arrow|feather|((jsonl?|ndjson|csv|tsv)\.\w+))$", re.IGNORECASE
+)
+#: What can be a data set's root.
+EXPECTED = (
+    "a folder (OmniMedVQA's release, Med-R1's question files, or a table and its pictures), a table (.csv, .jsonl, "
+    ".parquet), OmniMedVQA.zip, or hf:OWNER/NAME"
+)
 #: What is said of a file that a link leads to.
 OUTSIDE = "is a link out of data_root, expected a file inside it, or follow_links: True"
 
@@ -32,6 +41,9 @@ class Source(Protocol):
 
     def question_files(self, under: PurePosixPath | None = None) -> list[PurePosixPath]:
         """The JSON and JSON lines files in and below the folder ``under``, or anywhere, in name order."""
+
+    def other_files(self) -> list[PurePosixPath]:
+        """The files below the root that may hold questions, too, and are of a kind that no reader of it takes."""
 
     def read(self, file: PurePosixPath) -> bytes:
         """One of these files. Raises ``DataError`` if it cannot be read."""
@@ -91,14 +103,14 @@ def open_source(root: Path, follow_links: bool = False) -> Source:
 
     Raises ``DataError`` if it is neither.
     """
-    root = Path(root).expanduser().resolve()
+    given = Path(root).expanduser()
+    root = Path(os.path.realpath(given))
     if root.is_file():
-        return Archive(root)
+        if ".zip" in (given.suffix.lower(), root.suffix.lower()) or zipfile.is_zipfile(root):
+            return Archive(root)
+        raise DataError(f"data_root {given} is a file of a kind that is not read, expected {EXPECTED}.")
     if not root.is_dir():
-        raise DataError(
-            f"data_root {root} does not exist, expected a folder (OmniMedVQA's release, Med-R1's question files, or a "
-            "table and its pictures), OmniMedVQA.zip, or hf:OWNER/NAME."
-        )
+        raise DataError(f"data_root {root} does not exist, expected {EXPECTED}.")
     return Folder(root, follow_links)
 
 
@@ -132,9 +144,18 @@ def _missing(relative: str, where: str) -> RowError:
     return RowError("image missing", f"{where}: image {relative!r:.200} is missing under data_root, expected a file.")
 
 
-def _is_question_file(file: PurePosixPath) -> bool:
+def is_question_file(file: PurePosixPath) -> bool:
     """JSON or JSON lines, but for what macOS writes beside each file."""
     return file.suffix.lower() in (".json", ".jsonl") and not _of_macos(file)
+
+
+def _is_other_file(file: PurePosixPath) -> bool:
+    """A table or packed JSON; but what lies among pictures describes these."""
+    return bool(_OTHER.search(file.name)) and not _hidden(file) and "Images" not in file.parts
+
+
+def _hidden(file: PurePosixPath) -> bool:
+    return _of_macos(file) or any(part.startswith(".") for part in file.parts)
 
 
 def _of_macos(file: PurePosixPath) -> bool:
@@ -159,6 +180,16 @@ class Folder:
 
     def question_files(self, under: PurePosixPath | None = None) -> list[PurePosixPath]:
         """See `Source`."""
+        found = self._files(under, is_question_file)
+        if outside := [file for file in found if self._real(self.root / file) is None]:
+            raise DataError(f"data_root {self.root}: {outside[0]} {OUTSIDE}.")
+        return found
+
+    def other_files(self) -> list[PurePosixPath]:
+        """See `Source`."""
+        return self._files(None, _is_other_file)
+
+    def _files(self, under: PurePosixPath | None, wanted: Callable[[PurePosixPath], bool]) -> list[PurePosixPath]:
         found: list[PurePosixPath] = []
         been: set[str] = set()
         for folder, folders, names in os.walk(self.root / (under or ""), followlinks=self.follow_links):
@@ -167,9 +198,7 @@ class Folder:
                 continue
             been.add(real)
             here = PurePosixPath(Path(folder).relative_to(self.root).as_posix())
-            found += filter(_is_question_file, (here / name for name in names))
-        if outside := [file for file in sorted(found) if self._real(self.root / file) is None]:
-            raise DataError(f"data_root {self.root}: {outside[0]} {OUTSIDE}.")
+            found += filter(wanted, (here / name for name in names))
         return sorted(found)
 
     def read(self, file: PurePosixPath) -> bytes:
@@ -217,7 +246,7 @@ class Folder:
             self._folders[path.parent] = Path(os.path.realpath(path.parent))
         absolute = self._folders[path.parent] / path.name
         if absolute.is_symlink():
-            absolute = absolute.resolve()
+            absolute = Path(os.path.realpath(absolute))  # resolve() raises for a link to itself
         return absolute if self.follow_links or absolute.is_relative_to(self._home) else None
 
 
@@ -244,7 +273,7 @@ class Archive:
             self._members[str(file)] = info
         prefixes = [found[1] for name in self._members if (found := re.match(rf"((?:.*/)?){QA_FOLDER}/", name))]
         if not prefixes:
-            raise DataError(f"data_root {root}: no {QA_FOLDER}/*.json in it, expected OmniMedVQA.zip.")
+            raise DataError(f"data_root {root}: no {QA_FOLDER}/*.json in it, expected {EXPECTED}.")
         self._prefix = min(prefixes, key=len)  # a copy deeper inside is none of the release
         #: The content decides the folder, so that another archive of the same name gets another one.
         self._unpacked = cache_dir().resolve() / f"{root.stem}-{digest.hexdigest()[:12]}"
@@ -253,7 +282,12 @@ class Archive:
         """See `Source`."""
         start = f"{self._prefix}{under}/" if under else self._prefix
         files = (PurePosixPath(name[len(self._prefix) :]) for name in self._members if name.startswith(start))
-        return sorted(filter(_is_question_file, files))
+        return sorted(filter(is_question_file, files))
+
+    def other_files(self) -> list[PurePosixPath]:
+        """See `Source`."""
+        names = (name[len(self._prefix) :] for name in self._members if name.startswith(self._prefix))
+        return sorted(filter(_is_other_file, map(PurePosixPath, names)))
 
     def read(self, file: PurePosixPath) -> bytes:
         """See `Source`."""

@@ -9,14 +9,18 @@ called by the hash of their content, and put into the cache folder when they are
 import ast
 import hashlib
 import json
+import os
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.omnimedvqa import options_of, same_text, text_of
 from kepo_core.data.records import LETTERS, Question
-from kepo_core.data.source import OUTSIDE, Folder, cache_dir, picture_name, write_whole
+from kepo_core.data.source import OUTSIDE, Folder, cache_dir, is_question_file, picture_name, write_whole
 from kepo_core.data.table_files import (
     SPLITS,
     SUFFIXES,
@@ -34,6 +38,8 @@ REQUIRED = ("image", "question", "options", "answer")
 ROLES = (*REQUIRED, "id", "category", "question_type", "split")
 #: The category of data that come without.
 ALL = "all"
+
+_NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*(e[+-]?\d+)?\s*", re.IGNORECASE)
 
 Columns = Mapping[str, Sequence[str]]  # one of ROLES → the columns that hold it; several only of options
 
@@ -72,6 +78,13 @@ class Tables(Folder):
         name = text_of({column: _path(_single(value))}, column, where, ledger)
         return self.locate(name, where), picture_name(name)
 
+    def other_files(self) -> list[PurePosixPath]:
+        """Of a folder with tables, all that may be tables and are not among them; else nothing."""
+        if not self.root.is_dir() or is_dataset(self.root):
+            return []
+        read = {PurePosixPath(part.name) for part, _ in self.parts}
+        return sorted({*super().other_files(), *self._files(None, is_question_file)} - read)
+
     def fetch(self, image: Path) -> None:
         """Put a picture that is bytes into the cache, whole or not at all."""
         if image in self._inside and not image.is_file():
@@ -94,7 +107,7 @@ class Tables(Folder):
         if isinstance(content, bytes):
             return content
         try:
-            path = Path(str(_path(value))).resolve()
+            path = Path(os.path.realpath(str(_path(value))))
             if any(path.is_relative_to(folder) for folder in self._downloads):
                 return path.read_bytes()
         except (OSError, ValueError):  # no path at all: `locate` says so
@@ -120,11 +133,13 @@ def open_tables(data_root: str | Path, columns: str = "", follow_links: bool = F
 
         downloads = [Path(constants.HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
         return Tables(Path(data_root), cache_dir().resolve() / "pictures", parts, columns, downloads)
-    root = Path(data_root).expanduser().resolve()
+    given = Path(data_root).expanduser()
+    root = Path(os.path.realpath(given))
     if is_dataset(root):
         return Tables(root, root, read_dataset(root), columns, follow_links=follow_links)
-    if root.is_file() and root.suffix.lower() in SUFFIXES:
-        return Tables(root, root.parent, [read_file(root)], columns, follow_links=follow_links)
+    for file in (root, given.parent.resolve() / given.name):  # the Hub's cache links to files without an ending
+        if file.is_file() and file.suffix.lower() in SUFFIXES:
+            return Tables(file, file.parent, [read_file(file)], columns, follow_links=follow_links)
     return None
 
 
@@ -180,27 +195,53 @@ def _find(given: Mapping[str, str], part: Part, root: Path) -> Columns:
 def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
     """All questions of the tables, in their order.
 
-    An answer is an option's text, or its letter. A row without an id is called by its table and its number. Data
-    without categories are of one, `ALL`. Where a row does not tell its split, the name of its table may. ``ledger`` and
-    errors as in ``omnimedvqa.load_raw``.
+    An answer is an option's text, or its letter; never a number, in any kind of table. A row without an id is called by
+    its table and its number; where ids restart in each table, its name is put in front of all. A row that is there
+    twice is read once. Data without categories are of one, `ALL`. Where a row does not tell its split, the name of its
+    table may. ``ledger`` and errors as in ``omnimedvqa.load_raw``; also raises ``DataError`` for an id that different
+    rows of one table have.
     """
     ledger = ledger or Ledger()
-    questions, count = [], 0
+    found: dict[Question, tuple[str, str]] = {}
+    count = 0
     for part, columns in source.parts:
         for index, row in enumerate(part.read([name for names in columns.values() for name in names])):
             count += 1
+            where = f"{part.name}, row {index + 1}"
             try:
-                questions.append(_question(source, part, columns, index, row, ledger))
+                question = _question(source, part, columns, index, row, where, ledger)
             except RowError as error:
                 ledger.drop(error)
-    if not questions:
+                continue
+            if question in found:
+                ledger.leave_out("the same row again", where)
+            found.setdefault(question, (part.name, where))
+    if not found:
         raise ledger.nothing(source.root, count)
-    ledger.read += len(questions)
-    return questions
+    ledger.read += len(found)
+    return _with_own_ids(found, source.root, ledger)
 
 
-def _question(source: Tables, part: Part, columns: Columns, index: int, row: Any, ledger: Ledger) -> Question:
-    where = f"{part.name}, row {index + 1}"
+def _with_own_ids(found: Mapping[Question, tuple[str, str]], root: Path, ledger: Ledger) -> list[Question]:
+    """The questions; behind their tables' names where two tables share an id. ``found``: each one's table and place."""
+    tables: dict[str, list[str]] = defaultdict(list)
+    for question, (table, _) in found.items():
+        tables[question.id].append(table)
+    if twice := [name for name, having in tables.items() if len(set(having)) < len(having)]:
+        raise DataError(
+            f"data_root {root}: {len(twice)} ids stand for different rows of one table ({', '.join(twice[:5])}), "
+            "expected one row each, or no column id."
+        )
+    if len(tables) == len(found):
+        return list(found)
+    for _, where in found.values():
+        ledger.mend("ids restart in each table: its name was put in front", where)
+    return [replace(question, id=f"{table}:{question.id}") for question, (table, _) in found.items()]
+
+
+def _question(
+    source: Tables, part: Part, columns: Columns, index: int, row: Any, where: str, ledger: Ledger
+) -> Question:
     if not isinstance(row, Mapping):
         raise RowError(
             "not a cell for each column",
@@ -218,7 +259,7 @@ def _question(source: Tables, part: Part, columns: Columns, index: int, row: Any
     )
     image_column = columns["image"][0]
     image, image_name = source.picture(part, index, image_column, row.get(image_column), where, ledger)
-    question = Question(
+    return Question(
         id=name,
         dataset=source.root.name.partition(":")[0],  # of a Hub name, without its split
         modality=_category(text("category", ALL), where),
@@ -230,8 +271,6 @@ def _question(source: Tables, part: Part, columns: Columns, index: int, row: Any
         split=_split(text("split", empty="") or part.split, where),
         image_name=image_name,
     )
-    ledger.claim(name, where)
-    return question
 
 
 def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, ledger: Ledger) -> list[str]:
@@ -266,11 +305,11 @@ def _letter(
     row: Mapping[str, Any], column: str, texts: Sequence[str], options: Sequence[str], where: str, ledger: Ledger
 ) -> str:
     """Which of ``options`` the answer in a cell is: by its text, or by its letter among ``texts``."""
-    if type(row.get(column)) is int:
+    if _NUMBER.fullmatch(str(row.get(column))):
         raise RowError(
             "the answer is a number",
-            f"{where}: {column} is the number {row[column]}, which may count from 0 or from 1, expected the letter or "
-            "the text of an option.",
+            f"{where}: {column} is the number {row[column]}, which may be an option's text or count options from 0 or "
+            "from 1, expected the letter of an option, or its text where that is no number.",
         )
     answer = text_of(row, column, where, ledger)
     meant = {same_text(answer)}

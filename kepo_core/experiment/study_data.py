@@ -92,9 +92,10 @@ def _choose(
 ) -> tuple[list[Question], dict[str, list[Question]]]:
     """Training and test questions that can be asked: those of ``items_file``, or newly drawn ones."""
     inspector = Inspector(source)
+    named = name_once(questions, inspector, ledger)  # all of them: a picture's name does not depend on what is drawn
     if not params.items_file:
         return study_split(
-            name_once(questions, inspector, ledger),
+            named,
             params.train_modality,
             params.train_items,
             params.eval_items,
@@ -104,11 +105,9 @@ def _choose(
             Askable(params, inspector, ledger),
         )
     train, tests = read_items(
-        resolve(params.items_file), questions, params.train_modality, params.train_items, params.eval_items
+        resolve(params.items_file), named, params.train_modality, params.train_items, params.eval_items
     )
-    drawn = [*train, *(question for rows in tests.values() for question in rows)]
-    named = {question.id: question for question in name_once(drawn, inspector, ledger)}
     can_be_asked = Askable(params, inspector, Ledger())  # strict: the very same items, or none
-    for question in named.values():
+    for question in (*train, *(question for rows in tests.values() for question in rows)):
         can_be_asked(question)
-    return [named[q.id] for q in train], {name: [named[q.id] for q in rows] for name, rows in tests.items()}
+    return train, tests

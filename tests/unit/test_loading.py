@@ -13,7 +13,7 @@ from kepo_core.data.check import check
 from kepo_core.data.inspection import TWINS, Decodable
 from kepo_core.data.ledger import Ledger, RowError
 from kepo_core.data.loading import layout_of, load_questions
-from kepo_core.data.medr1 import split_of, split_problem
+from kepo_core.data.medr1 import load_medr1, split_of, split_problem
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.data.source import QA_FOLDER, open_source
 from kepo_core.data.splits import split_as_given
@@ -84,6 +84,16 @@ def test_a_file_of_unknown_modality_takes_it_from_its_data_set(medr1: Path) -> N
     assert [len(found) for found in ledger.mended.values()] == [1] and list(ledger.dropped) == ["unknown modality"]
 
 
+def test_a_data_set_is_the_same_however_its_pictures_paths_are_written(medr1: Path) -> None:
+    write(medr1, "CT_test.json", row("a.png"), row("Images/Dir/1.png"))
+    write(medr1, "MRI_train.json", row("Images\\E\\1.png"))
+    write(medr1, "unknown_train.json", row("/Images/E/2.png"), row("\\Images\\Dir\\2.png"), row("b.png"))
+    ledger = Ledger(strict=False)
+    questions = load_medr1(open_source(medr1), ledger, need_images=False)
+    assert [(q.dataset, q.modality) for q in questions if q.id.startswith("unknown")] == [("E", "MRI"), ("Dir", "CT")]
+    assert counted(ledger) == {"unknown modality": 1}
+
+
 @pytest.mark.parametrize(
     ("broken", "reason", "sentence"),
     [
@@ -92,6 +102,8 @@ def test_a_file_of_unknown_modality_takes_it_from_its_data_set(medr1: Path) -> N
         (row(solution="B"), "the answer is not among the options", "expected <answer> A </answer>"),
         (row(problem="What is seen?"), "fewer than two options", "has not two options"),
         (row(problem="What? A)same, B)Same."), "fewer than two options", "has not two options"),
+        (row(problem="Which? A)a, B)b, D)d"), "an option's letter is out of order", "option 'b, D)d' holds the mark"),
+        (row(problem="Which? A)a, C)c, B)b"), "an option's letter is out of order", "option 'a, C)c' holds the mark"),
         (row(problem=3.5j.imag), "fewer than two options", "has not two options"),
         (row(problem=float("nan")), "problem is no text", "problem is nan, expected text"),
         (row(solution=float("nan")), "solution is no text", "solution is nan, expected text"),
@@ -161,7 +173,13 @@ def test_splits_by_modality_and_by_question_type_are_the_same_questions(medr1: P
         (medr1 / folder).mkdir()
     write(medr1 / "modality", "CT_train.json", lung, row())
     write(medr1 / "modality", "X-Ray_test.json", bone)
-    write(medr1 / "question_type", "Lesion Grading_test.json", lung, row("Images/Toy/a.png", problem="New? A)x, B)y"))
+    lung_again = row("\\Images\\Toy\\a.png", problem="Lung?  A)yes, B)no ", solution="<answer>B</answer> ")
+    write(
+        medr1 / "question_type",
+        "Lesion Grading_test.json",
+        lung_again,
+        row("Images/Toy/a.png", problem="New? A)x, B)y"),
+    )
     write(medr1 / "question_type", "disease_diagnosis_train.json", bone)
     ledger = Ledger(strict=False)
     questions = load_questions(medr1, ledger)

@@ -119,10 +119,17 @@ def test_a_row_has_as_many_options_as_there_are_letters(root):
     many = {f"option_{letter}": f"no. {number}" for number, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ")}
     (question,) = load(root, changed(**many, gt_answer="no. 25"))
     assert len(question.options) == 26 and question.answer == "Z"
-    with pytest.raises(DataError, match="option_AA is unknown, expected option_A to option_Z"):
+    with pytest.raises(DataError, match="'option_AA' is unknown, expected option_A to option_Z"):
         load(root, changed(option_AA="one more"))
-    with pytest.raises(DataError, match="option_1 is unknown"):
-        load(root, changed(option_1="a number"))
+
+
+@pytest.mark.parametrize("name", ["option_1", "option_100", "Option_E", "option E", "optionE", " option_E", "OPTION_e"])
+def test_an_option_under_another_name_is_refused_and_counted(root, name):
+    with pytest.raises(DataError, match=f"{name!r} is unknown"):
+        load(root, ROW, changed(question_id="Toy_0002", **{name: "one more"}))
+    ledger = Ledger(strict=False)
+    assert len(omnimedvqa.load_raw(open_source(root), ledger)) == 1
+    assert len(ledger.dropped["an option that has no letter"]) == 1
 
 
 def test_equal_options_are_kept_once(root):

@@ -341,6 +341,32 @@ def test_rows_in_other_folders_of_the_release_are_counted(folder: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_beside_the_release_that_no_reader_takes_are_counted(folder: Path, tmp_path: Path, packed: bool) -> None:
+    counted = ["QA_information/Open-access/more.ndjson", "QA_information/Open-access/old.json.gz", "table.CSV",
+               "tables/rows.parquet"]  # fmt: skip
+    for name in [*counted, "Images/Toy/sizes.csv", ".git/x.csv", "._table.csv", "README.md"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\0")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    ledger = Ledger(strict=False)
+    assert len(load_questions(open_data(zipped(tmp_path / "a.zip", files) if packed else folder), ledger)) == 4
+    assert ledger.dropped["a file of a kind that is not read here"] == counted
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.xlsx", "rows.json", "rows"])
+def test_a_root_of_a_kind_that_is_not_read_says_which_are(tmp_path: Path, name: str) -> None:
+    if name.endswith("xlsx"):  # an archive itself
+        zipped(tmp_path / name, {"xl/workbook.xml": b"<a/>"})
+    else:
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(
+        DataError, match=r"expected a folder .*, a table \(\.csv, \.jsonl, \.parquet\), OmniMedVQA\.zip"
+    ) as error:
+        open_data(tmp_path / name)
+    assert "whole zip" not in str(error.value)
+
+
 def hub_cache(folder: Path, tmp_path: Path, what: str) -> None:
     """Put files where the Hub's cache has them: their content elsewhere, called by its hash."""
     blobs = tmp_path / "blobs"
@@ -370,6 +396,22 @@ def test_links_that_leave_the_root_are_followed_where_a_parameter_says_so(
     ]
     data = study_params(folder, follow_links=True)
     assert data.follow_links and not study_params(folder).follow_links
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_picture_that_is_a_link_to_itself_is_missing(folder: Path, follow: bool) -> None:
+    (folder / "Images/Toy/0.png").unlink()
+    (folder / "Images/Toy/0.png").symlink_to("0.png")
+    ledger = Ledger(strict=False)
+    assert len(load_questions(open_data(folder, follow_links=follow), ledger)) == 3
+    assert len(ledger.dropped["image missing"]) == 1
+
+
+@pytest.mark.parametrize("name", ["loop", "loop.csv", "loop.zip"])
+def test_a_root_that_is_a_link_to_itself_does_not_exist(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to(name)
+    with pytest.raises(DataError, match="does not exist, expected a folder"):
+        open_data(tmp_path / name)
 
 
 def test_a_link_back_is_walked_once(folder: Path) -> None:
@@ -429,6 +471,18 @@ def test_others_get_the_very_same_items(tmp_path: Path, cache: Path) -> None:
     broken = {f"Images/Toy/{data.train[2].image.name}": b"no picture"}
     with pytest.raises(DataError, match=f"Question {data.train[2].id}: Image .* cannot be decoded"):
         experiment.load_data(study_params(zipped(tmp_path / "c.zip", study_members() | broken), **given))
+
+
+def test_items_have_the_names_of_their_pictures_that_the_first_run_gave_them(tmp_path: Path, cache: Path) -> None:
+    """Also where the file that gave a picture its name was not drawn."""
+    twins = {f"Images/Toy/{i}.png": picture("png", i // 2) for i in range(60)}
+    root = zipped(tmp_path / "a.zip", study_members() | twins)
+    data = experiment.load_data(study_params(root))
+    data.write_items(tmp_path / "items.csv")
+    same = experiment.load_data(study_params(root, items_file=str(tmp_path / "items.csv")))
+    assert (same.train, same.images, same.identity()) == (data.train, data.images, data.identity())
+    fewer = experiment.load_data(study_params(root, items_file=str(tmp_path / "items.csv"), train_items=4))
+    assert fewer.train == data.train[:4]
 
 
 @pytest.mark.parametrize(

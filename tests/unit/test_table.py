@@ -205,6 +205,9 @@ def test_columns_are_named_for_tables_alone(own: Path) -> None:
         ({"options": {"A": "x"}}, "options are no list"),
         ({"options": [["a"], "b"]}, "option is no text"),
         ({"answer": 1}, "the answer is a number"),
+        ({"answer": 1.0}, "the answer is a number"),
+        ({"answer": " 1 ", "options": ["1", "2", "3"]}, "the answer is a number"),
+        ({"answer": "-0.5", "options": ["-0.5", "2", "3"]}, "the answer is a number"),
         ({"answer": "D"}, "the answer is not among the options"),
         ({"answer": "purple"}, "the answer is not among the options"),
         ({"options": ["B", "A"], "answer": "A"}, "the answer is one option's letter and another's text"),
@@ -224,6 +227,47 @@ def test_a_row_that_cannot_be_used_is_dropped_and_counted(own: Path, change: Any
     assert {why: len(told) for why, told in ledger.dropped.items()} == {reason: 1}
     with pytest.raises(DataError, match=r"t\.jsonl, row 1: "):
         load_questions(open_data(own))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_number_is_no_answer_in_any_kind_of_table(own: Path, ending: str) -> None:
+    table = pd.DataFrame([row | {"options": "1|2|3 of 4", "answer": 1} for row in rows()[:3]])
+    write = {"csv": lambda path: table.to_csv(path, index=False), "parquet": table.to_parquet,
+             "jsonl": lambda path: table.to_json(path, orient="records", lines=True)}[ending]  # fmt: skip
+    write(own / f"t.{ending}")
+    with pytest.raises(DataError, match=r"answer is the number 1, .* expected the letter of an option, or its text"):
+        load_questions(own)
+    table["answer"] = ["B", "3 of 4", "a"]
+    write(own / f"t.{ending}")
+    assert [question.answer for question in load_questions(own)] == ["B", "C", "A"]
+
+
+def write_parts(own: Path, **parts: list[dict[str, Any]]) -> None:
+    for name, given in parts.items():
+        (own / f"{name}.jsonl").write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+
+
+def test_ids_that_restart_in_each_table_get_its_name_and_no_row_is_lost(own: Path) -> None:
+    given = [{name: value for name, value in row.items() if name != "split"} for row in rows()]
+    again = [row | {"id": f"q{i}"} for i, row in enumerate(given[6:])]
+    write_parts(own, train=[*given[:6], given[2]], test=again)
+    ledger = Ledger(strict=False)
+    questions = load_questions(open_data(own), ledger)
+    assert [q.id for q in questions] == [*(f"test.jsonl:q{i}" for i in range(4)),
+                                         *(f"train.jsonl:q{i}" for i in range(6))]  # fmt: skip
+    assert [q.question_type for q in questions] == ["colour"] * 10 and ledger.read == 10
+    assert {why: len(told) for why, told in ledger.dropped.items()} == {"the same row again": 1}
+    assert {why: len(told) for why, told in ledger.mended.items()} == {
+        "ids restart in each table: its name was put in front": 10
+    }
+    write_parts(own, test=[row | {"id": f"r{row['id']}"} for row in again])
+    assert {q.id for q in load_questions(own)} == {*(f"rq{i}" for i in range(4)), *(f"q{i}" for i in range(6))}
+
+
+def test_an_id_of_different_rows_of_one_table_is_refused_by_its_name(own: Path) -> None:
+    write_parts(own, train=[*rows()[:5], rows()[5] | {"id": "q1"}])
+    with pytest.raises(DataError, match=r"1 ids stand for different rows of one table \(q1\), expected one row each"):
+        load_questions(open_data(own), Ledger(strict=False))
 
 
 def test_a_comma_without_quotation_marks_moves_no_text_into_anothers_place(own: Path) -> None:
@@ -291,6 +335,30 @@ def test_several_tables_of_a_folder_are_parts_by_their_names(own: Path) -> None:
     parts = split_as_given(load_questions(own))
     assert {name: len(part) for name, part in parts.items()} == {"train": 6, "validation": 2, "test": 2}
     assert parts["test"][0].id == "Test.csv:1"
+
+
+def test_what_lies_beside_tables_and_is_not_read_is_counted(own: Path) -> None:
+    WRITERS["csv"](own)
+    (own / "more").mkdir()
+    for name in ("more/t.csv", "more/t.parquet", "t.tsv", "t.json", "t.jsonl.gz", "more/rows.json"):
+        (own / name).write_text("[]")
+    ledger = Ledger(strict=False)
+    assert essence(load_questions(open_data(own), ledger)) == EXPECTED
+    assert ledger.dropped == {
+        "a table in a folder inside, where none is read": ["more/t.csv", "more/t.parquet"],
+        "a file of a kind that is not read here": ["more/rows.json", "t.json", "t.jsonl.gz", "t.tsv"],
+    }
+    load_questions(open_data(own / "t.csv"), alone := Ledger(strict=False))
+    assert not alone.dropped
+
+
+@pytest.mark.parametrize(("link", "target"), [("t.csv", "blobs/0a1b"), ("table", "own/t.csv")])
+def test_a_table_may_be_a_link_as_the_hubs_cache_has_them(own: Path, link: str, target: str) -> None:
+    WRITERS["csv"](own)
+    (own.parent / "blobs").mkdir()
+    (own / "t.csv").rename(own.parent / target)
+    (own / link).symlink_to(own.parent / target)
+    assert essence(load_questions(open_data(own / link))) == EXPECTED
 
 
 def test_without_a_validation_part_some_of_training_is_set_aside(own: Path) -> None:
