@@ -91,13 +91,13 @@ def test_the_engine_of_the_rollouts_answers_too(trained: Any, asking: Params) ->
     drawn = evaluate(
         engine, processor, questions[:20], thinking=True, max_tokens=48, batch_size=64, temperature=1.0, samples=4
     )
-    assert len({answer.completion for answer in drawn[:8]}) > 2 and [a.sample for a in drawn[:4]] == [0, 1, 2, 3]
+    assert len({answer.completion for answer in drawn}) > 20 and [a.sample for a in drawn[:4]] == [0, 1, 2, 3]
 
 
 def test_trls_own_prompts_are_corrupted_and_found_out(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the one placeholder per picture: refused by name, and past that by the guard over log-probabilities."""
     trainer = trained[0]
-    asked = [as_prompt([64, "What is it?"])] * 4
+    asked = [as_prompt([80, "What is it?"])] * 4  # a picture that it has not seen yet
     monkeypatch.setattr(vllm_rollouts, "one_placeholder_each", lambda ids, *_: ids)
     with pytest.raises(ValueError, match=r"row 0 differs from token \d+ on \(\d+ tokens there, \d+ here\)"):
         difference(trainer, asked)
@@ -143,4 +143,4 @@ def test_both_in_bf16_stay_far_below_the_threshold(
     _, _, steps = train(small(max_steps=1, precision="bf16", student=str(tmp_path / "student")))
     off = steps[0]["kepo/vllm_difference"]
     print(f"\nboth in bfloat16, mean |Δ log p|: {off:.5f}")
-    assert 0.0005 < off < vllm_rollouts.MOST_DIFFERENCE / 4
+    assert 0 < off < vllm_rollouts.MOST_DIFFERENCE / 4
