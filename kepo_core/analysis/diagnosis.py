@@ -214,7 +214,8 @@ def _precision_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
         yield Sign(
             "The learning rate is too small for the weights' precision",
             f"an optimiser step left {lost:.0%} of the weights that had a gradient as they were, rounded away",
-            "the dtype of the student's weights: load it in float32 and set bf16, which computes in it; learning_rate",
+            "learning_rate; the dtype of the student's weights: where it is not float32, load it in float32 and set "
+            "bf16, which computes in it",
         )
 
 

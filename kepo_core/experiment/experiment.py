@@ -33,6 +33,7 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.options import MethodOptions, declared
 from kepo_core.method.resume import ResumableTrainer, last_checkpoint, trained_steps
+from kepo_core.method.rounding import RoundingWatch
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
@@ -144,6 +145,7 @@ def make_trainer(
     else:
         trainer = _baseline(params, run, data, models, pictures, callbacks)
         keep_float32_outputs(trainer.accelerator)
+        trainer.add_callback(RoundingWatch(trainer))
     if (found := trainer.accelerator.num_processes) != params.processes:
         raise RuntimeError(f"{found} processes train together, expected {params.processes} (processes)")
     if params.curve_steps:
