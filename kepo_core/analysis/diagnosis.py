@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from kepo_core.analysis.statistics import AVG, AVG_OOD
@@ -167,8 +168,8 @@ def _divergence_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
     """Training that comes apart."""
     smaller = "learning_rate; max_grad_norm; the steps before it in metrics.jsonl"
     for name in ("loss", "grad_norm", "kepo/loss_policy", "kepo/loss_distill"):
-        if name in metrics and metrics[name].isna().any():
-            step = int(metrics.loc[metrics[name].isna(), "step"].iloc[0])
+        if name in metrics and not (finite := np.isfinite(metrics[name].astype(float))).all():
+            step = int(metrics.loc[~finite, "step"].iloc[0])
             yield Sign("Training diverged", f"{name} is not a finite number at step {step}", smaller)
             break
     for name, label in (("kepo/accuracy", "accuracy"), ("kepo/format", "format")):
@@ -213,7 +214,8 @@ def _precision_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
         yield Sign(
             "The learning rate is too small for the weights' precision",
             f"an optimiser step left {lost:.0%} of the weights that had a gradient as they were, rounded away",
-            "the dtype of the student's weights: load it in float32 and set bf16, which computes in it; learning_rate",
+            "learning_rate; the dtype of the student's weights: where it is not float32, load it in float32 and set "
+            "bf16, which computes in it",
         )
 
 

@@ -33,6 +33,7 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.options import MethodOptions, declared
 from kepo_core.method.resume import ResumableTrainer, last_checkpoint, trained_steps
+from kepo_core.method.rounding import RoundingWatch
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
@@ -144,6 +145,7 @@ def make_trainer(
     else:
         trainer = _baseline(params, run, data, models, pictures, callbacks)
         keep_float32_outputs(trainer.accelerator)
+        trainer.add_callback(RoundingWatch(trainer))
     if (found := trainer.accelerator.num_processes) != params.processes:
         raise RuntimeError(f"{found} processes train together, expected {params.processes} (processes)")
     if params.curve_steps:
@@ -191,14 +193,17 @@ def train_student(params: Params, run: Run, data: StudyData, models: Models, sho
     Returns ``diagnosis.training_table``'s rows; none where nothing is trained. Raises `ParamError` where a cell that is
     executed again would train other than the run's record says.
     """
+    kernel.check_record(params, run, data.identity())
     if params.method != "none":
-        kernel.begin_training(params, run, data.identity(), models.student)
+        kernel.check_trainable(params, run, models.student)
     if not launch.several(params):
-        return train(make_trainer(params, run, data, models, callbacks=[shown]), run)
+        callbacks = [kernel.NotesTraining(models.student), shown]
+        return train(make_trainer(params, run, data, models, callbacks), run)
     last_checkpoint(run.training_dir)  # here, where it is seen what is said of damaged ones
     models.student.to("cpu")  # they need the GPUs
     torch.cuda.empty_cache()
     launch.train(params, run, shown)
+    kernel.note_trained(models.student)
     models.student.float()  # not the compute precision, in which it is under LoRA: that rounds small updates away
     models.student.load_state_dict(load_model(str(run.path / "model"), "student").state_dict())
     models.student.to(best_device())  # type: ignore[arg-type]
@@ -269,8 +274,10 @@ def evaluate_student(
 def evaluate_run(params: Params, run: Run, data: StudyData, models: Models, student: str) -> list[Answer]:
     """The answers of the run's "untrained" or "trained" student to all test questions, as they come in its folder.
 
-    ``models.student`` is this student; where several processes or vLLM answer, they load it themselves.
+    ``models.student`` is this student; where several processes or vLLM answer, they load it themselves. Raises
+    `ParamError` where parameters or data are no longer those of the run.
     """
+    kernel.check_record(params, run, data.identity())
     kept, progress = run.evaluation_dir / f"{student}.jsonl", live.ProgressBar(student)
     if not launch.evaluates(params):
         return evaluate_student(params, models, data.test, kept, progress)

@@ -9,35 +9,61 @@ from typing import Any
 from weakref import WeakSet
 
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kepo_core.errors import ParamError
 from kepo_core.method.resume import last_checkpoint
 from kepo_core.params import PLACES, Params
 from kepo_core.runs.run import Run
 
-#: Students whose training has begun in this process.
+#: Students that are no longer what was loaded: `NotesTraining`.
 _begun: "WeakSet[nn.Module]" = WeakSet()
 _AGAIN = "execute the cells from the one that loads the models on: they make a new run"
 
 
-def begin_training(params: Params, run: Run, data: Mapping[str, Any], student: nn.Module) -> None:
-    """Note that ``student`` is trained now. ``data`` is `StudyData.identity`.
+class NotesTraining(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
+    """Notes that ``student`` is trained, once its weights change: what is refused before that changes nothing."""
 
-    Raises:
-        ParamError: it was trained before and no checkpoint says how far, or parameters or data are no longer those of
-            the run, or the run has completed.
-    """
-    if run.status["state"] == "completed":
-        raise ParamError(f"{run.path.name} has completed, and no run is ever overwritten: {_AGAIN}")
+    def __init__(self, student: nn.Module) -> None:
+        self._student = student
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint's weights have been loaded."""
+        if state.global_step:
+            note_trained(self._student)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The first step is taken."""
+        note_trained(self._student)
+
+
+def note_trained(student: nn.Module) -> None:
+    """Note that the weights of ``student`` are no longer those that were loaded."""
+    _begun.add(student)
+
+
+def check_record(params: Params, run: Run, data: Mapping[str, Any]) -> None:
+    """Raise `ParamError` where parameters or data are no longer those of ``run``; ``data`` is `StudyData.identity`."""
     if params.hash != run.params.hash:
         recorded, now = run.params.to_dict(), params.to_dict()
         name = next(n for n in recorded | now if n not in PLACES and recorded.get(n) != now.get(n))
         raise ParamError(f"{name} is {now.get(name)!r} but {recorded.get(name)!r} in {run.path.name}: {_AGAIN}")
     if run.provenance.get("data", data) != data:
         raise ParamError(f"the data are no longer those that {run.path.name} has recorded: {_AGAIN}")
-    if student in _begun and (params.lora_rank or last_checkpoint(run.training_dir) is None):
-        raise ParamError(f"the student has been trained in this kernel already, and would be once more: {_AGAIN}")
-    _begun.add(student)
+
+
+def check_trainable(params: Params, run: Run, student: nn.Module) -> None:
+    """Raise `ParamError` where training would not begin at the student of ``run``, or overwrite it.
+
+    It was trained before and no checkpoint says how far, or given adapters, or the run has completed.
+    """
+    if run.status["state"] == "completed":
+        raise ParamError(f"{run.path.name} has completed, and no run is ever overwritten: {_AGAIN}")
+    if hasattr(student, "peft_config") or (student in _begun and last_checkpoint(run.training_dir) is None):
+        done = "trained" if student in _begun else "given adapters"
+        raise ParamError(f"the student has been {done} in this kernel already, and would be once more: {_AGAIN}")
 
 
 def check_untrained(student: nn.Module, kept: Path | None, asked: int) -> None:

@@ -90,7 +90,7 @@ def configuration(params: Params) -> ClusterConfig:
 
 def check(params: Params) -> None:
     """Raise `ParamError` where this machine cannot train as ``params`` say."""
-    _check_alone()
+    check_alone()
     gpus = torch.cuda.device_count()
     if params.of_trl("use_vllm"):
         _check_vllm(gpus)
@@ -142,7 +142,7 @@ def _check_vllm(gpus: int) -> None:
         raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
 
 
-def _check_alone() -> None:
+def check_alone() -> None:
     """Raise `ParamError` where the environment says that this process is one of several: none of them is `train`'s."""
     sizes = {name: os.environ.get(name, "") for name in _SIZES}
     leaked = [name for name, size in sizes.items() if size.isdigit() and int(size) > 1]

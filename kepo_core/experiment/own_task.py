@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from kepo_core.errors import ParamError
+from kepo_core.experiment.launch import check_alone
 from kepo_core.method.task import Prompt, Row, Task, with_images
 from kepo_core.params import at_root, resolve
 
@@ -38,8 +39,10 @@ def read_task(file: str) -> OwnTask:
     """Run a task file and take its four names; a relative path counts from here, else from the project's root.
 
     Raises:
-        ParamError: the file does not exist or lacks one of the names. What its own code raises passes through.
+        ParamError: the file does not exist or lacks one of the names, or the environment is of another launcher. What
+            its own code raises passes through.
     """
+    check_alone()
     path = resolve(file)
     if not path.is_file():
         raise ParamError(f"task_file is {file!r}, which does not exist, expected a Python file")

@@ -156,7 +156,7 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint in ``folder``; None where there is none.
 
     Damaged ones that are newer are renamed, so that the next ones do not push out whole ones, and named on standard
-    error. Raises ``ValueError`` for a checkpoint of another trainer.
+    error; so are those of another trainer.
     """
     while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
         path = Path(newest)
@@ -173,24 +173,27 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def damage(checkpoint: Path) -> str:
-    """What of a checkpoint is not as it was written, in words; "" where all of it is.
-
-    Raises ``ValueError`` for one of another trainer.
-    """
+    """What of a checkpoint is not as it was written, in words; "" where all of it is."""
     if not (checkpoint / _CHECKSUMS).is_file():
-        raise ValueError(f"{checkpoint / _CHECKSUMS} does not exist, expected a checkpoint of this trainer")
+        return f"{_CHECKSUMS} does not exist, expected a checkpoint of this trainer"
     try:
         written = read_json(checkpoint / _CHECKSUMS)
         found = _checksums(checkpoint)
     except (ParamError, OSError) as error:
         return str(error)
-    changed = [name for name, digest in written.items() if found.get(name) != digest]
-    return f"{changed[0]} is {'not as it was written' if changed[0] in found else 'missing'}" if changed else ""
+    if not written:
+        return f"{_CHECKSUMS} lists no file"
+    for name in sorted(written | found):
+        if found.get(name) != written.get(name):
+            return f"{name} is {'missing' if name not in found else 'not as it was written'}"
+    return ""
 
 
 def _checksums(checkpoint: Path) -> dict[str, str]:
     sums = {}
     for path in sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != _CHECKSUMS):
+        if path.name.startswith("."):  # a file manager's, or of a network's disk
+            continue
         with path.open("rb") as file:
             sums[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums

@@ -46,7 +46,7 @@ GLOSSARY: dict[str, str] = {
     "kepo/vllm_difference": "mean |log π_vLLM − log π_θ| per token of the student's own rollouts (with use_vllm); "
     "training stops where it exceeds 0.2",
     "kepo/unmoved_weights": "share of the weights with a gradient that an optimiser step leaves as they were, rounded "
-    "away, in a sample of those that are kept in 16 bits; not logged where none are",
+    "away, in a sample of them",
     "kepo/unasked": "sequences past the gate that a served teacher was not asked about, as their text would be cut "
     "into other tokens than the student wrote; they are not guided",
 }

@@ -1,7 +1,7 @@
-"""Whether optimiser steps reach weights that are kept in 16 bits, or are lost in rounding.
+"""Whether optimiser steps reach the weights, or are lost in rounding.
 
 A bfloat16 number has 8 significant bits: AdamW's first steps, of about the learning rate, are lost wherever that is
-below 1/512 of a weight. Weights kept in float32, as TRL loads them, never are; they are not watched.
+below 1/512 of a weight. A float32 number, as TRL loads them, has 24, and they are lost below 1/33,554,432.
 """
 
 from typing import Any
@@ -16,18 +16,19 @@ SAMPLE = 1000
 
 
 class RoundingWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
-    """Logs ``kepo/unmoved_weights`` (`rollouts.GLOSSARY`) where a trained parameter is kept in 16 bits."""
+    """Logs ``kepo/unmoved_weights`` (`rollouts.GLOSSARY`) of steps whose learning rate is not 0."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, sampled weights, which have a gradient
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **_: Any
     ) -> None:
         """Keep a sample of the weights that a step is about to change."""
-        halves = [p for p in self._trainer.model.parameters() if p.grad is not None and p.dtype.itemsize == 2]
-        self._before = [(p, _sample(p.detach()).clone(), _sample(p.grad) != 0) for p in halves]
+        if any(group["lr"] for group in optimizer.param_groups):  # it is 0 where a warm-up begins
+            trained = [p for p in self._trainer.model.parameters() if p.grad is not None]
+            self._before = [(p, _sample(p.detach()).clone(), _sample(p.grad) != 0) for p in trained]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

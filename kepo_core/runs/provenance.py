@@ -110,12 +110,14 @@ class GitError(RuntimeError):
 def _git(root: Path, *args: str) -> bytes:
     """Git's output, also in a folder of another owner (a container, a shared disk): its code runs here anyway.
 
-    Raises `GitError` where git or the repository is missing, or git refuses.
+    What the environment says of another repository (in a hook, or where dotfiles are kept) does not count. Raises
+    `GitError` where git or the repository is missing, or git refuses.
     """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     git = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false"]
     try:
         return subprocess.run([*git, *args], cwd=root, capture_output=True, check=True,
-                              env={**os.environ, "LC_ALL": "C"}).stdout  # fmt: skip
+                              env={**environment, "LC_ALL": "C"}).stdout  # fmt: skip
     except OSError as error:
         raise GitError(f"git cannot be run, so that the code's commit is not known ({error.strerror})") from error
     except subprocess.CalledProcessError as error:

@@ -237,8 +237,9 @@ def begin(trainer: Trainer, run: Run, done: int) -> None:
 
 
 def send(run: Run) -> None:
-    """Send the rollouts and the figures of a trained ``run`` to its tracker; without one nothing happens.
+    """Send the rollouts and the figures of ``run`` to its tracker; without one nothing happens.
 
+    Where nothing was trained, its parameters are sent here, too.
     A tracker that fails here does not fail the run, whose folder has all of it: the reason is printed.
     """
     if (name := _named(run.params)) == "none":
@@ -246,6 +247,8 @@ def send(run: Run) -> None:
     try:
         track = _TRACKS[name](run, str(run.params.trl.get("project", PROJECT)))
         track.reopen()
+        if run.params.method == "none":
+            track.parameters()
         rollouts = collect_rollouts(run.training_dir)
         if not rollouts.empty:
             track.rollouts(rollouts)

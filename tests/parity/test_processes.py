@@ -57,7 +57,9 @@ def test_two_processes_equal_one_on_the_same_rollouts(
         same = two["log"][name]
         assert (value is None) == (same is None), name
         if value is not None and not math.isnan(value):
-            assert same == pytest.approx(value, rel=1e-3, abs=1e-6), name
+            # Of its part of the weights a process looks at a sample: of others, where they are shared out.
+            within = 1e-3 if name == "kepo/unmoved_weights" else 1e-6
+            assert same == pytest.approx(value, rel=1e-3, abs=within), name
     assert torch.allclose(one["weights"], two["weights"], rtol=1e-5, atol=1e-6)
     start = torch.cat([p.detach().flatten() for p in sharp_model(0).parameters()])
     assert (one["weights"] - start).abs().max() > 1e-4

@@ -70,6 +70,7 @@ def test_every_metric_read_here_is_one_the_trainer_logs():
         ({"kepo_accuracy": lambda t: 0.7 if t < 0.5 else 0.5}, "accuracy fell from 70% in its best quarter"),
         ({"kepo_format": lambda t: 0.9 if t < 0.7 else 0.6}, "the rollouts' format fell from 90%"),
         ({"grad_norm": lambda t: math.nan if t > 0.5 else 1.0}, "grad_norm is not a finite number at step 22"),
+        ({"kepo_loss_distill": lambda t: math.inf if t > 0.5 else 1}, "distill is not a finite number at step 22"),
         ({"kepo_divergence": lambda t: 0.2 if t < 0.7 else 4.0}, "the teacher explodes: kepo/divergence rose from 0.2"),
         ({"kepo_loss_kl": lambda t: 3 * t}, "from the reference explodes: kepo/loss_kl rose from 0.34 nats a token"),
         ({"kepo_outcome/truncated": 0.3}, "Completions are cut off: 30% of them at the limit before an answer"),

@@ -121,6 +121,45 @@ def test_cells_above_executed_again_with_other_values(notebook: Callable[..., No
         here.train()
 
 
+@pytest.mark.parametrize("method", ["none", "kepo"])
+def test_nothing_is_asked_or_trained_under_what_the_record_denies(
+    notebook: Callable[..., Notebook], method: str
+) -> None:
+    here = notebook(**METHODS["kepo"], method=method)
+    denied = {
+        "eval_max_tokens is 3 but 4": replace(here, params=here.params.replace(eval_max_tokens=3)),
+        "the data are no longer": replace(here, data=experiment.load_data(here.params.replace(data_seed=1))),
+    }
+    for words, other in denied.items():
+        with pytest.raises(ParamError, match=words):
+            other.train()
+        for student in ("untrained", "trained"):
+            with pytest.raises(ParamError, match=words):
+                experiment.evaluate_run(other.params, other.run, other.data, other.models, student)
+    assert not here.run.evaluation_dir.exists() or not list(here.run.evaluation_dir.iterdir())
+
+
+class Refuses(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        raise ParamError("the server is down")
+
+
+def test_a_training_that_was_refused_is_none(notebook: Callable[..., Notebook]) -> None:
+    here, whole = (notebook(**METHODS["sft"]) for _ in range(2))
+    with pytest.raises(ParamError, match="the server is down"):
+        here.train(Refuses())
+    assert here.ask("untrained")
+    assert torch.equal(here.train(), whole.train())
+
+
+def test_a_student_with_adapters_is_given_no_others(notebook: Callable[..., Notebook]) -> None:
+    here = notebook(**METHODS["lora"])
+    with pytest.raises(ParamError, match="the server is down"):
+        here.train(Refuses())
+    with pytest.raises(ParamError, match="has been given adapters in this kernel already"):
+        here.train()
+
+
 def test_a_scratch_cell_that_raises_leaves_a_completed_run_completed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

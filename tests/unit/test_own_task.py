@@ -45,6 +45,12 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
         own_task.read_task(str(tmp_path / "mine.txt"))
 
 
+def test_an_environment_of_another_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ParamError, match="WORLD_SIZE is 2 in the environment"):
+        own_task.read_task("examples/kepo_text.py")
+
+
 def test_what_its_own_code_raises_is_not_swallowed(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("1 / 0")
     with pytest.raises(ZeroDivisionError):

@@ -1,6 +1,7 @@
 """Stopped and resumed is the same as never stopped: weights, metrics and rollouts, to the bit."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -113,14 +114,6 @@ def test_resumed_at_any_step_is_never_stopped(tmp_path: Path, world: str, steps:
         assert len(again) or k >= whole.state.global_step - 1  # only the last window has nothing left to generate
 
 
-def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
-    make(tmp_path, max_steps=1).train()
-    for name in ("loop_0.pt", "checksums.json"):
-        (tmp_path / "checkpoint-1" / name).unlink()
-    with pytest.raises(ValueError, match=r"checksums\.json does not exist, expected a checkpoint of this trainer"):
-        make(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
-
-
 def test_resume_true_without_a_checkpoint_starts(tmp_path: Path) -> None:
     trainer = make(tmp_path / "new", max_steps=1)
     trainer.train(resume_from_checkpoint=True)
@@ -148,6 +141,10 @@ def flip(path: Path) -> None:
         ("loop_0.pt", Path.unlink, "loop_0.pt is missing"),
         ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json is not as it was written"),
         ("checksums.json", truncate, "checksums.json cannot be read"),
+        ("checksums.json", Path.unlink, "checksums.json does not exist, expected a checkpoint of this trainer"),
+        ("checksums.json", lambda path: path.write_text("{}"), "checksums.json lists no file"),
+        ("checksums.json", lambda path: path.write_text("[]"), "checksums.json holds [], expected a JSON object"),
+        ("loop_1.pt", lambda path: path.write_text(""), "loop_1.pt is not as it was written"),
     ],
 )
 def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_user_told(
@@ -161,7 +158,9 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_user_told(
     folder, whole = trained
     shutil.copytree(folder, tmp_path / "run")
     harm(tmp_path / "run/checkpoint-2" / name)
-    with pytest.raises(ValueError, match=f"checkpoint-2 is damaged: .*{said}.*; resume from an earlier checkpoint"):
+    with pytest.raises(
+        ValueError, match=f"checkpoint-2 is damaged: .*{re.escape(said)}.*; resume from an earlier checkpoint"
+    ):
         make(tmp_path / "run", max_steps=3).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     resumed = make(tmp_path / "run", max_steps=3, save_total_limit=2)
     resumed.train(resume_from_checkpoint=True)

@@ -70,7 +70,7 @@ def test_provenance_names_code_versions_and_seeds_but_no_place(params):
     assert str(run.path) not in json.dumps(found)
 
 
-def test_the_code_hash_sees_changed_and_new_files_and_nothing_else(tmp_path):
+def test_the_code_hash_sees_changed_and_new_files_and_nothing_else(tmp_path, monkeypatch):
     git = ["-c", "user.name=n", "-c", "user.email=e"]
     assert provenance.code(tmp_path)["commit"] == ""
     provenance._git(tmp_path, "init", "-q")
@@ -83,6 +83,9 @@ def test_the_code_hash_sees_changed_and_new_files_and_nothing_else(tmp_path):
     assert clean["uncommitted"] == ""
     (tmp_path / "ignored").write_text("x")
     assert provenance.code(tmp_path) == clean
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY"):
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))  # as in a hook of another repository
+        assert provenance.code(tmp_path) == clean, name
     seen = {""}
     for name, text in (("a.py", "2"), ("new.py", "1"), ("new.py", "2"), ("newer.py", "")):
         (tmp_path / name).write_text(text)

@@ -56,6 +56,16 @@ def test_tensorboards_files_hold_the_run_once(tmp_path: Path, caplog: pytest.Log
     assert tags["images"] == ["figures/training"] and read.Images("figures/training")[0].width == 6
 
 
+def test_a_run_that_trains_nothing_sends_its_parameters(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run.allocate(
+        Params.load(overrides={"method": "none", "report_to": "tensorboard", "results_dir": str(tmp_path)})
+    )
+    tracking.send(run)
+    assert EventAccumulator(str(run.path / "tensorboard")).Reload().Tags()["tensors"] == ["parameters/text_summary"]
+
+
 def test_what_a_model_wrote_is_text_in_a_table() -> None:
     cells = tracking._cells(["<script>x</script> | a\n| b", 0.123456, None])
     assert cells == "| &lt;script&gt;x&lt;/script&gt; &#124; a &#124; b | 0.1235 | None |"
