@@ -1,6 +1,5 @@
 """From parameters to the parts of one experiment: data, models, trainer, evaluation. Notebooks call these."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -10,7 +9,6 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from kepo_core.analysis import diagnosis
@@ -27,6 +25,7 @@ from kepo_core.experiment.models import resolve as model_folder
 from kepo_core.experiment.pair import Models as Models
 from kepo_core.experiment.pair import in_our_words
 from kepo_core.experiment.pair import load_models as load_models
+from kepo_core.experiment.rehearsal import rehearse
 from kepo_core.experiment.study_data import StudyData as StudyData
 from kepo_core.experiment.study_data import load_data as load_data
 from kepo_core.method.config import KEPOConfig
@@ -58,20 +57,9 @@ def load_to_run(params: Params) -> Models:
             KEPOTrainer.get_optimizer_cls_and_kwargs(config)
             nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
             get_scheduler(config.lr_scheduler_type, nothing, 0, 1, config.lr_scheduler_kwargs)
-            if params.method == "kepo":
-                _try_trainer(params, config)
+        if params.method == "kepo":
+            rehearse(params, config)
     return load_models(params, with_teacher=not launch.several(params))
-
-
-def _try_trainer(params: Params, config: KEPOConfig) -> None:
-    """Make a trainer of the smallest student at hand, for what TRL refuses of ``config`` only when it makes one."""
-    args, small, task = copy.copy(config), "embedded:student", MultipleChoice()
-    args.distill = args.explore = args.use_vllm = False
-    args.report_to = []
-    model = load_model(small)
-    rows = Dataset.from_list([{"prompt": "", "question": "", "options": ["", ""], "answer": "A"}] * 2)
-    KEPOTrainer(model, task.reward_funcs, args, rows.repeat(params.prompts_per_step),
-                processing_class=load_processor(small), peft_config=lora_config(model, params))  # fmt: skip
 
 
 def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""One tiny training step before a run: what libraries refuse of parameters only when they use them."""
+
+import copy
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from transformers import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
+
+from kepo_core.data.records import Question
+from kepo_core.errors import ParamError
+from kepo_core.experiment.adapters import lora_config
+from kepo_core.experiment.models import load_model, load_processor
+from kepo_core.method.config import KEPOConfig
+from kepo_core.method.trainer import KEPOTrainer
+from kepo_core.params import Params
+from kepo_core.params_trl import DEFAULTS
+from kepo_core.task.dataset import to_dataset
+from kepo_core.task.multiple_choice import MultipleChoice
+
+_SMALL, _TOKENS, _PIXELS = "embedded:student", 2, 16
+#: Parameters of TRL's that the step has values of its own for.
+_SET = ("max_steps", "save_steps", "max_completion_length", "report_to", "use_vllm")
+
+
+def rehearse(params: Params, config: KEPOConfig) -> None:
+    """Train the smallest student at hand for one step, on two completions of two tokens, as ``config`` says.
+
+    Nothing is left of it: random generators and accelerate's state are as before, and what it writes is deleted.
+    Both parts of KEPO are off, and ``torch_compile`` wraps the model without compiling it (that takes long).
+
+    Raises:
+        ParamError: the step fails; names the parameters of TRL's that were given.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder, _untouched():
+            _step(params, _reduced(config, folder))
+    except Exception as error:  # of any type: it comes from wherever a library uses a parameter first
+        trl = params.trl.items()
+        given = [f"{name} {value}" for name, value in trl if DEFAULTS.get(name) != value and name not in _SET]
+        blamed, reason = ", ".join(given) or "these parameters", " ".join(str(error).split())
+        raise ParamError(
+            f"a first step of training, tried on {_SMALL}, fails with {blamed}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _reduced(config: KEPOConfig, folder: str) -> KEPOConfig:
+    args = copy.copy(config)
+    args.output_dir, args.report_to, args.save_strategy = folder, [], SaveStrategy.NO
+    args.distill = args.explore = args.use_vllm = args.log_rollouts = False
+    args.num_generations = args.per_device_train_batch_size = args.generation_batch_size = 2
+    args.gradient_accumulation_steps = args.steps_per_generation = args.max_steps = 1
+    args.max_completion_length = min(_TOKENS, config.max_completion_length)
+    return args
+
+
+def _step(params: Params, args: KEPOConfig) -> None:
+    model, task = load_model(_SMALL), MultipleChoice(params.hint_context, params.thinking, params.answer_format)
+    question = Question("1", "", "CT", "", "What is seen?", ("nothing", "a nodule"), "A", Path("picture"))
+    rows = to_dataset([question] * 2, params.thinking, lambda _: Image.new("RGB", (_PIXELS, _PIXELS)))
+    trainer = KEPOTrainer(model, task.reward_funcs, args, rows, processing_class=load_processor(_SMALL), task=task,
+                          peft_config=lora_config(model, params))  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    with torch.compiler.set_stance("force_eager") if args.torch_compile else nullcontext():
+        trainer.train()
+
+
+@contextmanager
+def _untouched() -> Iterator[None]:
+    """Leave random generators and accelerate's state as they are now."""
+    shared = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    states, drawn, drawn_by_numpy = [dict(state) for state in shared], random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_by_numpy)
+        for state, before in zip(shared, states, strict=True):
+            state.clear()
+            state.update(before)
