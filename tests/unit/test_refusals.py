@@ -109,6 +109,29 @@ def test_files_of_a_model_that_are_missing_or_damaged(
     assert sentence.startswith(f"{role} is ") and said in sentence
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_that_marks_pictures_otherwise_than_its_processor(refused: Callable[..., str], role: str) -> None:
+    sentence = refused(role, config_of("config.json", image_token_id=7))
+    assert sentence.startswith(f"{role} is ") and "has image_token_id 7 and whose processor 5, expected" in sentence
+
+
+@pytest.mark.parametrize(
+    ("role", "word", "does"),
+    [
+        ("teacher", "<hint>", "asks for a hint"),
+        ("student", "Look at the left", "tells a hint"),
+        ("student", "<think>", "asks a question"),
+    ],
+)
+def test_a_chat_template_that_refuses_a_prompt(refused: Callable[..., str], role: str, word: str, does: str) -> None:
+    def edit(folder: Path) -> None:
+        template = folder / "chat_template.jinja"
+        refusing = f"{{% if '{word}' in messages | string %}}{{{{ raise_exception('No, never.') }}}}{{% endif %}}"
+        template.write_text(refusing + template.read_text())
+
+    assert refused(role, edit).endswith(f"whose chat template refuses the prompt that {does}: No, never.")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
     ("edit", "said"),
