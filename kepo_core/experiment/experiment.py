@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from kepo_core.analysis import diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
-from kepo_core.data.images import Pictures, load_image
+from kepo_core.data.images import Pictures, ReadPicture, load_image
 from kepo_core.data.records import Answer, Question
 from kepo_core.experiment import kernel, launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
@@ -57,8 +57,7 @@ def load_to_run(params: Params) -> Models:
             KEPOTrainer.get_optimizer_cls_and_kwargs(config)
             nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
             get_scheduler(config.lr_scheduler_type, nothing, 0, 1, config.lr_scheduler_kwargs)
-        if params.method == "kepo":
-            rehearse(params, config)
+        rehearse(params, config, _baseline)
     return load_models(params, with_teacher=not launch.several(params))
 
 
@@ -130,7 +129,7 @@ def make_trainer(
             peft_config=lora_config(models.student, params),
         )
     else:
-        trainer = _baseline(params, run, data, models, pictures, callbacks)
+        trainer = _baseline(params, data.train, models, pictures, callbacks, run.training_dir)
         keep_float32_outputs(trainer.accelerator)
     if (found := trainer.accelerator.num_processes) != params.processes:
         raise RuntimeError(f"{found} processes train together, expected {params.processes} (processes)")
@@ -149,22 +148,28 @@ def make_trainer(
 
 
 def _baseline(
-    params: Params, run: Run, data: StudyData, models: Models, pictures: Pictures, callbacks: list[TrainerCallback]
+    params: Params,
+    questions: Sequence[Question],
+    models: Models,
+    pictures: ReadPicture,
+    callbacks: list[TrainerCallback],
+    output_dir: Path,
+    **changes: Any,
 ) -> Trainer:
-    shared = _shared_arguments(params, run.training_dir)
+    """The trainer of ``method: sft`` or ``gkd``; ``changes`` to what transformers' ``TrainingArguments`` are given."""
+    shared = _shared_arguments(params, output_dir) | changes
     lora = lora_config(models.student, params)
     if params.method == "sft":
-        dataset = supervised_dataset(data.train, pictures)
+        dataset = supervised_dataset(questions, pictures)
         return sft_trainer(models.student, models.processor, dataset, shared, callbacks, lora)
     assert isinstance(models.teacher, Teacher)
     drawing = {name: params.of_trl(name) for name in ("max_completion_length", "temperature", "top_p")}
     arguments = shared | drawing | {"beta": params.distill_beta}
-    dataset = to_dataset(data.train, params.thinking, pictures)
     return gkd_trainer(
         models.student,
         models.teacher.model,
         models.processor,
-        dataset,
+        to_dataset(questions, params.thinking, pictures),
         params.gkd_lambda,
         params.distill_temperature,
         arguments,

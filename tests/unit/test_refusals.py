@@ -195,6 +195,8 @@ def test_what_trl_cannot_make(refused: Callable[..., str], changes: dict[str, An
         ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha -1.0: RuntimeError: uniform_ expects"),
         ({"torch_compile_mode": "foo"}, "torch_compile_mode foo: RuntimeError: Unrecognized mode=foo"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of 0: ZeroDivisionError: "),
+        ({"adam_beta1": 2.0, "method": "sft", "thinking": False}, "ValueError: Invalid beta parameter at index 0: 2.0"),
+        ({"dataloader_persistent_workers": True, "method": "gkd"}, "ValueError: persistent_workers option needs"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 True: AttributeError: "),
     ],
 )
@@ -208,7 +210,16 @@ def test_what_a_first_step_finds(
     assert sentence.startswith("a first step of training, tried on embedded:student, fails with ") and said in sentence
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"mask_truncated_completions": True}, {"save_steps": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_rank": 2},
+        {"mask_truncated_completions": True, "save_steps": 0, "loss_type": "luspo"},
+        {"method": "sft", "thinking": False},
+        {"method": "gkd"},
+        {"method": "gkd", "thinking": False, "gkd_lambda": 0.0, "lora_rank": 2},
+    ],
+)
 def test_a_first_step_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], changes: dict[str, Any]
 ) -> None:
@@ -221,7 +232,7 @@ def test_a_first_step_leaves_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before, fields = state(), str(config)
     capfd.readouterr()
-    rehearse(params, config)
+    rehearse(params, config, experiment._baseline)
     assert state() == before and str(config) == fields
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
