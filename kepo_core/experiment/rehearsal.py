@@ -1,6 +1,7 @@
 """One tiny training step before a run: what libraries refuse of parameters only when they use them."""
 
 import copy
+import gc
 import logging
 import random
 import tempfile
@@ -57,6 +58,8 @@ def rehearse(params: Params, config: KEPOConfig, baseline: Callable[..., Trainer
             trainer.remove_callback(PrinterCallback)
             with torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext():
                 trainer.train()
+            del trainer
+            gc.collect()  # its model, which may be on the GPU
     except Exception as error:  # of any type: it comes from wherever a library uses a parameter first
         trl = params.trl.items()
         given = [f"{name} {value}" for name, value in trl if DEFAULTS.get(name) != value and name not in _SET]
@@ -72,6 +75,7 @@ def _reduced(config: KEPOConfig, folder: str) -> KEPOConfig:
     args.distill = args.explore = args.use_vllm = args.log_rollouts = False
     args.num_generations = args.per_device_train_batch_size = args.generation_batch_size = 2
     args.gradient_accumulation_steps = args.steps_per_generation = args.max_steps = 1
+    args.dataloader_persistent_workers &= not args.dataloader_num_workers  # torch refuses that; others take 5 s to end
     args.max_completion_length = min(_TOKENS, config.max_completion_length)
     return args
 

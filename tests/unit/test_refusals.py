@@ -1,6 +1,7 @@
 """What cannot succeed is refused before a model is asked anything: one sentence in our words, from one place."""
 
 import json
+import multiprocessing
 import random
 import tempfile
 from collections.abc import Callable
@@ -213,7 +214,7 @@ def test_what_a_first_step_finds(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora_rank": 2},
+        {"lora_rank": 2, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
         {"mask_truncated_completions": True, "save_steps": 0, "loss_type": "luspo"},
         {"method": "sft", "thinking": False},
         {"method": "gkd"},
@@ -234,7 +235,7 @@ def test_a_first_step_leaves_nothing(
     capfd.readouterr()
     rehearse(params, config, experiment._baseline)
     assert state() == before and str(config) == fields
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and not multiprocessing.active_children()
     assert capfd.readouterr() == ("", "")
 
 
