@@ -1,6 +1,5 @@
 """From parameters to the parts of one experiment: data, models, trainer, evaluation. Notebooks call these."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -10,13 +9,12 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from kepo_core.analysis import diagnosis
 from kepo_core.baselines.gkd import gkd_trainer
 from kepo_core.baselines.supervised import sft_trainer, supervised_dataset
-from kepo_core.data.images import Pictures, load_image
+from kepo_core.data.images import Pictures, ReadPicture, load_image
 from kepo_core.data.records import Answer, Question
 from kepo_core.experiment import kernel, launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
@@ -27,6 +25,7 @@ from kepo_core.experiment.models import resolve as model_folder
 from kepo_core.experiment.pair import Models as Models
 from kepo_core.experiment.pair import in_our_words
 from kepo_core.experiment.pair import load_models as load_models
+from kepo_core.experiment.rehearsal import rehearse
 from kepo_core.experiment.study_data import StudyData as StudyData
 from kepo_core.experiment.study_data import load_data as load_data
 from kepo_core.method.config import KEPOConfig
@@ -59,20 +58,8 @@ def load_to_run(params: Params) -> Models:
             KEPOTrainer.get_optimizer_cls_and_kwargs(config)
             nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
             get_scheduler(config.lr_scheduler_type, nothing, 0, 1, config.lr_scheduler_kwargs)
-            if params.method == "kepo":
-                _try_trainer(params, config)
+        rehearse(params, config, _baseline)
     return load_models(params, with_teacher=not launch.several(params))
-
-
-def _try_trainer(params: Params, config: KEPOConfig) -> None:
-    """Make a trainer of the smallest student at hand, for what TRL refuses of ``config`` only when it makes one."""
-    args, small, task = copy.copy(config), "embedded:student", MultipleChoice()
-    args.distill = args.explore = args.use_vllm = False
-    args.report_to = []
-    model = load_model(small)
-    rows = Dataset.from_list([{"prompt": "", "question": "", "options": ["", ""], "answer": "A"}] * 2)
-    KEPOTrainer(model, task.reward_funcs, args, rows.repeat(params.prompts_per_step),
-                processing_class=load_processor(small), peft_config=lora_config(model, params))  # fmt: skip
 
 
 def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
@@ -143,7 +130,7 @@ def make_trainer(
             peft_config=lora_config(models.student, params),
         )
     else:
-        trainer = _baseline(params, run, data, models, pictures, callbacks)
+        trainer = _baseline(params, data.train, models, pictures, callbacks, run.training_dir)
         keep_float32_outputs(trainer.accelerator)
         trainer.add_callback(RoundingWatch(trainer))
     if (found := trainer.accelerator.num_processes) != params.processes:
@@ -163,22 +150,28 @@ def make_trainer(
 
 
 def _baseline(
-    params: Params, run: Run, data: StudyData, models: Models, pictures: Pictures, callbacks: list[TrainerCallback]
+    params: Params,
+    questions: Sequence[Question],
+    models: Models,
+    pictures: ReadPicture,
+    callbacks: list[TrainerCallback],
+    output_dir: Path,
+    **changes: Any,
 ) -> Trainer:
-    shared = _shared_arguments(params, run.training_dir)
+    """The trainer of ``method: sft`` or ``gkd``; ``changes`` to what transformers' ``TrainingArguments`` are given."""
+    shared = _shared_arguments(params, output_dir) | changes
     lora = lora_config(models.student, params)
     if params.method == "sft":
-        dataset = supervised_dataset(data.train, pictures)
+        dataset = supervised_dataset(questions, pictures)
         return sft_trainer(models.student, models.processor, dataset, shared, callbacks, lora)
     assert isinstance(models.teacher, Teacher)
     drawing = {name: params.of_trl(name) for name in ("max_completion_length", "temperature", "top_p")}
     arguments = shared | drawing | {"beta": params.distill_beta}
-    dataset = to_dataset(data.train, params.thinking, pictures)
     return gkd_trainer(
         models.student,
         models.teacher.model,
         models.processor,
-        dataset,
+        to_dataset(questions, params.thinking, pictures),
         params.gkd_lambda,
         params.distill_temperature,
         arguments,

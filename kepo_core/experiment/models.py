@@ -94,13 +94,19 @@ def load_processor(name: str, parameter: str = "student") -> Any:
     Without a working torchvision a Qwen checkpoint gets `method.processor.ImageOnlyQwenProcessor`, put together from
     the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
     """
-    source, kind = resolve(name, parameter), read_config(name, parameter).model_type
+    source, config = resolve(name, parameter), read_config(name, parameter)
     with _reading(name, parameter, "processor"):
-        processor: Any = image_only_processor(kind, source)
+        processor: Any = image_only_processor(config.model_type, source)
         if processor is None:
             processor = AutoProcessor.from_pretrained(source)
     if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
         raise ParamError(f"{parameter} is {name!r}, whose processor takes no images: expected an image-text model")
+    marks = [getattr(part, "image_token_id", None) for part in (config, processor)]
+    if None not in marks and marks[0] != marks[1]:
+        raise ParamError(
+            f"{parameter} is {name!r}, whose config.json has image_token_id {marks[0]} and whose processor {marks[1]}, "
+            "expected the same: the model would not find its pictures"
+        )
     if not processor.chat_template:
         raise ParamError(f"{parameter} is {name!r}, which has no chat template: expected an instruction-tuned model")
     with _reading(name, parameter, "chat template"):

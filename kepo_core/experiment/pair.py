@@ -15,6 +15,8 @@ from kepo_core.method.forward import check_plain_head
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
 from kepo_core.params import Params
+from kepo_core.task.multiple_choice import MultipleChoice
+from kepo_core.task.prompts import Messages, vqa_messages
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def load_models(params: Params, *, with_teacher: bool = True) -> Models:
     if loads:
         check_quantizes(params.teacher_quantization)
     processor = load_processor(params.student, "student")
+    _check_template(params, "student", processor)
     # vLLM's weights are these with the adapters merged in, and out again: in 16 bits that would wear them away.
     whole = not params.lora_rank or bool(params.of_trl("use_vllm"))
     student = load_model(params.student, "student", trained=whole, precision=params.precision)
@@ -55,6 +58,7 @@ def load_models(params: Params, *, with_teacher: bool = True) -> Models:
         served = serving.reach(params, processor, student) if needs_teacher(params) else None
         return Models(student, processor, served)
     teacher_processor = load_processor(params.teacher, "teacher")
+    _check_template(params, "teacher", teacher_processor)
     check_same_vocabulary(processor, teacher_processor)
     model = load_model(params.teacher, "teacher", trained=False, precision=params.precision,
                        quantization=params.teacher_quantization if with_teacher else "none",
@@ -69,3 +73,26 @@ def load_models(params: Params, *, with_teacher: bool = True) -> Models:
             "TRL's DistillationTrainer compares all of them"
         )
     return Models(student, processor, teacher if with_teacher else None)
+
+
+def _check_template(params: Params, role: str, processor: Any) -> None:
+    """Put the study's prompts for a model through its chat template, which may refuse some: a `ParamError`."""
+    row: dict[str, Any] = {"question": "What is seen?", "options": ["nothing", "a nodule"], "answer": "A"}
+    task = MultipleChoice(params.hint_context, params.thinking, params.answer_format)
+    prompts: dict[str, Messages | None] = {}
+    if role == "student":
+        prompts["asks a question"] = vqa_messages(row["question"], row["options"], params.thinking)
+    if params.method == "kepo" and params.explore:
+        if role == "student":
+            prompts["tells a hint"] = task.tell(row, "Look at the left.")
+        else:
+            prompts["asks for a hint"] = task.ask(row)
+    for does, prompt in prompts.items():
+        try:
+            if prompt is not None:
+                processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of any type: templates compute, and raise as they like
+            name, reason = getattr(params, role), " ".join(str(error).split())
+            raise ParamError(
+                f"{role} is {name!r}, whose chat template refuses the prompt that {does}: {reason}"
+            ) from error

@@ -1,11 +1,17 @@
 """What cannot succeed is refused before a model is asked anything: one sentence in our words, from one place."""
 
 import json
+import multiprocessing
+import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 
 from kepo_core.data import source
@@ -13,6 +19,7 @@ from kepo_core.data.phantom import ensure_phantom, write_phantom
 from kepo_core.errors import DataError, ParamError
 from kepo_core.experiment import experiment, launch, serving
 from kepo_core.experiment.models import save_embedded
+from kepo_core.experiment.rehearsal import rehearse
 from kepo_core.method.chat_client import ChatClient, TeacherServerError
 from kepo_core.params import Params
 from kepo_core.testbed.embedded import build_model, build_processor
@@ -103,6 +110,29 @@ def test_files_of_a_model_that_are_missing_or_damaged(
     assert sentence.startswith(f"{role} is ") and said in sentence
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_that_marks_pictures_otherwise_than_its_processor(refused: Callable[..., str], role: str) -> None:
+    sentence = refused(role, config_of("config.json", image_token_id=7))
+    assert sentence.startswith(f"{role} is ") and "has image_token_id 7 and whose processor 5, expected" in sentence
+
+
+@pytest.mark.parametrize(
+    ("role", "word", "does"),
+    [
+        ("teacher", "<hint>", "asks for a hint"),
+        ("student", "Look at the left", "tells a hint"),
+        ("student", "<think>", "asks a question"),
+    ],
+)
+def test_a_chat_template_that_refuses_a_prompt(refused: Callable[..., str], role: str, word: str, does: str) -> None:
+    def edit(folder: Path) -> None:
+        template = folder / "chat_template.jinja"
+        refusing = f"{{% if '{word}' in messages | string %}}{{{{ raise_exception('No, never.') }}}}{{% endif %}}"
+        template.write_text(refusing + template.read_text())
+
+    assert refused(role, edit).endswith(f"whose chat template refuses the prompt that {does}: No, never.")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
     ("edit", "said"),
@@ -149,6 +179,64 @@ def test_a_student_whose_logits_are_more_than_its_head(refused: Callable[..., st
 )
 def test_what_trl_cannot_make(refused: Callable[..., str], changes: dict[str, Any], said: str) -> None:
     assert said in refused("student", lambda folder: None, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"min_p": 2.0}, "min_p 2.0: ValueError: `min_p` has to be a float in the [0, 1] interval"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty -1.0: ValueError: `penalty` has to be a strictly positive"),
+        ({"top_k": -5}, "top_k -5: ValueError: `top_k` has to be a strictly positive"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers -1: ValueError: num_workers option should be"),
+        ({"dataloader_persistent_workers": True}, "ValueError: persistent_workers option needs num_workers > 0"),
+        ({"multi_objective_aggregation": "foo"}, "ValueError: Invalid multi_objective_aggregation: foo"),
+        ({"adam_beta1": 2.0}, "adam_beta1 2.0: ValueError: Invalid beta parameter at index 0: 2.0"),
+        ({"adam_epsilon": -1.0}, "adam_epsilon -1.0: ValueError: Invalid epsilon value: -1.0"),
+        ({"use_liger_kernel": True}, "use_liger_kernel True: ImportError: "),
+        ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha -1.0: RuntimeError: uniform_ expects"),
+        ({"torch_compile_mode": "foo"}, "torch_compile_mode foo: RuntimeError: Unrecognized mode=foo"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of 0: ZeroDivisionError: "),
+        ({"adam_beta1": 2.0, "method": "sft", "thinking": False}, "ValueError: Invalid beta parameter at index 0: 2.0"),
+        ({"dataloader_persistent_workers": True, "method": "gkd"}, "ValueError: persistent_workers option needs"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 True: AttributeError: "),
+    ],
+)
+def test_what_a_first_step_finds(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    """Where libraries use the parameter: while they draw, in the loss, in the optimiser, in the data loader."""
+    for name, value in (("BACKEND", "NO"), ("MODE", "default")):  # transformers sets them for the whole process
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+    sentence = refused("student", lambda folder: None, **changes)
+    assert sentence.startswith("a first step of training, tried on embedded:student, fails with ") and said in sentence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_rank": 2, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"mask_truncated_completions": True, "save_steps": 0, "loss_type": "luspo"},
+        {"method": "sft", "thinking": False},
+        {"method": "gkd"},
+        {"method": "gkd", "thinking": False, "gkd_lambda": 0.0, "lora_rank": 2},
+    ],
+)
+def test_a_first_step_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], changes: dict[str, Any]
+) -> None:
+    def state() -> list[str]:
+        kept = [AcceleratorState._shared_state, PartialState._shared_state, GradientState._shared_state]
+        return [str(random.getstate()), str(np.random.get_state()), str(torch.get_rng_state().tolist()), str(kept)]
+
+    params = Params.load("params/smoke.yaml", changes)
+    config = experiment.training_config(params, tmp_path / "results")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before, fields = state(), str(config)
+    capfd.readouterr()
+    rehearse(params, config, experiment._baseline)
+    assert state() == before and str(config) == fields
+    assert not list(tmp_path.iterdir()) and not multiprocessing.active_children()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_fewer_training_questions_than_a_step_takes(tmp_path: Path) -> None:
