@@ -52,14 +52,15 @@ def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool =
     A file's name says the modality of its rows; where it does not (``unknown_train.json``), the modality is that of
     the same data set in other files. Of Med-R1's splits by question type, lying beside those by modality, questions
     that a modality's file has too are taken once, and their types from the file's name; else question types are "".
-    A file of the same name and rows as another (a backup) is left out. ``need_images=False`` takes questions whose
+    A file of the same name and rows as another (a backup) is left out, and so is a question that a file of another
+    name has for the same modality and split. ``need_images=False`` takes questions whose
     pictures are not there. ``ledger`` and errors as in ``omnimedvqa.load_raw``; also raises ``DataError`` for two
     files of one name and different rows.
     """
     ledger = ledger or Ledger()
     rows = _rows(source, ledger)
     homes, types = _modalities_of_datasets(rows), _question_types(rows, ledger)
-    questions = []
+    questions, homes_of = [], dict[tuple[Any, ...], PurePosixPath]()
     for file, index, row in rows:
         if _type_of_file(file) and _asked(row) in types:
             continue
@@ -70,6 +71,10 @@ def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool =
             image = source.locate(name, where, must_exist=need_images)
         except RowError as error:
             ledger.drop(error)
+            continue
+        split = file.stem.rpartition("_")[2]
+        if homes_of.setdefault((fields["modality"], split, *_asked(row)), file) != file:
+            ledger.leave_out("a question that another file of its modality and split has, too", where)
             continue
         question_type = types.get(_asked(row)) or _type_of_file(file)
         fields |= {"image": image, "image_name": picture_name(name), "question_type": question_type}

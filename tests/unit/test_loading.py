@@ -76,7 +76,7 @@ def test_rows_become_questions_of_their_files_modality_and_split(medr1: Path) ->
 
 
 def test_a_file_of_unknown_modality_takes_it_from_its_data_set(medr1: Path) -> None:
-    write(medr1, "unknown_train.json", row(), row("Images/Other/b.png"))
+    write(medr1, "unknown_train.json", row(problem="Bright? A)yes, B)no"), row("Images/Other/b.png"))
     write(medr1, "X-Ray_train.json", row())
     ledger = Ledger(strict=False)
     questions = load_questions(medr1, ledger)
@@ -155,6 +155,18 @@ def test_a_backup_beside_the_files_gives_no_question_twice(medr1: Path) -> None:
     assert [q.id for q in questions] == ["CT_test:1", "CT_test:2"] and ledger.read == 2
     assert counted(ledger) == {"in a second file of the same name and rows": 4}
     assert "Backup/CT_test.json, row 1" in ledger.dropped["in a second file of the same name and rows"]
+
+
+@pytest.mark.parametrize("copy", ["CT copy_test.json", "backup_CT_test.json", "CT(Computed Tomography)_test.json"])
+def test_a_copy_of_another_name_gives_no_question_twice(medr1: Path, copy: str) -> None:
+    """But the same question in another split is a leak, which is to be seen."""
+    write(medr1, "CT_test.json", row())
+    write(medr1, copy, row())
+    write(medr1, "CT_train.json", row())
+    ledger = Ledger(strict=False)
+    questions = load_questions(medr1, ledger)
+    assert len(questions) == 2 and {split_of(question) for question in questions} == {"train", "test"}
+    assert counted(ledger) == {"a question that another file of its modality and split has, too": 1}
 
 
 @pytest.mark.parametrize("other", [[row()], [row(), row(solution="<answer> A </answer>")], []])
