@@ -1,4 +1,4 @@
-"""Every private name of TRL and transformers that the package leans on: what an upgrade of theirs has to look at.
+"""Every private name of TRL, transformers and accelerate that the package leans on: what an upgrade of theirs has to look at.
 
 tests/unit/test_trl_hooks.py fails where one of them is gone, and where the package uses one that is not listed here.
 """
@@ -18,6 +18,9 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "_get_train_sampler",  # overridden: past epochs are shuffled once more; SFT leaves out a last partial step
         "_tr_loss",  # the loss since the last log, and
         "_globalstep_last_logged",  # the step of that log: both are kept in a checkpoint
+    ),
+    "accelerate.state.PartialState": (
+        "_shared_state",  # put back after a trainer that was made on trial, as those of its two subclasses
     ),
     "trl.GRPOTrainer": (
         "_generate",  # overridden: exploration replaces completions before anything is computed from them

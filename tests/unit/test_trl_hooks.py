@@ -26,7 +26,7 @@ def members(owner: str) -> frozenset[str]:
     found: Any = pkgutil.resolve_name(owner)
     if isinstance(found, types.ModuleType):
         return frozenset(vars(found))
-    bases = [base for base in found.__mro__ if base.__module__.split(".")[0] in ("trl", "transformers")]
+    bases = [base for base in found.__mro__ if base.__module__.split(".")[0] in ("trl", "transformers", "accelerate")]
     assigned = re.compile(r"self\.(_\w+)(?:: [^=\n]+)? = |self\.(_\w+) \+= ")
     names = {name for base in bases for pair in assigned.findall(inspect.getsource(base)) for name in pair}
     return frozenset(names.union(*map(vars, bases)))
