@@ -1,4 +1,4 @@
-"""Every private name of TRL, transformers and accelerate that the package leans on: what an upgrade of theirs has to look at.
+"""Private names of TRL, transformers and accelerate that the package leans on: what an upgrade has to look at.
 
 tests/unit/test_trl_hooks.py fails where one of them is gone, and where the package uses one that is not listed here.
 """
