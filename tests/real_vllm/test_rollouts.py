@@ -89,7 +89,7 @@ def test_the_engine_of_the_rollouts_answers_too(trained: Any, asking: Params) ->
     )
     assert apart <= len(questions) // 50 and vars(engine._inner) == own
     drawn = evaluate(
-        engine, processor, questions[:20], thinking=True, max_tokens=48, batch_size=64, temperature=1.0, samples=4
+        engine, processor, questions[:20], thinking=True, max_tokens=48, batch_size=64, temperature=4.0, samples=4
     )
     assert len({answer.completion for answer in drawn}) > 20 and [a.sample for a in drawn[:4]] == [0, 1, 2, 3]
 
@@ -113,7 +113,7 @@ def test_trls_own_prompts_are_corrupted_and_found_out(trained: Any, monkeypatch:
 
 def test_a_context_too_short_stops_with_one_sentence(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trained[0]
-    monkeypatch.setattr(trainer.vllm_generation._inner, "max_model_length", 60)
+    monkeypatch.setattr(trainer.vllm_generation, "_most", 60)
     with pytest.raises(ValueError, match=r"prompt 0 has \d+ tokens, which leaves no room for a completion of 48"):
         difference(trainer, [as_prompt([64, "What is it?"])])
 
