@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n logical --max
 help:
 	@echo "make train      train, explore, distil and evaluate (notebook 03) into a new folder under results/"
 	@echo "make test       linter, type checker, tests (six minutes on two cores); test-all adds the long ones"
-	@echo "make test-vllm  the tests over a real vLLM, in an environment of their own, .venv-vllm"
+	@echo "make test-vllm  the tests over a real vLLM, in an environment of their own, .venv-vllm (ten minutes)"
 	@echo "make faults     plant faults into a copy of the package, one by one: every one must make its tests fail"
 	@echo "make mutants    mutate the modules that carry the method, and list the mutants that their tests do not notice"
 	@echo "make bench      what a step costs, against GRPO, GRPO + DistillationTrainer and a plain reading of the paper"
