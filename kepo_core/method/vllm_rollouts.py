@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from requests import RequestException
+from transformers import AutoConfig
 from trl.generation import vllm_generation
 
 #: Versions that have been run with this package (tests/real_vllm) or are TRL's own; the last one is not included.
@@ -220,6 +221,22 @@ class CheckedVLLM:
                 f"the vLLM server at {client.base_url} serves {client.model} with another tokenizer than the "
                 "student's: serve the model that is trained"
             )
+
+        self._check_size(client.get_server_info()["model_config"]["model"])
+
+    def _check_size(self, served: str) -> None:
+        """Raise ``ValueError`` where the model ``served``, if it is known here, has other sizes than the student."""
+        try:
+            theirs = AutoConfig.from_pretrained(served).get_text_config()
+        except (OSError, ValueError):  # on the server's disk alone
+            return
+        ours = self._inner.model.config.get_text_config()
+        for size in ("hidden_size", "num_hidden_layers", "intermediate_size"):
+            if getattr(theirs, size, None) != getattr(ours, size, None):
+                raise ValueError(
+                    f"the vLLM server at {self._inner.vllm_client.base_url} serves {served}, whose {size} is "
+                    f"{getattr(theirs, size, None)}, the student's {getattr(ours, size, None)}: serve the student"
+                )
 
     @contextmanager
     def _in_our_words(self) -> Iterator[None]:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from kepo_harness import ScriptedTrainer, fails_on_0, make_row, make_trainer
 from requests import ConnectionError as NoServer
+from transformers import AutoConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import parse_logprobs
 
 from kepo_core.experiment.experiment import training_config
+from kepo_core.experiment.models import EMBEDDED_DIR
 from kepo_core.method import hinted, vllm_rollouts
 from kepo_core.method.exploration import Request
 from kepo_core.method.task import with_images
@@ -114,11 +116,13 @@ def test_what_a_server_does_is_one_sentence(method: str, met: Exception, kind: t
         checked.generate([[1]], None, 1) if method == "generate" else checked.sync_weights()
 
 
-def test_a_server_with_another_tokenizer_is_refused() -> None:
+def test_a_server_with_another_tokenizer_or_model_is_refused(tmp_path: Path) -> None:
     tokenizer = build_processor().tokenizer
     processor = SimpleNamespace(image_token_id=IMAGE, tokenizer=tokenizer)
 
-    def served(change: int) -> Engine:
+    student = SimpleNamespace(config=AutoConfig.from_pretrained(EMBEDDED_DIR / "student"))
+
+    def served(change: int, model: str = "on/its-disk-alone") -> Engine:
         def post(url: str, json: Any) -> Any:
             tokens = [token + change for token in tokenizer(json["prompt"])["input_ids"]]
             return SimpleNamespace(status_code=200, json=lambda: {"tokens": tokens})
@@ -126,12 +130,22 @@ def test_a_server_with_another_tokenizer_is_refused() -> None:
         models = SimpleNamespace(json=lambda: {"data": [{"max_model_len": 30}]})
         session = SimpleNamespace(post=post, get=lambda url: models)
         client = SimpleNamespace(base_url="http://here", model="other", session=session, _post=post)
-        return Engine(mode="server", vllm_client=client, accelerator=SimpleNamespace(is_main_process=True))
+        client.get_server_info = lambda: {"model_config": {"model": model}}
+        return Engine(
+            mode="server", vllm_client=client, accelerator=SimpleNamespace(is_main_process=True), model=student
+        )
 
     with pytest.raises(ValueError, match=r"prompt 0 has 23 tokens, .* context of 30"):  # the server's
         CheckedVLLM(served(0), processor).generate([[4] * 23], None, 1)
     with pytest.raises(ValueError, match="http://here serves other with another tokenizer than the student's"):
         CheckedVLLM(served(1), processor)
+    larger = tmp_path / "larger"
+    config = AutoConfig.from_pretrained(EMBEDDED_DIR / "student")
+    config.text_config.num_hidden_layers += 1
+    config.save_pretrained(larger)
+    CheckedVLLM(served(0, str(EMBEDDED_DIR / "student")), processor)
+    with pytest.raises(ValueError, match=r"serves .*larger, whose num_hidden_layers is \d, the student's \d"):
+        CheckedVLLM(served(0, str(larger)), processor)
 
 
 def test_trls_client_reads_the_tokens_of_newer_servers() -> None:
