@@ -1,6 +1,6 @@
 """Cells of a live notebook can be executed twice and in any order: what would make the run's record untrue is refused.
 
-A kernel keeps what it has trained. A run that is resumed is another process, which loads the student anew.
+A kernel keeps what it has trained. A run that is resumed is another process, which loads the student again.
 """
 
 from collections.abc import Mapping

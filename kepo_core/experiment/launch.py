@@ -182,6 +182,7 @@ def evaluate(params: Params, run: Run, student: str, kept: Path, count: int, pro
 
     Raises:
         TrainingFailed: with the last words of the worker that ended first; what was answered is kept.
+        ParamError: these words, where a worker refused a parameter or the data.
     """
     here = max(1, params.processes // configuration(params).num_machines)
     whole = params.replace(processes=here, accelerate_config="")

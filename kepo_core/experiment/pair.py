@@ -40,7 +40,7 @@ def in_our_words() -> Iterator[None]:
 def load_models(params: Params, *, with_teacher: bool = True) -> Models:
     """Load and check what ``params`` name; the teacher, loaded or served, only where it has something to do.
 
-    Under LoRA the student's own weights are only read, so they are kept in the compute precision.
+    Under LoRA the student's own weights are only read, so they are kept in the compute precision (float32 with vLLM).
     ``with_teacher=False``: it is checked, but not loaded.
     """
     loads = needs_teacher(params) and not params.teacher_url

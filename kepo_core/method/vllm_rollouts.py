@@ -126,7 +126,8 @@ class CheckedVLLM:
             inner.generation_kwargs = {"logit_bias": {self._image_token: -100.0}, **inner.generation_kwargs}
         if inner.mode == "server" and inner.accelerator.is_main_process:
             _name_tokens(inner.vllm_client)
-            self._check_server()
+            with self._in_our_words():
+                self._check_server()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -221,7 +222,6 @@ class CheckedVLLM:
                 f"the vLLM server at {client.base_url} serves {client.model} with another tokenizer than the "
                 "student's: serve the model that is trained"
             )
-
         self._check_size(client.get_server_info()["model_config"]["model"])
 
     def _check_size(self, served: str) -> None:
