@@ -12,9 +12,9 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import Targets, keep_float32_outputs
 from kepo_core.method.hinted import largest
 from kepo_core.method.served import ServedTeacher
+from kepo_core.method.shared_prompts import SharingTrainer
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.top_k import TopTargets, gather_targets
-from kepo_core.method.vision import VisionTrainer
 from kepo_core.method.vllm_rollouts import most_difference
 
 
@@ -30,7 +30,7 @@ class _Forward:
         return self.output
 
 
-class GatedLossTrainer(VisionTrainer):
+class GatedLossTrainer(SharingTrainer):
     """GRPOTrainer whose batches may carry a gate.
 
     What it reads in a batch beside TRL's entries (all optional, (B, …) on this process):

@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import GenerationConfig, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
 from kepo_core.method.task import Prompt, images_in, outside_thoughts
-from kepo_core.method.vision import FURTHER, MODEL_FIELDS, PER_TOKEN, aligned, beside_tokens
+from kepo_core.method.vision import FURTHER, MODEL_FIELDS, aligned, beside_tokens, choose_rows
 
 _HINT = re.compile(r"<hint>((?:(?!<hint>).)*?)</hint>", re.DOTALL)  # of nested ones the innermost
 _STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
@@ -286,23 +285,11 @@ class Teacher:
 def select_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     """Model inputs (prompt and completion joined) of some rows of a GRPOTrainer batch, each with its own images."""
     fields = {name: inputs[name] for name in (*MODEL_FIELDS, "num_images", "num_tiles") if inputs.get(name) is not None}
-    split = split_pixel_values_by_grid(fields)
     sizes = inputs["prompt_ids"].shape[1], inputs["completion_ids"].shape[1]
     further = {name.removeprefix(FURTHER): inputs[name] for name in inputs if name.startswith(FURTHER)}
-    split |= beside_tokens(further, *sizes)
-    chosen = {
-        name: value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
-        for name, value in split.items()
-    }
-    merged: dict[str, Any] = unsplit_pixel_values_by_grid(chosen)
-    counts = merged.pop("num_images", None)
-    merged.pop("num_tiles", None)  # like num_images TRL's own, not the model's
-    if counts is not None and not any(counts):  # rows of text among rows with pictures
-        merged = {name: value for name, value in merged.items() if name.endswith(PER_TOKEN)}
-    device = inputs["prompt_ids"].device
-    merged = {name: torch.cat(v).to(device) if isinstance(v, list) else v for name, v in merged.items()}
-    index = list(rows)
-    merged = aligned(merged, sum(sizes))
+    device, index = inputs["prompt_ids"].device, list(rows)
+    merged = choose_rows(fields | beside_tokens(further, *sizes), rows)
+    merged = aligned({name: value.to(device) for name, value in merged.items()}, sum(sizes))
     for joined, parts in (("input_ids", "ids"), ("attention_mask", "mask")):
         merged[joined] = torch.cat([inputs[f"prompt_{parts}"], inputs[f"completion_{parts}"]], dim=1)[index]
     return merged
