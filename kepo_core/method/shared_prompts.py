@@ -122,7 +122,7 @@ class SharedPrompts:
                     return f"{name} is {getattr(config, name)}"
             if getattr(config, "cache_implementation", None) not in (None, "dynamic"):
                 return f"cache_implementation is {config.cache_implementation}"
-        if any(_drops_out(module) for module in model.modules()):
+        if any(drops_out(module) for module in model.modules()):
             return "dropout is on, and would be the same for all completions of a prompt"
         return ""
 
@@ -139,7 +139,7 @@ class SharedPrompts:
         usual = generate(**few, **greedy)
         try:
             cache = _read(model, generate, few, settings, which)
-            if type(cache) is not DynamicCache or any(type(layer) not in _CACHES for layer in cache.layers):
+            if not plain_cache(cache):
                 return f"{type(model).__name__} keeps more of a prompt than keys and values"
             shared = generate(**rows, past_key_values=cache, **greedy)
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
@@ -156,7 +156,8 @@ class SharedPrompts:
         return ""
 
 
-def _drops_out(module: nn.Module) -> bool:
+def drops_out(module: nn.Module) -> bool:
+    """Whether a module leaves out what it draws at random now."""
     share = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
     return module.training and isinstance(share, float) and share > 0
 
@@ -175,26 +176,50 @@ def _read(
     per_token = {name for name in few if name in PER_PROMPT or name.endswith(PER_TOKEN)}
     short = {name: value[:, :-1] if name in per_token else value for name, value in few.items()}
     cache = generate(**short, **{**settings, "generation_config": _greedy(1)}).past_key_values
+    spread(model, cache, which)
+    return cache
+
+
+def plain_cache(cache: Any) -> bool:
+    """Whether a cache holds keys and values alone, which can be repeated and continued."""
+    return type(cache) is DynamicCache and all(type(layer) in _CACHES for layer in cache.layers)
+
+
+def spread(model: Any, cache: DynamicCache, which: Tensor) -> None:
+    """Repeat what ``model`` keeps of prompts: of prompt ``which[i]`` in row i."""
     cache.batch_select_indices(which)
     for module in model.modules():  # Qwen's: how far pictures have moved the positions of each row
         if isinstance(deltas := getattr(module, "rope_deltas", None), Tensor):
             module.rope_deltas = deltas[which]
-    return cache
 
 
 class SharingTrainer(VisionTrainer):
     """GRPOTrainer whose rollouts by transformers share their prompts."""
 
     _sharing: SharedPrompts | None = None
+    _firsts: list[int] | None = None  # `first_rows` of the batch
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, with ``kepo_prompt``, (B,): the first row of the generation batch that has a row's prompt."""
+        self._firsts = None
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self._firsts is not None:
+            output["kepo_prompt"] = torch.tensor(self._firsts, device=self.accelerator.device)
+        return output
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kw: Any) -> Any:
-        if self.use_vllm or self.use_transformers_continuous_batching or self.tools:
+        if self.tools:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
+        firsts = first_rows(prompt_ids, images)
+        if self._firsts is None:  # hint-aware draws follow
+            self._firsts = firsts
+        if self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
         if self._sharing is None:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             self._sharing = SharedPrompts(self._anyone) if sharded else SharedPrompts()
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        with self._sharing.of(model, first_rows(prompt_ids, images), partial(self._pick, images)):
+        with self._sharing.of(model, firsts, partial(self._pick, images)):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
 
     def _anyone(self, flag: bool) -> bool:
