@@ -164,8 +164,8 @@ class CheckedVLLM:
             if torch.cuda.is_available():
                 raise
             raise ValueError(
-                "vLLM has packed its weights for this CPU and takes no new ones: train on a GPU, set use_vllm to False, "
-                "or build the environment with make test-vllm"
+                "vLLM has packed its weights for this CPU and takes no new ones: train on a GPU, set use_vllm to "
+                "False, or build the environment with make test-vllm"
             ) from error
 
     def generate(

