@@ -24,7 +24,7 @@ def start_vllm(folder: str, processor: Any, accelerator: Any, args: Any) -> Chec
     """An engine of this process's own over the model in ``folder``, with the settings of a ``KEPOConfig``."""
     model: Any = nn.Module()  # without weights: the engine reads those of the folder, and is never sent others
     model.name_or_path, model.generation_config = folder, _generation(folder)
-    with making_engine(args, trained=False):
+    with making_engine(args):
         engine = VLLMGeneration(
             model,
             accelerator,
