@@ -27,14 +27,14 @@ _CACHES = {DynamicLayer, DynamicSlidingWindowLayer}
 _log = logging.getLogger(__name__)
 
 
-def first_rows(prompt_ids: Sequence[Sequence[int]], images: Sequence[Sequence[Any] | None] | None) -> list[int]:
+def first_rows(prompt_ids: Sequence[Sequence[Any]], images: Sequence[Sequence[Any] | None] | None) -> list[int]:
     """For each row the first one that has the same prompt: the same tokens, and pictures with the same pixels.
 
     Args:
-        prompt_ids: tokens of each row's prompt.
+        prompt_ids: tokens of each row's prompt, or its text.
         images: the pictures of each row; None where no row has any. Other than PIL's are taken to be different.
     """
-    by_ids: dict[tuple[int, ...], list[int]] = {}
+    by_ids: dict[tuple[Any, ...], list[int]] = {}
     found = []
     for row, ids in enumerate(prompt_ids):
         alike = by_ids.setdefault(tuple(ids), [])
