@@ -110,7 +110,7 @@ def evaluate(
     for part in gather_object([answers]) if of > 1 else ():
         answers |= part
     if file is not None and number == 0 and (of > 1 or len(parts(file.path)) > 1):
-        file.take_all(answers)
+        file.take_all({i: answers[i] for batch in batches for i in batch})  # as one process would have left them
     return [answers[i] for i in range(len(lengths) * samples)]
 
 

@@ -112,7 +112,8 @@ def asked(tiny_model, processor, tmp_path):
 @linux
 def test_forks_answer_their_shares_and_what_they_leave_is_answered_here(asked):
     ask, kept = asked
-    whole = ask(kept=None)
+    whole, alone = ask(kept=None), kept.with_name("alone.jsonl")
+    ask(kept=alone)
 
     def work(number):
         if number == 1:
@@ -120,11 +121,12 @@ def test_forks_answer_their_shares_and_what_they_leave_is_answered_here(asked):
         ask(share=(number, 3))
 
     threads.with_forks(work, 3)
-    assert sorted(path.name for path in kept.parent.glob("*.jsonl")) == ["untrained.2.jsonl", "untrained.jsonl"]
+    assert sorted(path.name for path in kept.parent.glob("un*.jsonl")) == ["untrained.2.jsonl", "untrained.jsonl"]
     told = []
     assert ask(progress=lambda *state: told.append(state)) == whole == read_answers(kept)
     assert told == [(8, 10), (10, 10)]  # the shares of five batches are 2, 2 and 1
-    assert [path.name for path in kept.parent.glob("*.jsonl")] == ["untrained.jsonl"]
+    assert [path.name for path in kept.parent.glob("un*.jsonl")] == ["untrained.jsonl"]
+    assert kept.read_bytes() == alone.read_bytes()
 
 
 @linux
