@@ -197,11 +197,11 @@ class SharingTrainer(VisionTrainer):
     """GRPOTrainer whose rollouts by transformers share their prompts."""
 
     _sharing: SharedPrompts | None = None
-    _firsts: Sequence[int] = ()  # `first_rows` of the batch
+    _firsts: tuple[int, ...] = ()  # `first_rows` of the batch
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's, with ``kepo_prompt``, (B,): the first row of the generation batch that has a row's prompt."""
-        self._firsts = ()
+        self._firsts = tuple[int, ...]()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self._firsts:
             output["kepo_prompt"] = torch.tensor(self._firsts, device=self.accelerator.device)
@@ -211,7 +211,7 @@ class SharingTrainer(VisionTrainer):
         if self.tools:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
         firsts = first_rows(prompt_ids, images)
-        self._firsts = self._firsts or firsts  # hint-aware draws follow
+        self._firsts = self._firsts or tuple(firsts)  # hint-aware draws follow
         if self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
         if self._sharing is None:
