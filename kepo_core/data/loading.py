@@ -62,7 +62,8 @@ def _benchmark(source: Source) -> str | None:
 
 
 def _nearby(root: Path) -> str:
-    inside = next(iter(sorted([*root.glob(f"*/{QA_FOLDER}"), *root.glob("OmniMedVQA*.zip")])), None)
+    tables = (file for file in root.glob("*/*") if file.suffix.lower() in SUFFIXES)
+    inside = next(iter(sorted([*root.glob(f"*/{QA_FOLDER}"), *root.glob("OmniMedVQA*.zip"), *tables])), None)
     above = next((folder for folder in root.parents[:3] if (folder / QA_FOLDER).is_dir()), None)
     if inside is not None:
         return f"; did you mean {inside if inside.is_file() else inside.parents[1]}?"
