@@ -181,9 +181,9 @@ def _cells(name: str, text: str) -> Iterator[list[str]]:
             begin = lines.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{name}, line {begin}: the row that begins here cannot be read: a quotation mark is never closed or stands "
-            f"undoubled in a text, or one is longer than {csv.field_size_limit():,} characters; expected texts with "
-            f'{mark!r} or quotation marks in quotation marks, and these doubled ("").'
+            f"{name}, line {begin}: the row that begins here cannot be read: a quotation mark is never closed or "
+            f"stands undoubled in a text, or one is longer than {csv.field_size_limit():,} characters; expected texts "
+            f'with {mark!r} or quotation marks in quotation marks, and these doubled ("").'
         ) from error
 
 
