@@ -153,6 +153,35 @@ def test_a_picture_is_decoded_once_and_again_when_it_changes(
     assert (twins(), len(decoded)) == (2, 13)
 
 
+@pytest.mark.parametrize("replace", ["write", "rename", "link"])
+def test_a_picture_of_the_same_size_and_time_as_the_one_before_is_another(
+    tmp_path: Path, cache: Path, replace: str
+) -> None:
+    """As archives give them that set all times to the same, and formats that do not compress."""
+    world(tmp_path / "root", same_bytes, 2)
+    first, other = (tmp_path / f"root/Images/a/0{i}.png" for i in range(2))
+    kept = tmp_path / "kept"
+
+    def save(path: Path, i: int) -> None:
+        picture(i).save(path, "BMP")
+        os.utime(path, (0, 0))
+
+    def names() -> list[str]:
+        source = open_data(tmp_path / "root")
+        return [q.image_name for q in name_once(load_questions(source), Inspector(source), Ledger())][:2]
+
+    save(first, 70), save(other, 71), save(kept, 70)
+    assert len(set(names())) == 2
+    if replace == "write":
+        save(other, 70)
+    elif replace == "rename":
+        kept.rename(other)
+    else:
+        other.unlink()
+        other.hardlink_to(kept)
+    assert len(set(names())) == 1
+
+
 def test_without_a_place_to_write_everything_is_decoded_again(tmp_path: Path, cache: Path) -> None:
     world(tmp_path / "root", same_bytes, 2)
     cache.write_text("a file where a folder should be")
