@@ -71,7 +71,7 @@ class _Mapped:
     one is made every now and then.
     """
 
-    _MOST = 64 * 2**20  # bytes
+    _MOST = 32 * 2**20  # bytes
 
     def __init__(self, dataset: Any, columns: Sequence[str]) -> None:
         self._dataset = dataset.select_columns(list(dict.fromkeys(columns)))
@@ -80,7 +80,7 @@ class _Mapped:
     def __getitem__(self, rows: slice) -> list[dict[str, Any]]:
         table = self._mapped[rows]
         self._read += table.nbytes
-        if self._read > self._MOST:
+        if self._read > self._MOST and self._dataset.cache_files:
             self._read, self._mapped = 0, pickle.loads(pickle.dumps(self._dataset))  # which maps its files again
         found: list[dict[str, Any]] = table.to_pylist()
         return found

@@ -426,6 +426,14 @@ def test_a_table_that_cannot_be_read_is_one_sentence(own: Path, name: str, conte
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["data/train-00000-of-00001.parquet", "tables/t.csv", "sub/Train.JSONL"])
+def test_a_table_in_a_folder_inside_is_pointed_at(own: Path, name: str) -> None:
+    (own / name).parent.mkdir()
+    (own / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"did you mean {(own / name).parent}\\?"):
+        load_questions(own)
+
+
 def test_the_benchmarks_layouts_come_first(own: Path) -> None:
     problem = {"image": "pics/1.png", "problem": "What? A)a, B)b", "solution": "<answer> A </answer>"}
     (own / "CT_train.json").write_text(json.dumps([problem]))
