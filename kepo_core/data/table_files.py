@@ -171,7 +171,7 @@ def _cells(name: str, text: str) -> Iterator[list[str]]:
     first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")
     said = re.fullmatch(r"\ufeff?sep=(.)\s*", first)  # to Excel, and not a row
     # Where a comma is the decimal mark, spreadsheets write semicolons; others write tabs.
-    mark = said[1] if said else max(",;\t", key=first.count)
+    mark = said[1] if said else max(",;\t", key=re.sub('"[^"]*"', "", first).count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True, skipinitialspace=mark != "\t")
     begin = 1
     try:

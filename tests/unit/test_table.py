@@ -1,5 +1,6 @@
 """Data of one's own: tables, ``datasets`` folders and Hub names give the same questions, and say what is no use."""
 
+import csv
 import io
 import json
 import shutil
@@ -432,6 +433,13 @@ def test_a_table_in_a_folder_inside_is_pointed_at(own: Path, name: str) -> None:
     (own / name).write_bytes(b"")
     with pytest.raises(DataError, match=f"did you mean {(own / name).parent}\\?"):
         load_questions(own)
+
+
+def test_marks_in_a_columns_name_separate_nothing(own: Path) -> None:
+    name = "options; a; b; c; d"
+    table = lists_as("|".join).rename(columns={"options": name})
+    table.to_csv(own / "t.csv", index=False, quoting=csv.QUOTE_ALL)
+    assert essence(load_questions(open_data(own, f"options={name}"))) == EXPECTED
 
 
 def test_the_benchmarks_layouts_come_first(own: Path) -> None:
