@@ -353,7 +353,7 @@ def test_what_is_no_run_has_no_report(tmp_path, capsys):
     assert f"none of the 1 runs of {study} has completed" in said and f"`kepo study run {study}` makes them" in said
     assert not (tmp_path / "results").exists()
     assert main(["report", "--index", str(tmp_path / "nowhere")]) == 2
-    assert "is no folder, expected the one that holds run folders" in capsys.readouterr().err
+    assert "is not a folder, expected the folder with the run folders" in capsys.readouterr().err
 
 
 def test_the_index_is_written_alone_and_never_over_somebody_elses(no_kernel, kepo_run, results, capsys):
