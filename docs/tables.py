@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kepo_core import params_trl
 from kepo_core.arguments import parser
 from kepo_core.experiment.methods import methods
 from kepo_core.method.options import MethodOptions, Range, declared, kind_of
@@ -53,6 +54,21 @@ def parameters() -> Iterator[str]:
             default = f"`{field.default}`" if field.default != "" else "empty"
             yield _row(f"`{name}`", default, _allowed(section, name), field.metadata["help"])
         yield ""
+
+
+def trl() -> Iterator[str]:
+    """TRL's fields whose default is another one here, and those that parameters of a run set."""
+    yield _row("field", "default here")
+    yield "|---|---|"
+    for name, default in params_trl.DEFAULTS.items():
+        yield _row(f"`{name}`", f"`{default}`")
+    yield ""
+    yield "These are set by a parameter of their own, or by the run, and are refused:"
+    yield ""
+    yield _row("field", "use")
+    yield "|---|---|"
+    for name, instead in params_trl.SET_BY.items():
+        yield _row(f"`{name}`", f"`{instead}`" if instead else "set by the run")
 
 
 def _commands(found: argparse.ArgumentParser, help: str) -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
@@ -124,6 +140,7 @@ def task_metrics() -> Iterator[str]:
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "parameters": parameters,
+    "trl": trl,
     "commands": commands,
     "methods": methods_table,
     "metrics": metrics,
