@@ -74,7 +74,7 @@ def test_parameters_and_files_that_a_page_mentions_exist(page: Path) -> None:
         (cell,) = (c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", []))
         names |= set(re.findall(r"^(\w+) = ", cell.source, flags=re.MULTILINE))
     text = page.read_text(encoding="utf-8")
-    mentioned = set(re.findall(r"-p (\w+) ", text)) | set(re.findall(r"`(\w+): [\w+]+`", text))
+    mentioned = set(re.findall(r"-p (\w+) ", text)) | set(re.findall(r"`([a-z_]+): [\w+]+`", text))
     assert mentioned - {"NAME"} <= names
     folders = "notebooks|params|results/reference|tests|kepo_core|examples|docs"
     for path in re.findall(rf"\b((?:{folders})/[\w/*-]+\.(?:ipynb|yaml|png|py|md))", text):
