@@ -192,13 +192,13 @@ def test_loss_and_gradient_are_those_of_prompts_read_row_by_row(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"gradient_checkpointing": True}, {"num_iterations": 2}, {"distill": False}],
+    [{"gradient_checkpointing": True}, {"num_iterations": 2}, {"distill_coef": 0.0}],
     ids=lambda c: next(iter(c)),
 )
 def test_what_cannot_be_shared_is_scored_row_by_row(
     tmp_path: Path, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpointing keeps no cache; a ratio has both sides from one kind of forward; without KEPO it is GRPO's step."""
+    """Checkpointing keeps no cache; a ratio has both sides from one kind of forward; a divergence that counts nothing."""
     trainer = make(tmp_path, "qwen3", "text", **{"explore": False, "gradient_checkpointing": False} | changed)
     seen: list[Any] = []
     shared = type(trainer)._shared
