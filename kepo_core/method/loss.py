@@ -70,8 +70,8 @@ class GatedLossTrainer(SharingTrainer):
     def _shared(self, inputs: dict[str, Any]) -> Shared | None:
         """The batch's distinct prompts, where the student can read each once.
 
-        Not where the divergence adds nothing and the step has to be GRPOTrainer's to the bit, nor where gradients do not
-        reach a cache or it is sharded, nor where the other side of a ratio was computed from prompts of its own.
+        Not where the divergence adds nothing and the step has to be GRPOTrainer's to the bit, where gradients do not
+        reach a cache or it is sharded, or where the other side of a ratio was computed from prompts of its own.
         """
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or self.args.gradient_checkpointing or "old_per_token_logps" in inputs or not self.args.distill_coef:

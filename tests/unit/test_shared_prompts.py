@@ -198,7 +198,7 @@ def test_loss_and_gradient_are_those_of_prompts_read_row_by_row(
 def test_what_cannot_be_shared_is_scored_row_by_row(
     tmp_path: Path, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpointing keeps no cache; a ratio has both sides from one kind of forward; a divergence that counts nothing."""
+    """Checkpointing keeps no cache, a ratio has both sides from one kind of forward, a coefficient of 0 is GRPO."""
     trainer = make(tmp_path, "qwen3", "text", **{"explore": False, "gradient_checkpointing": False} | changed)
     seen: list[Any] = []
     shared = type(trainer)._shared
