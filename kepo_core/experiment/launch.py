@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from kepo_core.errors import ParamError
 from kepo_core.experiment.evaluation import Progress, answered
 from kepo_core.experiment.live import LiveTraining, read_rows, total_steps
 from kepo_core.experiment.methods import needs_teacher
+from kepo_core.files import holds_sockets
 from kepo_core.method.vllm_rollouts import VERSIONS
 from kepo_core.params import Params, project_root, resolve
 from kepo_core.runs.run import Run
@@ -91,7 +93,12 @@ def configuration(params: Params) -> ClusterConfig:
 def check(params: Params) -> None:
     """Raise `ParamError` where this machine cannot train as ``params`` say."""
     check_alone()
-    gpus = torch.cuda.device_count()
+    gpus, temporary = torch.cuda.device_count(), tempfile.gettempdir()
+    if params.of_trl("dataloader_num_workers") and sys.platform != "win32" and not holds_sockets(temporary):
+        raise ParamError(
+            f"dataloader_num_workers is {params.of_trl('dataloader_num_workers')}, whose sockets have no room in the "
+            f"temporary folder {temporary}, as its path is too long: set TMPDIR to a shorter one, such as /tmp"
+        )
     if params.of_trl("use_vllm"):
         _check_vllm(gpus)
     if gpus > 1 and params.processes == 1 and params.method != "none":

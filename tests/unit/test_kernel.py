@@ -161,7 +161,7 @@ def test_a_completed_run_keeps_its_headline(tmp_path: Path) -> None:
     run = Run.allocate(Params(results_dir=str(tmp_path)))
     run.finish({"MRI": 0.5, "worst": math.inf})
     run.finish({"MRI": 0.5, "worst": math.inf})
-    with pytest.raises(ParamError, match="has completed with another headline, and no run is ever overwritten"):
+    with pytest.raises(ParamError, match="has completed with other numbers, and no run is ever overwritten"):
         run.finish({"MRI": 0.9})
     assert run.headline == {"MRI": 0.5, "worst": None} == run.status["headline"]
 

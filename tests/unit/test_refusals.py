@@ -267,6 +267,14 @@ def test_an_environment_of_one_process_is_none(monkeypatch: pytest.MonkeyPatch, 
     launch.check(Params())
 
 
+def test_a_temporary_folder_without_room_for_workers_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be waited for without end: as in a bare papermill or Jupyter run under a cluster's TMPDIR."""
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "a-folder-of-the-cluster/" * 4)
+    launch.check(Params())
+    with pytest.raises(ParamError, match="dataloader_num_workers is 1, whose sockets have no room .*: set TMPDIR"):
+        launch.check(Params.load(None, {"dataloader_num_workers": 1}))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
