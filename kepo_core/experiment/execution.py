@@ -70,8 +70,8 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
         if state == "refused":
             run.release()  # an open lock would keep the folder on some network disks
             shutil.rmtree(run.path)
-            print(f"kepo: {error}", file=sys.stderr)
             print(f"kepo: refused, {folder} is removed again", flush=True)
+            print(f"kepo: {error}", file=sys.stderr)  # last: it is what a study says of this run
             return REFUSED
         run.conclude(state, error, lambda *end: _write_report(run, *end))
         status = run.status

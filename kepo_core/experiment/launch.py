@@ -45,6 +45,10 @@ EVALUATE = "--evaluate"
 
 #: Where accelerate reads how many processes there are.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+#: By which accelerate takes another precision, a compiler or a way of sharing out than it is told; these are off.
+_SWITCHES = ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM",
+             "USE_PARALLELISM_CONFIG")  # fmt: skip
+_OFF = ("", "no", "false", "0")
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _MIXED = {"fp32": "no", "bf16": "bf16"}
 _PAUSE = 0.5  # seconds between two looks at the workers
@@ -92,7 +96,7 @@ def configuration(params: Params) -> ClusterConfig:
 
 def check(params: Params) -> None:
     """Raise `ParamError` where this machine cannot train as ``params`` say."""
-    check_alone()
+    check_alone(bool(params.of_trl("torch_compile")))
     gpus, temporary = torch.cuda.device_count(), tempfile.gettempdir()
     if params.of_trl("dataloader_num_workers") and sys.platform != "win32" and not holds_sockets(temporary):
         raise ParamError(
@@ -149,16 +153,24 @@ def _check_vllm(gpus: int) -> None:
         raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
 
 
-def check_alone() -> None:
-    """Raise `ParamError` where the environment says that this process is one of several: none of them is `train`'s."""
+def check_alone(compiles: bool = False) -> None:
+    """Raise `ParamError` where the environment says that this process is one of several: none of them is `train`'s.
+
+    So does what accelerate's launcher leaves there for its own process; with ``compiles``, a compiler is none of it.
+    """
     sizes = {name: os.environ.get(name, "") for name in _SIZES}
     leaked = [name for name, size in sizes.items() if size.isdigit() and int(size) > 1]
     leaked += [name for name in ("RANK", "LOCAL_RANK") if os.environ.get(name, "-1") != "-1"]
+    without = "training would wait for processes that do not come"
+    if not leaked:
+        switches = [f"ACCELERATE_{name}" for name in _SWITCHES if not (compiles and name == "DYNAMO_BACKEND")]
+        leaked = [name for name in switches if os.environ.get(name, "").lower() not in _OFF]
+        without = "training would not be what the parameters say"
     if leaked:
         raise ParamError(
             f"{leaked[0]} is {os.environ[leaked[0]]} in the environment, as torchrun, mpirun or accelerate set it: "
-            f"training would wait for processes that do not come. Start it without (env -u {' -u '.join(leaked)} "
-            "kepo …), and for several processes set processes: kepo starts them itself"
+            f"{without}. Start it without (env -u {' -u '.join(leaked)} kepo …), and for several processes set "
+            "processes: kepo starts them itself"
         )
 
 

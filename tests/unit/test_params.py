@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 import pickle
 import types
 from pathlib import Path
@@ -411,6 +412,14 @@ def test_a_field_of_trl_that_does_not_fit_is_refused_at_once():
     bad("cosin is not a valid SchedulerType|lr_scheduler_type", lr_scheduler_type="cosin", beta=0.1)
     bad("zero_variance is 'drop' but loss_type is 'dapo'", loss_type="dapo", zero_variance="drop")
     bad("max_steps must be a whole number, got 'x'", max_steps="x")
+
+
+def test_a_compiler_that_is_asked_for_is_asked_for_by_its_own_run_alone(monkeypatch):
+    """transformers writes it into the environment, which all runs of a study would inherit."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.delenv("ACCELERATE_DYNAMO_MODE", raising=False)
+    Params.load(None, {"torch_compile": True, "torch_compile_mode": "default"})
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "no" and "ACCELERATE_DYNAMO_MODE" not in os.environ
 
 
 def test_trls_defaults_that_a_study_changes_are_fields_of_trl():
