@@ -242,9 +242,7 @@ class Run:
         """
         if self.status["state"] == "completed":
             if json.loads(json_line(headline)) != self.headline:
-                raise ParamError(
-                    f"{self.path.name} has completed with another headline, and no run is ever overwritten"
-                )
+                raise ParamError(f"{self.path.name} has completed with other numbers, and no run is ever overwritten")
             return
         if any(name.endswith(" after") for name in headline) and not (self.path / "predictions.parquet").is_file():
             raise ParamError(
