@@ -14,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.generation.vllm_generation import VLLMGeneration
 
 from kepo_core.method.forward import let_generate
+from kepo_core.method.shared_prompts import SharedPrompts, first_rows
 from kepo_core.method.vllm_rollouts import CheckedVLLM, making_engine
 
 #: (prompts, a picture for each, what names the draw) → the tokens of each completion, maybe padded behind its end.
@@ -24,7 +25,7 @@ def start_vllm(folder: str, processor: Any, accelerator: Any, args: Any) -> Chec
     """An engine of this process's own over the model in ``folder``, with the settings of a ``KEPOConfig``."""
     model: Any = nn.Module()  # without weights: the engine reads those of the folder, and is never sent others
     model.name_or_path, model.generation_config = folder, _generation(folder)
-    with making_engine(args, trained=False):
+    with making_engine(args):
         engine = VLLMGeneration(
             model,
             accelerator,
@@ -77,17 +78,24 @@ def _by_transformers(
     own, was_training = model.generation_config, model.training
     stop_tokens = _stop_tokens(own, processor.tokenizer)
     image_token = getattr(model.config, "image_token_id", None)
+    sharing = SharedPrompts()
+
+    def made(texts: Sequence[str], pictures: Sequence[Image]) -> Any:
+        images = [[picture] for picture in pictures]
+        return processor(text=list(texts), images=images, padding=True, padding_side="left", return_tensors="pt").to(
+            model.device
+        )
 
     def draw(texts: Sequence[str], pictures: Sequence[Image], name: str) -> Sequence[Sequence[int]]:
-        inputs = processor(
-            text=list(texts),
-            images=[[picture] for picture in pictures],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
+        inputs, firsts = made(texts, pictures), list(range(len(texts)))
         together = {"synced_gpus": True} if in_step(model) else {}
-        with _seeded(name, model.device):
+        if not together:  # several samples of a question follow one another
+            firsts = first_rows(texts, [[picture] for picture in pictures])
+
+        def few(_: Any, rows: Sequence[int]) -> Any:
+            return dict(made([texts[row] for row in rows], [pictures[row] for row in rows]))
+
+        with _seeded(name, model.device), sharing.of(model, firsts, few):
             output = model.generate(**inputs, **together)
         return output[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
 

@@ -10,6 +10,7 @@ happens inside the model's own forward, where DDP, FSDP and ZeRO have the weight
 
 import functools
 import types
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
+from kepo_core.method.shared_scoring import Shared, SharedReading
 from kepo_core.method.top_k import TopKDivergence, TopTargets
 
 _LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -118,21 +120,35 @@ def _divergence(hidden: Tensor, head: Any, targets: Targets | TopTargets) -> Ten
 def add_distillation_head(model: Any) -> None:
     """Let ``model(..., fused_lm_head=True, distill=targets)`` return a `DistilledOutput`.
 
-    ``model`` must have TRL's fused head already and not be wrapped by PEFT, DDP or FSDP yet. Without ``distill``
-    the forward is exactly the one it was.
+    With ``shared`` prompts that it can continue, what it returns belongs to the last T tokens alone. ``model`` must
+    have TRL's fused head already and not be wrapped by PEFT, DDP or FSDP yet. Without either argument the forward is
+    exactly the one it was.
     """
-    fused_forward = model.forward
+    fused_forward, reading = model.forward, SharedReading()
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
-    def forward(self: Any, *args: Any, distill: Targets | TopTargets | None = None, **kwargs: Any) -> Any:
-        if distill is None:
-            return fused_forward(*args, **kwargs)
-        kept: list[Tensor] = []
-        hook = self.base_model.register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
-        try:
-            output = fused_forward(*args, **kwargs)
-        finally:
-            hook.remove()
+    def forward(
+        self: Any,
+        *args: Any,
+        distill: Targets | TopTargets | None = None,
+        shared: Shared | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        sharing: Any = nullcontext()
+        if shared is not None:
+            inputs = {name: value for name, value in kwargs.items() if name not in ("labels", "fused_lm_head")}
+            if reading.works(self.base_model, shared, inputs):
+                kwargs["labels"] = kwargs["labels"][:, shared.length - 1 :]
+                sharing = reading.of(self.base_model, shared)
+        with sharing:
+            if distill is None:
+                return fused_forward(*args, **kwargs)
+            kept: list[Tensor] = []
+            hook = self.base_model.register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
+            try:
+                output = fused_forward(*args, **kwargs)
+            finally:
+                hook.remove()
         divergence = _divergence(kept[0], self.get_output_embeddings(), distill)
         return DistilledOutput(**output, divergence=divergence)
 
@@ -141,13 +157,15 @@ def add_distillation_head(model: Any) -> None:
 
 def add_hidden_state_output(model: Any) -> None:
     """Let ``model(..., completion_length=T)`` return the states that predict the last T tokens, (B, T, H)."""
-    original_forward = model.forward
+    original_forward, reading = model.forward, SharedReading()
 
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, completion_length: int = 0, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, completion_length: int = 0, shared: Shared | None = None, **kwargs: Any) -> Any:
         if not completion_length:
             return original_forward(*args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        continues = shared is not None and reading.works(self.base_model, shared, kwargs)
+        with reading.of(self.base_model, shared) if shared is not None and continues else nullcontext():
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         return predicting_states(hidden, completion_length)
 
     model.forward = types.MethodType(forward, model)

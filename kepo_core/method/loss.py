@@ -12,17 +12,18 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import Targets, keep_float32_outputs
 from kepo_core.method.hinted import largest
 from kepo_core.method.served import ServedTeacher
+from kepo_core.method.shared_prompts import SharingTrainer
+from kepo_core.method.shared_scoring import Shared, shared_rows
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.top_k import TopTargets, gather_targets
-from kepo_core.method.vision import VisionTrainer
 from kepo_core.method.vllm_rollouts import most_difference
 
 
 class _Forward:
-    """Stands in for the model in TRL's loss: passes the targets on and keeps what came out."""
+    """Stands in for the model in TRL's loss: passes further arguments on and keeps what came out."""
 
-    def __init__(self, model: Any, targets: Targets | TopTargets | None) -> None:
-        self._model, self._extra = model, {} if targets is None else {"distill": targets}
+    def __init__(self, model: Any, **extra: Any) -> None:
+        self._model, self._extra = model, {name: value for name, value in extra.items() if value is not None}
         self.output: Any = None
 
     def __call__(self, **kwargs: Any) -> Any:
@@ -30,7 +31,7 @@ class _Forward:
         return self.output
 
 
-class GatedLossTrainer(VisionTrainer):
+class GatedLossTrainer(SharingTrainer):
     """GRPOTrainer whose batches may carry a gate.
 
     What it reads in a batch beside TRL's entries (all optional, (B, …) on this process):
@@ -66,6 +67,17 @@ class GatedLossTrainer(VisionTrainer):
             inputs["kepo_targets"] = targets
         return targets
 
+    def _shared(self, inputs: dict[str, Any]) -> Shared | None:
+        """The batch's distinct prompts, where the student can read each once.
+
+        Not where GRPOTrainer's step has to be this one's to the bit (without ``distill``), nor where gradients do not
+        reach a cache or it is sharded, nor where the other side of a ratio was computed from prompts of its own.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not self.args.distill or sharded or self.args.gradient_checkpointing or "old_per_token_logps" in inputs:
+            return None
+        return shared_rows(inputs, range(len(inputs["prompt_ids"]))) if self.model.training else None
+
     def _ask(self, inputs: dict[str, Any], mask: Tensor, rows: list[int]) -> Targets | TopTargets:
         assert self.teacher is not None
         if isinstance(self.teacher, ServedTeacher):  # it was asked about the generation batch as a whole
@@ -98,7 +110,7 @@ class GatedLossTrainer(VisionTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """GRPO's loss plus distill_coef times the gated divergence, from one forward of the student (Eq. 7)."""
         training = self.model.training
-        forward = _Forward(model, self._targets(inputs))
+        forward = _Forward(model, distill=self._targets(inputs), shared=self._shared(inputs))
         loss: Tensor = super()._compute_loss(forward, inputs)
         scale = self.current_gradient_accumulation_steps if training else 1
         terms = {"policy": loss.detach() * scale, "distill": loss.new_zeros(()), "kl": loss.new_zeros(())}

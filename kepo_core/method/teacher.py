@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import GenerationConfig, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
+from kepo_core.method.shared_scoring import select_rows, shared_rows
 from kepo_core.method.task import Prompt, images_in, outside_thoughts
-from kepo_core.method.vision import FURTHER, MODEL_FIELDS, PER_TOKEN, aligned, beside_tokens
 
 _HINT = re.compile(r"<hint>((?:(?!<hint>).)*?)</hint>", re.DOTALL)  # of nested ones the innermost
 _STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
@@ -114,6 +113,7 @@ class Teacher:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # as TRL does for the student
         self._markup = markup_of(self._tokenizer)
         self._padded_apart = False  # from the student's embedding
+        self._sharded = False
         add_hidden_state_output(self._model)
         let_generate(self._model)
 
@@ -179,6 +179,7 @@ class Teacher:
         """Put the model where the student is, sharded if the student is; a quantised one is whole on every process."""
         if getattr(self._model, "is_quantized", False):
             return
+        self._sharded = deepspeed or fsdp
         if deepspeed:
             if self._padded_apart:
                 raise ValueError(
@@ -283,31 +284,11 @@ class Teacher:
         """
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         batches += [rows[:1]] * (passes - len(batches))
-        width = inputs["completion_ids"].shape[1]
-        states = [self._wrapped(**select_rows(inputs, batch), completion_length=width) for batch in batches]
+        settings = {"completion_length": inputs["completion_ids"].shape[1]}
+        states = [
+            self._wrapped(
+                **select_rows(inputs, batch), **settings, shared=None if self._sharded else shared_rows(inputs, batch)
+            )
+            for batch in batches
+        ]
         return torch.cat(states)[: len(rows)]
-
-
-def select_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Model inputs (prompt and completion joined) of some rows of a GRPOTrainer batch, each with its own images."""
-    fields = {name: inputs[name] for name in (*MODEL_FIELDS, "num_images", "num_tiles") if inputs.get(name) is not None}
-    split = split_pixel_values_by_grid(fields)
-    sizes = inputs["prompt_ids"].shape[1], inputs["completion_ids"].shape[1]
-    further = {name.removeprefix(FURTHER): inputs[name] for name in inputs if name.startswith(FURTHER)}
-    split |= beside_tokens(further, *sizes)
-    chosen = {
-        name: value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
-        for name, value in split.items()
-    }
-    merged: dict[str, Any] = unsplit_pixel_values_by_grid(chosen)
-    counts = merged.pop("num_images", None)
-    merged.pop("num_tiles", None)  # like num_images TRL's own, not the model's
-    if counts is not None and not any(counts):  # rows of text among rows with pictures
-        merged = {name: value for name, value in merged.items() if name.endswith(PER_TOKEN)}
-    device = inputs["prompt_ids"].device
-    merged = {name: torch.cat(v).to(device) if isinstance(v, list) else v for name, v in merged.items()}
-    index = list(rows)
-    merged = aligned(merged, sum(sizes))
-    for joined, parts in (("input_ids", "ids"), ("attention_mask", "mask")):
-        merged[joined] = torch.cat([inputs[f"prompt_{parts}"], inputs[f"completion_{parts}"]], dim=1)[index]
-    return merged

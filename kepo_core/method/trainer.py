@@ -120,7 +120,7 @@ class KEPOTrainer(ScoringTrainer):
             reward_funcs = [checked_reward(reward) for reward in given]
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = _processor_of(model, args)
-        with making_engine(args, trained=True):
+        with making_engine(args):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         if self.use_vllm:
             self.vllm_generation: Any = CheckedVLLM(self.vllm_generation, self.processing_class)

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.nn.functional import pad
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.resume import ResumableTrainer
 from kepo_core.method.task import Row, images_of, with_images
@@ -33,6 +34,8 @@ MODEL_FIELDS = (
 FURTHER = "kepo_input/"
 #: How the names of inputs end that have an entry per token, 0 on text; in a batch these are of the unpadded prompt.
 PER_TOKEN = "token_type_ids"
+#: The inputs that every row has.
+PER_PROMPT = ("input_ids", "attention_mask")
 _ARGUMENTS = (*MODEL_FIELDS, "batch_size", "compute_entropy", "compute_aux_loss", "num_images", "num_tiles")
 
 
@@ -172,6 +175,24 @@ def by_row(name: str, value: Tensor, images: Sequence[Sequence[Any]], image_proc
             "expected one for each row or picture, and to see which: rows could get what belongs to others"
         )
     return list(value.split(kinds[0]))
+
+
+def choose_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of model inputs, each with its own pictures; rows of text alone have no inputs of pictures.
+
+    Args:
+        inputs: with ``num_images`` and ``num_tiles`` by row where there are pictures; tensors, or lists by row.
+    """
+    chosen = {
+        name: value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
+        for name, value in split_pixel_values_by_grid(inputs).items()
+    }
+    merged: dict[str, Any] = unsplit_pixel_values_by_grid(chosen)
+    counts = merged.pop("num_images", None)
+    merged.pop("num_tiles", None)  # like num_images TRL's own, not the model's
+    if counts is not None and not any(counts):  # rows of text among rows with pictures
+        merged = {name: value for name, value in merged.items() if name.endswith((*PER_PROMPT, PER_TOKEN))}
+    return {name: torch.cat(value) if isinstance(value, list) else value for name, value in merged.items()}
 
 
 def _is_tiled(fields: Mapping[str, Any], pictures: int) -> bool:

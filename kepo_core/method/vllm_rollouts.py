@@ -76,19 +76,17 @@ def one_placeholder_each(ids: Sequence[int], pictures: int, image_token: int, ro
 
 
 @contextmanager
-def making_engine(args: Any, *, trained: bool) -> Iterator[None]:
+def making_engine(args: Any) -> Iterator[None]:
     """While TRL makes its engine for a ``GRPOConfig``: it computes in the precision that the trainer computes in.
 
-    On a CPU one that gets ``trained`` weights computes as the checkpoint says, which has to be in float16: others are
-    packed there when they are read, and cannot be exchanged. What TRL puts into the environment for the engine goes
-    again: later trainers would be distributed ones.
+    What TRL puts into the environment for the engine goes again: later trainers would be distributed ones.
     """
     if not args.use_vllm:
         yield
         return
     before, made = {name: os.environ.get(name) for name in _RENDEZVOUS}, getattr(vllm_generation, "LLM", None)
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    if made and (torch.cuda.is_available() or not trained):
+    if made:
         vllm_generation.LLM = partial(made, dtype=precision)
     try:
         yield
@@ -154,9 +152,21 @@ class CheckedVLLM:
             vars(inner).update(own)
 
     def sync_weights(self) -> None:
-        """TRL's; a server that is gone is named."""
-        with self._in_our_words():
-            self._inner.sync_weights()
+        """TRL's; a server that is gone is named.
+
+        Raises:
+            ValueError: vLLM has packed its weights for this CPU.
+        """
+        try:
+            with self._in_our_words():
+                self._inner.sync_weights()
+        except AttributeError as error:
+            if torch.cuda.is_available():
+                raise
+            raise ValueError(
+                "vLLM has packed its weights for this CPU and takes no new ones: train on a GPU, set use_vllm to "
+                "False, or build the environment with make test-vllm"
+            ) from error
 
     def generate(
         self,

@@ -221,12 +221,18 @@ def test_an_engine_computes_as_the_trainer_and_leaves_nothing_behind(
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("RANK", raising=False)
     args = SimpleNamespace(**{"use_vllm": True, "bf16": False, "fp16": False} | given)
-    with vllm_rollouts.making_engine(args, trained=False):
+    with vllm_rollouts.making_engine(args):
         os.environ.update(RANK="0", WORLD_SIZE="3")
         assert vllm_generation.LLM(seed=1) == {"seed": 1, "dtype": dtype}
     assert vllm_generation.LLM is dict and "RANK" not in os.environ and os.environ["WORLD_SIZE"] == "1"
-    with vllm_rollouts.making_engine(args, trained=True):
-        assert vllm_generation.LLM is dict or torch.cuda.is_available()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's engine takes new weights")
+def test_weights_packed_for_a_cpu_are_one_sentence() -> None:
+    engine = Engine()
+    engine.sync_weights = lambda: torch.nn.Parameter().weight_loader()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="vLLM has packed its weights for this CPU and takes no new ones"):
+        CheckedVLLM(engine, PROCESSOR).sync_weights()
 
 
 def test_rows_without_pictures_go_with_others() -> None:
