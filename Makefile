@@ -96,6 +96,7 @@ mutants: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py
+	$(BIN)/python tests/bench/busy.py
 
 # The settings below notebooks/.jupyter show Markdown as pages, the start page first; your own settings come before them.
 lab: $(STAMP)

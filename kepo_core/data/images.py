@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
+from kepo_core.data.ledger import reason_of
 from kepo_core.errors import DataError
 
 _WAYS = {
@@ -74,7 +75,9 @@ def decode(file: BinaryIO, path: Path) -> Image.Image:
             return _turned(_without_transparency(_eight_bit(image)), _orientation(image))
     # Pillow reports damage as any of these, by format: PNG raises SyntaxError, TIFF ValueError, truncation OSError.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"Image {path}: cannot be decoded ({error}), expected a whole image file.") from error
+        # Of a file in no format that it knows, it names the object that it read from.
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
+        raise DataError(f"Image {path}: cannot be decoded ({reason}), expected a whole image file.") from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,5 +1,6 @@
 """What reading a data set came to: how many questions were read, what was mended in them, and what was dropped."""
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -14,6 +15,11 @@ class RowError(DataError):
     def __init__(self, reason: str, sentence: str) -> None:
         super().__init__(sentence)
         self.reason = reason
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library's error says, on one line and the same in every process: without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split())) or type(error).__name__
 
 
 @dataclass

@@ -62,11 +62,12 @@ def _benchmark(source: Source) -> str | None:
 
 
 def _nearby(root: Path) -> str:
-    inside = next(iter(sorted([*root.glob(f"*/{QA_FOLDER}"), *root.glob("OmniMedVQA*.zip")])), None)
+    releases = (folder.parents[1] for folder in root.glob(f"*/{QA_FOLDER}"))
+    tables = (file.parent for file in root.glob("*/*") if file.suffix.lower() in SUFFIXES)
+    inside = min([*releases, *root.glob("OmniMedVQA*.zip"), *tables], default=None)
     above = next((folder for folder in root.parents[:3] if (folder / QA_FOLDER).is_dir()), None)
-    if inside is not None:
-        return f"; did you mean {inside if inside.is_file() else inside.parents[1]}?"
-    return f"; did you mean {above}?" if above is not None else ""
+    meant = inside or above
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def load_questions(root: Path | Source, ledger: Ledger | None = None, need_images: bool = True) -> list[Question]:

@@ -111,31 +111,36 @@ def leave_out(source: Source, file: PurePosixPath, reason: str, keys: Set[str], 
 
 
 def read_rows(source: Source, file: PurePosixPath) -> list[Any]:
-    """The rows of a question file: of a JSON list, or of JSON lines, in any encoding of Unicode.
+    """The rows of a question file, as `json_rows`."""
+    return json_rows(file.name, source.read(file))
+
+
+def json_rows(name: str, content: bytes) -> list[Any]:
+    """The rows of the file ``name``: of a JSON list, or of JSON lines, in any encoding of Unicode.
 
     Raises ``DataError`` naming it, and of JSON lines the line, where it is neither.
     """
-    content = source.read(file)
     try:
         text = content.decode(json.detect_encoding(content))
-        lines = file.suffix.lower() == ".jsonl" or _ANOTHER_LINE.match(text)
-        rows = _json_lines(file, text) if lines else json.loads(text)
+        array = text.lstrip("\ufeff \t\r\n").startswith("[")
+        lines = (name.lower().endswith(".jsonl") and not array) or _ANOTHER_LINE.match(text)
+        rows = _json_lines(name, text) if lines else json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file.name}: not valid JSON ({error}), expected a list of question objects.") from error
+        raise DataError(f"{name}: not valid JSON ({error}), expected a list of question objects.") from error
     except RecursionError as error:
-        raise DataError(f"{file.name}: cannot be read ({error}), expected a JSON list of question objects.") from error
+        raise DataError(f"{name}: cannot be read ({error}), expected a JSON list of question objects.") from error
     if not isinstance(rows, list):
-        raise DataError(f"{file.name}: holds a {type(rows).__name__}, expected a list of question objects.")
+        raise DataError(f"{name}: holds a {type(rows).__name__}, expected a list of question objects.")
     return rows
 
 
-def _json_lines(file: PurePosixPath, text: str) -> list[Any]:
+def _json_lines(name: str, text: str) -> list[Any]:
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which cuts at what JSON has in texts
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file.name}, line {number}: not valid JSON ({error}), expected an object.") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{name}, line {number}: not valid JSON ({error}), expected an object.") from error
     return rows
 
 

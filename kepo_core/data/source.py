@@ -233,12 +233,12 @@ class Folder:
             raise DataError(f"Image {image}: cannot be read ({error.strerror}), expected an image file.") from error
 
     def stamp(self, image: Path) -> str:
-        """Size and time of the file; "" if there is none."""
+        """Size and times of the file, also of its last change, which no program sets back; "" if there is none."""
         try:
             found = image.stat()
         except OSError:
             return ""
-        return f"{found.st_size} {found.st_mtime_ns}"
+        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
     def _real(self, path: Path) -> Path | None:
         """Where ``path`` leads; None if that is outside and links are not followed."""

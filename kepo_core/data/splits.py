@@ -91,13 +91,14 @@ def study_split(
     split: str = "image",
     eval_split: str = "test",
     usable: Callable[[Question], bool] = lambda question: True,
+    usable_in_test: Callable[[Question], bool] | None = None,
 ) -> tuple[list[Question], dict[str, list[Question]]]:
     """The paper's design: train on one modality, test on every modality that the data has.
 
     Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of `categories`, at
     most ``eval_items`` questions of ``eval_split`` ("test" or "validation") per modality: the first of `shuffled`
-    that are ``usable``, which is asked of no others. Raises ``DataError`` naming the parameter that leaves one
-    empty.
+    that are ``usable``, or for tests ``usable_in_test`` (if it is given), which are asked of no others. Raises
+    ``DataError`` naming the parameter that leaves one empty.
     """
     if split not in SPLITS:
         raise DataError(f"split: {split!r} is unknown, expected one of {', '.join(SPLITS)}.")
@@ -110,12 +111,12 @@ def study_split(
         raise DataError(f"train_modality: the data has no {train_modality!r}, expected one of what it has ({found}).")
     parts = SPLITS[split](questions, seed)
 
-    def take(part: str, modality: str, n: int) -> list[Question]:
+    def take(part: str, modality: str, n: int, wanted: Callable[[Question], bool]) -> list[Question]:
         order = shuffled((q for q in parts[part] if q.modality == modality), seed)
-        return list(islice(filter(usable, order), n))
+        return list(islice(filter(wanted, order), n))
 
-    train = take("train", train_modality, train_items)
-    tests = {modality: take(eval_split, modality, eval_items) for modality in present}
+    train = take("train", train_modality, train_items, usable)
+    tests = {modality: take(eval_split, modality, eval_items, usable_in_test or usable) for modality in present}
     if not train:
         raise DataError(
             f"train_modality: no {train_modality} questions in the train split, expected more images of it."

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,9 +25,12 @@ from kepo_core.data.source import OUTSIDE, Folder, cache_dir, is_question_file, 
 from kepo_core.data.table_files import (
     SPLITS,
     SUFFIXES,
+    Columns,
     Part,
+    find_columns,
     is_dataset,
     is_hub,
+    parse_columns,
     read_dataset,
     read_file,
     read_hub,
@@ -34,14 +38,14 @@ from kepo_core.data.table_files import (
 )
 from kepo_core.errors import DataError
 
-REQUIRED = ("image", "question", "options", "answer")
-ROLES = (*REQUIRED, "id", "category", "question_type", "split")
 #: The category of data that come without.
 ALL = "all"
 
+_TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+#: A list as NumPy writes it, and pandas one that it has read from Parquet: to Python its texts would be a single one.
+_NUMPY = re.compile(rf"\s*\[\s*{_TEXT}(\s+{_TEXT})+\s*\]\s*", re.DOTALL)
+_MARKED = re.compile(r"\(?([A-Z])[).:]")
 _NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*(e[+-]?\d+)?\s*", re.IGNORECASE)
-
-Columns = Mapping[str, Sequence[str]]  # one of ROLES → the columns that hold it; several only of options
 
 
 class Tables(Folder):
@@ -60,7 +64,7 @@ class Tables(Folder):
         self._home = home
         self._downloads = [folder.resolve() for folder in downloads]
         given = parse_columns(columns)
-        self.parts = [(part, _find(given, part, root)) for part in parts]
+        self.parts = [(part, find_columns(given, part, root)) for part in parts]
         self._inside: dict[Path, tuple[Part, int, str]] = {}  # a picture that is bytes: where they are
 
     def picture(self, part: Part, index: int, column: str, value: Any, where: str, ledger: Ledger) -> tuple[Path, str]:
@@ -72,11 +76,15 @@ class Tables(Folder):
             raise RowError("several pictures", f"{where}: {column} holds {len(value)} pictures, expected a single one.")
         if content := self._content(_single(value)):
             name = hashlib.sha256(content).hexdigest()
-            path = cache_dir().resolve() / "pictures" / name
+            path = self._pictures / name
             self._inside.setdefault(path, (part, index, column))
             return path, name
         name = text_of({column: _path(_single(value))}, column, where, ledger)
         return self.locate(name, where), picture_name(name)
+
+    @cached_property
+    def _pictures(self) -> Path:
+        return cache_dir().resolve() / "pictures"
 
     def other_files(self) -> list[PurePosixPath]:
         """Of a folder with tables, all that may be tables and are not among them; else nothing."""
@@ -104,8 +112,8 @@ class Tables(Folder):
     def _content(self, value: Any) -> bytes | None:
         """The bytes of a picture that lies in its table, or was downloaded with it."""
         content = value.get("bytes") if isinstance(value, Mapping) else value
-        if isinstance(content, bytes):
-            return content
+        if isinstance(content, bytes) or not self._downloads:
+            return content if isinstance(content, bytes) else None
         try:
             path = Path(os.path.realpath(str(_path(value))))
             if any(path.is_relative_to(folder) for folder in self._downloads):
@@ -150,46 +158,6 @@ def tables_in(folder: Path, columns: str = "", follow_links: bool = False) -> Ta
         raise DataError(f"data_root {folder}: {outside[0].name} {OUTSIDE}.")
     parts = [read_file(file) for file in files]
     return Tables(folder, folder, parts, columns, follow_links=follow_links) if files else None
-
-
-def parse_columns(text: str) -> dict[str, str]:
-    """``"question=stem, options=A+B+C"`` → what is held by columns → what they are called.
-
-    Raises ``DataError`` for anything else.
-    """
-    found: dict[str, str] = {}
-    for pair in filter(None, map(str.strip, text.split(","))):
-        role, _, name = (part.strip() for part in pair.partition("="))
-        if role not in ROLES or not name or role in found:
-            raise DataError(
-                f"data_columns: {pair!r} is not understood, expected some of {', '.join(ROLES)}, each once, as in "
-                "question=NAME, options=A+B+C."
-            )
-        found[role] = name
-    return found
-
-
-def _find(given: Mapping[str, str], part: Part, root: Path) -> Columns:
-    """The columns of a table. Raises ``DataError`` that names what is missing, and what is there."""
-    found: dict[str, list[str]] = {}
-    missing: dict[str, str] = {}
-    for role in ROLES:
-        name = given.get(role, role)
-        if role == "image" and role not in given and "image" not in part.columns and "images" in part.columns:
-            name = "images"
-        names = [name] if name in part.columns or role != "options" else [one.strip() for one in name.split("+")]
-        if absent := [one for one in names if one not in part.columns]:
-            if role in given or role in REQUIRED:
-                missing[role] = ", ".join(absent)
-        else:
-            found[role] = names
-    if missing:
-        raise DataError(
-            f"data_root {root}: {part.name} has no column {', '.join(missing.values())}; its columns are "
-            f"{', '.join(part.columns) or 'none'}. Expected {', '.join(REQUIRED)}; columns of other names are told by "
-            f"data_columns: {', '.join(f'{role}=NAME' for role in missing)}."
-        )
-    return found
 
 
 def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
@@ -253,7 +221,8 @@ def _question(
         return text_of(row, columns[role][0], where, ledger, empty) if role in columns else absent
 
     name = text("id", f"{part.name}:{index + 1}")
-    texts = _option_texts(row, columns["options"], where, ledger)
+    given = _option_texts(row, columns["options"], where, ledger)
+    texts = _without_letters(given, where, ledger)
     options = options_of(
         {f"option_{letter}": option for letter, option in zip(LETTERS, texts, strict=False)}, where, ledger
     )
@@ -266,7 +235,7 @@ def _question(
         question_type=text("question_type", empty=""),
         question=text("question"),
         options=options,
-        answer=_letter(row, columns["answer"][0], texts, options, where, ledger),
+        answer=_letter(row, columns["answer"][0], given, texts, options, where, ledger),
         image=image,
         split=_split(text("split", empty="") or part.split, where),
         image_name=image_name,
@@ -291,7 +260,9 @@ def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, le
 
 
 def _listed(text: str) -> Any:
-    """A list as JSON or Python writes it, else what stands between bars."""
+    """A list as JSON, Python or NumPy writes it, else what stands between bars."""
+    if _NUMPY.fullmatch(text):
+        return [ast.literal_eval(each) for each in re.findall(_TEXT, text, re.DOTALL)]
     if text.lstrip().startswith("["):
         for read in (json.loads, ast.literal_eval):
             try:
@@ -301,10 +272,29 @@ def _listed(text: str) -> Any:
     return text.split("|")
 
 
+def _without_letters(given: Sequence[str], where: str, ledger: Ledger) -> list[str]:
+    """The options without letters of their own (``A) red``, ``B: blue``), which the prompt puts before them.
+
+    Where all have theirs, in order; ``A. baumannii`` may be a name.
+    """
+    marks = [re.match(rf"\(?{letter}\)\s*|{letter}:\s+", text) for letter, text in zip(LETTERS, given, strict=False)]
+    found = [mark for mark in marks if mark]
+    if len(found) < max(2, len(given)):
+        return list(given)
+    ledger.mend("options came with their letters", where)
+    return [text[mark.end() :] for text, mark in zip(given, found, strict=True)]
+
+
 def _letter(
-    row: Mapping[str, Any], column: str, texts: Sequence[str], options: Sequence[str], where: str, ledger: Ledger
+    row: Mapping[str, Any],
+    column: str,
+    given: Sequence[str],
+    texts: Sequence[str],
+    options: Sequence[str],
+    where: str,
+    ledger: Ledger,
 ) -> str:
-    """Which of ``options`` the answer in a cell is: by its text, or by its letter among ``texts``."""
+    """Which of ``options`` the answer in a cell is: by its text, as ``given`` or as in ``texts``, or by its letter."""
     if _NUMBER.fullmatch(str(row.get(column))):
         raise RowError(
             "the answer is a number",
@@ -312,9 +302,11 @@ def _letter(
             "from 1, expected the letter of an option, or its text where that is no number.",
         )
     answer = text_of(row, column, where, ledger)
-    meant = {same_text(answer)}
-    if len(answer) == 1 and answer.upper() in LETTERS[: len(texts)]:
-        meant.add(same_text(texts[LETTERS.index(answer.upper())]))
+    as_given = {same_text(one): same_text(text) for one, text in zip(given, texts, strict=True)}
+    meant = {as_given.get(same_text(answer), same_text(answer))}
+    if len(answer) == 1 and (letter := answer.upper()) in LETTERS[: len(texts)]:
+        meant.add(same_text(texts[LETTERS.index(letter)]))
+        meant |= {as_given[same_text(one)] for one in given if (mark := _MARKED.match(one)) and mark[1] == letter}
     found = [letter for letter, option in zip(LETTERS, options, strict=False) if same_text(option) in meant]
     if len(found) != 1:
         reason = (

@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kepo_core.data.ledger import reason_of
+from kepo_core.data.omnimedvqa import json_rows
 from kepo_core.data.source import cache_dir
 from kepo_core.errors import DataError
 
@@ -16,6 +19,11 @@ from kepo_core.errors import DataError
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}  # fmt: skip
 SUFFIXES = (".csv", ".jsonl", ".parquet")
+REQUIRED = ("image", "question", "options", "answer")
+ROLES = (*REQUIRED, "id", "category", "question_type", "split")
+
+Columns = Mapping[str, Sequence[str]]  # one of ROLES → the columns that hold it; several only of options
+
 _HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 
 
@@ -30,6 +38,7 @@ class Part:
     columns: Sequence[str]
     rows: Any
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    _single: dict[str, "_Mapped"] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def split(self) -> str:
@@ -43,13 +52,78 @@ class Part:
             yield from self.rows
             return
         named = {column: dict(enumerate(self.labels[column])) for column in columns if column in self.labels}
-        for batch in self.rows.select_columns(list(dict.fromkeys(columns))).iter(32):
-            for row in batch.to_pylist():
+        mapped = _Mapped(self.rows, columns)
+        for start in range(0, len(self.rows), 32):
+            for row in mapped[start : start + 32]:
                 yield row | {column: names.get(row[column]) for column, names in named.items()}
 
     def cell(self, index: int, column: str) -> Any:
         """One cell of a data set."""
-        return self.rows.select_columns([column])[index].to_pylist()[0][column]
+        if column not in self._single:
+            self._single[column] = _Mapped(self.rows, [column])
+        return self._single[column][index : index + 1][0][column]
+
+
+class _Mapped:
+    """Some columns of a ``datasets.Dataset``, read without keeping all of its files in memory.
+
+    What is read through a mapping of a file counts as memory of the process, until the mapping is closed; so another
+    one is made every now and then.
+    """
+
+    _MOST = 32 * 2**20  # bytes
+
+    def __init__(self, dataset: Any, columns: Sequence[str]) -> None:
+        self._dataset = dataset.select_columns(list(dict.fromkeys(columns)))
+        self._read, self._mapped = 0, self._dataset
+
+    def __getitem__(self, rows: slice) -> list[dict[str, Any]]:
+        table = self._mapped[rows]
+        self._read += table.nbytes
+        if self._read > self._MOST and self._dataset.cache_files:
+            self._read, self._mapped = 0, pickle.loads(pickle.dumps(self._dataset))  # which maps its files again
+        found: list[dict[str, Any]] = table.to_pylist()
+        return found
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """``"question=stem, options=A+B+C"`` → what is held by columns → what they are called.
+
+    Raises ``DataError`` for anything else.
+    """
+    found: dict[str, str] = {}
+    for pair in filter(None, map(str.strip, text.split(","))):
+        role, _, name = (part.strip() for part in pair.partition("="))
+        if role not in ROLES or not name or role in found:
+            raise DataError(
+                f"data_columns: {pair!r} is not understood, expected some of {', '.join(ROLES)}, each once, as in "
+                "question=NAME, options=A+B+C."
+            )
+        found[role] = name
+    return found
+
+
+def find_columns(given: Mapping[str, str], part: Part, root: Path) -> Columns:
+    """The columns of a table. Raises ``DataError`` that names what is missing, and what is there."""
+    found: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
+    for role in ROLES:
+        name = given.get(role, role)
+        if role == "image" and role not in given and "image" not in part.columns and "images" in part.columns:
+            name = "images"
+        names = [name] if name in part.columns or role != "options" else [one.strip() for one in name.split("+")]
+        if absent := [one for one in names if one not in part.columns]:
+            if role in given or role in REQUIRED:
+                missing[role] = ", ".join(absent)
+        else:
+            found[role] = names
+    if missing:
+        raise DataError(
+            f"data_root {root}: {part.name} has no column {', '.join(missing.values())}; its columns are "
+            f"{', '.join(part.columns) or 'none'}. Expected {', '.join(REQUIRED)}; columns of other names are told by "
+            f"data_columns: {', '.join(f'{role}=NAME' for role in missing)}."
+        )
+    return found
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -68,30 +142,53 @@ def read_file(file: Path) -> Part:
         )
         return _part(file.name, dataset)
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-        return _csv(file.name, text) if file.suffix.lower() == ".csv" else _json_lines(file.name, text)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file.name}: cannot be read ({error}), expected a table in UTF-8.") from error
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read ({error.strerror}), expected a table.") from error
+    return _csv(file.name, content) if file.suffix.lower() == ".csv" else _json_lines(file.name, content)
 
 
-def _csv(name: str, text: str) -> Part:
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    columns = [column.strip() for column in next(lines, [])]
-    if repeated := sorted({column for column in columns if columns.count(column) > 1}):
+def _csv(name: str, content: bytes) -> Part:
+    try:
+        text = content.decode(json.detect_encoding(content))  # any of Unicode's
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{name}, line {line}: byte 0x{content[error.start]:02x} is no text in UTF-8, expected a table in UTF-8 or "
+            'UTF-16: save it again, in a spreadsheet as "CSV UTF-8".'
+        ) from error
+    lines = _cells(name, text)
+    columns = [column.replace("\ufeff", "").strip() for column in next(filter(any, lines), [])]
+    if repeated := sorted({column for column in columns if column and columns.count(column) > 1}):
         raise DataError(f"{name}: two columns are called {repeated[0]!r}, expected each name once.")
     # A row that is longer or shorter than the first is no mapping: its texts may stand in each other's place.
     rows = [dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else cells for cells in lines if cells]
-    return Part(name, columns, rows)
+    return Part(name, list(filter(None, columns)), rows)
 
 
-def _json_lines(name: str, text: str) -> Part:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at what JSON has in texts
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{name}, line {number}: not valid JSON ({error}), expected an object.") from error
+def _cells(name: str, text: str) -> Iterator[list[str]]:
+    """The cells of each row. Raises ``DataError`` that names the line where one begins that cannot be read."""
+    first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")
+    said = re.fullmatch(r"\ufeff?sep=(.)\s*", first)  # to Excel, and not a row
+    # Where a comma is the decimal mark, spreadsheets write semicolons; others write tabs.
+    mark = said[1] if said else max(",;\t", key=re.sub('"[^"]*"', "", first).count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True, skipinitialspace=mark != "\t")
+    begin = 1
+    try:
+        for cells in lines:
+            if not (said and begin == 1):
+                yield cells
+            begin = lines.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{name}, line {begin}: the row that begins here cannot be read: a quotation mark is never closed or "
+            f"stands undoubled in a text, or one is longer than {csv.field_size_limit():,} characters; expected texts "
+            f'with {mark!r} or quotation marks in quotation marks, and these doubled ("").'
+        ) from error
+
+
+def _json_lines(name: str, content: bytes) -> Part:
+    rows = json_rows(name, content)
     return Part(name, list(dict.fromkeys(key for row in rows if isinstance(row, Mapping) for key in row)), rows)
 
 
@@ -147,7 +244,7 @@ def _loaded(what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
+        cause = reason_of(error.__cause__ or error)
         raise DataError(f"{what}: cannot be loaded by the datasets library ({cause}).") from error
 
 

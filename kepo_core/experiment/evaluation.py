@@ -42,6 +42,7 @@ def evaluate(
     kept: Path | None = None,
     answer_format: str = "paper",
     accelerator: Any = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Answer]:
     """Ask ``model`` every question and score what it says; records come in the order of ``questions``.
 
@@ -71,6 +72,8 @@ def evaluate(
         accelerator: of several processes, which all call this: each takes its share of the batches, and all return all
             answers.
         answer_format: what counts as an answer; see ``rewards``.
+        share: (number, of), without an ``accelerator``: this process answers its share of the batches alone, beside
+            others with the same ``kept``, and returns the answers that it knows.
     """
     if samples < 1 or (samples > 1 and not temperature):
         raise ValueError(f"samples: {samples} at temperature {temperature:g}, expected 1, or more with a temperature.")
@@ -83,7 +86,7 @@ def evaluate(
     settings = [thinking, max_tokens, batch_size, temperature, samples, seed, texts, asked, answer_format]
     if isinstance(model, CheckedVLLM):
         settings.append("vllm")
-    number, of = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    number, of = share if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     file = AnswerFile(kept, settings, number) if kept is not None else None
     batches = length_batches([length for length in lengths for _ in range(samples)], batch_size)
     answers: dict[int, Answer] = {} if file is None else dict(file.known)  # by row: question number × samples + sample
@@ -102,10 +105,12 @@ def evaluate(
                 file.add(now)
             if progress is not None:
                 progress(len(answers), len(lengths) * samples)
+    if share != (0, 1):
+        return [answers[i] for i in sorted(answers)]
     for part in gather_object([answers]) if of > 1 else ():
         answers |= part
     if file is not None and number == 0 and (of > 1 or len(parts(file.path)) > 1):
-        file.take_all(answers)
+        file.take_all({i: answers[i] for batch in batches for i in batch})  # as one process would have left them
     return [answers[i] for i in range(len(lengths) * samples)]
 
 

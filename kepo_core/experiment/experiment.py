@@ -19,7 +19,7 @@ from kepo_core.data.records import Answer, Question
 from kepo_core.experiment import kernel, launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
 from kepo_core.experiment.answering import start_vllm
-from kepo_core.experiment.evaluation import Progress, evaluate, parts, read_answers
+from kepo_core.experiment.evaluation import Progress, answered, evaluate, parts, read_answers
 from kepo_core.experiment.models import best_device, load_model, load_processor
 from kepo_core.experiment.models import resolve as model_folder
 from kepo_core.experiment.pair import Models as Models
@@ -28,6 +28,7 @@ from kepo_core.experiment.pair import load_models as load_models
 from kepo_core.experiment.rehearsal import rehearse
 from kepo_core.experiment.study_data import StudyData as StudyData
 from kepo_core.experiment.study_data import load_data as load_data
+from kepo_core.experiment.threads import idle_cores, suit_threads, with_forks
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.options import MethodOptions, declared
@@ -243,10 +244,12 @@ def evaluate_student(
     """The student's answers, in its present state, to ``questions``: greedy, or as ``eval_samples`` says.
 
     In the file ``kept`` they are kept as they come: a run that is resumed answers the others only. The processes of
-    an ``accelerator`` share them out.
+    an ``accelerator`` share them out; without one, idle cores help to fill ``kept``.
     """
-    kernel.check_untrained(models.student, kept, len(questions) * params.eval_samples)
-    return evaluate(
+    count = len(questions) * params.eval_samples
+    kernel.check_untrained(models.student, kept, count)
+    ask = partial(
+        evaluate,
         models.student,
         models.processor,
         questions,
@@ -257,11 +260,19 @@ def evaluate_student(
         samples=params.eval_samples,
         seed=params.seed,
         pictures=partial(load_image, image_size=params.image_size, fit=params.image_fit),
-        progress=progress,
         kept=kept,
         answer_format=params.answer_format,
-        accelerator=accelerator,
     )
+    of = min(idle_cores(), -(-count // params.eval_batch_size))
+    if accelerator is None and kept is not None and of > 1 and answered(kept) < count:
+
+        def show(*_: int) -> None:
+            if progress is not None:
+                progress(answered(kept), count)
+
+        with_forks(lambda number: ask(share=(number, of), progress=None if number else show), of)
+        show()
+    return ask(progress=progress, accelerator=accelerator)
 
 
 def evaluate_run(params: Params, run: Run, data: StudyData, models: Models, student: str) -> list[Answer]:
@@ -296,6 +307,7 @@ def evaluate_here(run: Run, data: StudyData, student: str) -> None:
         # What was trained is not rounded, also under LoRA.
         adapted = student == "untrained" and bool(params.lora_rank)
         model = load_model(source, "student", trained=not adapted, precision=params.precision)
+        suit_threads(model)
     models = Models(model, processor, None)
     kept = run.evaluation_dir / f"{student}.jsonl"
     evaluate_student(params, models, data.test, kept, accelerator=accelerator)

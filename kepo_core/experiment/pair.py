@@ -11,6 +11,7 @@ from kepo_core.errors import ParamError
 from kepo_core.experiment import serving
 from kepo_core.experiment.methods import needs_teacher
 from kepo_core.experiment.models import check_quantizes, check_same_vocabulary, load_model, load_processor
+from kepo_core.experiment.threads import suit_threads
 from kepo_core.method.forward import check_plain_head
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.teacher import Teacher
@@ -55,6 +56,7 @@ def load_models(params: Params, *, with_teacher: bool = True) -> Models:
         with in_our_words():
             check_plain_head(student, "student")
     if not loads:
+        suit_threads(student)
         served = serving.reach(params, processor, student) if needs_teacher(params) else None
         return Models(student, processor, served)
     teacher_processor = load_processor(params.teacher, "teacher")
@@ -63,6 +65,7 @@ def load_models(params: Params, *, with_teacher: bool = True) -> Models:
     model = load_model(params.teacher, "teacher", trained=False, precision=params.precision,
                        quantization=params.teacher_quantization if with_teacher else "none",
                        only_looked_at=not with_teacher)  # fmt: skip
+    suit_threads(student, model)
     with in_our_words():
         teacher = Teacher(model, teacher_processor)
         teacher.check_fits(student, processor)

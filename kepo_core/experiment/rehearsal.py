@@ -22,6 +22,7 @@ from kepo_core.errors import ParamError
 from kepo_core.experiment.adapters import lora_config
 from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.experiment.pair import Models
+from kepo_core.experiment.threads import one_thread
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
@@ -52,7 +53,7 @@ def rehearse(params: Params, config: KEPOConfig, baseline: Callable[..., Trainer
         ParamError: the step fails; names the parameters of TRL's that were given.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder, _untouched():
+        with tempfile.TemporaryDirectory() as folder, _untouched(), one_thread():
             ours = params.method == "kepo"
             trainer = _kepo(params, _reduced(config, folder)) if ours else _other(params, folder, baseline)
             trainer.remove_callback(PrinterCallback)

@@ -59,7 +59,7 @@ def load_data(params: Params) -> StudyData:
     """Read, split and sample the questions that ``params`` name, having decoded every image once.
 
     Rows and images that cannot be used are left out and counted in the result's ledger. What is drawn has been put
-    through the student's processor and tokenizer (`Askable`).
+    through the models' processors and tokenizers (`Askable`).
 
     Raises:
         DataError: a root, file, row or split that cannot be used, named in one sentence.
@@ -94,6 +94,7 @@ def _choose(
     inspector = Inspector(source)
     named = name_once(questions, inspector, ledger)  # all of them: a picture's name does not depend on what is drawn
     if not params.items_file:
+        can_be_asked = Askable(params, inspector, ledger)
         return study_split(
             named,
             params.train_modality,
@@ -102,12 +103,15 @@ def _choose(
             params.data_seed,
             params.split,
             params.eval_split,
-            Askable(params, inspector, ledger),
+            can_be_asked,
+            can_be_asked.in_evaluation,
         )
     train, tests = read_items(
         resolve(params.items_file), named, params.train_modality, params.train_items, params.eval_items
     )
     can_be_asked = Askable(params, inspector, Ledger())  # strict: the very same items, or none
-    for question in (*train, *(question for rows in tests.values() for question in rows)):
+    for question in train:
         can_be_asked(question)
+    for question in (question for rows in tests.values() for question in rows):
+        can_be_asked.in_evaluation(question)
     return train, tests

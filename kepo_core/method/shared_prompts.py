@@ -120,8 +120,8 @@ class SharedPrompts:
             for name, usual in (("num_beams", 1), ("num_return_sequences", 1), ("use_cache", True)):
                 if getattr(config, name, None) not in (None, usual):
                     return f"{name} is {getattr(config, name)}"
-            if getattr(config, "cache_implementation", None) not in (None, "dynamic"):
-                return f"cache_implementation is {config.cache_implementation}"
+            if (kind := getattr(config, "cache_implementation", None)) not in (None, "dynamic"):
+                return f"cache_implementation is {kind}"
         if any(drops_out(module) for module in model.modules()):
             return "dropout is on, and would be the same for all completions of a prompt"
         return ""
@@ -133,7 +133,7 @@ class SharedPrompts:
         Args:
             few: the inputs of the distinct prompts.
         """
-        greedy = settings | {"generation_config": _greedy(2, output_logits=True)}
+        greedy = {**settings, "generation_config": _greedy(2, output_logits=True)}
         rows = {name: few[name] for name in PER_PROMPT}
         which = torch.arange(len(rows["input_ids"]), device=rows["input_ids"].device)
         usual = generate(**few, **greedy)
@@ -197,13 +197,13 @@ class SharingTrainer(VisionTrainer):
     """GRPOTrainer whose rollouts by transformers share their prompts."""
 
     _sharing: SharedPrompts | None = None
-    _firsts: list[int] | None = None  # `first_rows` of the batch
+    _firsts: tuple[int, ...] = ()  # `first_rows` of the batch
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's, with ``kepo_prompt``, (B,): the first row of the generation batch that has a row's prompt."""
-        self._firsts = None
+        self._firsts = tuple[int, ...]()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self._firsts is not None:
+        if self._firsts:
             output["kepo_prompt"] = torch.tensor(self._firsts, device=self.accelerator.device)
         return output
 
@@ -211,8 +211,7 @@ class SharingTrainer(VisionTrainer):
         if self.tools:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
         firsts = first_rows(prompt_ids, images)
-        if self._firsts is None:  # hint-aware draws follow
-            self._firsts = firsts
+        self._firsts = self._firsts or tuple(firsts)  # hint-aware draws follow
         if self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
         if self._sharing is None:

@@ -11,9 +11,10 @@ _FIELD = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _BARE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
 _MARKED = re.compile(r"\s*\(?([A-Za-z])\s*[.):](.*)", re.DOTALL)
 _CAPITAL = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?![A-Za-z0-9'’])")
-# A further letter offered in the text behind a marked one: "… C) …", "… C: …", "… or C".
+# A further letter offered in the text behind a marked one: "… C) …", "… C: …", "… or C", "…, C".
 _OFFERED = re.compile(
-    r"(?<![A-Za-z0-9])(?:([A-Za-z])\)|([A-Z])[.:]\s+\S|(?:or|and|[,/;])\s*\(?([A-Za-z])[\W_]*\Z)", re.DOTALL
+    r"(?<![A-Za-z0-9])(?:([A-Za-z])\)|([A-Z])[.:]\s+\S)|(?:(?<![A-Za-z0-9])(?:or|and)|[,/;])\s*\(?([A-Za-z])[\W_]*\Z",
+    re.DOTALL,
 )
 #: What an option's text is read as where it stands among other words: a word that is no letter.
 _SOME_TEXT = "text"

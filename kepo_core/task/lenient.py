@@ -3,12 +3,16 @@ r"""How models of other families write their answers: what ``answer_format: leni
 - Tags in any case and with spaces in them (``<Answer>``, ``</ think >``); full-width letters, colons and brackets.
 - In an answer field: markdown and LaTeX around what is said (``**B) a cyst**``, ``\boxed{B}``, ``\text{B}``), and
   words before it (``Option B``, ``The answer is B.``).
-- Without an answer field, the first of these that there is: ``\boxed{…}``; all sentences such as ``The answer is B`` or
-  ``The answer is a cyst.``, also behind others on a line; lines that are an answer as a whole, letters or an option's
-  whole text or line (``B``, ``Option B``, ``**B) a cyst**``, ``a cyst``).
+- Without an answer field: all ``\boxed{…}`` and all sentences such as ``The answer is B`` or ``The answer is a cyst.``,
+  also behind others on a line; with them, lines behind the first sentence that are an answer as a whole, letters or an
+  option's whole text or line (``B``, ``Option B``, ``**B) a cyst**``, ``a cyst``). With neither, all such lines.
+- What takes an answer back: letters and options' texts behind ``Wait`` and the like (``The answer is A. Wait, B.``) are
+  further answers.
 
 An option's whole text comes first: what stands in it (``Option B``, ``HLA-B*27``, ``$10``) is no word before an answer
-and no ornament. What is found is read as a field of the paper's: several different letters are ambiguous here, too.
+and no ornament. What is found is read as a field of the paper's: several different letters are ambiguous here, too,
+wherever they were found. So an answer that is given and then changed is ambiguous, never the first nor the last of the
+two: which of them is meant is not for the parser to say.
 """
 
 import functools
@@ -16,6 +20,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from kepo_core.data.records import LETTERS
 from kepo_core.task.answer_fields import any_of, letters_in, named_by_text, without_texts
 
 _TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>", re.IGNORECASE)
@@ -27,9 +32,11 @@ _BEFORE = re.compile(
     rf"(\s*{_WORDS}(?:answer|option|choice)\b\s*(?:is\b|[:=])?)\s*(?:option|choice)?\b\s*:?", re.IGNORECASE
 )
 _SENTENCE = r"\b(?:answer|option|choice)\s*(?:is\b|[:=])(?:\s*:)?"
+_TAKEN_BACK = r"\b(?:wait|actually|correction|hmm+|sorry|instead|rather|scratch that|i mean|on second thoughts?|no,)"
+_CAPITAL = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?![A-Za-z0-9'’])")
 # At a sentence's beginning: "B", "(B) or C", before its end, a mark or a conjunction.
 _LETTERS = re.compile(
-    r"\s*(?:option\s+)?(\(?[A-Z]\b\)?(?:\s*(?:,|/|or\b|and\b)\s*\(?[A-Z]\b\)?)*)"
+    r"\s*(?:option\s+)?(\(?[A-Z]\b\)?(?:\s*(?:[,;/]|or\b|and\b)\s*\(?[A-Z]\b\)?)*)"
     r"\s*(?:\Z|[.,;:!]|(?:because|since|as|for|due|which|based)\b)",
     re.IGNORECASE,
 )
@@ -49,15 +56,38 @@ def plain(field: str, options: Sequence[str]) -> str:
     return next((text for text in candidates if named_by_text(text, options)), candidates[-1])
 
 
+def answers(field: str, options: Sequence[str]) -> list[str]:
+    """What an answer field says, and what it says behind taking that back."""
+    said = plain(field, options)
+    return [said, *(_taken_back(field, options) if letters_in(said, options) else [])]
+
+
 def statements(text: str, options: Sequence[str]) -> list[str]:
     """What ``text``, which has no answer field, answers; empty if it does not."""
-    if boxed := _BOXED.findall(text):
-        return [plain(content, options) for content in boxed]
-    lines = [line for raw in text.splitlines() if (line := _unadorned(raw.replace("<answer>", " "), options))]
-    said = [named for line in lines for rest in _sentences(line, options) for named in _said(rest, options)]
-    if said:
-        return said
-    return [line for raw in lines if _is_answer(line := plain(raw, options), options)]
+    lines = [raw.replace("<answer>", " ") for raw in text.splitlines()]
+    said: list[str] = []
+    behind: list[str] = []  # the first sentence's beginning
+    for raw in lines:
+        line = _unadorned(raw, options)
+        rests = _sentences(line, options)
+        found = [named for rest in rests for named in _said(rest, options)]
+        if said and _is_answer(whole := plain(line, options), options):
+            found.append(whole)
+        behind += [line] if said else rests if found else []
+        said += found
+    said += _taken_back("\n".join(behind), options)
+    said += [plain(content, options) for content in _BOXED.findall(text)]
+    return said or [line for raw in lines if _is_answer(line := plain(raw, options), options)]
+
+
+def _taken_back(text: str, options: Sequence[str]) -> list[str]:
+    """The letters and options' texts behind "wait" and the like, where these stand in no option's text."""
+    found = next((each for each in _outside(tuple(options), _TAKEN_BACK).finditer(text) if not each[1]), None)
+    if found is None:
+        return []
+    behind = text[found.end() :]
+    letters = set(_CAPITAL.findall(without_texts(behind, options))) & set(LETTERS[: len(options)])
+    return [*any_of(tuple(options)).findall(behind), *sorted(letters)]
 
 
 def _is_answer(line: str, options: Sequence[str]) -> bool:

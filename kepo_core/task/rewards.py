@@ -75,7 +75,8 @@ def _read(text: str, options: tuple[str, ...], answer_format: str) -> tuple[froz
     rest = outside_thoughts(text)
     found = answer_fields.answer_fields(rest)
     if answer_format == "lenient":
-        found = [lenient.plain(field, options) for field in found] or lenient.statements(rest, options)
+        said = [answer for field in found for answer in lenient.answers(field, options)]
+        found = said or lenient.statements(rest, options)
     return frozenset().union(*(answer_fields.letters_in(field, options) for field in found)), bool(found)
 
 

@@ -11,8 +11,7 @@ The pictures come from random streams of their own, never from the set that
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from kepo_core.data import phantom
 from kepo_core.experiment.models import best_device
+from kepo_core.experiment.threads import one_thread
 from kepo_core.method.processor import ImageOnlyQwenProcessor
 from kepo_core.testbed.embedded import build_model, build_processor
 from kepo_core.testbed.lessons import (
@@ -184,18 +184,8 @@ def pretrain(
     computes with one thread: sums would be rounded differently with another number of them.
     Returns the models by name ("student", "teacher") and their processor.
     """
-    with _one_thread():
+    with one_thread():
         return _pretrain(recipe, seed, log)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _pretrain(

@@ -10,11 +10,13 @@ import pytest
 from PIL import ExifTags, Image
 
 from kepo_core.data import inspection
+from kepo_core.data.images import load_image
 from kepo_core.data.inspection import TWINS, Inspector, name_once
-from kepo_core.data.ledger import Ledger
+from kepo_core.data.ledger import Ledger, reason_of
 from kepo_core.data.loading import load_questions, open_data
 from kepo_core.data.source import QA_FOLDER
 from kepo_core.data.splits import SPLITS, leaked, split_by_image
+from kepo_core.errors import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +153,53 @@ def test_a_picture_is_decoded_once_and_again_when_it_changes(
     (kept,) = (cache / "inspected").iterdir()
     kept.write_text("{ no JSON")
     assert (twins(), len(decoded)) == (2, 13)
+
+
+@pytest.mark.parametrize("replace", ["write", "rename", "link"])
+def test_a_picture_of_the_same_size_and_time_as_the_one_before_is_another(
+    tmp_path: Path, cache: Path, replace: str
+) -> None:
+    """As archives give them that set all times to the same, and formats that do not compress."""
+    world(tmp_path / "root", same_bytes, 2)
+    first, other = (tmp_path / f"root/Images/a/0{i}.png" for i in range(2))
+    kept = tmp_path / "kept"
+
+    def save(path: Path, i: int) -> None:
+        picture(i).save(path, "BMP")
+        os.utime(path, (0, 0))
+
+    def names() -> list[str]:
+        source = open_data(tmp_path / "root")
+        return [q.image_name for q in name_once(load_questions(source), Inspector(source), Ledger())][:2]
+
+    save(first, 70), save(other, 71), save(kept, 70)
+    assert len(set(names())) == 2
+    if replace == "write":
+        save(other, 70)
+    elif replace == "rename":
+        kept.rename(other)
+    else:
+        other.unlink()
+        other.hardlink_to(kept)
+    assert len(set(names())) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x89PNG"]
+)
+def test_what_is_said_of_a_file_that_is_no_picture_is_the_same_in_every_process(
+    tmp_path: Path, cache: Path, content: bytes
+) -> None:
+    world(tmp_path / "root", same_bytes, 1)
+    spoilt = tmp_path / "root/Images/a/00.png"
+    spoilt.write_bytes(content)
+    problem = Inspector(open_data(tmp_path / "root"))(spoilt).problem
+    assert problem == f"Image {spoilt}: cannot be decoded (no known format), expected a whole image file."
+    with pytest.raises(DataError) as error:
+        load_image(spoilt)
+    assert str(error.value) == problem
+    said = reason_of(ValueError(f"no\n{object()}"))
+    assert said == "no <object object>" and reason_of(MemoryError()) == "MemoryError"
 
 
 def test_without_a_place_to_write_everything_is_decoded_again(tmp_path: Path, cache: Path) -> None:

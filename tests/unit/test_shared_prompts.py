@@ -170,7 +170,7 @@ def step(trainer: Any, monkeypatch: pytest.MonkeyPatch, shares: bool) -> tuple[f
 
 def drawn(said: list[list[int]]) -> Any:
     def generate(self: Any, prompt_ids: Any, images: Any, *_: Any, **__: Any) -> Any:
-        self._firsts = first_rows(prompt_ids, images)
+        self._firsts = tuple(first_rows(prompt_ids, images))
         return [list(ids) for ids in said], None
 
     return generate
