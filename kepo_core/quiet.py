@@ -14,6 +14,11 @@ def quiet_third_parties() -> None:
     # An 8-bit layer says at each call that it computes in 16 bits, and an import that a faster kernel is not there.
     for name in ("autograd._functions", "backends.cpu.ops"):
         python_logging.getLogger(f"bitsandbytes.{name}").setLevel(python_logging.ERROR)
+    python_logging.getLogger("transformers.processing_utils").addFilter(_is_not_about_kwargs)  # TRL's, of its templates
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _is_not_about_kwargs(record: python_logging.LogRecord) -> bool:
+    return "processor_kwargs" not in record.getMessage()

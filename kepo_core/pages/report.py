@@ -28,7 +28,7 @@ from kepo_core.runs.summary import accuracies, changed_parameters
 #: Tags of the sections that a page shows first, in this order. A section is a cell that begins with "## " and the cells
 #: below it.
 FIRST = ("warnings", "result", "training", "rollouts")
-_HOW = "## How it was made\n\nThe other sections of the notebook, in the order in which they ran."
+_HOW = "## How it was made\n\nThe rest of the notebook, in the order in which it ran."
 
 #: A line of tqdm's.
 _BAR = re.compile(r"^.*\d+%\|[^|\n]*\| *\d+/\d+ \[.*\n?", re.MULTILINE)
@@ -76,7 +76,7 @@ def arrange(notebook: NotebookNode) -> None:
         section[0].source = re.sub(r"^## \d+ · ", "## ", section[0].source)  # the numbers are of another order
     how = [new_markdown_cell(_HOW, id="how")]  # an id of its own: a random one would differ from page to page
     last = [section for section in rest if _rank(section) == len(FIRST)]
-    notebook.cells = [cell for section in (start, *first, how, *last) for cell in section]
+    notebook.cells = [cell for section in (*first, how, start, *last) for cell in section]
 
 
 def _rank(section: list[NotebookNode]) -> int:

@@ -276,7 +276,7 @@ def test_a_run_that_failed_goes_on_with_its_parameters_and_completes(kepo_run, r
     assert after["started"] == before["started"] and len(after["resumed"]) == 1 and "error" not in after
     assert "training at 0.0" in (folder / "report.html").read_text()
     assert main(["resume", str(folder)]) == 2
-    assert "holds a completed run" in capsys.readouterr().err
+    assert "is a completed run" in capsys.readouterr().err
 
 
 def test_a_run_at_work_is_not_resumed(kepo_run, results, capsys):
@@ -286,13 +286,13 @@ def test_a_run_at_work_is_not_resumed(kepo_run, results, capsys):
     (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid()}))
     with FileLock(folder / ".lock"):
         assert main(["resume", str(folder)]) == 2
-    assert f"is at work in process {os.getpid()}" in capsys.readouterr().err
+    assert f"is made by process {os.getpid()} now" in capsys.readouterr().err
     assert main(["resume", str(folder)]) == 0  # it was killed
 
 
 def test_what_no_command_made_is_not_resumed(tmp_path, results, capsys):
     assert main(["resume", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     run = Run.allocate(Params(results_dir=str(results)))
     assert main(["resume", str(run.path)]) == 2
     assert "does not say which notebook made it" in capsys.readouterr().err
@@ -340,9 +340,12 @@ def test_a_runs_page_is_rendered_again_and_is_the_same(no_kernel, kepo_run, resu
 
 def test_what_is_no_run_has_no_report(tmp_path, capsys):
     assert main(["report", "params"]) == 2
-    assert "no run is called 'params', expected a folder of results" in capsys.readouterr().err
+    assert (
+        "no run is called 'params', expected the name, its beginning or its end, of a folder in results"
+        in capsys.readouterr().err
+    )
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     study = tmp_path / "study.yaml"
     study.write_text(
         f"params: params/smoke.yaml\nmethods: [grpo]\ncompared_with: grpo\nseeds: [0]\n"

@@ -208,7 +208,7 @@ def test_results_come_before_how_they_were_made(tmp_path):
     cells += [tagged("## 6 · Not reached", "result"), new_code_cell("")]
     path = written(tmp_path, cells)
     page = render(path, "x")
-    titles = ["Title", "The warnings", "The result", "The training", "The rollouts", "How it was made", "Data"]
+    titles = ["The warnings", "The result", "The training", "The rollouts", "How it was made", "Title", "Data"]
     assert re.findall(r'<li><a href="#[^"]+">([^<]+)</a></li>', page) == [*titles, "Not reached"]
     assert render(path, "x") == page
 
