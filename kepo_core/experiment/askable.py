@@ -1,4 +1,4 @@
-"""Whether a question can be put to the models: tried with their very processors and tokenizers before any is called."""
+"""Whether the models can read a question: checked with their processors and tokenizers before any model is called."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +20,12 @@ _NOTHING = {"question": "", "options": [], "answer": "A"}
 
 @dataclass
 class _Reader:
-    """A model's processor, how many tokens the model reads at most, and those of a picture of each size."""
+    """A model's processor, its context length in tokens, and the tokens of a picture of each size."""
 
     role: str
     processor: Any
     context: int
-    pictures: dict[tuple[int, int], int | str] = field(default_factory=dict)  # or why the processor refuses it
+    pictures: dict[tuple[int, int], int | str] = field(default_factory=dict)  # tokens, or why it is refused
 
     def prompt(self, messages: Messages) -> str:
         return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -39,17 +39,17 @@ class _Reader:
             try:
                 read = self.processor(text=[prompt], images=[[Image.new("RGB", size)]], return_tensors="pt")
                 self.pictures[size] = len(read["input_ids"][0]) - self.count(prompt)
-            except Exception as error:  # of any kind: whatever it is, a run would end in it
+            except Exception as error:  # of any type: a run would fail with it
                 self.pictures[size] = reason_of(error)
         return self.pictures[size]
 
 
 @dataclass(frozen=True)
 class _Ask:
-    """One of the prompts that a question becomes: who reads it, and how many tokens it has beyond the plain one."""
+    """One of a question's prompts: the model that reads it, and its additional tokens over the plain prompt."""
 
     reader: _Reader
-    sees: _Reader  # whose processor prepares the picture
+    sees: _Reader  # its processor prepares the picture
     prompt: str
     further: int
     answer: int  # tokens, at most
@@ -57,17 +57,17 @@ class _Ask:
 
 
 class Askable:
-    """Whether a question's picture is decoded, and its prompts read, as a run needs it; what is not goes to the ledger.
+    """Whether a run can decode a question's picture and read its prompts; refused questions go to the ledger.
 
-    The prompts are all that a run makes of a question in training: the plain one, which the teacher reads, too, where
-    it guides; where the run explores, the one that asks the teacher for a hint and the one that tells the longest hint.
-    Each fits, with the longest answer to it, the context of its model. In an evaluation (`in_evaluation`) it is the
-    plain one alone. Of a served teacher, whose processor is not here, nothing is tried.
+    Checked are all prompts that training makes of a question: the plain one (for the teacher, too, if it guides), the
+    one that requests a hint, and the one with the longest hint. Each must fit, with its longest answer, the context of
+    its model. An evaluation (`in_evaluation`) has only the plain prompt. A served teacher is not checked: its processor
+    is not available.
 
-    Every plain prompt is tokenized; the others are the same but for instructions, whose tokens are counted once. The
-    image processors see one picture of each size, as nothing else of an RGB picture can make them fail; a teacher's, if
-    it is the student's, sees none. 3,000 questions take half a second of a core and every other size of picture two
-    milliseconds, decoding apart (`Inspector`).
+    Every plain prompt is tokenized; the others differ only in instructions, whose tokens are counted once. The image
+    processors get one picture of each size: nothing else of an RGB picture can make them fail. A teacher with the
+    student's image processor is not checked again. 3,000 questions take half a second of a core, each further picture
+    size two milliseconds, plus decoding (`Inspector`).
     """
 
     def __init__(self, params: Params, inspector: Inspector, ledger: Ledger) -> None:
@@ -90,7 +90,7 @@ class Askable:
         return [self._student, self._teacher] if self._teacher else [self._student]
 
     def __call__(self, question: Question) -> bool:
-        """False after noting it in the ledger, which raises if it is strict."""
+        """False for a refused question, after noting it in the ledger, which raises if it is strict."""
         return self._fits(question, self._asks)
 
     def in_evaluation(self, question: Question) -> bool:
@@ -132,7 +132,7 @@ class Askable:
         if found:
             raise RowError(
                 "a special token in its text",
-                f"Question {question.id}: its text contains {found}, a token of the model's own, expected words.",
+                f"Question {question.id}: its text contains {found}, a special token of the model, expected words.",
             )
         try:
             messages = vqa_messages(question.question, question.options, self.params.thinking)
@@ -150,8 +150,8 @@ class Askable:
         if isinstance(picture, str):
             raise RowError(
                 "the processor refuses its image",
-                f"Question {question.id}: image {question.image} of {size[0]}×{size[1]} pixels is refused by the "
-                f"{ask.sees.role}'s processor ({picture}). Another image_size or image_fit may help.",
+                f"Question {question.id}: the {ask.sees.role}'s processor refuses image {question.image} of "
+                f"{size[0]}×{size[1]} pixels ({picture}). Another image_size or image_fit may help.",
             )
         length = text + picture + ask.further
         if length + ask.answer > ask.reader.context:
@@ -173,7 +173,7 @@ def _reader(params: Params, role: str) -> _Reader:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two processors treat pictures alike, as those of one family's sizes do."""
+    """Whether two processors treat pictures alike, for example those of one model family."""
     return type(one) is type(other) and one.image_processor.to_dict() == other.image_processor.to_dict()
 
 

@@ -1,9 +1,9 @@
-"""Threads for models so small that two of them mostly wait for each other: one, and further cores for other questions.
+"""One thread for small models, whose threads mostly wait for each other; further cores answer other questions.
 
 Measured with the embedded models (1.2 million parameters each) on two cores: a second thread saves a fifth of the time
-while nothing else runs. Beside two busy processes it costs fifty times as much: a thread that has lost its turn
-holds up the other at each of thousands of small steps. Results depend on the number of threads in their last bits, so
-the models alone decide it: with small ones, ``OMP_NUM_THREADS`` and the machine's load change no result.
+while nothing else runs. Beside two busy processes it takes fifty times as long: a thread that is descheduled delays the
+other one at each of thousands of small steps. Results depend on the number of threads in their last bits, so only the
+models decide it: with small ones, ``OMP_NUM_THREADS`` and the machine's load change no result.
 """
 
 import multiprocessing
@@ -18,19 +18,19 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-#: Models with fewer parameters together compute on the CPU with one thread.
+#: Models that have fewer parameters in total compute on the CPU with one thread.
 FEW = 10_000_000
-#: Most processes that answer at the same time: each holds the activations of a batch.
+#: Most processes that answer at the same time: each has the activations of a batch in memory.
 TOGETHER = 4
-#: Seconds that forks get to finish, at least, when this process has done its share.
+#: Minimum seconds to wait for forks after this process has done its share.
 PATIENCE = 60.0
 
-#: The number of threads that `suit_threads` has replaced: that of ``OMP_NUM_THREADS``, else of the cores.
+#: The number of threads before `suit_threads` changed it: ``OMP_NUM_THREADS``, or the number of cores.
 _replaced: int | None = None
 
 
 def suit_threads(*models: nn.Module) -> None:
-    """Let torch compute with one thread if ``models``, together, are small and on the CPU; else undo that."""
+    """Let torch compute with one thread if ``models`` are small in total and on the CPU; otherwise undo that."""
     global _replaced
     weights = [tensor for model in models for tensor in model.parameters()]
     on_cpu = all(tensor.device.type in ("cpu", "meta") for tensor in weights)
@@ -44,7 +44,7 @@ def suit_threads(*models: nn.Module) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute with one thread for a while."""
+    """Let torch compute with one thread inside the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -54,15 +54,15 @@ def one_thread() -> Iterator[None]:
 
 
 def idle_cores() -> int:
-    """How many processes of one thread may answer at once, this one included: the cores that `suit_threads` left."""
+    """Number of one-thread processes, this one included, that may answer at once: the cores freed by `suit_threads`."""
     return min(_replaced or 1, TOGETHER) if sys.platform == "linux" else 1  # macOS's libraries do not survive a fork
 
 
 def with_forks(work: Callable[[int], object], of: int) -> None:
     """Do ``work(0)`` here and ``work(1)`` to ``work(of - 1)`` in forks of this process, which share its memory.
 
-    What a fork leaves undone is the caller's: one may fail or, if another thread held a lock when it was made, wait
-    for ever. So none outlives this call, which waits for them as long again as ``work(0)`` took, `PATIENCE` at least.
+    The caller must do work that a fork leaves undone: a fork may fail or, if another thread held a lock when it was
+    made, hang. This call waits for the forks as long as ``work(0)`` took, at least `PATIENCE`, and then kills them.
     """
     context, began = multiprocessing.get_context("fork"), time.monotonic()
     forks = [context.Process(target=_in_fork, args=(work, number), daemon=True) for number in range(1, of)]
@@ -81,7 +81,7 @@ def with_forks(work: Callable[[int], object], of: int) -> None:
 
 
 def _in_fork(work: Callable[[int], object], number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it through its starter, as a kill
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C its parent kills it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_starter, daemon=True).start()
     work(number)

@@ -58,7 +58,7 @@ def collect(
     before: Sequence[Answer],
     after: Sequence[Answer],
 ) -> dict[int, list[Answer]]:
-    """Step → answers to ``questions``: the untrained student's at 0, those during training, the trained one's at ``steps``.
+    """Step → answers to ``questions``: the untrained student's at 0, the trained one's at ``steps``, others in between.
 
     ``before`` and ``after`` may answer more questions. Raises ``ValueError`` if the answers of a step are missing.
     """

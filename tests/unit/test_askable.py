@@ -54,7 +54,7 @@ def test_a_picture_that_the_processor_refuses_is_left_out_and_counted(world: Pat
     assert [q.id for q in data.train[:7]] == [q.id for q in others] and len(data.train) == 8
     ((reason, sentences),) = data.ledger.dropped.items()
     assert reason == "the processor refuses its image" and len(sentences) == 1
-    assert f"Question {first.id}: image {first.image} of {size[0]}×{size[1]} pixels is refused" in sentences[0]
+    assert f"refuses image {first.image} of {size[0]}×{size[1]} pixels" in sentences[0]
     assert load(world, image_size=64).train[0].id == first.id  # squashed, as the model will see it
     assert load(world, image_size=4000, image_fit="longest").train[0].id != first.id
 

@@ -295,7 +295,7 @@ def test_what_no_command_made_is_not_resumed(tmp_path, results, capsys):
     assert "is not a run folder" in capsys.readouterr().err
     run = Run.allocate(Params(results_dir=str(results)))
     assert main(["resume", str(run.path)]) == 2
-    assert "does not say which notebook made it" in capsys.readouterr().err
+    assert "does not name its notebook" in capsys.readouterr().err
     assert run.status["owner"] == "notebook"  # untouched
 
 

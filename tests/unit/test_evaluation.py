@@ -297,7 +297,7 @@ def test_samples_follow_their_seed_alone(model, processor, questions, tmp_path):
     assert records(0, kept=kept) == first  # samples, too, go on as if never stopped
     with pytest.raises(ValueError, match="temperature: -1"):
         evaluate(model, processor, questions, **SETTINGS, temperature=-1.0)
-    with pytest.raises(ValueError, match="samples: 3 at temperature 0, expected 1, or more with a temperature"):
+    with pytest.raises(ValueError, match="samples: 3 at temperature 0, expected 1, or a temperature above 0"):
         evaluate(model, processor, questions, **SETTINGS, samples=3)
 
 

@@ -190,7 +190,7 @@ def test_where_nothing_can_be_written_nothing_is_left(
 
 def test_a_folder_that_is_deleted_while_it_is_made(results: Path, notebook: Callable[[str], Path], kepo: Kepo) -> None:
     code, said = kepo("run", notebook("shutil.rmtree(run.path)"), "-p", "results_dir", results)
-    assert code == 1 and "was deleted or moved while the run was made: start it again" in said
+    assert code == 1 and "was deleted or moved during the run: start it again" in said
     assert "Traceback" not in said.split("kepo: ")[-1] and list(results.iterdir()) == []
 
 
@@ -274,7 +274,7 @@ def test_a_second_ctrl_c_leaves_a_run_that_can_be_gone_on_with(
     executes(monkeypatch, lambda folder, given: Run.open(folder).finish({}))
     monkeypatch.setattr("kepo_core.runs.run.collect_rollouts", interrupt)
     code, said = kepo("resume", run.path)
-    assert code == 130 and "its status could not be written (interrupted): `kepo resume" in said
+    assert code == 130 and "the status could not be written (interrupted): `kepo resume" in said
     assert run.state == "killed" and not (run.path / "report.html").exists()
 
 

@@ -74,7 +74,7 @@ def test_the_training_cell_twice(notebook: Callable[..., Notebook], name: str) -
     here = notebook(**METHODS[name])
     trained = here.train()
     metrics = (here.run.path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ParamError, match="trained in this kernel already, and would be once more: execute the cells"):
+    with pytest.raises(ParamError, match="trained in this kernel already: execute the cell"):
         here.train()
     assert (here.run.path / "metrics.jsonl").read_bytes() == metrics
     assert torch.equal(torch.cat([p.detach().flatten() for p in here.models.student.parameters()]), trained)
@@ -106,7 +106,7 @@ def test_the_untrained_student_cannot_be_asked_once_it_is_trained(notebook: Call
     assert here.ask("untrained") == before, "these were kept"
     assert here.ask("trained")
     (here.run.evaluation_dir / "untrained.jsonl").unlink()
-    with pytest.raises(ParamError, match="trained already, and was not asked all questions before"):
+    with pytest.raises(ParamError, match="trained before it had answered all questions"):
         here.ask("untrained")
 
 
@@ -115,7 +115,7 @@ def test_cells_above_executed_again_with_other_values(notebook: Callable[..., No
     with pytest.raises(ParamError, match=r"^seed is 1 but 0 in .*-sft-.*: execute the cells from"):
         replace(here, params=here.params.replace(seed=1)).train()
     other = here.params.replace(data_seed=1)
-    with pytest.raises(ParamError, match="the data are no longer those that"):
+    with pytest.raises(ParamError, match="the data differ from those of"):
         replace(here, data=experiment.load_data(other)).train()
     here.run.finish({})
     with pytest.raises(ParamError, match="has completed, and no run is ever overwritten: execute the cells"):
@@ -150,7 +150,7 @@ def test_a_cell_that_was_skipped_is_missed(notebook: Callable[..., Notebook], tm
     with pytest.raises(ParamError, match="has trained no student yet: execute the cell that trains it"):
         ask("trained")
     here.train()
-    with pytest.raises(ParamError, match="has not asked the untrained student: execute the cells from"):
+    with pytest.raises(ParamError, match="has not evaluated the untrained student: execute the cell"):
         ask("trained")
     with pytest.raises(ParamError, match=r"has no predictions\.parquet yet: execute the cells that ask"):
         here.run.finish({"MRI before": 0.5, "MRI after": 0.9})

@@ -91,7 +91,7 @@ def truncated(folder: Path) -> None:
     [
         (lambda folder: (folder / WEIGHTS).unlink(), "whose weights cannot be read: Error no file named model.saf"),
         (truncated, "whose weights cannot be read: Error while deserializing header"),
-        (without_a_tensor, "whose weights lack 1 tensors, model.language_model.layers.0"),
+        (without_a_tensor, "whose weights lack 1 tensors, for example model.language_model.layers.0"),
         (of_another_shape, "whose weights cannot be read: "),
         (lambda folder: (folder / "tokenizer.json").unlink(), "whose processor cannot be read: "),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "whose processor cannot be read: "),
@@ -120,7 +120,7 @@ def test_a_model_that_marks_pictures_otherwise_than_its_processor(refused: Calla
     ("role", "word", "does"),
     [
         ("teacher", "<hint>", "asks for a hint"),
-        ("student", "Look at the left", "tells a hint"),
+        ("student", "Look at the left", "gives a hint"),
         ("student", "<think>", "asks a question"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_head_of_another_size_under_gkd(refused: Callable[..., str]) -> None:
         model.resize_token_embeddings(640)
         save_embedded(model, build_processor(), folder)
 
-    assert "head has 576 rows and the teacher's 640, expected as many for method gkd" in refused(
+    assert "head has 576 rows and the teacher's 640, expected equally many for method gkd" in refused(
         "teacher", padded, method="gkd"
     )
 
@@ -290,7 +290,9 @@ def test_a_temporary_folder_without_room_for_workers_sockets(monkeypatch: pytest
     """They would be waited for without end: as in a bare papermill or Jupyter run under a cluster's TMPDIR."""
     monkeypatch.setattr(tempfile, "tempdir", "/" + "a-folder-of-the-cluster/" * 4)
     launch.check(Params())
-    with pytest.raises(ParamError, match=r"dataloader_num_workers is 1, whose sockets have no room .*: set TMPDIR"):
+    with pytest.raises(
+        ParamError, match=r"dataloader_num_workers is 1, but .* is too long for their sockets: set TMPDIR"
+    ):
         launch.check(Params.load(None, {"dataloader_num_workers": 1}))
 
 

@@ -532,7 +532,7 @@ def test_check_teacher(embedded: FakeVLLM, capsys: pytest.CaptureFixture[str]) -
         assert cli.main(command) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[:2] for line in lines] == [["pass", n] for n in ("hint", "alignment", "picture")]
-        assert "<hint>" in lines[0] and "are the student's; the 20 likeliest hold 0.9" in lines[1]
+        assert "<hint>" in lines[0] and "are the student's; the 20 most likely tokens have 0.9" in lines[1]
         server.bend = lambda answer: shifted(answer) if "prompt_logprobs" in answer else answer
         assert cli.main(command) == 1
         lines = capsys.readouterr().out.splitlines()
@@ -560,4 +560,4 @@ def test_check_teacher_finds_a_server_that_does_not_look_at_pictures(embedded: F
     _first: dict[str, Any] = {}
     with serving(Blind(embedded.model, embedded.processor)) as server:
         text, sound = study_serving.report(given(server), embedded.processor)
-    assert not sound and "FAIL  picture" in text and "does not look at it" in text
+    assert not sound and "FAIL  picture" in text and "ignores pictures" in text

@@ -61,8 +61,8 @@ def test_methods_times_seeds_times_grid(tmp_path: Path) -> None:
             ("seeds: [0, 1]", "seeds: [0]\ngrid: {eval_samples: [1, 4]}"),
             "grid in study.yaml has eval_samples, which all",
         ),
-        (("methods: [grpo", "methods: [[grpo]"), r"there is no method \"\['grpo'\]\""),
-        (("grpo, kepo", "grop, kepo"), "there is no method 'grop'"),
+        (("methods: [grpo", "methods: [[grpo]"), r"no method is called \"\['grpo'\]\""),
+        (("grpo, kepo", "grop, kepo"), "no method is called 'grop'"),
         (("compared_with: grpo", "compared_with: sft"), "compared_with in study.yaml is 'sft', expected one of grpo"),
         (
             ("seeds: [0, 1]", "seeds: [0]\ngrid: {taw: [1]}"),
