@@ -129,7 +129,7 @@ def model_card(run: Run) -> str:
         commit=code.get("commit") or "unknown",
         uncommitted=code.get("uncommitted", ""),
         notebook=notebook.name if notebook.is_absolute() else notebook.as_posix(),
-        machine=", ".join(made.get("hardware", {}).get("gpus", [])) or "on CPU cores alone",
+        machine=", ".join(made.get("hardware", {}).get("gpus", [])) or "CPU only",
         versions=made["versions"],
         licence=_licence(params),
     )

@@ -223,7 +223,7 @@ def test_a_picture_that_the_teachers_processor_refuses_is_not_trained_on(
     data = load(world)
     ((reason, (sentence,)),) = data.ledger.dropped.items()
     assert reason == "the processor refuses its image" and f"Question {first.id}: " in sentence
-    assert "refused by the teacher's processor (not <object object>)" in sentence
+    assert "the teacher's processor refuses" in sentence and "(not <object object>)" in sentence
     assert load(world, explore=False).train[0].id == first.id  # its forward pass reads what the student's prepared
 
 

@@ -112,13 +112,13 @@ def test_the_untrained_student_cannot_be_asked_once_it_is_trained(notebook: Call
 
 def test_cells_above_executed_again_with_other_values(notebook: Callable[..., Notebook]) -> None:
     here = notebook(**METHODS["sft"])
-    with pytest.raises(ParamError, match=r"^seed is 1 but 0 in .*-sft-.*: execute the cells from"):
+    with pytest.raises(ParamError, match=r"^seed is 1 but 0 in .*-sft-.*: execute the cell that loads"):
         replace(here, params=here.params.replace(seed=1)).train()
     other = here.params.replace(data_seed=1)
     with pytest.raises(ParamError, match="the data differ from those of"):
         replace(here, data=experiment.load_data(other)).train()
     here.run.finish({})
-    with pytest.raises(ParamError, match="has completed, and no run is ever overwritten: execute the cells"):
+    with pytest.raises(ParamError, match="has completed, and no run is ever overwritten: execute the cell"):
         here.train()
 
 
@@ -129,7 +129,7 @@ def test_nothing_is_asked_or_trained_under_what_the_record_denies(
     here = notebook(**METHODS["kepo"], method=method)
     denied = {
         "eval_max_tokens is 3 but 4": replace(here, params=here.params.replace(eval_max_tokens=3)),
-        "the data are no longer": replace(here, data=experiment.load_data(here.params.replace(data_seed=1))),
+        "the data differ from": replace(here, data=experiment.load_data(here.params.replace(data_seed=1))),
     }
     for words, other in denied.items():
         with pytest.raises(ParamError, match=words):
@@ -152,7 +152,7 @@ def test_a_cell_that_was_skipped_is_missed(notebook: Callable[..., Notebook], tm
     here.train()
     with pytest.raises(ParamError, match="has not evaluated the untrained student: execute the cell"):
         ask("trained")
-    with pytest.raises(ParamError, match=r"has no predictions\.parquet yet: execute the cells that ask"):
+    with pytest.raises(ParamError, match=r"has no predictions\.parquet yet: execute the cells that evaluate"):
         here.run.finish({"MRI before": 0.5, "MRI after": 0.9})
     assert here.run.headline is None and here.run.status["state"] == "running"
 
