@@ -50,7 +50,7 @@ def test_a_run_is_told_in_a_line(results):
     (row,) = rows(write_index(results).read_text())
     assert '<a href="./one/report.html">one</a>' in row
     cells = [re.sub(r"<[^>]+>", "|", cell).strip("|") for cell in re.findall(r"<td.*?</td>", row)]
-    assert cells[:4] == ["2026-01-02 03:04", "completed", "kepo-tau0", "3"]
+    assert cells[:4] == ["2026-01-02| 03:04", "completed", "kepo-tau0", "3"]
     params_hash = Params(tau=0.0, seed=3).hash
     accuracy = "MRI: |50.0 → 98.0 %|||+48.0 [+10.0, +20.0]"
     assert cells[4:] == [f"{params_hash}| tau 0.0, seed 3", accuracy, "", "", "3.0"]
