@@ -306,7 +306,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
             lambda: source.in_cache("OmniMedVQA-0123"),
             lambda: serving.connect(Params(teacher_url="http://localhost:1/v1", teacher_top_k=20), build_processor()),
         ):
-            with pytest.raises(DataError, match=r"cannot be written \(.*\): set KEPO_CACHE to a folder that can be"):
+            with pytest.raises(DataError, match=r"cannot be written \(.*\): set KEPO_CACHE to a writable folder"):
                 use()
 
 

@@ -113,7 +113,7 @@ def test_a_picture_that_cannot_be_unpacked_is_left_out(tmp_path: Path, cache: Pa
     questions, ledger = load_questions(path), Ledger(strict=False)
     assert not Decodable(ledger, Inspector(open_source(path)))(questions[0])
     (sentence,) = ledger.dropped["image cannot be decoded"]
-    assert "a.zip: its member 'OmniMedVQA/Images/Toy/0.png' cannot be unpacked" in sentence
+    assert "a.zip: member 'OmniMedVQA/Images/Toy/0.png' cannot be unpacked" in sentence
     assert not files_in(cache)
 
 
@@ -142,8 +142,8 @@ def climb(path: Path) -> None:
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-200]), "not a whole zip archive"),
         (lambda path: path.write_bytes(b"PK\x03\x04 no archive"), "not a whole zip archive"),
-        (climb, "its member 'OmniMedVQA/../../evil.json' leaves it"),
-        (link, "its member 'OmniMedVQA/Images/Toy/link.png' is a link"),
+        (climb, "member 'OmniMedVQA/../../evil.json' leads outside"),
+        (link, "member 'OmniMedVQA/Images/Toy/link.png' is a link"),
         (lambda path: zipped(path, {"a.txt": b"x"}), "no QA_information/Open-access/*.json in it"),
     ],
 )
@@ -163,7 +163,7 @@ def test_json_cut_in_the_middle_of_an_archive_and_members_too_large_are_named(
     with pytest.raises(DataError, match=r"^Toy.json: not valid JSON"):
         load_questions(zipped(tmp_path / "a.zip", files | {name: files[name][:80]}))
     monkeypatch.setattr(source, "MAX_MEMBER", 100)
-    with pytest.raises(DataError, match=r"b.zip: its member .*Toy.json' unpacks to [\d,]+ bytes, expected at most 100"):
+    with pytest.raises(DataError, match=r"b.zip: member .*Toy.json' unpacks to [\d,]+ bytes, expected at most 100"):
         load_questions(zipped(tmp_path / "b.zip", files))
 
 
@@ -230,7 +230,7 @@ def test_archives_of_macos_and_windows_are_read_like_any_other(tmp_path: Path, c
 def test_a_member_that_climbs_by_backslashes_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(zipped(tmp_path / "a.zip", members()), "a") as archive:
         archive.writestr("OmniMedVQA\\..\\..\\evil.json", b"[]")
-    with pytest.raises(DataError, match="leaves it, expected paths inside"):
+    with pytest.raises(DataError, match="leads outside, expected paths inside"):
         load_questions(tmp_path / "a.zip")
 
 
@@ -335,8 +335,8 @@ def test_rows_in_other_folders_of_the_release_are_counted(folder: Path) -> None:
     ledger = Ledger(strict=False)
     assert len(load_questions(folder, ledger)) == 4
     assert {reason: len(rows) for reason, rows in ledger.dropped.items()} == {
-        "in another folder than QA_information/Open-access": 3,
-        "a file beside the questions that holds none": 1,
+        "outside of QA_information/Open-access": 3,
+        "a file without questions": 1,
         "restricted: its picture is not part of the release": 1,
     }
 
@@ -351,7 +351,7 @@ def test_files_beside_the_release_that_no_reader_takes_are_counted(folder: Path,
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     ledger = Ledger(strict=False)
     assert len(load_questions(open_data(zipped(tmp_path / "a.zip", files) if packed else folder), ledger)) == 4
-    assert ledger.dropped["a file of a kind that is not read here"] == counted
+    assert ledger.dropped["a file of a kind that is not read"] == counted
 
 
 @pytest.mark.parametrize("name", ["rows.tsv", "rows.xlsx", "rows.json", "rows"])
@@ -488,7 +488,7 @@ def test_items_have_the_names_of_their_pictures_that_the_first_run_gave_them(tmp
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("part,id\ntrain,Toy_0001\ntrain,Toy_0001\neval,Toy_0002\n", "line 3: question Toy_0001 stands there twice"),
+        ("part,id\ntrain,Toy_0001\ntrain,Toy_0001\neval,Toy_0002\n", "line 3: question Toy_0001 appears twice"),
         ("part,id\ntrain,Toy_0050\neval,Toy_0002\n", "line 2: question Toy_0050 is CT, expected train_modality MRI"),
         ("part,id\ntest,Toy_0001\n", "line 2: part 'test' and id 'Toy_0001', expected train or eval"),
         ("part,id\ntrain\n", "line 2: part 'train' and id None"),
