@@ -19,7 +19,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def in_place_of(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the place of ``path``; on a full disk, say, it goes again."""
+    """A file to write, which then replaces ``path``; after an error, such as a full disk, it is deleted."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write one index
     try:
         yield partial
@@ -29,7 +29,7 @@ def in_place_of(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; `ParamError` naming the file that holds none."""
+    """A JSON object; `ParamError` naming the file if it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -58,6 +58,6 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if not isinstance(value, str | int | float | None):
         if not callable(item := getattr(value, "item", None)):
-            raise TypeError(f"{value!r} is no plain data and cannot be written as JSON")
+            raise TypeError(f"{value!r} is not plain data and cannot be written as JSON")
         value = item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
