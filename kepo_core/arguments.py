@@ -24,7 +24,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     for command in (run, teacher, plan):
         command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                              help="set one parameter, over the file's value; repeatable")  # fmt: skip
-    run.add_argument("-m", "--method", metavar="NAME", help="a row of the README's table of methods")
+    run.add_argument("-m", "--method", metavar="NAME", help="a row of the table of methods (docs/reference/methods.md)")
     resume = commands.add_parser("resume", help="resume a run that was interrupted, failed or killed")
     resume.add_argument("run", help="a folder's name, its beginning, its end (the parameters' hash), or its path")
     data = commands.add_parser("data", help="look at data").add_subparsers(dest="data_command", required=True)

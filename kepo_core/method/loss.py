@@ -70,13 +70,13 @@ class GatedLossTrainer(SharingTrainer):
     def _shared(self, inputs: dict[str, Any]) -> Shared | None:
         """The batch's distinct prompts, where the student can read each once.
 
-        Not where GRPOTrainer's step has to be this one's to the bit (without ``distill``), nor where gradients do not
-        reach a cache or it is sharded, nor where the other side of a ratio was computed from prompts of its own.
+        Not where the divergence adds nothing and the step has to be GRPOTrainer's to the bit, where gradients do not
+        reach a cache or it is sharded, or where the other side of a ratio was computed from prompts of its own.
         """
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not self.args.distill or sharded or self.args.gradient_checkpointing or "old_per_token_logps" in inputs:
+        if sharded or self.args.gradient_checkpointing or "old_per_token_logps" in inputs or not self.args.distill_coef:
             return None
-        return shared_rows(inputs, range(len(inputs["prompt_ids"]))) if self.model.training else None
+        return shared_rows(inputs, range(len(inputs["prompt_ids"])))
 
     def _ask(self, inputs: dict[str, Any], mask: Tensor, rows: list[int]) -> Targets | TopTargets:
         assert self.teacher is not None
@@ -110,7 +110,8 @@ class GatedLossTrainer(SharingTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """GRPO's loss plus distill_coef times the gated divergence, from one forward of the student (Eq. 7)."""
         training = self.model.training
-        forward = _Forward(model, distill=self._targets(inputs), shared=self._shared(inputs))
+        targets = self._targets(inputs)
+        forward = _Forward(model, distill=targets, shared=None if targets is None else self._shared(inputs))
         loss: Tensor = super()._compute_loss(forward, inputs)
         scale = self.current_gradient_accumulation_steps if training else 1
         terms = {"policy": loss.detach() * scale, "distill": loss.new_zeros(()), "kl": loss.new_zeros(())}

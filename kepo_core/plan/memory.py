@@ -3,7 +3,9 @@
 Notation: H hidden size, M mlp, Q and K all query and all key heads together, V vocabulary, L layers, n tokens, S the
 longest sequence; P parameters; c bytes of a number that is computed with (4, or 2 under bf16), r those of the states
 that run from layer to layer (4 where weights are float32 masters, c under LoRA, whose base is kept in c).
-What is said of layers was counted on Qwen3-VL (it is what PyTorch keeps, to the byte); other families differ somewhat.
+Every row counts with its own prompt: a run takes less where the rows of a group share one (`method.shared_prompts`,
+`method.shared_scoring`). What is said of layers was counted on Qwen3-VL (it is what PyTorch keeps, to the byte); other
+families differ somewhat.
 """
 
 from dataclasses import dataclass
