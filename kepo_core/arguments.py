@@ -33,7 +33,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "path", help="OmniMedVQA's folder or zip, Med-R1's question files, a table's folder, or hf:OWNER/NAME"
     )
     check.add_argument("-f", "--file", metavar="PARAMS_FILE", help="check as a run with these parameters does")
-    check.add_argument("--quick", action="store_true", help="skip decoding of pictures and trials of the processor")
+    check.add_argument("--quick", action="store_true", help="neither decode pictures nor try the processor")
     check.add_argument("--strict", action="store_true", help="stop at the first row that would be dropped")
     check.add_argument("--columns", default="", metavar="NAMES", help="like the parameter data_columns")
     check.add_argument("--html", metavar="FILE", help="also write the tables as a page")
@@ -59,7 +59,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def _add_runs(runs: argparse.ArgumentParser) -> None:
     runs.set_defaults(action="list", results=None, state=None, method=None, parameter=[], json=False)
     actions = runs.add_subparsers(dest="action")
-    listed = actions.add_parser("list", help="a row per run, the newest first (also done by `kepo runs`)")
+    listed = actions.add_parser("list", help="a row per run, the newest first; the default of `kepo runs`")
     listed.add_argument("--state", choices=_STATES, help="only runs in this state; killed: its process is gone")
     listed.add_argument("--method", metavar="NAME", help="only runs of this method, as in the folder's name")
     listed.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
@@ -67,7 +67,7 @@ def _add_runs(runs: argparse.ArgumentParser) -> None:
     listed.add_argument("--json", action="store_true", help="as JSON, with accuracies in [0, 1]")
     show = actions.add_parser("show", help="show a run's results, its inputs, and how to repeat it")
     show.add_argument("run", help="as for resume")
-    compare = actions.add_parser("compare", help="compare parameters, and accuracies with the first run's")
+    compare = actions.add_parser("compare", help="compare parameters of runs, and accuracies with the first run's")
     compare.add_argument("run", nargs="+", help="as for resume")
     for action in (listed, show, compare):
         action.add_argument("--results", metavar="DIR", help="folder of the runs (default: results)")

@@ -230,8 +230,8 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
 
         A declared name counts wherever it was set, if its value is plain data. Any other plain public name that is set
         as a parameter (`params_io.meant_as_parameters`; outside of a live notebook, all of them) is a field of TRL's,
-        or an error that names the nearest parameter; what is set elsewhere and looks like one is warned of. A text is
-        read as a number where one is expected: papermill takes ``2e-6`` for a text.
+        or an error that names the nearest parameter; similar names set elsewhere give a warning. A text is read as a
+        number where one is expected: papermill reads ``2e-6`` as a text.
         """
         plain = {
             name: value

@@ -119,10 +119,10 @@ def is_injected(source: str) -> bool:
 def meant_as_parameters(cells: Sequence[str], known: Collection[str], anywhere: Collection[str]) -> set[str]:
     """The names that the executed ``cells`` of a notebook set as parameters, misspelt ones among them.
 
-    They are those of papermill's cell and of the parameters cell, as these were executed last. The latter is the cell
-    that does nothing but set names to constants, and sets most ``known`` ones; what sets more than half of these is an
-    edited version of it. Any other cell is the user's own business: where it sets a ``known`` name, or nearly one, that
-    does not count ``anywhere``, a warning says so.
+    These are the names in papermill's cell and in the parameters cell, in their last executed versions. The parameters
+    cell is the cell that only sets names to constants and sets the most ``known`` ones; a cell that sets more than half
+    of these is an edited version of it. All other cells belong to the user. If one sets a ``known`` name, or nearly
+    one, that does not count ``anywhere``, a warning says so.
     """
     found = [(is_injected(source), parameter_cells([source]).keys()) for source in cells]
     papermills = next((names for injected, names in reversed(found) if injected), set[str]())
@@ -145,7 +145,7 @@ def check_names(namespace: Mapping[str, Any]) -> None:
     """Refuse what papermill lets pass: a name that the parameters cell of a notebook does not set.
 
     For notebooks whose parameters are their own: that cell is the one that sets most names to constants. ``namespace``
-    is the notebook's ``globals()``. A misspelt one in a cell of its own is warned of.
+    is the notebook's ``globals()``. A misspelt name in a cell of its own gives a warning.
 
     Raises:
         ParamError: names the nearest parameter.
@@ -157,7 +157,7 @@ def check_names(namespace: Mapping[str, Any]) -> None:
         raise ParamError(f"{name} in the notebook is not a parameter{nearest(name, known) or every}")
 
 
-#: What a constant may be made of: papermill writes an infinity as ``float('inf')``.
+#: Allowed parts of a constant: papermill writes an infinity as ``float('inf')``.
 _PARTS = (ast.Constant, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.List, ast.Tuple,
           ast.Dict, ast.Set, ast.Call, ast.Name, ast.Load)  # fmt: skip
 

@@ -107,7 +107,7 @@ def check(
         config(output_dir="", use_cpu=True, **options, **values | {"save_steps": 1})  # save_steps 0: no checkpoints
     except (ValueError, TypeError, ImportError, OSError) as error:  # ParamError is a ValueError
         raise ParamError(" ".join(str(error).split())) from error
-    finally:  # where transformers asks for a compiler: of this process's later runs, too, and of all that it starts
+    finally:  # transformers may set variables to ask for a compiler; later runs and child processes would inherit them
         for name in os.environ.keys() - environment:
             del os.environ[name]
         os.environ.update(environment)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def project_root() -> Path:
-    """The checkout's top folder: the nearest one above the working directory, else above this file.
+    """The checkout's top folder: the nearest one above the working directory, or else above this file.
 
     It contains ``notebooks/`` and ``params/phantom.yaml``. An installed package without either uses the working
     directory, so results land where the user is.

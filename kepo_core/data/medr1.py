@@ -185,7 +185,7 @@ def _parse_row(
         if len(candidates) != 1:
             raise RowError(
                 "unknown modality",
-                f"{where}: {file.name} names none of {', '.join(MODALITIES)}, and no other file has {dataset!r}.",
+                f"{where}: {file.name} names none of {', '.join(MODALITIES)}, nor do other files of {dataset!r}.",
             )
         (modality,) = candidates
         ledger.mend("the file names no modality: taken from the data set", where)

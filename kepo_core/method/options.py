@@ -71,7 +71,7 @@ class MethodOptions:
     )
     explore: bool = option(True, "if all rollouts of a prompt fail, retry with the teacher's hint")
     exploration_reward: str = option(
-        "", "the reward that is 0 for failed rollouts and above 0 for accepted retries; named as gate_reward"
+        "", "rollouts fail if this reward is not above 0, retries are accepted if it is; named as gate_reward"
     )
     rejection_budget: Count = option(5, "B: rounds of retries with a hint per failed group, at most")
     injected_per_group: Count = option(1, "m: retries per round, and accepted retries that replace originals, at most")
