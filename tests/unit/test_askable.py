@@ -1,4 +1,4 @@
-"""What a run draws is tried with its very processor and tokenizer before any model is called."""
+"""The questions that a run samples are tried with its processor and tokenizer before any model is called."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Two layouts, recognised; what is mended and dropped is counted; `kepo data check` says so."""
+"""Two layouts are recognised; mended and dropped rows are counted; `kepo data check` shows them."""
 
 import json
 from pathlib import Path
@@ -159,7 +159,7 @@ def test_a_backup_beside_the_files_gives_no_question_twice(medr1: Path) -> None:
 
 @pytest.mark.parametrize("copy", ["CT copy_test.json", "backup_CT_test.json", "CT(Computed Tomography)_test.json"])
 def test_a_copy_of_another_name_gives_no_question_twice(medr1: Path, copy: str) -> None:
-    """But the same question in another split is a leak, which is to be seen."""
+    """But the same question in another split is a leak, and must be reported."""
     write(medr1, "CT_test.json", row())
     write(medr1, copy, row())
     write(medr1, "CT_train.json", row())
@@ -317,7 +317,7 @@ def test_the_check_counts_what_was_mended_and_dropped(medr1: Path, capsys: pytes
 
 @pytest.fixture
 def spoilt(medr1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ten good rows, and one each of what only decoding, the processor or the tokenizer shows."""
+    """Ten good rows, and one for each fault that only decoding, the processor or the tokenizer shows."""
     monkeypatch.setenv("KEPO_CACHE", str(tmp_path / "cache"))
     (medr1 / QA_FOLDER).mkdir(parents=True)
     for i in range(14):
@@ -394,7 +394,7 @@ def test_the_three_published_files() -> None:
 
 @pytest.mark.skipif(not MEDR1.is_dir(), reason="these files are not part of the package")
 def test_every_published_option_behind_its_letter_is_read_as_that_letter() -> None:
-    """Bacteria (``E. coli``), stains (``H&E``), grades: what offers a letter there is no option."""
+    """Bacteria (``E. coli``), stains (``H&E``), grades: letters there are not options."""
     for question in check(MEDR1).questions:
         text = question.options[question.letters.index(question.answer)]
         for said in (f"{question.answer}) {text}", f"{question.answer}. {text}", f"{question.answer}: {text}"):

@@ -211,7 +211,7 @@ def test_choices_are_closed(name):
 def test_supervision_has_no_reasoning_to_teach():
     for changes in ({"method": "sft"}, {"method": "gkd", "gkd_lambda": 0.5}):
         bad("learns from the right answers .* set thinking to False", **changes)
-        Params(**changes, thinking=False)  # exploration is KEPO's alone
+        Params(**changes, thinking=False)  # only KEPO explores
 
 
 def test_an_empty_path_is_refused():
@@ -229,7 +229,7 @@ def test_choices_agree_with_the_modules_that_use_them():
 def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
     sizes = {"group_size": 4, "prompts_per_device": 2, "prompts_per_step": 12, "injected_per_group": 1}
     base = Params(explore=False, tau=0.0, eval_temperature=1, **sizes)
-    if name.startswith("teacher_") and name != "teacher_quantization":  # a served teacher's: one goes with the other
+    if name.startswith("teacher_") and name != "teacher_quantization":  # a served teacher's: one needs the other
         base = base.replace(teacher_url="http://host/v1", teacher_top_k=5)
     (kind, _), value = kind_of(Params, name), getattr(base, name)
     if kind is bool:
@@ -367,7 +367,7 @@ def test_the_parameters_cell_counts_as_it_was_executed_last():
 def test_a_misspelling_is_forgiven_once_its_cell_was_mended_and_executed_again():
     cells, values = ["", "tau = 0\nsed = 1", "tau = 0\nseed = 1"], {"tau": 0, "sed": 1, "seed": 1}
     assert Params.from_notebook({"In": cells, **values}).seed == 1
-    with pytest.raises(ParamError, match="sed in the notebook"):  # papermill's cell mends nothing
+    with pytest.raises(ParamError, match="sed in the notebook"):  # papermill's cell does not correct the misspelling
         Params.from_notebook({"In": [*cells[:2], "# Parameters\ntau = 0\nseed = 1"], **values})
     with pytest.raises(ParamError, match="sed in the notebook"):
         Params.from_notebook({"In": [*cells[:2], "seed = 1"], **values})

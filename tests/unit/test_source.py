@@ -1,4 +1,4 @@
-"""Folders and the untouched archive; what is wrong with them is one sentence, and nothing leaves its root."""
+"""Folders and the untouched archive: every fault is reported in one sentence, and nothing leaves its root."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def picture(ending: str = "png", grey: int = 7) -> bytes:
 
 
 def members(count: int = 3) -> dict[str, bytes]:
-    """The release in small, as the archive holds it: in a folder of its own."""
+    """A small release, as in the archive: in a folder of its own."""
     files = {f"OmniMedVQA/Images/Toy/{i}.{ending}": picture(ending, i)
              for i, ending in zip(range(count), ["png", "tif", "bmp", "jpg"] * count, strict=False)}  # fmt: skip
     rows = [row(i, name.removeprefix("OmniMedVQA/")) for i, name in enumerate(files)]
@@ -66,7 +66,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files_in(folder: Path) -> list[str]:
-    """All but what is known of pictures."""
+    """Everything except the results of inspections."""
     return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.parent.name != "inspected")
 
 
@@ -203,7 +203,7 @@ def test_spaces_ampersands_double_dots_and_upper_case_endings_are_names(tmp_path
 
 
 def macos(files: dict[str, bytes]) -> dict[str, bytes]:
-    """What macOS packs: a twin of resource forks before each file."""
+    """As macOS packs them: a file of resource forks before each file."""
     twins = {f"__MACOSX/{name.rpartition('/')[0]}/._{name.rpartition('/')[2]}": b"\0\5\x16\7" for name in files}
     return twins | files | {f"{name.rpartition('/')[0]}/._{name.rpartition('/')[2]}": b"\0\5" for name in files}
 
@@ -218,7 +218,7 @@ def test_archives_of_macos_and_windows_are_read_like_any_other(tmp_path: Path, c
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         for name, content in packed(members()).items():
             info = zipfile.ZipInfo("x")
-            info.filename = name  # as it is written there: ZipFile would put slashes
+            info.filename = name  # with backslashes: ZipFile would write slashes
             archive.writestr(info, content)
     source, ledger = open_source(tmp_path / "b.zip"), Ledger()
     questions = load_questions(source, ledger)
@@ -368,7 +368,7 @@ def test_a_root_of_a_kind_that_is_not_read_says_which_are(tmp_path: Path, name: 
 
 
 def hub_cache(folder: Path, tmp_path: Path, what: str) -> None:
-    """Put files where the Hub's cache has them: their content elsewhere, called by its hash."""
+    """Store files as the Hub's cache does: links to content elsewhere, named by its hash."""
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     for number, path in enumerate(sorted(path for path in (folder / what).rglob("*") if path.is_file())):
@@ -474,7 +474,7 @@ def test_others_get_the_very_same_items(tmp_path: Path, cache: Path) -> None:
 
 
 def test_items_have_the_names_of_their_pictures_that_the_first_run_gave_them(tmp_path: Path, cache: Path) -> None:
-    """Also where the file that gave a picture its name was not drawn."""
+    """Also if the file that gave a picture its name was not sampled."""
     twins = {f"Images/Toy/{i}.png": picture("png", i // 2) for i in range(60)}
     root = zipped(tmp_path / "a.zip", study_members() | twins)
     data = experiment.load_data(study_params(root))

@@ -1,4 +1,4 @@
-"""Data of one's own: tables, ``datasets`` folders and Hub names give the same questions, and say what is no use."""
+"""Your own data: tables, ``datasets`` folders and Hub names give the same questions, and name unusable rows."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def in_bytes() -> list[dict[str, Any]]:
-    """The same, as ``datasets`` holds pictures."""
+    """The same, with pictures as in ``datasets``."""
     return [row | {"image": {"bytes": png(min(i, 8)), "path": None}} for i, row in enumerate(rows())]
 
 
@@ -112,7 +112,7 @@ def as_csv(own: Path, mark: str = ",", before: str = "", encoding: str = "utf-8"
     (own / "t.csv").write_bytes((before + text).replace("\n", end).encode(encoding))
 
 
-#: As other programs and other languages' spreadsheets write them.
+#: Written by other programs and by spreadsheets in other languages.
 WRITERS |= {
     "csv in UTF-16": lambda own: as_csv(own, encoding="utf-16"),
     "csv in UTF-16 without a mark": lambda own: as_csv(own, encoding="utf-16-le"),
@@ -317,7 +317,7 @@ def test_a_comma_without_quotation_marks_moves_no_text_into_anothers_place(own: 
 
 
 def test_a_letter_is_that_of_the_option_as_it_was_given(own: Path) -> None:
-    """Also where an empty option before it, or one that says the same, is left out."""
+    """Also if an empty option before it, or one with the same text, is skipped."""
     given = [("|a|b", "C", "B"), ("a|A.|b", "C", "B"), ("x|y|I", "I", "C"), ("a|b", "b", "B")]
     pd.DataFrame(
         [{"image": "pics/0.png", "question": "?", "options": o, "answer": a} for o, a, _ in given]
@@ -326,7 +326,7 @@ def test_a_letter_is_that_of_the_option_as_it_was_given(own: Path) -> None:
 
 
 def test_options_with_letters_of_their_own_do_not_get_two_and_no_answer_means_another(own: Path) -> None:
-    """A letter may be an option's place or stand before its text: where these are two, it is no answer."""
+    """A letter may be an option's place or precede its text: if these are two options, it is not an answer."""
     given = [
         ("A) x | B) y", "B", ("x", "y"), "B"),
         ("(A) x | (B) y | (C) z", "(C) z", ("x", "y", "z"), "C"),
@@ -354,7 +354,7 @@ def test_options_with_letters_of_their_own_do_not_get_two_and_no_answer_means_an
 
 
 def memory_of_files() -> float:
-    """Megabytes of this process that are files mapped into memory."""
+    """Megabytes of files mapped into this process's memory."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
     return int(line.split()[1]) / 1024
 
@@ -498,7 +498,7 @@ def test_without_a_validation_part_some_of_training_is_set_aside(own: Path) -> N
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The library's cache as a download of ``someone/shapes`` would leave it, and no network."""
+    """The library's cache after a download of ``someone/shapes``, without network."""
     from datasets import load_dataset
 
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -516,7 +516,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("root", ["hf:someone/shapes", "hf:someone/shapes:train"])
 def test_a_hub_name_is_loaded_through_the_library(hub: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(hub)
-    (hub / "someone/shapes").mkdir(parents=True)  # a folder of that name is not what is meant
+    (hub / "someone/shapes").mkdir(parents=True)  # a folder of that name is not meant
     source = open_data(root)
     questions = load_questions(source)
     assert [q[:-1] for q in essence(questions)] == [q[:-1] for q in EXPECTED]
@@ -552,7 +552,7 @@ def test_a_hub_name_that_cannot_be_had_is_one_sentence(hub: Path, root: str, sen
 
 
 def test_a_data_set_with_code_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The library says so once it finds a script in the repository; nothing asks it to trust one."""
+    """The library raises if it finds a script in the repository; nothing tells it to trust one."""
     from datasets import load
 
     def factory(path: str, *_: Any, **options: Any) -> Any:
