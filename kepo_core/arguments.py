@@ -24,7 +24,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     for command in (run, teacher, plan):
         command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                              help="one parameter over the file's; repeatable")  # fmt: skip
-    run.add_argument("-m", "--method", metavar="NAME", help="a row of the README's table of methods")
+    run.add_argument("-m", "--method", metavar="NAME", help="a row of the table of methods (docs/reference/methods.md)")
     resume = commands.add_parser("resume", help="go on with a run that was interrupted, failed or killed")
     resume.add_argument("run", help="a folder's name, its beginning or end (the parameters' hash, say), or its path")
     data = commands.add_parser("data", help="look at data").add_subparsers(dest="data_command", required=True)

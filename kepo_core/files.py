@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and JSON that any reader takes."""
+"""Files that are whole or not there at all, JSON that any reader takes, locks and sockets."""
 
 import json
 import math
@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from kepo_core.errors import ParamError
 
@@ -26,6 +28,38 @@ def in_place_of(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def locked(path: Path) -> FileLock:
+    """The lock on a file, taken; ``Timeout`` if another process has it."""
+    lock = FileLock(path, thread_local=False)
+    lock.acquire(timeout=1)  # longer than `is_locked` has it
+    return lock
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process has the lock on a file: on this machine, or on another that shares the disk."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, which has no shared locks
+        try:
+            locked(path).release()
+        except Timeout:
+            return True
+        return False
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: readers do not take one another for its owner
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def holds_sockets(folder: str) -> bool:
+    """Whether the path of a socket of `multiprocessing` in there can be bound: 107 bytes on Linux, 103 on macOS."""
+    return len(os.fsencode(f"{folder}/pymp-12345678/listener-12345678")) <= 103
 
 
 def read_json(path: Path) -> dict[str, Any]:

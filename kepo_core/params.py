@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from kepo_core import params_trl
+from kepo_core import params_io, params_trl
 from kepo_core.errors import ParamError
 from kepo_core.method.options import (
     Count,
@@ -26,7 +26,6 @@ from kepo_core.method.options import (
     kind_of,
     option,
 )
-from kepo_core.params_io import as_number, meant_as_parameters, parameter_cells, read_yaml, short_hash, yaml_scalar
 from kepo_core.params_io import check_names as check_names
 from kepo_core.params_rules import check_together
 from kepo_core.paths import anchored
@@ -227,8 +226,8 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
 
         A declared name counts wherever it was set, if its value is plain data. Any other plain public name that is set
         as a parameter (`params_io.meant_as_parameters`; outside of a live notebook, all of them) is a field of TRL's,
-        or an error that names the nearest parameter. A text is read as a number where one is expected: papermill takes
-        ``2e-6`` for a text.
+        or an error that names the nearest parameter; what is set elsewhere and looks like one is warned of. A text is
+        read as a number where one is expected: papermill takes ``2e-6`` for a text.
         """
         plain = {
             name: value
@@ -238,7 +237,8 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
         cells, names = namespace.get("In"), declared(Params)
         set_here: Collection[str] = plain
         if isinstance(cells, list):
-            set_here = meant_as_parameters(cells, params_trl.names(names, parameter_cells(cells)))
+            known = params_trl.names(names, params_io.parameter_cells(cells))
+            set_here = params_io.meant_as_parameters(cells, known, names)
         given = {name: value for name, value in plain.items() if name in names or name in set_here}
         try:
             return cls._of(_given(_numbers(given)))
@@ -265,9 +265,10 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
                 if name != "run_dir":
                     choices = field.metadata.get("choices")
                     among = f" (one of: {', '.join(choices)})" if choices else ""
-                    lines += [f"# {field.metadata['help']}{among}", f"{name}: {yaml_scalar(getattr(self, name))}"]
+                    value = params_io.yaml_scalar(getattr(self, name))
+                    lines += [f"# {field.metadata['help']}{among}", f"{name}: {value}"]
         lines += ["", "# -- TRL: any field of GRPOConfig, under its name and with its meaning"]
-        lines += [f"{name}: {yaml_scalar(value)}" for name, value in self.trl.items()]
+        lines += [f"{name}: {params_io.yaml_scalar(value)}" for name, value in self.trl.items()]
         return "\n".join(lines) + "\n"
 
     def differing(self, cell: Mapping[str, Any] | None = None) -> dict[str, bool | int | float | str]:
@@ -291,7 +292,7 @@ class Params(RunParams, EvaluationParams, TrainingParams, MethodOptions, TaskPar
     @property
     def hash(self) -> str:
         """Eight hexadecimal digits over everything that can change a result (`PLACES` are left out)."""
-        return short_hash({name: value for name, value in self.to_dict().items() if name not in PLACES})
+        return params_io.short_hash({name: value for name, value in self.to_dict().items() if name not in PLACES})
 
     @property
     def method_name(self) -> str:
@@ -312,12 +313,12 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` with numbers where texts write them and a parameter of the study is one."""
     numeric = {name for name in values if name in declared(Params) and kind_of(Params, name)[0] in (int, float)}
-    return {n: as_number(v) if n in numeric and isinstance(v, str) else v for n, v in values.items()}
+    return {n: params_io.as_number(v) if n in numeric and isinstance(v, str) else v for n, v in values.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The names and values of a parameter file, all of them with a value."""
-    values = read_yaml(path)
+    values = params_io.read_yaml(path)
     for name, value in values.items():
         if name == "run_dir":
             raise ParamError(f"{name} belongs to one run and cannot stand in {path.name}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,22 +116,28 @@ def is_injected(source: str) -> bool:
     return source.startswith("# Parameters\n")
 
 
-def meant_as_parameters(cells: Sequence[str], known: Collection[str]) -> set[str]:
+def meant_as_parameters(cells: Sequence[str], known: Collection[str], anywhere: Collection[str]) -> set[str]:
     """The names that the executed ``cells`` of a notebook set as parameters, misspelt ones among them.
 
-    All names count of a cell that does nothing but set names to constants and sets a ``known`` one, unless it was
-    executed again, edited; and all of papermill's. In any other cell ``k = 3`` is the user's own business, and a name
-    counts only where it is a known one but for a letter or so.
+    They are those of papermill's cell and of the parameters cell, as these were executed last. The latter is the cell
+    that does nothing but set names to constants, and sets most ``known`` ones; what sets more than half of these is an
+    edited version of it. Any other cell is the user's own business: where it sets a ``known`` name, or nearly one, that
+    does not count ``anywhere``, a warning says so.
     """
     found = [(is_injected(source), parameter_cells([source]).keys()) for source in cells]
-    meant: set[str] = set()
-    for place, (injected, names) in enumerate(found):
-        later = [others for papermills, others in found[place + 1 :] if not papermills]
-        if injected or any(name in known for name in names):
-            replaced = not injected and any({*names} & {*known} <= others for others in later)
-            meant |= {name for name in names if name in known or not replaced}
-        else:
-            meant |= {name for name in names if difflib.get_close_matches(name, known, n=1, cutoff=0.8)}
+    papermills = next((names for injected, names in reversed(found) if injected), set[str]())
+    own = [names for injected, names in found if not injected]
+    known_ones = max(({*names} & {*known} for names in own), key=len, default=set[str]())
+    edited = [names for names in own if 2 * len(known_ones & names) > len(known_ones)]
+    meant = {*papermills, *(edited[-1] if edited else ())}
+    for name in sorted({name for _, names in found for name in names} - meant - {*anywhere}):
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            is_meant = f" (is {near[0]} meant?)" * (near[0] != name)
+            warnings.warn(
+                f"{name}{is_meant} is set in a cell of its own and is not taken as a parameter: write it into the "
+                "parameters cell if it is one",
+                stacklevel=3,
+            )
     return meant
 
 
@@ -138,14 +145,14 @@ def check_names(namespace: Mapping[str, Any]) -> None:
     """Refuse what papermill lets pass: a name that the parameters cell of a notebook does not set.
 
     For notebooks whose parameters are their own: that cell is the one that sets most names to constants. ``namespace``
-    is the notebook's ``globals()``.
+    is the notebook's ``globals()``. A misspelt one in a cell of its own is warned of.
 
     Raises:
         ParamError: names the nearest parameter.
     """
     cells = namespace["In"]
     known = max((parameter_cells([cell]) for cell in cells if not is_injected(cell)), key=len)
-    for name in sorted(meant_as_parameters(cells, known) - known.keys()):
+    for name in sorted(meant_as_parameters(cells, known, known) - known.keys()):
         every = f"; expected one of {', '.join(sorted(known))}"
         raise ParamError(f"{name} in the notebook is not a parameter{nearest(name, known) or every}")
 

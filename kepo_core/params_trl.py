@@ -4,6 +4,7 @@ TRL declares them, so they are not declared again. Importing it takes seconds, s
 given that is not in `DEFAULTS`.
 """
 
+import os
 import re
 import types
 import typing
@@ -101,10 +102,15 @@ def check(
     for name in new:
         check_name(name, ours)
     values |= {name: _fitting(name, value) for name, value in new.items() if value is not None}
+    config, environment = _config(), dict(os.environ)
     try:
-        _config()(output_dir="", use_cpu=True, **options, **values | {"save_steps": 1})  # save_steps 0: no checkpoints
+        config(output_dir="", use_cpu=True, **options, **values | {"save_steps": 1})  # save_steps 0: no checkpoints
     except (ValueError, TypeError, ImportError, OSError) as error:  # ParamError is a ValueError
         raise ParamError(" ".join(str(error).split())) from error
+    finally:  # where transformers asks for a compiler: of this process's later runs, too, and of all that it starts
+        for name in os.environ.keys() - environment:
+            del os.environ[name]
+        os.environ.update(environment)
     return {name: value for name, value in values.items() if name in DEFAULTS or not _is_default(name, value)}
 
 

@@ -20,6 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 from kepo_core.errors import ParamError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.experiment.methods import name_of
+from kepo_core.files import holds_sockets
 from kepo_core.pages.index import write_index
 from kepo_core.pages.report import write_report
 from kepo_core.params import Params, at_root, from_root, project_root
@@ -69,8 +70,8 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
         if state == "refused":
             run.release()  # an open lock would keep the folder on some network disks
             shutil.rmtree(run.path)
-            print(f"kepo: {error}", file=sys.stderr)
             print(f"kepo: refused, {folder} is removed again", flush=True)
+            print(f"kepo: {error}", file=sys.stderr)  # last: it is what a study says of this run
             return REFUSED
         run.conclude(state, error, lambda *end: _write_report(run, *end))
         status = run.status
@@ -141,15 +142,10 @@ def _is_no_warning_of_parameters(record: logging.LogRecord) -> bool:
     return "Passed unknown parameter" not in record.getMessage()
 
 
-def _holds_sockets(folder: str) -> bool:
-    """Whether the path of a socket in there can be bound: 107 bytes on Linux, 103 on macOS."""
-    return len(os.fsencode(f"{folder}/kernel-5")) <= 103
-
-
 def _folder_for_sockets() -> tempfile.TemporaryDirectory[str]:
     """A new folder for one run alone, as runs at the same time must not meet: in /tmp where $TMPDIR is too long."""
     folder = tempfile.TemporaryDirectory(prefix="kepo-")
-    if not _holds_sockets(folder.name):
+    if not holds_sockets(folder.name):
         with suppress(OSError):  # then TCP has to do
             return tempfile.TemporaryDirectory(prefix="kepo-", dir="/tmp")
     return folder
@@ -167,13 +163,15 @@ def execute(notebook: Path, output: Path, given: dict[str, Any], folder: Path | 
         """No installed kernel is looked up, so none of another environment is found; sockets need no free port."""
 
         connection_file = f"{own.name}/kernel.json"
-        if sys.platform != "win32" and _holds_sockets(own.name):
+        if sys.platform != "win32" and holds_sockets(own.name):
             transport = "ipc"
             ip = f"{own.name}/kernel"
         kernel_spec = KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             display_name="Python 3",
             language="python",
+            # What the kernel starts (data loaders' workers) has sockets in there, and would stand still without.
+            env={"TMPDIR": own.name} if not holds_sockets(tempfile.gettempdir()) else {},
         )
 
     previous = signal.signal(signal.SIGTERM, interrupt)

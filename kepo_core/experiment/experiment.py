@@ -279,9 +279,11 @@ def evaluate_run(params: Params, run: Run, data: StudyData, models: Models, stud
     """The answers of the run's "untrained" or "trained" student to all test questions, as they come in its folder.
 
     ``models.student`` is this student; where several processes or vLLM answer, they load it themselves. Raises
-    `ParamError` where parameters or data are no longer those of the run.
+    `ParamError` where parameters or data are no longer those of the run, or a cell that comes first was skipped.
     """
     kernel.check_record(params, run, data.identity())
+    if student == "trained":
+        kernel.check_trained(run)
     kept, progress = run.evaluation_dir / f"{student}.jsonl", live.ProgressBar(student)
     if not launch.evaluates(params):
         return evaluate_student(params, models, data.test, kept, progress)

@@ -72,3 +72,11 @@ def check_untrained(student: nn.Module, kept: Path | None, asked: int) -> None:
         return
     if not kept.is_file() or kept.read_bytes().count(b"\n") <= asked:  # a line of its own comes first
         raise ParamError(f"the student has been trained already, and was not asked all questions before: {_AGAIN}")
+
+
+def check_trained(run: Run) -> None:
+    """Raise `ParamError` where ``run`` has not trained its student, or not asked it before: cells were skipped."""
+    if not (run.path / "model").is_dir():
+        raise ParamError(f"{run.path.name} has trained no student yet: execute the cell that trains it")
+    if run.status["state"] != "completed" and not (run.evaluation_dir / "untrained.jsonl").is_file():
+        raise ParamError(f"{run.path.name} has not asked the untrained student: {_AGAIN}")

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from kepo_core.errors import ParamError
 from kepo_core.experiment.evaluation import Progress, answered
 from kepo_core.experiment.live import LiveTraining, read_rows, total_steps
 from kepo_core.experiment.methods import needs_teacher
+from kepo_core.files import holds_sockets
 from kepo_core.method.vllm_rollouts import VERSIONS
 from kepo_core.params import Params, project_root, resolve
 from kepo_core.runs.run import Run
@@ -43,6 +45,10 @@ EVALUATE = "--evaluate"
 
 #: Where accelerate reads how many processes there are.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+#: By which accelerate takes another precision, a compiler or a way of sharing out than it is told; these are off.
+_SWITCHES = ("MIXED_PRECISION", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM",
+             "USE_PARALLELISM_CONFIG")  # fmt: skip
+_OFF = ("", "no", "false", "0")
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 _MIXED = {"fp32": "no", "bf16": "bf16"}
 _PAUSE = 0.5  # seconds between two looks at the workers
@@ -90,8 +96,13 @@ def configuration(params: Params) -> ClusterConfig:
 
 def check(params: Params) -> None:
     """Raise `ParamError` where this machine cannot train as ``params`` say."""
-    check_alone()
-    gpus = torch.cuda.device_count()
+    check_alone(bool(params.of_trl("torch_compile")))
+    gpus, temporary = torch.cuda.device_count(), tempfile.gettempdir()
+    if params.of_trl("dataloader_num_workers") and sys.platform != "win32" and not holds_sockets(temporary):
+        raise ParamError(
+            f"dataloader_num_workers is {params.of_trl('dataloader_num_workers')}, whose sockets have no room in the "
+            f"temporary folder {temporary}, as its path is too long: set TMPDIR to a shorter one, such as /tmp"
+        )
     if params.of_trl("use_vllm"):
         _check_vllm(gpus)
     if gpus > 1 and params.processes == 1 and params.method != "none":
@@ -142,16 +153,24 @@ def _check_vllm(gpus: int) -> None:
         raise ParamError("use_vllm is True but this machine has no GPU: set it to False")
 
 
-def check_alone() -> None:
-    """Raise `ParamError` where the environment says that this process is one of several: none of them is `train`'s."""
+def check_alone(compiles: bool = False) -> None:
+    """Raise `ParamError` where the environment says that this process is one of several: none of them is `train`'s.
+
+    So does what accelerate's launcher leaves there for its own process; with ``compiles``, a compiler is none of it.
+    """
     sizes = {name: os.environ.get(name, "") for name in _SIZES}
     leaked = [name for name, size in sizes.items() if size.isdigit() and int(size) > 1]
     leaked += [name for name in ("RANK", "LOCAL_RANK") if os.environ.get(name, "-1") != "-1"]
+    without = "training would wait for processes that do not come"
+    if not leaked:
+        switches = [f"ACCELERATE_{name}" for name in _SWITCHES if not (compiles and name == "DYNAMO_BACKEND")]
+        leaked = [name for name in switches if os.environ.get(name, "").lower() not in _OFF]
+        without = "training would not be what the parameters say"
     if leaked:
         raise ParamError(
             f"{leaked[0]} is {os.environ[leaked[0]]} in the environment, as torchrun, mpirun or accelerate set it: "
-            f"training would wait for processes that do not come. Start it without (env -u {' -u '.join(leaked)} "
-            "kepo …), and for several processes set processes: kepo starts them itself"
+            f"{without}. Start it without (env -u {' -u '.join(leaked)} kepo …), and for several processes set "
+            "processes: kepo starts them itself"
         )
 
 

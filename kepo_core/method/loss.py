@@ -70,14 +70,14 @@ class GatedLossTrainer(SharingTrainer):
     def _shared(self, inputs: dict[str, Any]) -> Shared | None:
         """The batch's distinct prompts, if the student may read each one only once; else None.
 
-        It may not without ``distill``, where a step must equal GRPOTrainer's bit for bit; under gradient checkpointing,
-        where gradients do not reach a cache; if the model is sharded; or if old log-probabilities, computed row by row,
-        enter the ratio.
+        It may not where the divergence adds nothing and the step must equal GRPOTrainer's bit for bit; under gradient
+        checkpointing, where gradients do not reach a cache; if the model is sharded; or if old log-probabilities,
+        computed row by row, enter the ratio.
         """
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not self.args.distill or sharded or self.args.gradient_checkpointing or "old_per_token_logps" in inputs:
+        if sharded or self.args.gradient_checkpointing or "old_per_token_logps" in inputs or not self.args.distill_coef:
             return None
-        return shared_rows(inputs, range(len(inputs["prompt_ids"]))) if self.model.training else None
+        return shared_rows(inputs, range(len(inputs["prompt_ids"])))
 
     def _ask(self, inputs: dict[str, Any], mask: Tensor, rows: list[int]) -> Targets | TopTargets:
         assert self.teacher is not None
@@ -111,7 +111,8 @@ class GatedLossTrainer(SharingTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """GRPO's loss plus distill_coef times the gated divergence, from one forward pass of the student (Eq. 7)."""
         training = self.model.training
-        forward = _Forward(model, distill=self._targets(inputs), shared=self._shared(inputs))
+        targets = self._targets(inputs)
+        forward = _Forward(model, distill=targets, shared=None if targets is None else self._shared(inputs))
         loss: Tensor = super()._compute_loss(forward, inputs)
         scale = self.current_gradient_accumulation_steps if training else 1
         terms = {"policy": loss.detach() * scale, "distill": loss.new_zeros(()), "kl": loss.new_zeros(())}

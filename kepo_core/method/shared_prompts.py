@@ -203,22 +203,23 @@ class SharingTrainer(VisionTrainer):
         """TRL's batch with ``kepo_prompt``, (B,): the first row of the generation batch with the same prompt."""
         self._firsts = tuple[int, ...]()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self._firsts:
+        if self._firsts and not self.tools:  # whose completions may hold pictures of their own
             output["kepo_prompt"] = torch.tensor(self._firsts, device=self.accelerator.device)
         return output
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        self._firsts = self._firsts or tuple(first_rows(ids, images))  # prompts with hints follow
+        return ids, images, fields
+
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kw: Any) -> Any:
-        if self.tools:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
-        firsts = first_rows(prompt_ids, images)
-        self._firsts = self._firsts or tuple(firsts)  # hint-aware draws follow
-        if self.use_vllm or self.use_transformers_continuous_batching:
+        if self.use_vllm or self.use_transformers_continuous_batching or self.tools:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
         if self._sharing is None:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             self._sharing = SharedPrompts(self._anyone) if sharded else SharedPrompts()
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        with self._sharing.of(model, firsts, partial(self._pick, images)):
+        with self._sharing.of(model, first_rows(prompt_ids, images), partial(self._pick, images)):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
 
     def _anyone(self, flag: bool) -> bool:

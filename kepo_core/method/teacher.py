@@ -19,6 +19,8 @@ from kepo_core.method.task import Prompt, images_in, outside_thoughts
 _HINT = re.compile(r"<hint>((?:(?!<hint>).)*?)</hint>", re.DOTALL)  # the innermost, if they are nested
 _STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
 _MARKUP = re.compile(r"<\S+>")
+#: Words that an instruction puts between the tags (``inside <hint> and </hint>``, ``<hint>your hint here</hint>``).
+_SPOKEN_OF = {"and", "or", "to", "then", "opening", "closing", "your", "the", "hint", "here", "text", "tag", "tags"}
 #: Settings that must be equal for one model to read the image tensors of another.
 _IMAGE_FIELDS = (
     "model_input_names",
@@ -33,16 +35,17 @@ _IMAGE_FIELDS = (
 
 
 def parse_hint(text: str, markup: Sequence[str] = ()) -> str | None:
-    """The last complete ``<hint>…</hint>`` that has a letter or a digit; None without one.
+    """The last complete ``<hint>…</hint>`` with a word of its own; None without one.
 
     Reasoning is removed first (`outside_thoughts`). Earlier pairs of tags may quote the instruction
-    (``inside <hint>...</hint> tags: <hint>look left</hint>``), or hold a hint that the teacher then replaced.
+    (``inside <hint>...</hint> tags: <hint>look left</hint>``), or hold a hint that the teacher then replaced. Later
+    pairs may quote it, too (``between <hint> and </hint>``): words of the instruction do not make a hint.
 
     Every string of ``markup`` (special tokens) and every tag that structures the prompts is removed: a hint cannot
     end the user's turn, refer to an image, or imitate the prompt's tags.
     """
     hints = [_neutral(hint, markup) for hint in _HINT.findall(outside_thoughts(text))]
-    return next((hint for hint in reversed(hints) if any(letter.isalnum() for letter in hint)), None)
+    return next((hint for hint in reversed(hints) if {*re.findall(r"[^\W_]+", hint.lower())} - _SPOKEN_OF), None)
 
 
 def _neutral(hint: str, markup: Sequence[str]) -> str:
@@ -227,17 +230,19 @@ class Teacher:
 
     def _inputs(self, prompts: Sequence[Prompt], template: Mapping[str, Any]) -> Any:
         """The model's inputs for prompts that all have pictures, or that all lack them."""
-        padding = {"padding": True, "return_tensors": "pt"}
+        side = {"padding_side": "left"}
         if isinstance(prompts[0], str):
-            return self.processor(text=list(prompts), padding_side="left", **padding)
+            return self.processor(text=list(prompts), padding=True, return_tensors="pt", **side)
         vision = isinstance(self.processor, ProcessorMixin)
         return self.processor.apply_chat_template(
             [prepare_multimodal_messages(prompt) if vision else prompt for prompt in prompts],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            **{"processor_kwargs" if vision else "tokenizer_kwargs": {"padding_side": "left"}},
-            **padding,
+            return_tensors="pt",
+            **{"processor_kwargs": {"padding": True, **side}}
+            if vision
+            else {"padding": True, "tokenizer_kwargs": side},
             **template,
         )
 

@@ -3,7 +3,9 @@
 Notation: H hidden size, M mlp, Q and K the total sizes of query and key heads, V vocabulary, L layers, n tokens, S the
 longest sequence, P parameters; c bytes per number in computations (4, or 2 under bf16), r bytes per number in the
 states between layers (4 with float32 master weights; c under LoRA, whose base weights are kept in c).
-Numbers for layers were counted on Qwen3-VL (PyTorch keeps exactly these bytes); other families differ somewhat.
+Every row counts with its own prompt: a run needs less if the rows of a group share one (`method.shared_prompts`,
+`method.shared_scoring`). Numbers for layers were counted on Qwen3-VL (PyTorch keeps exactly these bytes); other
+families differ somewhat.
 """
 
 from dataclasses import dataclass

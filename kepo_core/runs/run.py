@@ -15,6 +15,7 @@ process ends, however it ends: a status that stays ``running`` while nobody hold
 killed. Other machines see the lock on every disk that shares locks, such as NFS, or Lustre mounted with ``flock``.
 """
 
+import json
 import os
 import shutil
 import time
@@ -28,7 +29,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from kepo_core.errors import DataError, ParamError
-from kepo_core.files import in_place_of, read_json, write_atomically, write_json
+from kepo_core.files import in_place_of, is_locked, json_line, locked, read_json, write_atomically, write_json
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import PLACES, Params, at_root
 from kepo_core.params_io import read_yaml, short_hash
@@ -45,26 +46,7 @@ _LOCK = ".lock"
 
 def is_running(folder: Path) -> bool:
     """Whether a process makes the run in ``folder`` now: on this machine, or on another that shares the disk."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, which has no shared locks
-        return _is_locked(folder)
-    try:
-        with (folder / _LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: readers do not take one another for the run
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        _locked(folder).release()
-    except Timeout:
-        return True
-    return False
+    return is_locked(folder / _LOCK)
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,7 @@ class Run:
         started, method = time.gmtime(), method or params.method_name
         path = _make_new(params, method, started)
         try:
-            run = cls(path, params, _locked(path))
+            run = cls(path, params, locked(path / _LOCK))
             write_atomically(path / "params.yaml", params.to_yaml())
             write_json(path / "provenance.json", {"method": method, **provenance.collect(params)})
             run._write_status("running", owner=owner, pid=os.getpid(), started=_utc(started))
@@ -115,7 +97,7 @@ class Run:
         """
         run = cls.open(path)
         try:
-            run = replace(run, lock=_locked(run.path))
+            run = replace(run, lock=locked(run.path / _LOCK))
         except Timeout as error:
             raise ParamError(f"run_dir {path} is at work in {run.worker}, expected a run that has ended") from error
         try:
@@ -254,7 +236,19 @@ class Run:
         return read_json(path)
 
     def finish(self, headline: Mapping[str, Any]) -> None:
-        """The notebook's last act: store its headline numbers; in a bare run this also completes the status."""
+        """The notebook's last act: store its headline numbers; in a bare run this also completes the status.
+
+        Raises `ParamError` for numbers of another run, as a live notebook's cells leave them where some were skipped.
+        """
+        if self.status["state"] == "completed":
+            if json.loads(json_line(headline)) != self.headline:
+                raise ParamError(f"{self.path.name} has completed with other numbers, and no run is ever overwritten")
+            return
+        if any(name.endswith(" after") for name in headline) and not (self.path / "predictions.parquet").is_file():
+            raise ParamError(
+                f"the headline has accuracies, but {self.path.name} has no predictions.parquet yet: execute the cells "
+                "that ask its students"
+            )
         write_json(self.path / "headline.json", dict(headline))
         if self.status["owner"] == "notebook":
             self.conclude("completed")
@@ -320,13 +314,6 @@ def _make_new(params: Params, method: str, started: time.struct_time) -> Path:
     if params.run_dir:
         raise ParamError(f"run_dir {params.run_dir} exists already, and no run is ever overwritten")
     raise ParamError(f"results_dir {first.parent} holds a thousand runs named {name}")
-
-
-def _locked(folder: Path) -> FileLock:
-    """The lock of a run's folder, taken; ``Timeout`` if another process has it."""
-    lock = FileLock(folder / _LOCK, thread_local=False)
-    lock.acquire(timeout=1)  # longer than `is_running` has it
-    return lock
 
 
 def _utc(moment: time.struct_time) -> str:

@@ -1,5 +1,6 @@
 """A live notebook whose cells are executed twice, or in another order: the record stays true, or it is refused."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +138,32 @@ def test_nothing_is_asked_or_trained_under_what_the_record_denies(
             with pytest.raises(ParamError, match=words):
                 experiment.evaluate_run(other.params, other.run, other.data, other.models, student)
     assert not here.run.evaluation_dir.exists() or not list(here.run.evaluation_dir.iterdir())
+
+
+def test_a_cell_that_was_skipped_is_missed(notebook: Callable[..., Notebook], tmp_path: Path) -> None:
+    """As where the cells of an earlier run have left their answers, metrics and headline in the kernel."""
+    here = notebook(**METHODS["kepo"])
+
+    def ask(student: str) -> None:
+        experiment.evaluate_run(here.params, here.run, here.data, here.models, student)
+
+    with pytest.raises(ParamError, match="has trained no student yet: execute the cell that trains it"):
+        ask("trained")
+    here.train()
+    with pytest.raises(ParamError, match="has not asked the untrained student: execute the cells from"):
+        ask("trained")
+    with pytest.raises(ParamError, match=r"has no predictions\.parquet yet: execute the cells that ask"):
+        here.run.finish({"MRI before": 0.5, "MRI after": 0.9})
+    assert here.run.headline is None and here.run.status["state"] == "running"
+
+
+def test_a_completed_run_keeps_its_headline(tmp_path: Path) -> None:
+    run = Run.allocate(Params(results_dir=str(tmp_path)))
+    run.finish({"MRI": 0.5, "worst": math.inf})
+    run.finish({"MRI": 0.5, "worst": math.inf})
+    with pytest.raises(ParamError, match="has completed with other numbers, and no run is ever overwritten"):
+        run.finish({"MRI": 0.9})
+    assert run.headline == {"MRI": 0.5, "worst": None} == run.status["headline"]
 
 
 class Refuses(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The table of methods: every row of Table 1 once, every row a run of its own, and the README shows it."""
+"""The table of methods: every row of Table 1 once, every row a run of its own."""
 
 from pathlib import Path
 
@@ -79,14 +79,6 @@ def test_ours_stand_beside_the_papers() -> None:
     assert beside.loc["grpo", ("ours", "MRI")] == 75 and beside.loc["grpo", ("paper", "MRI")] == 79
     assert beside.loc["grpo", ("paper", "Avg. (OOD)")] == 73.67
     assert beside.loc["rloo", "paper"].isna().all() and beside["ours"].notna().all(axis=None)
-
-
-def test_the_readme_shows_the_table() -> None:
-    lines = ["| name | what | source | parameters |", "|---|---|---|---|"]
-    for entry in methods().values():
-        parameters = ", ".join(f"`{name}: {value}`" for name, value in entry.parameters.items())
-        lines.append(f"| `{entry.name}` | {entry.what} | {entry.source} | {parameters} |")
-    assert "\n".join(lines) + "\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_unknown_method_is_named() -> None:

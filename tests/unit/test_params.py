@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 import pickle
 import types
 from pathlib import Path
@@ -14,7 +15,7 @@ from kepo_core import params_trl
 from kepo_core.errors import ParamError
 from kepo_core.method.options import declared, kind_of
 from kepo_core.params import Params, check_names, project_root, resolve
-from kepo_core.params_io import tagged_cell
+from kepo_core.params_io import parameter_cells, tagged_cell
 from kepo_core.task.prompts import HINT_CONTEXTS
 
 ROOT = Path(__file__).parents[2]
@@ -309,6 +310,8 @@ def test_a_notebook_with_parameters_of_its_own_refuses_others():
     cells = ["", "rows = 'all'\nslots = 0", "# Parameters\nslots = 2\n", "x = len(y)"]
     check_names({"In": cells, "rows": "all", "slots": 2})
     with pytest.raises(ParamError, match=r"slotz in the notebook is not a parameter; the nearest is slots$"):
+        check_names({"In": [*cells, "# Parameters\nslotz = 3"]})
+    with pytest.warns(UserWarning, match=r"^slotz \(is slots meant\?\) is set in a cell of its own and is not taken"):
         check_names({"In": [*cells, "slotz = 3"]})
     with pytest.raises(ParamError, match=r"zzz in the notebook is not a parameter; expected one of rows, slots$"):
         check_names({"In": [*cells, "# Parameters\nzzz = 3"]})
@@ -329,10 +332,36 @@ def test_a_scratch_cell_is_the_users_own_business(place):
 
 
 @pytest.mark.parametrize("source", ["sed = 1", "lerning_rate = 1e-4", "temperatur = 0.5", "epoch = 3"])
-def test_a_parameter_that_is_misspelt_in_a_cell_of_its_own_is_named(source):
+def test_a_misspelt_parameter_is_refused_where_parameters_are_given_and_warned_of_elsewhere(source):
     name, value = source.split(" = ")
-    with pytest.raises(ParamError, match=f"^{name} in the notebook is not a parameter; the nearest is "):
-        Params.from_notebook({"In": ["", "tau = 0", source], "tau": 0, name: float(value)})
+    values = {"tau": 0, name: float(value)}
+    for cells in (["", f"tau = 0\n{source}"], ["", "tau = 0", f"# Parameters\n{source}"]):
+        with pytest.raises(ParamError, match=f"^{name} in the notebook is not a parameter; the nearest is "):
+            Params.from_notebook({"In": cells, **values})
+    for cells in (["", "tau = 0", source], ["", source, "tau = 0"]):
+        with pytest.warns(
+            UserWarning, match=rf"^{name} \(is \w+ meant\?\) is set in a cell of its own and is not taken"
+        ):
+            assert Params.from_notebook({"In": cells, **values}) == Params(tau=0.0)
+
+
+@pytest.mark.parametrize("source", ["beta = 0.5", "k = 3\nbeta = 0.5", "optim = [1, 2]", "num_generations = 4",
+                                    "temperature = 'hot'", "seed = 1\nk = 3\nbeta = 2"])  # fmt: skip
+def test_a_scratch_variable_that_is_called_like_a_field_of_trls_is_none(source):
+    values = parameter_cells([source])
+    with pytest.warns(
+        UserWarning, match=r"^(beta|optim|num_generations|temperature) is set in a cell of its own and is"
+    ):
+        params = Params.from_notebook({"In": ["", "tau = 0\nsplit = 'image'", source], "tau": 0, **values})
+    assert params == Params(tau=0.0, seed=values.get("seed", 0))
+
+
+def test_the_parameters_cell_counts_as_it_was_executed_last():
+    cells = ["", "tau = 0\nseed = 1\nbeta = 0.5", "tau = 0\nseed = 1\ntemperature = 0.5"]
+    values = {"tau": 0, "seed": 1, "beta": 0.5, "temperature": 0.5}
+    with pytest.warns(UserWarning, match="^beta is set"):
+        params = Params.from_notebook({"In": cells, **values})
+    assert params.of_trl("beta") == 0 and params.of_trl("temperature") == 0.5
 
 
 def test_a_misspelling_is_forgiven_once_its_cell_was_mended_and_executed_again():
@@ -383,6 +412,14 @@ def test_a_field_of_trl_that_does_not_fit_is_refused_at_once():
     bad("cosin is not a valid SchedulerType|lr_scheduler_type", lr_scheduler_type="cosin", beta=0.1)
     bad("zero_variance is 'drop' but loss_type is 'dapo'", loss_type="dapo", zero_variance="drop")
     bad("max_steps must be a whole number, got 'x'", max_steps="x")
+
+
+def test_a_compiler_that_is_asked_for_is_asked_for_by_its_own_run_alone(monkeypatch):
+    """transformers writes it into the environment, which all runs of a study would inherit."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.delenv("ACCELERATE_DYNAMO_MODE", raising=False)
+    Params.load(None, {"torch_compile": True, "torch_compile_mode": "default"})
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "no" and "ACCELERATE_DYNAMO_MODE" not in os.environ
 
 
 def test_trls_defaults_that_a_study_changes_are_fields_of_trl():

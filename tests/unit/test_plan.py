@@ -47,6 +47,17 @@ def test_the_plan_is_what_is_measured(monkeypatch: pytest.MonkeyPatch, options: 
         assert row["planned"] == pytest.approx(row["measured"], rel=1e-9 if name in EXACT else 0.25), name
 
 
+def test_rows_that_share_a_prompt_take_less_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = dataclasses.replace(TINY, tokens=16)
+    monkeypatch.setitem(planned.CASES, "alone", (alike, {}))
+    monkeypatch.setitem(planned.CASES, "shared", (alike, {"shared": True}))
+    alone, shared = (planned.compare(name).loc[name]["measured"] for name in ("alone", "shared"))
+    assert (shared[list(EXACT)] == alone[list(EXACT)]).all()
+    assert shared["kept by the forward pass"] < 0.75 * alone["kept by the forward pass"]
+    for name in ("update, at its largest", "rollouts", "teacher's forward pass"):
+        assert shared[name] <= alone[name], name
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4])
 @pytest.mark.parametrize("compute", [4, 2])
 def test_a_layer_keeps_what_is_said(lora_rank: int, compute: int) -> None:

@@ -252,8 +252,10 @@ def test_fewer_training_questions_than_a_step_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("WORLD_SIZE", "2"), ("OMPI_COMM_WORLD_SIZE", "4"), ("PMI_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "1")],
-)
+    [("WORLD_SIZE", "2"), ("OMPI_COMM_WORLD_SIZE", "4"), ("PMI_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "1"),
+     ("ACCELERATE_MIXED_PRECISION", "fp16"), ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"), ("ACCELERATE_USE_FSDP", "true"),
+     ("ACCELERATE_USE_DEEPSPEED", "true")],
+)  # fmt: skip
 def test_an_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     for params in (Params(), Params(processes=2, prompts_per_device=4), Params(method="sft", thinking=False)):
@@ -261,10 +263,35 @@ def test_an_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch, nam
             launch.check(params)
 
 
-@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "1"), ("PMI_SIZE", ""), ("LOCAL_RANK", "-1")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "1"),
+        ("PMI_SIZE", ""),
+        ("LOCAL_RANK", "-1"),
+        ("ACCELERATE_MIXED_PRECISION", "no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO"),
+    ],
+)
 def test_an_environment_of_one_process_is_none(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     launch.check(Params())
+
+
+def test_a_compiler_that_an_earlier_run_of_this_kernel_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers leaves it in the environment, and would compile the next run, too."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    launch.check(Params.load(None, {"torch_compile": True}))
+    with pytest.raises(ParamError, match=r"^ACCELERATE_DYNAMO_BACKEND is inductor .* not be what the parameters say"):
+        launch.check(Params())
+
+
+def test_a_temporary_folder_without_room_for_workers_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be waited for without end: as in a bare papermill or Jupyter run under a cluster's TMPDIR."""
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "a-folder-of-the-cluster/" * 4)
+    launch.check(Params())
+    with pytest.raises(ParamError, match=r"dataloader_num_workers is 1, whose sockets have no room .*: set TMPDIR"):
+        launch.check(Params.load(None, {"dataloader_num_workers": 1}))
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def test_a_runs_accuracies_stand_on_top(notebook, tmp_path):
     run = Run.allocate(Params(results_dir=str(tmp_path / "results"), seed=3))
     notebook.rename(run.path / "notebook.ipynb")
     numbers = {"MRI before": 0.5, "MRI after": 0.98, "MRI low": 0.4, "MRI high": 0.55, "seed": 3, "CT after": 1.0}
+    (run.path / "predictions.parquet").touch()
     run.finish(numbers)
     page = write_report(run, "completed").read_text()
     table = page.split("<caption>Accuracies")[1].split("</table>")[0]

@@ -248,7 +248,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, place: str) -> None
     whole.train()
     assert_equal(resumed, whole)
     pd.testing.assert_frame_equal(collect_rollouts(folder), collect_rollouts(tmp_path / "whole"))
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-5", "checkpoint-6", "rollouts"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "checkpoint-5", "checkpoint-6", "rollouts"]
 
 
 @pytest.mark.parametrize("strategy", ["steps", "best"])

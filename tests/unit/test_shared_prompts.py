@@ -154,7 +154,7 @@ def step(trainer: Any, monkeypatch: pytest.MonkeyPatch, shares: bool) -> tuple[f
                         lambda *_: False)  # fmt: skip
     data = trainer.train_dataset
     said = [[50 + (row * 7 + token) % 200 for token in range(2 + row % 4)] for row in range(8)]
-    monkeypatch.setattr(type(trainer), "_generate_single_turn", drawn(said))
+    monkeypatch.setattr(type(trainer), "_generate_single_turn", lambda *_, **__: ([list(ids) for ids in said], None))
     trainer._step, trainer._buffered_inputs, trainer.current_gradient_accumulation_steps = 0, None, 1
     trainer.model.train()
     torch.manual_seed(0)
@@ -166,14 +166,6 @@ def step(trainer: Any, monkeypatch: pytest.MonkeyPatch, shares: bool) -> tuple[f
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     return float(loss), trainer._metrics["train"]["kepo/divergence"][-1], gradients
-
-
-def drawn(said: list[list[int]]) -> Any:
-    def generate(self: Any, prompt_ids: Any, images: Any, *_: Any, **__: Any) -> Any:
-        self._firsts = tuple(first_rows(prompt_ids, images))
-        return [list(ids) for ids in said], None
-
-    return generate
 
 
 @pytest.mark.parametrize(("name", "kind"), SHARED)
@@ -200,13 +192,13 @@ def test_loss_and_gradient_are_those_of_prompts_read_row_by_row(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"gradient_checkpointing": True}, {"num_iterations": 2}, {"distill": False}],
+    [{"gradient_checkpointing": True}, {"num_iterations": 2}, {"distill_coef": 0.0}],
     ids=lambda c: next(iter(c)),
 )
 def test_what_cannot_be_shared_is_scored_row_by_row(
     tmp_path: Path, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpointing keeps no cache; a ratio has both sides from one kind of forward; without KEPO it is GRPO's step."""
+    """Checkpointing keeps no cache, a ratio has both sides from one kind of forward, a coefficient of 0 is GRPO."""
     trainer = make(tmp_path, "qwen3", "text", **{"explore": False, "gradient_checkpointing": False} | changed)
     seen: list[Any] = []
     shared = type(trainer)._shared

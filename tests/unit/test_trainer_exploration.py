@@ -246,7 +246,8 @@ def test_hint_aware_draws_are_one_generation_a_round(tmp_path: Path) -> None:
 
     trainer.model.generate = counted
     score_batch(trainer, 0, 1, 2, 3)
-    assert sizes == [16, 4, 4, 4]  # noise never answers: all four groups, three rounds
+    assert sizes[-4:] == [16, 4, 4, 4]  # noise never answers: all four groups, three rounds
+    assert set(sizes[:-4]) == {4}  # the distinct prompts of the rollouts, and once what they are compared with
 
 
 def test_injected_rows_are_scored_by_all_three_models_under_the_plain_prompt_with_their_picture(tmp_path: Path) -> None:
@@ -270,8 +271,9 @@ def test_injected_rows_are_scored_by_all_three_models_under_the_plain_prompt_wit
     place = next(i for i, text in enumerate(decode(trainer, batch["completion_ids"], batch["completion_mask"]))
                  if text == right(make_row(0)))  # fmt: skip
     assert place < 4
-    for name, calls in seen.items():
-        (call,) = calls
+    assert {name: len(calls) for name, calls in seen.items()} == {"student": 2, "reference": 1, "teacher": 2}
+    for name, call in [(name, call) for name, calls in seen.items() for call in calls]:
+        # Student and teacher once to compare the states of shared prompts with theirs.
         assert torch.equal(call["input_ids"][:, : ids.shape[1]], ids), name
         assert torch.equal(call["input_ids"][:, ids.shape[1] :], batch["completion_ids"]), name
         assert torch.equal(call["pixel_values"], pixels), name
