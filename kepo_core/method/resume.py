@@ -185,7 +185,7 @@ def damage(checkpoint: Path) -> str:
         return f"{_CHECKSUMS} lists no file"
     for name in sorted(written | found):
         if found.get(name) != written.get(name):
-            return f"{name} is {'missing' if name not in found else 'changed since it was written'}"
+            return f"{name} {'is missing' if name not in found else 'has changed since it was written'}"
     return ""
 
 

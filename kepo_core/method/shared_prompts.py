@@ -203,13 +203,13 @@ class SharingTrainer(VisionTrainer):
         """TRL's batch with ``kepo_prompt``, (B,): the first row of the generation batch with the same prompt."""
         self._firsts = tuple[int, ...]()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self._firsts and not self.tools:  # whose completions may hold pictures of their own
+        if self._firsts and not self.tools:  # tools may add pictures to completions
             output["kepo_prompt"] = torch.tensor(self._firsts, device=self.accelerator.device)
         return output
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
         ids, images, fields = super()._tokenize_prompts(prompts)
-        self._firsts = self._firsts or tuple(first_rows(ids, images))  # prompts with hints follow
+        self._firsts = self._firsts or tuple(first_rows(ids, images))  # only the first call: prompts with hints follow
         return ids, images, fields
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kw: Any) -> Any:

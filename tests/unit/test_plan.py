@@ -136,7 +136,7 @@ def test_the_papers_setting_needs_shards(nothing_loads: None, capsys: pytest.Cap
     capsys.readouterr()
     served = ["-p", "teacher_url", "http://host/v1", "-p", "teacher_top_k", "20"]
     main(["plan", "params/paper.yaml", "--gpu", "80GB", *served])
-    assert "teacher" not in capsys.readouterr().out.split("held all the time")[1].split("with one thing")[0]
+    assert "teacher" not in capsys.readouterr().out.split("held throughout")[1].split("single change")[0]
 
 
 def test_what_the_papers_models_hold_is_arithmetic(nothing_loads: None) -> None:
