@@ -77,11 +77,11 @@ class ChatClient:
     def ask_all(self, bodies: Sequence[Body], read: Callable[[int, Any], Read]) -> list[Read]:
         """Send all ``bodies`` and return ``read(index, answer)`` for each, in order.
 
+        The first failure cancels all other requests and retries.
+
         Args:
             bodies: arguments of openai's ``chat.completions.create``.
-            read: gets openai's ``ChatCompletion``. It must validate it: openai does not, not even that it is JSON.
-
-        The first failure cancels all other requests and retries.
+            read: gets openai's ``ChatCompletion``, and must validate it: openai does not even check that it is JSON.
 
         Raises:
             TeacherServerError: the server rejects a request, or does not answer.

@@ -38,7 +38,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "_last_loaded_step",  # the step whose weights vLLM has
         "_step",  # micro-batches so far, and
         "_buffered_inputs",  # the rollouts of a generation window: both are kept in a checkpoint
-        "_tag_names",  # for the model card, as are
+        "_tag_names",  # for the model card, like the next two
         "_name",
         "_paper",
     ),
