@@ -21,7 +21,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def in_place_of(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the place of ``path``; on a full disk, say, it goes again."""
+    """A file to write, which then replaces ``path``; after an error, such as a full disk, it is deleted."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write one index
     try:
         yield partial
@@ -31,14 +31,14 @@ def in_place_of(path: Path) -> Iterator[Path]:
 
 
 def locked(path: Path) -> FileLock:
-    """The lock on a file, taken; ``Timeout`` if another process has it."""
+    """The acquired lock on a file; ``Timeout`` if another process holds it."""
     lock = FileLock(path, thread_local=False)
-    lock.acquire(timeout=1)  # longer than `is_locked` has it
+    lock.acquire(timeout=1)  # longer than `is_locked` holds it
     return lock
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process has the lock on a file: on this machine, or on another that shares the disk."""
+    """Whether a process holds the lock on a file: on this machine, or on another that shares the disk."""
     try:
         import fcntl
     except ImportError:  # Windows, which has no shared locks
@@ -49,7 +49,7 @@ def is_locked(path: Path) -> bool:
         return False
     try:
         with path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: readers do not take one another for its owner
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: readers do not mistake one another for its owner
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -58,12 +58,12 @@ def is_locked(path: Path) -> bool:
 
 
 def holds_sockets(folder: str) -> bool:
-    """Whether the path of a socket of `multiprocessing` in there can be bound: 107 bytes on Linux, 103 on macOS."""
+    """Whether `multiprocessing` can bind a socket in ``folder``: paths have up to 107 bytes on Linux, 103 on macOS."""
     return len(os.fsencode(f"{folder}/pymp-12345678/listener-12345678")) <= 103
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; `ParamError` naming the file that holds none."""
+    """A JSON object; `ParamError` naming the file if it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -92,6 +92,6 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if not isinstance(value, str | int | float | None):
         if not callable(item := getattr(value, "item", None)):
-            raise TypeError(f"{value!r} is no plain data and cannot be written as JSON")
+            raise TypeError(f"{value!r} is not plain data and cannot be written as JSON")
         value = item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

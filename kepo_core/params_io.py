@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"[-+.0-9eE]+")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2 scalars instead of 1.1: ``1e-6`` is a number, ``yes`` and ``on`` are texts, names occur once."""
+    """YAML 1.2 scalars instead of 1.1: ``1e-6`` is a number, ``yes`` and ``on`` are texts."""
 
 
 _StrictLoader.yaml_implicit_resolvers = {}
@@ -37,7 +37,7 @@ for _tag, _pattern, _first in (
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The names and values of a parameter file; `ParamError` where it is missing, no flat mapping or repeats a name."""
+    """The names and values of a parameter file; `ParamError` if it is missing, not a mapping or repeats a name."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -47,7 +47,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """The names and values of ``text``, which is the file ``name`` or a part of it; `ParamError` as `read_yaml`."""
+    """The names and values in ``text``, the file ``name`` or a part of it; `ParamError` as in `read_yaml`."""
     loader = _StrictLoader(text)
     try:
         node = loader.get_single_node()
@@ -57,7 +57,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
             raise ParamError(f"the parameter file {name} must hold one `name: value` per line")
         keys = [str(key.value) for key, _ in node.value]
         if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ParamError(f"{repeated[0]} stands twice in {name}")
+            raise ParamError(f"{repeated[0]} appears twice in {name}")
         return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
     except yaml.YAMLError as error:
         raise ParamError(f"the parameter file {name} is not YAML: {' '.join(str(error).split())}") from error
@@ -78,21 +78,21 @@ def short_hash(values: Mapping[str, bool | int | float | str]) -> str:
 
 
 def as_number(text: str) -> int | float | str:
-    """The number that ``text`` writes, as YAML 1.2 reads it; ``text`` itself where it is none."""
+    """``text`` as a number of YAML 1.2; ``text`` itself if it is not a number."""
     value = yaml.load(text, _StrictLoader) if _NUMBER.fullmatch(text) else text
     return value if isinstance(value, int | float) else text
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The end of a sentence that names the nearest of ``known``; empty where none is near."""
+    """The end of a sentence that names the nearest of ``known``; empty if none is near."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"; the nearest is {near[0]}" if near else ""
 
 
 def tagged_cell(notebook: Path) -> dict[str, Any]:
-    """What the cell of a notebook sets that is tagged ``parameters``.
+    """What the notebook's cell with the tag ``parameters`` sets.
 
-    Raises `ParamError` for a file that is no notebook, and for a cell that does more than set names to constants.
+    Raises `ParamError` for a file that is not a notebook, and for a cell that does more than set names to constants.
     """
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
@@ -107,7 +107,7 @@ def tagged_cell(notebook: Path) -> dict[str, Any]:
 
 
 def parameter_cells(cells: Iterable[str]) -> dict[str, Any]:
-    """What those cells set that do nothing but set names to constants (papermill's injected cell is one)."""
+    """The values in all cells that only set names to constants (papermill's injected cell is one)."""
     return {name: value for source in cells for name, value in (_constants(source) or {}).items()}
 
 
@@ -119,10 +119,10 @@ def is_injected(source: str) -> bool:
 def meant_as_parameters(cells: Sequence[str], known: Collection[str], anywhere: Collection[str]) -> set[str]:
     """The names that the executed ``cells`` of a notebook set as parameters, misspelt ones among them.
 
-    They are those of papermill's cell and of the parameters cell, as these were executed last. The latter is the cell
-    that does nothing but set names to constants, and sets most ``known`` ones; what sets more than half of these is an
-    edited version of it. Any other cell is the user's own business: where it sets a ``known`` name, or nearly one, that
-    does not count ``anywhere``, a warning says so.
+    These are the names in papermill's cell and in the parameters cell, in their last executed versions. The parameters
+    cell is the cell that only sets names to constants and sets the most ``known`` ones; a cell that sets more than half
+    of these is an edited version of it. All other cells belong to the user. If one sets a ``known`` name, or nearly
+    one, that does not count ``anywhere``, a warning says so.
     """
     found = [(is_injected(source), parameter_cells([source]).keys()) for source in cells]
     papermills = next((names for injected, names in reversed(found) if injected), set[str]())
@@ -145,7 +145,7 @@ def check_names(namespace: Mapping[str, Any]) -> None:
     """Refuse what papermill lets pass: a name that the parameters cell of a notebook does not set.
 
     For notebooks whose parameters are their own: that cell is the one that sets most names to constants. ``namespace``
-    is the notebook's ``globals()``. A misspelt one in a cell of its own is warned of.
+    is the notebook's ``globals()``. A misspelt name in a cell of its own gives a warning.
 
     Raises:
         ParamError: names the nearest parameter.
@@ -157,13 +157,13 @@ def check_names(namespace: Mapping[str, Any]) -> None:
         raise ParamError(f"{name} in the notebook is not a parameter{nearest(name, known) or every}")
 
 
-#: What a constant may be made of: papermill writes an infinity as ``float('inf')``.
+#: Allowed parts of a constant: papermill writes an infinity as ``float('inf')``.
 _PARTS = (ast.Constant, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.List, ast.Tuple,
           ast.Dict, ast.Set, ast.Call, ast.Name, ast.Load)  # fmt: skip
 
 
 def _constants(source: str) -> dict[str, Any] | None:
-    """The names that a cell sets to constants; None where it does anything else, or does not parse."""
+    """The names that a cell sets to constants; None if it does anything else, or does not parse."""
     try:
         body = ast.parse(source).body
     except SyntaxError:  # a cell that never ran

@@ -1,9 +1,9 @@
-"""Data of one's own → typed rows: a table beside its pictures, a ``datasets`` folder, or a data set of the Hub.
+"""Your own data → typed rows: a table with its pictures, a ``datasets`` folder, or a data set of the Hub.
 
-A row is a question. Columns: ``image`` (or ``images``, one in each), ``question``, ``options`` and ``answer``, and
-where there are any ``id``, ``category``, ``question_type`` and ``split``; columns of other names are mapped
-(`parse_columns`). A picture is a path inside the table's folder, or bytes (``datasets.Image``, Parquet): these are
-called by the hash of their content, and put into the cache folder when they are fetched.
+A row is a question. Columns: ``image`` (or ``images``, one in each), ``question``, ``options`` and ``answer``;
+optional: ``id``, ``category``, ``question_type`` and ``split``. Columns of other names are mapped (`parse_columns`).
+A picture is a path inside the table's folder, or bytes (``datasets.Image``, Parquet). Bytes are named by the hash of
+their content, and written to the cache folder when they are fetched.
 """
 
 import ast
@@ -38,11 +38,11 @@ from kepo_core.data.table_files import (
 )
 from kepo_core.errors import DataError
 
-#: The category of data that come without.
+#: The category of data without categories.
 ALL = "all"
 
 _TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-#: A list as NumPy writes it, and pandas one that it has read from Parquet: to Python its texts would be a single one.
+#: A list as NumPy prints it (and pandas, for a list from Parquet): Python would join its texts into one.
 _NUMPY = re.compile(rf"\s*\[\s*{_TEXT}(\s+{_TEXT})+\s*\]\s*", re.DOTALL)
 _MARKED = re.compile(r"\(?([A-Z])[).:]")
 _NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*(e[+-]?\d+)?\s*", re.IGNORECASE)
@@ -70,10 +70,10 @@ class Tables(Folder):
     def picture(self, part: Part, index: int, column: str, value: Any, where: str, ledger: Ledger) -> tuple[Path, str]:
         """Where the picture of a cell is, or will be once fetched, and its name, the same wherever the data lie.
 
-        Raises ``RowError`` for none, for several, and for a path that leaves the folder or is missing in it.
+        Raises ``RowError`` for no picture, for several, and for a path that leaves the folder or is missing in it.
         """
         if isinstance(value, list) and len(value) > 1:
-            raise RowError("several pictures", f"{where}: {column} holds {len(value)} pictures, expected a single one.")
+            raise RowError("several pictures", f"{where}: {column} holds {len(value)} pictures, expected one.")
         if content := self._content(_single(value)):
             name = hashlib.sha256(content).hexdigest()
             path = self._pictures / name
@@ -87,7 +87,7 @@ class Tables(Folder):
         return cache_dir().resolve() / "pictures"
 
     def other_files(self) -> list[PurePosixPath]:
-        """Of a folder with tables, all that may be tables and are not among them; else nothing."""
+        """The files of a folder of tables that may be tables but are not read; nothing for other roots."""
         if not self.root.is_dir() or is_dataset(self.root):
             return []
         read = {PurePosixPath(part.name) for part, _ in self.parts}
@@ -99,14 +99,14 @@ class Tables(Folder):
             write_whole(image, self.content(image))
 
     def content(self, image: Path) -> bytes:
-        """The bytes in the table, else the file's."""
+        """The bytes in the table, or else in the file."""
         if image not in self._inside:
             return super().content(image)
         part, index, column = self._inside[image]
         return self._content(_single(part.cell(index, column))) or b""
 
     def stamp(self, image: Path) -> str:
-        """A picture that is bytes is called by their hash."""
+        """For a picture that is bytes, its name: their hash."""
         return image.name if image in self._inside else super().stamp(image)
 
     def _content(self, value: Any) -> bytes | None:
@@ -118,13 +118,13 @@ class Tables(Folder):
             path = Path(os.path.realpath(str(_path(value))))
             if any(path.is_relative_to(folder) for folder in self._downloads):
                 return path.read_bytes()
-        except (OSError, ValueError):  # no path at all: `locate` says so
+        except (OSError, ValueError):  # not a path: `locate` says so
             pass
         return None
 
 
 def _single(value: Any) -> Any:
-    """What a list of one holds; None of an empty one."""
+    """The element of a list of one; None for an empty list."""
     return next(iter(value), None) if isinstance(value, list) else value
 
 
@@ -133,7 +133,7 @@ def _path(value: Any) -> Any:
 
 
 def open_tables(data_root: str | Path, columns: str = "", follow_links: bool = False) -> Tables | None:
-    """What names tables by itself: ``hf:OWNER/NAME[:SPLIT]``, a ``datasets`` folder, a table; None of anything else."""
+    """The tables at ``hf:OWNER/NAME[:SPLIT]``, in a ``datasets`` folder, or in a table's file; else None."""
     if is_hub(data_root):
         parts = read_hub(data_root)
         from datasets import config
@@ -145,14 +145,14 @@ def open_tables(data_root: str | Path, columns: str = "", follow_links: bool = F
     root = Path(os.path.realpath(given))
     if is_dataset(root):
         return Tables(root, root, read_dataset(root), columns, follow_links=follow_links)
-    for file in (root, given.parent.resolve() / given.name):  # the Hub's cache links to files without an ending
+    for file in (root, given.parent.resolve() / given.name):  # the Hub's cache links to files without a suffix
         if file.is_file() and file.suffix.lower() in SUFFIXES:
             return Tables(file, file.parent, [read_file(file)], columns, follow_links=follow_links)
     return None
 
 
 def tables_in(folder: Path, columns: str = "", follow_links: bool = False) -> Tables | None:
-    """All tables right in a folder; None if there are none. Raises ``DataError`` for a link that is not followed."""
+    """All tables directly in a folder; None without any. Raises ``DataError`` for a link that is not followed."""
     files = table_files(folder)
     if outside := [file for file in files if not (follow_links or file.resolve().is_relative_to(folder))]:
         raise DataError(f"data_root {folder}: {outside[0].name} {OUTSIDE}.")
@@ -163,11 +163,10 @@ def tables_in(folder: Path, columns: str = "", follow_links: bool = False) -> Ta
 def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
     """All questions of the tables, in their order.
 
-    An answer is an option's text, or its letter; never a number, in any kind of table. A row without an id is called by
-    its table and its number; where ids restart in each table, its name is put in front of all. A row that is there
-    twice is read once. Data without categories are of one, `ALL`. Where a row does not tell its split, the name of its
-    table may. ``ledger`` and errors as in ``omnimedvqa.load_raw``; also raises ``DataError`` for an id that different
-    rows of one table have.
+    An answer is an option's text or letter, never a number. A row without an id is named by its table and row number.
+    If two tables share an id, every id gets its table's name in front. Duplicate rows are read once. Data without
+    categories get the category `ALL`. If a row has no split, its table's name may give one. ``ledger`` and errors as in
+    ``omnimedvqa.load_raw``; also raises ``DataError`` for an id that different rows of one table have.
     """
     ledger = ledger or Ledger()
     found: dict[Question, tuple[str, str]] = {}
@@ -182,7 +181,7 @@ def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
                 ledger.drop(error)
                 continue
             if question in found:
-                ledger.leave_out("the same row again", where)
+                ledger.leave_out("a duplicate row", where)
             found.setdefault(question, (part.name, where))
     if not found:
         raise ledger.nothing(source.root, count)
@@ -191,19 +190,19 @@ def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
 
 
 def _with_own_ids(found: Mapping[Question, tuple[str, str]], root: Path, ledger: Ledger) -> list[Question]:
-    """The questions; behind their tables' names where two tables share an id. ``found``: each one's table and place."""
+    """The questions, ids with their tables' names if two tables share one. ``found``: each one's table and place."""
     tables: dict[str, list[str]] = defaultdict(list)
     for question, (table, _) in found.items():
         tables[question.id].append(table)
     if twice := [name for name, having in tables.items() if len(set(having)) < len(having)]:
         raise DataError(
-            f"data_root {root}: {len(twice)} ids stand for different rows of one table ({', '.join(twice[:5])}), "
+            f"data_root {root}: {len(twice)} ids are used by different rows of one table ({', '.join(twice[:5])}), "
             "expected one row each, or no column id."
         )
     if len(tables) == len(found):
         return list(found)
     for _, where in found.values():
-        ledger.mend("ids restart in each table: its name was put in front", where)
+        ledger.mend("two tables share an id: the table's name was put in front of all ids", where)
     return [replace(question, id=f"{table}:{question.id}") for question, (table, _) in found.items()]
 
 
@@ -213,8 +212,8 @@ def _question(
     if not isinstance(row, Mapping):
         raise RowError(
             "not a cell for each column",
-            f"{where}: {row!r:.200}, expected a value for each of {', '.join(part.columns)}; in CSV, texts with commas "
-            "stand in quotation marks.",
+            f"{where}: {row!r:.200}, expected a value for each of {', '.join(part.columns)}; in CSV, put texts with "
+            "commas in quotation marks.",
         )
 
     def text(role: str, absent: str = "", empty: str | None = None) -> str:
@@ -230,7 +229,7 @@ def _question(
     image, image_name = source.picture(part, index, image_column, row.get(image_column), where, ledger)
     return Question(
         id=name,
-        dataset=source.root.name.partition(":")[0],  # of a Hub name, without its split
+        dataset=source.root.name.partition(":")[0],  # a Hub name without its split
         modality=_category(text("category", ALL), where),
         question_type=text("question_type", empty=""),
         question=text("question"),
@@ -243,7 +242,7 @@ def _question(
 
 
 def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, ledger: Ledger) -> list[str]:
-    """The options as they are given, empty ones too: of several columns, or of a list or a text in one."""
+    """The options as given, empty ones too: from several columns, or from a list or a text in one column."""
     values: Any = [row.get(column) for column in columns]
     if len(columns) == 1:
         (values,) = values
@@ -251,8 +250,8 @@ def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, le
         values = _listed(values)
     if not isinstance(values, list):
         raise RowError(
-            "options are no list",
-            f"{where}: {columns[0]} is {values!r:.200}, expected a list, or texts with | between.",
+            "options are not a list",
+            f"{where}: {columns[0]} is {values!r:.200}, expected a list, or texts separated by |.",
         )
     if len(values) > len(LETTERS):
         raise RowError("more options than letters", f"{where}: {len(values)} options, expected at most {len(LETTERS)}.")
@@ -260,7 +259,7 @@ def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, le
 
 
 def _listed(text: str) -> Any:
-    """A list as JSON, Python or NumPy writes it, else what stands between bars."""
+    """A list as JSON, Python or NumPy writes it, or else the texts between bars."""
     if _NUMPY.fullmatch(text):
         return [ast.literal_eval(each) for each in re.findall(_TEXT, text, re.DOTALL)]
     if text.lstrip().startswith("["):
@@ -273,15 +272,15 @@ def _listed(text: str) -> Any:
 
 
 def _without_letters(given: Sequence[str], where: str, ledger: Ledger) -> list[str]:
-    """The options without letters of their own (``A) red``, ``B: blue``), which the prompt puts before them.
+    """The options without their own letters (``A) red``, ``B: blue``), since the prompt puts letters before them.
 
-    Where all have theirs, in order; ``A. baumannii`` may be a name.
+    Letters are removed only if all options have them, in order; ``A. baumannii`` may be a name.
     """
     marks = [re.match(rf"\(?{letter}\)\s*|{letter}:\s+", text) for letter, text in zip(LETTERS, given, strict=False)]
     found = [mark for mark in marks if mark]
     if len(found) < max(2, len(given)):
         return list(given)
-    ledger.mend("options came with their letters", where)
+    ledger.mend("options came with letters: these were removed", where)
     return [text[mark.end() :] for text, mark in zip(given, found, strict=True)]
 
 
@@ -294,12 +293,12 @@ def _letter(
     where: str,
     ledger: Ledger,
 ) -> str:
-    """Which of ``options`` the answer in a cell is: by its text, as ``given`` or as in ``texts``, or by its letter."""
+    """The letter of the option that a cell's answer names by its text, as ``given`` or in ``texts``, or its letter."""
     if _NUMBER.fullmatch(str(row.get(column))):
         raise RowError(
             "the answer is a number",
             f"{where}: {column} is the number {row[column]}, which may be an option's text or count options from 0 or "
-            "from 1, expected the letter of an option, or its text where that is no number.",
+            "from 1, expected the letter of an option, or its text if that is not a number.",
         )
     answer = text_of(row, column, where, ledger)
     as_given = {same_text(one): same_text(text) for one, text in zip(given, texts, strict=True)}
@@ -320,9 +319,7 @@ def _letter(
 def _category(text: str, where: str) -> str:
     name = " ".join(text.split())
     if name.startswith("Avg."):
-        raise RowError(
-            "category Avg.", f"{where}: category {name!r} is what averages are called, expected another name."
-        )
+        raise RowError("category Avg.", f"{where}: category {name!r} is a name for averages, expected another name.")
     return name
 
 

@@ -1,4 +1,4 @@
-"""Where the tables of one's own data lie: files, a ``datasets`` folder, the Hub → parts with rows to read."""
+"""Tables of your own data, from files, a ``datasets`` folder or the Hub → parts with rows to read."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from kepo_core.data.omnimedvqa import json_rows
 from kepo_core.data.source import cache_dir
 from kepo_core.errors import DataError
 
-#: What parts of data are called, and which of the three they are.
+#: Names of parts of a data set, and which of the three splits each is.
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}  # fmt: skip
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -31,7 +31,7 @@ _HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?"
 class Part:
     """One table: a file or a part of a data set. ``rows`` are a list, or a ``datasets.Dataset`` in Arrow's format.
 
-    ``labels``: of a data set, column → the names that its numbers stand for.
+    ``labels``: column of a data set → the names that its numbers mean.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Part:
 
     @property
     def split(self) -> str:
-        """The part that the name says, also of files sharded as on the Hub, and of slices; "" if none."""
+        """The split that the name gives, also for files sharded as on the Hub and for slices; "" if it gives none."""
         found = re.fullmatch(r"([a-z]+)(-\d+-of-\d+)?(\[[^\]]*\])?(\.\w+)?", self.name.lower())
         return SPLITS.get(found[1], "") if found else ""
 
     def read(self, columns: Sequence[str]) -> Iterator[Any]:
-        """The rows in their order; of a data set, these columns alone."""
+        """The rows in their order; of a data set, only these columns."""
         if isinstance(self.rows, list):
             yield from self.rows
             return
@@ -67,8 +67,8 @@ class Part:
 class _Mapped:
     """Some columns of a ``datasets.Dataset``, read without keeping all of its files in memory.
 
-    What is read through a mapping of a file counts as memory of the process, until the mapping is closed; so another
-    one is made every now and then.
+    Bytes read through a mapped file count as memory of the process until the mapping is closed, so the file is mapped
+    again after every `_MOST` bytes.
     """
 
     _MOST = 32 * 2**20  # bytes
@@ -81,13 +81,13 @@ class _Mapped:
         table = self._mapped[rows]
         self._read += table.nbytes
         if self._read > self._MOST and self._dataset.cache_files:
-            self._read, self._mapped = 0, pickle.loads(pickle.dumps(self._dataset))  # which maps its files again
+            self._read, self._mapped = 0, pickle.loads(pickle.dumps(self._dataset))  # maps its files again
         found: list[dict[str, Any]] = table.to_pylist()
         return found
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """``"question=stem, options=A+B+C"`` → what is held by columns → what they are called.
+    """``"question=stem, options=A+B+C"`` → for each role (one of `ROLES`), the name of its column or columns.
 
     Raises ``DataError`` for anything else.
     """
@@ -104,7 +104,7 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def find_columns(given: Mapping[str, str], part: Part, root: Path) -> Columns:
-    """The columns of a table. Raises ``DataError`` that names what is missing, and what is there."""
+    """The columns of a table. Raises ``DataError`` naming the missing columns and the existing ones."""
     found: dict[str, list[str]] = {}
     missing: dict[str, str] = {}
     for role in ROLES:
@@ -120,14 +120,14 @@ def find_columns(given: Mapping[str, str], part: Part, root: Path) -> Columns:
     if missing:
         raise DataError(
             f"data_root {root}: {part.name} has no column {', '.join(missing.values())}; its columns are "
-            f"{', '.join(part.columns) or 'none'}. Expected {', '.join(REQUIRED)}; columns of other names are told by "
-            f"data_columns: {', '.join(f'{role}=NAME' for role in missing)}."
+            f"{', '.join(part.columns) or 'none'}. Expected {', '.join(REQUIRED)}; set data_columns for columns of "
+            f"other names: {', '.join(f'{role}=NAME' for role in missing)}."
         )
     return found
 
 
 def table_files(folder: Path) -> list[Path]:
-    """The tables right in a folder, in name order."""
+    """The tables directly in a folder, in name order."""
     files = (file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
     return sorted(file for file in files if file.is_file())
 
@@ -150,26 +150,26 @@ def read_file(file: Path) -> Part:
 
 def _csv(name: str, content: bytes) -> Part:
     try:
-        text = content.decode(json.detect_encoding(content))  # any of Unicode's
+        text = content.decode(json.detect_encoding(content))  # any Unicode encoding
     except UnicodeDecodeError as error:
         line = 1 + content.count(b"\n", 0, error.start)
         raise DataError(
-            f"{name}, line {line}: byte 0x{content[error.start]:02x} is no text in UTF-8, expected a table in UTF-8 or "
+            f"{name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8, expected a table in UTF-8 or "
             'UTF-16: save it again, in a spreadsheet as "CSV UTF-8".'
         ) from error
     lines = _cells(name, text)
     columns = [column.replace("\ufeff", "").strip() for column in next(filter(any, lines), [])]
     if repeated := sorted({column for column in columns if column and columns.count(column) > 1}):
         raise DataError(f"{name}: two columns are called {repeated[0]!r}, expected each name once.")
-    # A row that is longer or shorter than the first is no mapping: its texts may stand in each other's place.
+    # A row that is longer or shorter than the header stays a list: its cells may belong to other columns.
     rows = [dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else cells for cells in lines if cells]
     return Part(name, list(filter(None, columns)), rows)
 
 
 def _cells(name: str, text: str) -> Iterator[list[str]]:
-    """The cells of each row. Raises ``DataError`` that names the line where one begins that cannot be read."""
+    """The cells of each row. Raises ``DataError`` naming the line where an unreadable row begins."""
     first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")
-    said = re.fullmatch(r"\ufeff?sep=(.)\s*", first)  # to Excel, and not a row
+    said = re.fullmatch(r"\ufeff?sep=(.)\s*", first)  # a line for Excel, not a row
     # Where a comma is the decimal mark, spreadsheets write semicolons; others write tabs.
     mark = said[1] if said else max(",;\t", key=re.sub('"[^"]*"', "", first).count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True, skipinitialspace=mark != "\t")
@@ -181,9 +181,9 @@ def _cells(name: str, text: str) -> Iterator[list[str]]:
             begin = lines.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{name}, line {begin}: the row that begins here cannot be read: a quotation mark is never closed or "
-            f"stands undoubled in a text, or one is longer than {csv.field_size_limit():,} characters; expected texts "
-            f'with {mark!r} or quotation marks in quotation marks, and these doubled ("").'
+            f"{name}, line {begin}: the row that begins here cannot be read: a quotation mark is never closed or is "
+            f"not doubled inside a text, or a text is longer than {csv.field_size_limit():,} characters; put texts "
+            f'with {mark!r} or quotation marks in quotation marks, and double those inside ("").'
         ) from error
 
 
@@ -193,13 +193,13 @@ def _json_lines(name: str, content: bytes) -> Part:
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether ``save_to_disk`` has written it."""
+    """Whether ``save_to_disk`` has written the folder."""
     whole = (folder / "dataset_dict.json").is_file()
     return whole or all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def read_dataset(folder: Path) -> list[Part]:
-    """What ``save_to_disk`` wrote. Raises ``DataError`` if it cannot be read, or names files outside of itself."""
+    """What ``save_to_disk`` wrote. Raises ``DataError`` if it cannot be read, or names files outside of the folder."""
     from datasets import load_from_disk
 
     def load() -> Any:
@@ -216,21 +216,21 @@ def read_dataset(folder: Path) -> list[Part]:
 
 
 def is_hub(data_root: object) -> bool:
-    """Whether it names a data set of the Hub."""
+    """Whether ``data_root`` names a data set of the Hub."""
     return str(data_root).startswith("hf:")
 
 
 def read_hub(data_root: object) -> list[Part]:
-    """A data set of the Hub, through the ``datasets`` library, which runs no code of it.
+    """A data set of the Hub, through the ``datasets`` library, which runs none of its code.
 
-    Raises ``DataError`` if it cannot be had.
+    Raises ``DataError`` if it cannot be loaded.
     """
     from datasets import load_dataset
 
     found = _HUB.fullmatch(str(data_root))
     if found is None:
         raise DataError(f"data_root {data_root}: not understood, expected hf:OWNER/NAME or hf:OWNER/NAME:SPLIT.")
-    # By this address it is never taken from a folder that happens to be called the same.
+    # This address is never read as a local folder of the same name.
     loaded = _loaded(
         f"data_root {data_root}", lambda: load_dataset(f"hf://datasets/{found['name']}", split=found["split"])
     )
@@ -238,7 +238,7 @@ def read_hub(data_root: object) -> list[Part]:
 
 
 def _loaded(what: str, load: Callable[[], Any]) -> Any:
-    """What the ``datasets`` library loads; its errors, of many kinds, in one sentence."""
+    """What ``load``, a function of the ``datasets`` library, returns; its many errors become one sentence."""
     from datasets.exceptions import DatasetsError
 
     try:

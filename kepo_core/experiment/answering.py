@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.generation.vllm_generation import VLLMGeneration
 
 from kepo_core.method.forward import let_generate
-from kepo_core.method.shared_prompts import SharedPrompts, first_rows
+from kepo_core.method.shared_prompts import SharedPrompts, first_rows, is_sharded
 from kepo_core.method.vllm_rollouts import CheckedVLLM, making_engine
 
 #: (prompts, a picture for each, what names the draw) → the tokens of each completion, maybe padded behind its end.
@@ -42,7 +40,7 @@ def in_step(model: Any) -> bool:
     """Whether all processes have to draw equally often, and as many: they share a model, or ask one engine."""
     if isinstance(model, CheckedVLLM):
         return bool(model.mode == "server" or model.tensor_parallel_size > 1 or model.enable_sleep_mode)
-    return isinstance(model, FSDPModule) or bool(is_deepspeed_zero3_enabled())
+    return is_sharded(model)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import Targets, keep_float32_outputs
 from kepo_core.method.hinted import largest
 from kepo_core.method.served import ServedTeacher
-from kepo_core.method.shared_prompts import SharingTrainer
+from kepo_core.method.shared_prompts import SharingTrainer, is_sharded
 from kepo_core.method.shared_scoring import Shared, shared_rows
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.top_k import TopTargets, gather_targets
@@ -74,8 +74,8 @@ class GatedLossTrainer(SharingTrainer):
         checkpointing, where gradients do not reach a cache; if the model is sharded; or if old log-probabilities,
         computed row by row, enter the ratio.
         """
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded or self.args.gradient_checkpointing or "old_per_token_logps" in inputs or not self.args.distill_coef:
+        apart = is_sharded(self.model) or "old_per_token_logps" in inputs
+        if apart or self.args.gradient_checkpointing or not self.args.distill_coef:
             return None
         return shared_rows(inputs, range(len(inputs["prompt_ids"])))
 

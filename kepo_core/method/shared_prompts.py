@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from kepo_core.method.hinted import largest
 from kepo_core.method.vision import MODEL_FIELDS, PER_PROMPT, PER_TOKEN, VisionTrainer, by_row, choose_rows, count_tiles
@@ -25,6 +27,12 @@ from kepo_core.method.vision import MODEL_FIELDS, PER_PROMPT, PER_TOKEN, VisionT
 Pick = Callable[[Mapping[str, Tensor], Sequence[int]], dict[str, Tensor]]
 _CACHES = {DynamicLayer, DynamicSlidingWindowLayer}
 _log = logging.getLogger(__name__)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether processes hold parts of ``model`` (FSDP2, ZeRO-3): all must then make the same forward passes."""
+    parts = isinstance(model, nn.Module) and any(isinstance(module, FSDPModule) for module in model.modules())
+    return parts or bool(is_deepspeed_zero3_enabled())
 
 
 def first_rows(prompt_ids: Sequence[Sequence[Any]], images: Sequence[Sequence[Any] | None] | None) -> list[int]:
@@ -215,10 +223,9 @@ class SharingTrainer(VisionTrainer):
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kw: Any) -> Any:
         if self.use_vllm or self.use_transformers_continuous_batching or self.tools:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
-        if self._sharing is None:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            self._sharing = SharedPrompts(self._anyone) if sharded else SharedPrompts()
         model = self.accelerator.unwrap_model(self.model_wrapped)
+        if self._sharing is None:
+            self._sharing = SharedPrompts(self._anyone) if is_sharded(model) else SharedPrompts()
         with self._sharing.of(model, first_rows(prompt_ids, images), partial(self._pick, images)):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
 

@@ -13,6 +13,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.models import prepare_deepspeed
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
+from kepo_core.method.shared_prompts import is_sharded
 from kepo_core.method.shared_scoring import select_rows, shared_rows
 from kepo_core.method.task import Prompt, images_in, outside_thoughts
 
@@ -113,7 +114,6 @@ class Teacher:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # as TRL does for the student
         self._markup = markup_of(self._tokenizer)
         self._padded_apart = False  # its head has another number of rows than the student's
-        self._sharded = False
         add_hidden_state_output(self._model)
         let_generate(self._model)
 
@@ -179,7 +179,6 @@ class Teacher:
         """Put the model on the student's devices, sharded if the student is; a quantised one stays whole everywhere."""
         if getattr(self._model, "is_quantized", False):
             return
-        self._sharded = deepspeed or fsdp
         if deepspeed:
             if self._padded_apart:
                 raise ValueError(
@@ -284,10 +283,12 @@ class Teacher:
         """
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         batches += [rows[:1]] * (passes - len(batches))
-        settings = {"completion_length": inputs["completion_ids"].shape[1]}
+        width, apart = inputs["completion_ids"].shape[1], is_sharded(self._model)
         states = [
             self._wrapped(
-                **select_rows(inputs, batch), **settings, shared=None if self._sharded else shared_rows(inputs, batch)
+                **select_rows(inputs, batch),
+                completion_length=width,
+                shared=None if apart else shared_rows(inputs, batch),
             )
             for batch in batches
         ]

@@ -1,18 +1,17 @@
-r"""How models of other families write their answers: what ``answer_format: lenient`` reads beside the paper's rule.
+r"""How models of other families write their answers: what ``answer_format: lenient`` also reads.
 
 - Tags in any case and with spaces in them (``<Answer>``, ``</ think >``); full-width letters, colons and brackets.
-- In an answer field: markdown and LaTeX around what is said (``**B) a cyst**``, ``\boxed{B}``, ``\text{B}``), and
-  words before it (``Option B``, ``The answer is B.``).
+- In an answer field: markdown and LaTeX around the answer (``**B) a cyst**``, ``\boxed{B}``, ``\text{B}``), and words
+  before it (``Option B``, ``The answer is B.``).
 - Without an answer field: all ``\boxed{…}`` and all sentences such as ``The answer is B`` or ``The answer is a cyst.``,
-  also behind others on a line; with them, lines behind the first sentence that are an answer as a whole, letters or an
-  option's whole text or line (``B``, ``Option B``, ``**B) a cyst**``, ``a cyst``). With neither, all such lines.
-- What takes an answer back: letters and options' texts behind ``Wait`` and the like (``The answer is A. Wait, B.``) are
-  further answers.
+  anywhere on a line. After the first such sentence, also lines that are an answer as a whole: letters, or an option's
+  whole text or line (``B``, ``Option B``, ``**B) a cyst**``, ``a cyst``). Without boxes and sentences, all such lines.
+- Corrections: letters and options' texts after ``Wait`` and the like (``The answer is A. Wait, B.``) are further
+  answers.
 
-An option's whole text comes first: what stands in it (``Option B``, ``HLA-B*27``, ``$10``) is no word before an answer
-and no ornament. What is found is read as a field of the paper's: several different letters are ambiguous here, too,
-wherever they were found. So an answer that is given and then changed is ambiguous, never the first nor the last of the
-two: which of them is meant is not for the parser to say.
+An option's whole text comes first: its parts (``Option B``, ``HLA-B*27``, ``$10``) are neither words before an answer
+nor markup. What is found is read as the paper's answer fields are: several different letters are ambiguous, wherever
+they were found. So an answer that is given and then changed is ambiguous: the parser does not choose between the two.
 """
 
 import functools
@@ -48,7 +47,7 @@ def normalised(text: str) -> str:
 
 
 def plain(field: str, options: Sequence[str]) -> str:
-    """What a field says, without ornaments and words before it; an option's whole text stays as it is."""
+    """What a field says, without markup and words before it; an option's whole text stays as it is."""
     said = _unadorned(field, options)
     before = _BEFORE.match(said)
     shorter = [said[before.end(1) :], said[before.end() :]] if before else []
@@ -57,13 +56,13 @@ def plain(field: str, options: Sequence[str]) -> str:
 
 
 def answers(field: str, options: Sequence[str]) -> list[str]:
-    """What an answer field says, and what it says behind taking that back."""
+    """What an answer field says, and its corrections of that."""
     said = plain(field, options)
     return [said, *(_taken_back(field, options) if letters_in(said, options) else [])]
 
 
 def statements(text: str, options: Sequence[str]) -> list[str]:
-    """What ``text``, which has no answer field, answers; empty if it does not."""
+    """The answers in ``text``, which has no answer field; empty if there are none."""
     lines = [raw.replace("<answer>", " ") for raw in text.splitlines()]
     said: list[str] = []
     behind: list[str] = []  # the first sentence's beginning
@@ -81,7 +80,7 @@ def statements(text: str, options: Sequence[str]) -> list[str]:
 
 
 def _taken_back(text: str, options: Sequence[str]) -> list[str]:
-    """The letters and options' texts behind "wait" and the like, where these stand in no option's text."""
+    """The letters and options' texts after "wait" and the like, unless these are part of an option's text."""
     found = next((each for each in _outside(tuple(options), _TAKEN_BACK).finditer(text) if not each[1]), None)
     if found is None:
         return []
@@ -98,7 +97,7 @@ def _is_answer(line: str, options: Sequence[str]) -> bool:
 
 
 def _unadorned(text: str, options: Sequence[str]) -> str:
-    """On one line, with single spaces, without markdown and LaTeX but where these stand in an option's text."""
+    """On one line, with single spaces, without markdown and LaTeX, except inside an option's text."""
     for _ in range(2):  # \boxed{\text{B}}
         text = _COMMAND.sub(r"\1", text)
     return " ".join(_outside(tuple(options), _ORNAMENT).sub(r"\1", text).split())
@@ -106,12 +105,12 @@ def _unadorned(text: str, options: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _outside(options: tuple[str, ...], pattern: str) -> re.Pattern[str]:
-    """``pattern``, or in its first group an option's text, so that it is not found in one."""
+    """``pattern``, or in its first group an option's text, so that the pattern is not found inside one."""
     return re.compile(rf"({any_of(options).pattern})|{pattern}", re.IGNORECASE)
 
 
 def _sentences(line: str, options: Sequence[str]) -> list[str]:
-    """What stands behind each "the answer is", up to the next."""
+    """The text after each "the answer is", up to the next."""
     begins = [found for found in _outside(tuple(options), _SENTENCE).finditer(line) if not found[1]]
     ends = [*(found.start() for found in begins[1:]), len(line)]
     rests = [line[found.end() : end].strip() for found, end in zip(begins, ends, strict=False)]
@@ -119,13 +118,13 @@ def _sentences(line: str, options: Sequence[str]) -> list[str]:
 
 
 def _said(rest: str, options: Sequence[str]) -> list[str]:
-    """What a sentence says behind "the answer is": an option's text or line, else the letters that it begins with."""
+    """What a sentence says after "the answer is": an option's text or line, or else the letters that it begins with."""
     if named_by_text(rest, options):
         return [rest]
     texts = any_of(tuple(options))
     text = texts.match(rest)
     named = named_by_text(text[0], options) if text else set()
-    if text and named and rest.startswith(tuple(".,;:!"), text.end()):  # texts and letters behind it contradict it
+    if text and named and rest.startswith(tuple(".,;:!"), text.end()):  # texts and letters after it contradict it
         return [*texts.findall(rest), f"{min(named)}) {rest[text.end() :]}"]
     begins = _LETTERS.match(without_texts(rest, options))
     if begins:

@@ -1,4 +1,4 @@
-"""What a run draws is tried with its very processor and tokenizer before any model is called."""
+"""The questions that a run samples are tried with its processor and tokenizer before any model is called."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_half_a_character_is_no_text(world: Path, field: str) -> None:
     change(world, "q7", **{field: "half \ud83d"})
     data = load(world, train_items=60)
     ((reason, sentences),) = data.ledger.dropped.items()
-    assert reason == f"{field} is no text" and "Toy.json, row 8" in sentences[0]
+    assert reason == f"{field} is not text" and "Toy.json, row 8" in sentences[0]
 
 
 def test_a_text_that_cannot_be_tokenized_is_left_out_and_counted(

@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: p
 
 
 def test_where_nobody_reads_any_more_nothing_is_said() -> None:
-    """As behind ``head``: no traceback, neither where it is written nor at the interpreter's end."""
+    """As in a pipe to ``head``: no traceback, neither on writing nor at the interpreter's end."""
     reads, writes = os.pipe()
     os.close(reads)
     command = [sys.executable, "-m", "kepo_core.cli", "params"]
@@ -226,7 +226,7 @@ def test_an_interrupted_run_says_so(tmp_path, results):
     command = [sys.executable, "-m", "kepo_core.cli", "run", str(notebook), "-p", "results_dir", str(results)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def as_in_a_terminal():  # a job in the background inherits that SIGINT is ignored
+    def as_in_a_terminal():  # a background job inherits an ignored SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with subprocess.Popen(
@@ -261,7 +261,7 @@ def test_params_prints_a_file_that_loads(capsys, tmp_path):
     assert Params.load(file).hash == Params.load("params/paper.yaml").hash
 
 
-# Going on ---------------------------------------------------------------------------------------------------------
+# Resuming ---------------------------------------------------------------------------------------------------------
 
 ONCE = "flag = run.path / 'flag'\nif not flag.exists():\n    flag.touch()\n    raise RuntimeError('out of luck')"
 
@@ -312,7 +312,7 @@ def test_data_that_have_gone_since_leave_the_folder_and_say_so(kepo_run, results
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    """Runs complete without a process: their notebooks are taken for executed."""
+    """Runs complete without a process: their notebooks count as executed."""
 
     def execute(notebook, output, given):
         output.write_bytes(notebook.read_bytes())

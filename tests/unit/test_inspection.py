@@ -1,4 +1,4 @@
-"""A picture is what is decoded of it: copies under other names are one in splits, leaks and intervals."""
+"""Pictures are identified by what is decoded: copies under other names are one in splits, leaks and intervals."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def write(root: Path, images: list[str], modality: str = "MRI") -> None:
 
 
 def world(root: Path, copy, count: int = 30) -> list[str]:
-    """``count`` pictures, each asked about under its own name and under that of a copy; returns the names."""
+    """``count`` pictures, each asked about under its own name and under a copy's name; returns the names."""
     (root / "Images/a").mkdir(parents=True)
     for i in range(count):
         picture(i).save(root / f"Images/a/{i:02}.png")
@@ -87,8 +87,8 @@ def test_copies_under_other_names_count_as_one(tmp_path: Path, copy) -> None:
     questions = load_questions(source)
     blind = split_by_image(questions, 0)
     shown = {q.id: number(q.image) for q in questions}
-    assert {shown[q.id] for q in blind["train"]} & {shown[q.id] for q in blind["test"]}  # what went wrong
-    assert leaked(blind["train"], blind["test"]) == []  # without a word
+    assert {shown[q.id] for q in blind["train"]} & {shown[q.id] for q in blind["test"]}  # the splits leak
+    assert leaked(blind["train"], blind["test"]) == []  # unnoticed
     named = name_once(questions, Inspector(source), ledger)
     parts = split_by_image(named, 0)
     assert not {shown[q.id] for q in parts["train"]} & {shown[q.id] for q in parts["test"]}
@@ -159,7 +159,7 @@ def test_a_picture_is_decoded_once_and_again_when_it_changes(
 def test_a_picture_of_the_same_size_and_time_as_the_one_before_is_another(
     tmp_path: Path, cache: Path, replace: str
 ) -> None:
-    """As archives give them that set all times to the same, and formats that do not compress."""
+    """As from archives that set all times to the same, and formats that do not compress."""
     world(tmp_path / "root", same_bytes, 2)
     first, other = (tmp_path / f"root/Images/a/0{i}.png" for i in range(2))
     kept = tmp_path / "kept"

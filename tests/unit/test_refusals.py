@@ -1,4 +1,4 @@
-"""What cannot succeed is refused before a model is asked anything: one sentence in our words, from one place."""
+"""Runs that cannot succeed are refused before any model is called: one sentence in our words, from one place."""
 
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def refused(saved: Path, tmp_path: Path) -> Callable[..., str]:
-    """The sentence with which a run is refused whose model ``role`` was edited by ``edit``."""
+    """The sentence that refuses a run after ``edit`` has changed its model ``role``."""
 
     def refused(role: str, edit: Edit, **changes: Any) -> str:
         folder = tmp_path / "edited"
@@ -146,7 +146,7 @@ def test_a_chat_template_that_refuses_a_prompt(refused: Callable[..., str], role
     ],
 )
 def test_a_teacher_that_does_not_fit(refused: Callable[..., str], edit: Edit, said: str, processes: int) -> None:
-    """Also where the processes that train are started later, and load it then."""
+    """Also if the training processes start later and load it then."""
     assert said in refused("teacher", edit, processes=processes, prompts_per_device=1)
 
 
@@ -204,7 +204,7 @@ def test_what_trl_cannot_make(refused: Callable[..., str], changes: dict[str, An
 def test_what_a_first_step_finds(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
-    """Where libraries use the parameter: while they draw, in the loss, in the optimiser, in the data loader."""
+    """Wherever libraries use the parameter: in sampling, the loss, the optimiser, the data loader."""
     for name, value in (("BACKEND", "NO"), ("MODE", "default")):  # transformers sets them for the whole process
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
     sentence = refused("student", lambda folder: None, **changes)
@@ -279,7 +279,7 @@ def test_an_environment_of_one_process_is_none(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_compiler_that_an_earlier_run_of_this_kernel_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers leaves it in the environment, and would compile the next run, too."""
+    """transformers leaves it in the environment, and would also compile the next run."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     launch.check(Params.load(None, {"torch_compile": True}))
     with pytest.raises(ParamError, match=r"^ACCELERATE_DYNAMO_BACKEND is inductor .* not be what the parameters say"):
@@ -287,7 +287,7 @@ def test_a_compiler_that_an_earlier_run_of_this_kernel_asked_for(monkeypatch: py
 
 
 def test_a_temporary_folder_without_room_for_workers_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would be waited for without end: as in a bare papermill or Jupyter run under a cluster's TMPDIR."""
+    """The wait for them would never end: as in a bare papermill or Jupyter run under a cluster's TMPDIR."""
     monkeypatch.setattr(tempfile, "tempdir", "/" + "a-folder-of-the-cluster/" * 4)
     launch.check(Params())
     with pytest.raises(ParamError, match=r"dataloader_num_workers is 1, whose sockets have no room .*: set TMPDIR"):
@@ -324,7 +324,7 @@ def test_more_tokens_asked_of_a_served_teacher_than_there_are() -> None:
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As on a read-only home: PhantomVQA, an archive's pictures and a served teacher's hints go there."""
+    """As with a read-only home: PhantomVQA, an archive's pictures and a served teacher's hints are kept there."""
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", Path("/proc/kepo")):
         monkeypatch.setenv("KEPO_CACHE", str(cache))
@@ -333,7 +333,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
             lambda: source.in_cache("OmniMedVQA-0123"),
             lambda: serving.connect(Params(teacher_url="http://localhost:1/v1", teacher_top_k=20), build_processor()),
         ):
-            with pytest.raises(DataError, match=r"cannot be written \(.*\): set KEPO_CACHE to a folder that can be"):
+            with pytest.raises(DataError, match=r"cannot be written \(.*\): set KEPO_CACHE to a writable folder"):
                 use()
 
 

@@ -16,7 +16,7 @@ MISSING, AMBIGUOUS, TRUNCATED = AnswerOutcome.MISSING, AnswerOutcome.AMBIGUOUS, 
 
 @pytest.fixture(autouse=True)
 def nothing_read_before() -> None:
-    """What another test's call has cached is read again."""
+    """Clear what another test's call has cached."""
     rewards._read.cache_clear()
     rewards._has_format.cache_clear()
 
@@ -213,7 +213,7 @@ GROUPS = ("AB", "A", "O", "B")
 
 
 def read(field: str, options: tuple[str, ...], answer_format: str = "paper") -> str:
-    """The letter that is read from an answer field, or what else it is."""
+    """The letter that is read from an answer field, or else the outcome."""
     found = score(f"<answer>{field}</answer>", "A", options, thinking=False, finished=True, answer_format=answer_format)
     return found.letter or found.outcome.value
 
@@ -397,7 +397,7 @@ def test_lenient_gives_one_of_the_five_outcomes_and_the_papers_format(text: str,
 )
 @pytest.mark.parametrize("answer_format", ["paper", "lenient"])
 def test_a_text_is_read_in_time_that_grows_as_it_does(piece: str, answer_format: str) -> None:
-    """Quadratic, these took seconds."""
+    """A quadratic parser took seconds for these."""
     for text in (piece * 8000, f"<answer>{piece * 8000}</answer>", piece + " " * 60_000 + piece):
         start = time.process_time()
         score(text, "B", CYSTS, thinking=True, finished=True, answer_format=answer_format)

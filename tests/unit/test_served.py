@@ -509,7 +509,7 @@ def test_a_server_that_does_not_fit_stops_a_run_before_it_begins(embedded: FakeV
         ({"teacher_url": "h:80/v1", "teacher_top_k": 5}, "teacher_url must be like http://HOST:8000/v1, got 'h:80/v1'"),
         ({"teacher_url": "http://h/v1?key=1", "teacher_top_k": 5}, "must be like"),
         ({"teacher_url": "http://me:secret@h/v1", "teacher_top_k": 5}, "no name or password: .*KEPO_TEACHER_KEY"),
-        ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "method": "gkd"}, "gkd needs the whole"),
+        ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "method": "gkd"}, "gkd needs the teacher's whole"),
         ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "teacher_quantization": "8bit"}, "the server decides how"),
         ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "distill_temperature": 2.0}, "temperature must be 1"),
     ],

@@ -154,5 +154,5 @@ def test_the_command_runs_what_is_missing_and_prints_what_came_of_all(
     assert len(asked[0][0]) == 4 and asked[0][1].count == 1
     monkeypatch.setattr(jobs, "run_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["study", "run", str(path)]) == cli.INTERRUPTED
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert project_root() == ROOT

@@ -1,4 +1,4 @@
-"""Data of one's own: tables, ``datasets`` folders and Hub names give the same questions, and say what is no use."""
+"""Your own data: tables, ``datasets`` folders and Hub names give the same questions, and name unusable rows."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def in_bytes() -> list[dict[str, Any]]:
-    """The same, as ``datasets`` holds pictures."""
+    """The same, with pictures as in ``datasets``."""
     return [row | {"image": {"bytes": png(min(i, 8)), "path": None}} for i, row in enumerate(rows())]
 
 
@@ -112,7 +112,7 @@ def as_csv(own: Path, mark: str = ",", before: str = "", encoding: str = "utf-8"
     (own / "t.csv").write_bytes((before + text).replace("\n", end).encode(encoding))
 
 
-#: As other programs and other languages' spreadsheets write them.
+#: Written by other programs and by spreadsheets in other languages.
 WRITERS |= {
     "csv in UTF-16": lambda own: as_csv(own, encoding="utf-16"),
     "csv in UTF-16 without a mark": lambda own: as_csv(own, encoding="utf-16-le"),
@@ -176,7 +176,7 @@ def test_only_what_must_be_there_must_be_there(own: Path) -> None:
     )
     questions = load_questions(own)
     assert [(q.id, q.modality, q.question_type, q.split) for q in questions[:1]] == [("t.jsonl:1", "all", "", "")]
-    with pytest.raises(DataError, match=r"split: question t.jsonl:1 .* has no split of its own"):
+    with pytest.raises(DataError, match=r"split: .* t.jsonl:1 has none"):
         split_as_given(questions)
 
 
@@ -198,7 +198,7 @@ def test_what_is_missing_is_named_with_what_was_found(own: Path) -> None:
         open_data(own)
     assert str(error.value) == (
         f"data_root {own}: t.csv has no column image, options, answer; its columns are picture, question, choices. "
-        "Expected image, question, options, answer; columns of other names are told by data_columns: image=NAME, "
+        "Expected image, question, options, answer; set data_columns for columns of other names: image=NAME, "
         "options=NAME, answer=NAME."
     )
     with pytest.raises(
@@ -235,8 +235,8 @@ def test_columns_are_named_for_tables_alone(own: Path) -> None:
         ({"question": " "}, "no question"),
         ({"options": ["one"]}, "a single option"),
         ({"options": [f"no. {n}" for n in range(27)]}, "more options than letters"),
-        ({"options": {"A": "x"}}, "options are no list"),
-        ({"options": [["a"], "b"]}, "option is no text"),
+        ({"options": {"A": "x"}}, "options are not a list"),
+        ({"options": [["a"], "b"]}, "option is not text"),
         ({"answer": 1}, "the answer is a number"),
         ({"answer": 1.0}, "the answer is a number"),
         ({"answer": " 1 ", "options": ["1", "2", "3"]}, "the answer is a number"),
@@ -289,9 +289,9 @@ def test_ids_that_restart_in_each_table_get_its_name_and_no_row_is_lost(own: Pat
     assert [q.id for q in questions] == [*(f"test.jsonl:q{i}" for i in range(4)),
                                          *(f"train.jsonl:q{i}" for i in range(6))]  # fmt: skip
     assert [q.question_type for q in questions] == ["colour"] * 10 and ledger.read == 10
-    assert {why: len(told) for why, told in ledger.dropped.items()} == {"the same row again": 1}
+    assert {why: len(told) for why, told in ledger.dropped.items()} == {"a duplicate row": 1}
     assert {why: len(told) for why, told in ledger.mended.items()} == {
-        "ids restart in each table: its name was put in front": 10
+        "two tables share an id: the table's name was put in front of all ids": 10
     }
     write_parts(own, test=[row | {"id": f"r{row['id']}"} for row in again])
     assert {q.id for q in load_questions(own)} == {*(f"rq{i}" for i in range(4)), *(f"q{i}" for i in range(6))}
@@ -299,7 +299,7 @@ def test_ids_that_restart_in_each_table_get_its_name_and_no_row_is_lost(own: Pat
 
 def test_an_id_of_different_rows_of_one_table_is_refused_by_its_name(own: Path) -> None:
     write_parts(own, train=[*rows()[:5], rows()[5] | {"id": "q1"}])
-    with pytest.raises(DataError, match=r"1 ids stand for different rows of one table \(q1\), expected one row each"):
+    with pytest.raises(DataError, match=r"1 ids are used by different rows of one table \(q1\), expected one row each"):
         load_questions(open_data(own), Ledger(strict=False))
 
 
@@ -317,7 +317,7 @@ def test_a_comma_without_quotation_marks_moves_no_text_into_anothers_place(own: 
 
 
 def test_a_letter_is_that_of_the_option_as_it_was_given(own: Path) -> None:
-    """Also where an empty option before it, or one that says the same, is left out."""
+    """Also if an empty option before it, or one with the same text, is skipped."""
     given = [("|a|b", "C", "B"), ("a|A.|b", "C", "B"), ("x|y|I", "I", "C"), ("a|b", "b", "B")]
     pd.DataFrame(
         [{"image": "pics/0.png", "question": "?", "options": o, "answer": a} for o, a, _ in given]
@@ -326,7 +326,7 @@ def test_a_letter_is_that_of_the_option_as_it_was_given(own: Path) -> None:
 
 
 def test_options_with_letters_of_their_own_do_not_get_two_and_no_answer_means_another(own: Path) -> None:
-    """A letter may be an option's place or stand before its text: where these are two, it is no answer."""
+    """A letter may be an option's place or precede its text: if these are two options, it is not an answer."""
     given = [
         ("A) x | B) y", "B", ("x", "y"), "B"),
         ("(A) x | (B) y | (C) z", "(C) z", ("x", "y", "z"), "C"),
@@ -350,11 +350,11 @@ def test_options_with_letters_of_their_own_do_not_get_two_and_no_answer_means_an
     assert {reason: len(found) for reason, found in ledger.dropped.items()} == {
         "the answer is one option's letter and another's text": 3
     }
-    assert len(ledger.mended["options came with their letters"]) == 3
+    assert len(ledger.mended["options came with letters: these were removed"]) == 3
 
 
 def memory_of_files() -> float:
-    """Megabytes of this process that are files mapped into memory."""
+    """Megabytes of files mapped into this process's memory."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
     return int(line.split()[1]) / 1024
 
@@ -399,14 +399,14 @@ def test_looking_at_a_picture_in_a_table_does_not_choose_its_column_each_time(
     [
         ("t.csv", b"", "t.csv has no column image, question, options, answer; its columns are none"),
         ("t.csv", b"image,question,options,answer\n", "its question files hold no rows"),
-        ("t.csv", "image,question,options,answer\nä".encode("latin-1"), "t.csv, line 2: byte 0xe4 is no text in UTF-8"),
-        ("t.csv", "image,question\na,b\n\n,ö".encode("cp1252"), "t.csv, line 4: byte 0xf6 is no text in UTF-8"),
-        ("t.csv", b"PK\x03\x04\x80", "t.csv, line 1: byte 0x80 is no text in UTF-8"),  # a workbook
+        ("t.csv", "image,question,options,answer\nä".encode("latin-1"), "t.csv, line 2: byte 0xe4 is not UTF-8"),
+        ("t.csv", "image,question\na,b\n\n,ö".encode("cp1252"), "t.csv, line 4: byte 0xf6 is not UTF-8"),
+        ("t.csv", b"PK\x03\x04\x80", "t.csv, line 1: byte 0x80 is not UTF-8"),  # a workbook
         ("t.csv", b"image,image,question\n", "t.csv: two columns are called 'image'"),
         ("t.csv", b'image,question\n"a', "t.csv, line 2: the row that begins here cannot be read"),
         ("t.csv", b'a,b\n1,2\n\n3,"x\n' + b"5,6\n" * 40_000, "t.csv, line 4: the row that begins here cannot be read"),
         ("t.csv", b'a,b\n1,2\n1,"x" y\n', "t.csv, line 3: the row that begins here cannot be read"),
-        ("t.csv", b"a,b\n1," + b"x" * 140_000, "or one is longer than 131,072 characters; expected texts with ','"),
+        ("t.csv", b"a,b\n1," + b"x" * 140_000, "longer than 131,072 characters; put texts with ','"),
         ("t.jsonl", b'{"image": 1}\n{', "t.jsonl, line 2: not valid JSON"),
         ("t.jsonl", b"[" * 100_000, "t.jsonl: cannot be read"),
         ("t.jsonl", b'{"a":' * 100_000, "t.jsonl, line 1: not valid JSON"),
@@ -470,8 +470,8 @@ def test_what_lies_beside_tables_and_is_not_read_is_counted(own: Path) -> None:
     ledger = Ledger(strict=False)
     assert essence(load_questions(open_data(own), ledger)) == EXPECTED
     assert ledger.dropped == {
-        "a table in a folder inside, where none is read": ["more/t.csv", "more/t.parquet"],
-        "a file of a kind that is not read here": ["more/rows.json", "t.json", "t.jsonl.gz", "t.tsv"],
+        "a table in a subfolder, where none is read": ["more/t.csv", "more/t.parquet"],
+        "a file of a kind that is not read": ["more/rows.json", "t.json", "t.jsonl.gz", "t.tsv"],
     }
     load_questions(open_data(own / "t.csv"), alone := Ledger(strict=False))
     assert not alone.dropped
@@ -498,7 +498,7 @@ def test_without_a_validation_part_some_of_training_is_set_aside(own: Path) -> N
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The library's cache as a download of ``someone/shapes`` would leave it, and no network."""
+    """The library's cache after a download of ``someone/shapes``, without network."""
     from datasets import load_dataset
 
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -516,7 +516,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("root", ["hf:someone/shapes", "hf:someone/shapes:train"])
 def test_a_hub_name_is_loaded_through_the_library(hub: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(hub)
-    (hub / "someone/shapes").mkdir(parents=True)  # a folder of that name is not what is meant
+    (hub / "someone/shapes").mkdir(parents=True)  # a folder of that name is not meant
     source = open_data(root)
     questions = load_questions(source)
     assert [q[:-1] for q in essence(questions)] == [q[:-1] for q in EXPECTED]
@@ -552,7 +552,7 @@ def test_a_hub_name_that_cannot_be_had_is_one_sentence(hub: Path, root: str, sen
 
 
 def test_a_data_set_with_code_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The library says so once it finds a script in the repository; nothing asks it to trust one."""
+    """The library raises if it finds a script in the repository; nothing tells it to trust one."""
     from datasets import load
 
     def factory(path: str, *_: Any, **options: Any) -> Any:

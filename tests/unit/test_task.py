@@ -99,7 +99,7 @@ def test_a_column_that_the_rows_lack_is_named_with_what_they_have(tmp_path: Path
 
 
 class Riddles(Task):
-    """The least that a task is."""
+    """The smallest possible task."""
 
     def ask(self, row: Any) -> Any:
         return None
@@ -184,7 +184,7 @@ def test_the_public_face_is_there_and_lazy() -> None:
 
 
 def test_the_readmes_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is written, but for the names of models and data, and one step instead of all."""
+    """As written, except for the names of models and data, and with one step instead of all."""
     import datasets
 
     monkeypatch.chdir(tmp_path)
