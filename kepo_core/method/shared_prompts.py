@@ -1,9 +1,9 @@
-"""Rollouts that read each distinct prompt once, with its pictures, however many completions are drawn from it.
+"""Rollouts that read each distinct prompt only once, with its pictures, for all of its completions.
 
-GRPO draws G completions of a prompt, and transformers' ``generate`` reads it G times. Here the distinct prompts are
-read up to their last token, the cache is repeated for their completions, and ``generate`` goes on from there: the
-same tokens for the same random state, but for rounding. A model for which that does not hold is found by a comparison
-of logits when it first draws, and draws as before.
+GRPO samples G completions of a prompt, and transformers' ``generate`` reads it G times. Here the distinct prompts are
+read up to their last token, the cache is repeated for their completions, and ``generate`` continues from there: the
+same tokens for the same random state, up to rounding. The first generation compares logits; a model for which they
+differ generates as before.
 """
 
 import logging
@@ -23,24 +23,24 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from kepo_core.method.hinted import largest
 from kepo_core.method.vision import MODEL_FIELDS, PER_PROMPT, PER_TOKEN, VisionTrainer, by_row, choose_rows, count_tiles
 
-#: (model inputs of all rows, some rows) → the inputs of these rows.
+#: (model inputs of all rows, row indices) → the inputs of these rows.
 Pick = Callable[[Mapping[str, Tensor], Sequence[int]], dict[str, Tensor]]
 _CACHES = {DynamicLayer, DynamicSlidingWindowLayer}
 _log = logging.getLogger(__name__)
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether processes hold parts of ``model`` (FSDP2, ZeRO-3), so that all have to make the same forward passes."""
+    """Whether processes hold parts of ``model`` (FSDP2, ZeRO-3): all must then make the same forward passes."""
     parts = isinstance(model, nn.Module) and any(isinstance(module, FSDPModule) for module in model.modules())
     return parts or bool(is_deepspeed_zero3_enabled())
 
 
 def first_rows(prompt_ids: Sequence[Sequence[Any]], images: Sequence[Sequence[Any] | None] | None) -> list[int]:
-    """For each row the first one that has the same prompt: the same tokens, and pictures with the same pixels.
+    """For each row the first row with the same prompt: the same tokens, and pictures with the same pixels.
 
     Args:
         prompt_ids: tokens of each row's prompt, or its text.
-        images: the pictures of each row; None where no row has any. Other than PIL's are taken to be different.
+        images: the pictures of each row; None if no row has any. Only PIL images are compared by pixels.
     """
     by_ids: dict[tuple[Any, ...], list[int]] = {}
     found = []
@@ -61,11 +61,11 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 class SharedPrompts:
-    """How one model generates, and whether it can do so from shared prompts.
+    """Generation from shared prompts, and the check whether a model supports it.
 
     Args:
-        anyone: whether the argument is true on any process. Where a model is sharded, all processes have to make the
-            same forward passes; elsewhere each decides for itself.
+        anyone: returns whether its argument is true on any process. If the model is sharded, all processes must make
+            the same forward passes; by default each process decides for itself.
     """
 
     def __init__(self, anyone: Callable[[bool], bool] = bool) -> None:
@@ -75,7 +75,7 @@ class SharedPrompts:
 
     @contextmanager
     def of(self, model: Any, firsts: Sequence[int], pick: Pick) -> Iterator[None]:
-        """Let ``model.generate`` read the rows ``firsts`` (see `first_rows`) alone, for a while."""
+        """Within this context ``model.generate`` reads only the prompts of the rows ``firsts`` (see `first_rows`)."""
         own, generate = vars(model).get("generate"), model.generate
         repeated = len(set(firsts)) < len(firsts)
         if self.refused or not self._anyone(repeated):
@@ -93,7 +93,7 @@ class SharedPrompts:
     def _generate(
         self, model: Any, generate: Any, firsts: Sequence[int], pick: Pick, inputs: Any = None, **given: Any
     ) -> Any:
-        """What ``generate`` returns for the same arguments."""
+        """The output of ``generate`` for the same arguments."""
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         settings = {name: value for name, value in given.items() if name not in tensors}
         if self._anyone(bool(reason := self._unfit(model, inputs, tensors, settings))):
@@ -113,11 +113,11 @@ class SharedPrompts:
 
     def _refuse(self, reason: str) -> None:
         self.refused = reason
-        _log.warning("each prompt is read once a completion, not once a group: %s", reason)
+        _log.warning("each prompt is read once per completion instead of once per group (slower): %s", reason)
 
     @staticmethod
     def _unfit(model: Any, inputs: Any, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-        """Why prompts cannot be shared in this call, whatever the numbers; empty if they can be."""
+        """Why prompts cannot be shared in this call, from its arguments and the model's settings; "" if they can."""
         if inputs is not None or not set(PER_PROMPT) <= tensors.keys():
             return "generate is not called with input_ids and attention_mask"
         if tensors["input_ids"].shape[1] < 2:
@@ -131,12 +131,12 @@ class SharedPrompts:
             if (kind := getattr(config, "cache_implementation", None)) not in (None, "dynamic"):
                 return f"cache_implementation is {kind}"
         if any(drops_out(module) for module in model.modules()):
-            return "dropout is on, and would be the same for all completions of a prompt"
+            return "dropout is on, and would be equal for all completions of a prompt"
         return ""
 
     @staticmethod
     def _differs(model: Any, generate: Any, few: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
-        """Why the model's logits of two tokens from a shared prompt are not those of ``generate``; empty if they are.
+        """How two tokens' logits from a shared prompt differ from those of ``generate``; "" if they do not.
 
         Args:
             few: the inputs of the distinct prompts.
@@ -151,21 +151,21 @@ class SharedPrompts:
                 return f"{type(model).__name__} keeps more of a prompt than keys and values"
             shared = generate(**rows, past_key_values=cache, **greedy)
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
-            # It ran by itself just now, so it is the way of asking that the model does not know.
+            # The usual call has just succeeded: the model does not support this one.
             return f"{type(model).__name__} does not continue a cache ({type(error).__name__}: {error})"
         alike = torch.ones_like(which, dtype=torch.bool)
         for step, (a, b) in enumerate(zip(usual.logits, shared.logits, strict=True)):
             a, b = a[alike].float(), b[alike].float()
             most = torch.finfo(model.dtype).eps ** 0.5
             if (apart := float((a - b).norm() / a.norm())) > most:
-                return f"{type(model).__name__}'s logits are {apart:.1g} away from those that it has otherwise"
+                return f"{type(model).__name__}'s logits differ by {apart:.1g} (relative) from the usual ones"
             place = rows["input_ids"].shape[1] + step
-            alike = alike & (usual.sequences[:, place] == shared.sequences[:, place])  # but for ties
+            alike = alike & (usual.sequences[:, place] == shared.sequences[:, place])  # they can differ only by ties
         return ""
 
 
 def drops_out(module: nn.Module) -> bool:
-    """Whether a module leaves out what it draws at random now."""
+    """Whether dropout is active in a module."""
     share = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
     return module.training and isinstance(share, float) and share > 0
 
@@ -180,7 +180,7 @@ def _greedy(tokens: int, **settings: Any) -> GenerationConfig:
 def _read(
     model: Any, generate: Any, few: Mapping[str, Tensor], settings: Mapping[str, Any], which: Tensor
 ) -> DynamicCache:
-    """The cache of the distinct prompts but for their last token, repeated: that of prompt ``which[i]`` in row i."""
+    """The cache of the distinct prompts without their last token, repeated: row i holds prompt ``which[i]``."""
     per_token = {name for name in few if name in PER_PROMPT or name.endswith(PER_TOKEN)}
     short = {name: value[:, :-1] if name in per_token else value for name, value in few.items()}
     cache = generate(**short, **{**settings, "generation_config": _greedy(1)}).past_key_values
@@ -189,35 +189,35 @@ def _read(
 
 
 def plain_cache(cache: Any) -> bool:
-    """Whether a cache holds keys and values alone, which can be repeated and continued."""
+    """Whether a cache holds only keys and values, which can be repeated and continued."""
     return type(cache) is DynamicCache and all(type(layer) in _CACHES for layer in cache.layers)
 
 
 def spread(model: Any, cache: DynamicCache, which: Tensor) -> None:
-    """Repeat what ``model`` keeps of prompts: of prompt ``which[i]`` in row i."""
+    """Repeat the state that ``model`` keeps of prompts: row i gets that of prompt ``which[i]``."""
     cache.batch_select_indices(which)
-    for module in model.modules():  # Qwen's: how far pictures have moved the positions of each row
+    for module in model.modules():  # Qwen: how far pictures shift the positions of each row
         if isinstance(deltas := getattr(module, "rope_deltas", None), Tensor):
             module.rope_deltas = deltas[which]
 
 
 class SharingTrainer(VisionTrainer):
-    """GRPOTrainer whose rollouts by transformers share their prompts."""
+    """GRPOTrainer whose rollouts share their prompts, with transformers' generation."""
 
     _sharing: SharedPrompts | None = None
     _firsts: tuple[int, ...] = ()  # `first_rows` of the batch
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's, with ``kepo_prompt``, (B,): the first row of the generation batch that has a row's prompt."""
+        """TRL's batch with ``kepo_prompt``, (B,): the first row of the generation batch with the same prompt."""
         self._firsts = tuple[int, ...]()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self._firsts and not self.tools:  # whose completions may hold pictures of their own
+        if self._firsts and not self.tools:  # tools may add pictures to completions
             output["kepo_prompt"] = torch.tensor(self._firsts, device=self.accelerator.device)
         return output
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
         ids, images, fields = super()._tokenize_prompts(prompts)
-        self._firsts = self._firsts or tuple(first_rows(ids, images))  # prompts with hints follow
+        self._firsts = self._firsts or tuple(first_rows(ids, images))  # only the first call: prompts with hints follow
         return ids, images, fields
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kw: Any) -> Any:
@@ -233,7 +233,7 @@ class SharingTrainer(VisionTrainer):
         return bool(largest(self.accelerator, int(flag)))
 
     def _pick(self, images: list[list[Any]] | None, inputs: Mapping[str, Tensor], rows: Sequence[int]) -> Any:
-        """The model inputs of some rows of a batch whose pictures are ``images``."""
+        """The model inputs of some rows of a batch with the pictures ``images``."""
         if images is None:
             return choose_rows(inputs, rows)
         processor = self.processing_class.image_processor

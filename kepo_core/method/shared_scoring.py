@@ -1,8 +1,8 @@
 """Scoring that reads each distinct prompt once: the completions of a group continue one prompt's keys and values.
 
-What is computed is what the model computes row by row, but for rounding: half to two thirds of a batch's tokens are
-prompts, each there G times. `GRPOTrainer` reads them all, so a trainer that has to equal it to the bit does not share
-them. Gradients reach the prompts through the cache, which rules gradient checkpointing out.
+The results equal those computed row by row, up to rounding. Half to two thirds of a batch's tokens are prompts, each
+present G times. `GRPOTrainer` reads them all: a trainer that must equal it bit for bit does not share them. Gradients
+reach the prompts through the cache, which excludes gradient checkpointing.
 """
 
 import logging
@@ -23,11 +23,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """The distinct prompts of a batch of B rows, which are padded on the left to ``length`` tokens.
+    """The distinct prompts of a batch of B rows, left-padded to ``length`` tokens.
 
     Attributes:
         few: the model inputs of the distinct prompts, pictures included, without their last token.
-        which: (B,) the prompt of each row, by its number in ``few``.
+        which: (B,) the index in ``few`` of each row's prompt.
         length: P.
     """
 
@@ -37,7 +37,7 @@ class Shared:
 
 
 def shared_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> Shared | None:
-    """The distinct prompts of some rows of a batch with ``kepo_prompt``; None where no two rows have the same."""
+    """The distinct prompts of some rows of a batch with ``kepo_prompt``; None if no two rows share a prompt."""
     if "kepo_prompt" not in inputs:
         return None
     prompts = inputs["kepo_prompt"][list(rows)].tolist()
@@ -68,13 +68,13 @@ def select_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any
 
 
 class SharedReading:
-    """Whether a backbone can continue shared prompts, found out when it first should, and how it does."""
+    """Lets a backbone continue shared prompts, and checks at the first use whether it can."""
 
     def __init__(self) -> None:
-        self.refused: str | None = None  # why not; None: it has not been tried
+        self.refused: str | None = None  # why it cannot; "" if it can; None: not checked yet
 
     def works(self, backbone: Any, shared: Shared, inputs: Mapping[str, Any]) -> bool:
-        """Whether ``backbone`` has the same hidden states for ``inputs`` from ``shared`` prompts.
+        """Whether ``backbone`` computes the same hidden states for ``inputs`` from ``shared`` prompts.
 
         Args:
             inputs: the keyword arguments of a forward pass over all rows.
@@ -82,32 +82,32 @@ class SharedReading:
         if self.refused is None:
             self.refused = self._why_not(backbone, shared, inputs)
             if self.refused:
-                _log.warning("each prompt is scored once a completion, not once a group: %s", self.refused)
+                _log.warning("each prompt is scored once per completion, not once per group (slower): %s", self.refused)
         return not self.refused
 
     def _why_not(self, backbone: Any, shared: Shared, inputs: Mapping[str, Any]) -> str:
         if any(drops_out(module) for module in backbone.modules()):
-            return "dropout is on, and would be the same for all completions of a prompt"
+            return "dropout is on, and would be equal for all completions of a prompt"
         if getattr(backbone.config.get_text_config(), "output_router_logits", False):
-            return "the load of its experts counts every token of every row"
+            return "its experts' load-balancing loss needs every token of every row"
         with torch.no_grad():
             usual = backbone(**inputs, use_cache=False).last_hidden_state[:, shared.length - 1 :].float()
             try:
                 output = continue_prompts(backbone, backbone.forward, shared, **inputs)
             except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-                # It ran by itself just now, so it is the way of asking that the model does not know.
+                # The usual call has just succeeded: the model does not support this one.
                 return f"{type(backbone).__name__} does not continue a cache ({type(error).__name__}: {error})"
         if not plain_cache(output.past_key_values):
             return f"{type(backbone).__name__} keeps more of a prompt than keys and values"
         tokens = inputs["attention_mask"][:, shared.length - 1 :].bool()
         a, b = usual[tokens], output.last_hidden_state.float()[tokens]
         if not (apart := float((a - b).norm() / a.norm())) <= torch.finfo(backbone.dtype).eps ** 0.5:
-            return f"{type(backbone).__name__}'s states are {apart:.1g} away from those that it has otherwise"
+            return f"{type(backbone).__name__}'s states differ by {apart:.1g} (relative) from the usual ones"
         return ""
 
     @contextmanager
     def of(self, backbone: Any, shared: Shared) -> Iterator[None]:
-        """Let ``backbone`` return the states of each row from its prompt's last token on, (B, T+1, H), for a while."""
+        """Within this context ``backbone`` returns each row's states from its prompt's last token on, (B, T+1, H)."""
         own, forward = vars(backbone).get("forward"), backbone.forward
         backbone.forward = partial(continue_prompts, backbone, forward, shared)
         try:
@@ -121,19 +121,20 @@ class SharedReading:
 def continue_prompts(
     backbone: Any, forward: Any, shared: Shared, *, input_ids: Tensor, attention_mask: Tensor, **inputs: Any
 ) -> Any:
-    """What ``forward`` returns for the tokens from each prompt's last on.
+    """The output of ``forward`` for the tokens from each prompt's last token on.
 
     Args:
-        backbone: the model without its head, which has ``forward``.
+        backbone: the model without its head.
+        forward: the backbone's own forward.
         input_ids, attention_mask: (B, P+T) of all rows.
-        inputs: further ones of all rows, of which the settings alone are used.
+        inputs: further model inputs of all rows; only settings are used, tensors are not.
     """
     settings = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
     settings |= {"use_cache": True}
     cache = forward(**shared.few, **settings).past_key_values
     spread(backbone, cache, shared.which)
     start, device = shared.length - 1, input_ids.device
-    if hasattr(backbone, "rope_deltas"):  # its positions follow its pictures, and so it wants to be told the rest
+    if hasattr(backbone, "rope_deltas"):  # its positions depend on pictures: it needs those of the rest
         if "pixel_values" in shared.few:
             places = (attention_mask.cumsum(-1) - 1)[:, start:] + backbone.rope_deltas
         else:

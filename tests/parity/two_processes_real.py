@@ -1,4 +1,4 @@
-"""A few steps of a KEPO run that generates for itself, on several processes; started by test_processes.py."""
+"""A few steps of a KEPO run with real generation, on several processes; started by test_processes.py."""
 
 import sys
 from pathlib import Path

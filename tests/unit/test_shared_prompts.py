@@ -1,4 +1,4 @@
-"""Prompts that are read once a group: the same tokens, states and gradients as read once a completion."""
+"""Prompts that are read once per group: the same tokens, states and gradients as if read once per completion."""
 
 import itertools
 import logging
@@ -30,11 +30,11 @@ def test_rows_are_alike_by_their_tokens_and_the_pixels_of_their_pictures() -> No
     images = [[red], [again], [blue], [red], [red, red], None]
     assert first_rows(ids, images) == [0, 0, 2, 3, 4, 5]
     array: Any = [torch.zeros(2)]
-    assert first_rows(ids[:2], [array, [torch.zeros(2)]]) == [0, 1]  # whether they are equal is not asked
+    assert first_rows(ids[:2], [array, [torch.zeros(2)]]) == [0, 1]  # their contents are not compared
 
 
 def draws(trainer: Any, groups: int = 4, size: int = 4) -> tuple[Any, list[Any]]:
-    """One batch of rollouts: (by GRPOTrainer, by ours), from one random state each."""
+    """One batch of rollouts: (by GRPOTrainer, by KEPOTrainer), from the same random state."""
     data = trainer.train_dataset
     asked = [with_images(data[i]["prompt"], data[i]) for i in range(groups) for _ in range(size)]
     batch = trainer._tokenize_prompts(asked)
@@ -59,7 +59,7 @@ def test_rollouts_are_those_of_grpo_trainer(tmp_path: Path, name: str, kind: str
 def test_a_prompt_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(tmp_path, "qwen3-vl", "one")
     rows: list[tuple[int, int]] = []
-    draws(trainer)  # the comparison is behind it
+    draws(trainer)  # the comparison is done
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
@@ -86,7 +86,7 @@ def test_generation_that_cannot_share_says_so_once(
             theirs, ours = draws(trainer)
             assert ours == theirs
     assert [r.message for r in caplog.records if "read once" in r.message] == [
-        f"each prompt is read once a completion, not once a group: {why}"
+        f"each prompt is read once per completion instead of once per group (slower): {why}"
     ]
 
 
@@ -102,7 +102,7 @@ def test_dropout_would_be_one_for_all_of_a_group(tmp_path: Path) -> None:
 
 
 def forgetful(read: Any) -> Any:
-    """A cache whose last layer has lost the first token, as a model would that continues its prompts wrongly."""
+    """A cache whose last layer has lost the first token, like a model that continues prompts wrongly."""
 
     def reads(*args: Any) -> DynamicCache:
         cache = read(*args)
@@ -119,7 +119,7 @@ def test_a_model_that_continues_prompts_otherwise_draws_as_before(
     monkeypatch.setattr(shared_prompts, "_read", forgetful(shared_prompts._read))
     theirs, ours = draws(trainer)
     assert ours == theirs
-    assert "logits are" in trainer._sharing.refused and "away from those that it has otherwise" in caplog.text
+    assert "logits differ" in trainer._sharing.refused and "from the usual ones" in caplog.text
 
 
 def test_a_model_that_cannot_continue_a_cache_draws_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +134,9 @@ def test_a_model_that_cannot_continue_a_cache_draws_as_before(tmp_path: Path, mo
 
 
 def test_processes_agree_before_one_of_them_shares() -> None:
-    """Of sharded models: where another process cannot share, this one does not, though it could."""
+    """Sharded models: if another process cannot share, this one does not share either."""
     model, tokenizer = build("qwen3")
-    asked = iter([True, True])  # some process has prompts that are alike; some process cannot share them
+    asked = iter([True, True])  # some process has equal prompts; some process cannot share them
     sharing = SharedPrompts(lambda flag: next(asked) or flag)
     inputs = dict(tokenizer(["red", "red"], return_tensors="pt"))
     with sharing.of(model, [0, 0], lambda given, rows: {k: v[rows] for k, v in given.items()}):
@@ -218,8 +218,8 @@ def test_a_backbone_that_continues_prompts_otherwise_is_said_once(
 
     monkeypatch.setattr(shared_scoring, "spread", wrongly)
     trainer.train()
-    said = [r.message for r in caplog.records if "scored once a completion" in r.message]
-    assert len(said) <= 2 and all("away from those that it has otherwise" in sentence for sentence in said) and said
+    said = [r.message for r in caplog.records if "scored once per completion" in r.message]
+    assert len(said) <= 2 and all("from the usual ones" in sentence for sentence in said) and said
 
 
 def test_micro_batches_share_what_is_left_of_their_groups(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_heads_padded_to_different_sizes_are_refused_where_deepspeed_shards_them
     student = build_model("test", 0)
     student.resize_token_embeddings(600)
     teacher.check_fits(student, build_processor())
-    with pytest.raises(ValueError, match="expected as many under DeepSpeed"):
+    with pytest.raises(ValueError, match="expected the same number with DeepSpeed"):
         teacher.prepare(None, deepspeed=True)
     teacher.check_fits(build_model("test", 0), build_processor())
 

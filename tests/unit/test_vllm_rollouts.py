@@ -73,10 +73,10 @@ def test_what_vllm_used_is_what_was_sent() -> None:
 
 def test_another_prompt_than_the_trainers_is_refused_by_row_and_token() -> None:
     engine = Engine(size=4)  # its processor makes more of a picture
-    sentence = r"row 1 differs from token 4 on \(6 tokens there, 5 here\)"
+    sentence = r"row 1 differs from token 4 on \(6 tokens in vLLM, 5 in the trainer\)"
     with pytest.raises(ValueError, match=sentence):
         CheckedVLLM(engine, PROCESSOR).generate([[4], [1, 9, 9, 9, 2]], [None, ["a"]], 1)
-    with pytest.raises(ValueError, match=r"row 0 differs from token 2 on \(3 tokens there, 2 here\)"):
+    with pytest.raises(ValueError, match=r"row 0 differs from token 2 on \(3 tokens in vLLM, 2 in"):
         check_used([[1, 2]], [[1, 2, 3]])
     check_used([[1, 2]], [(1, 2)])
 
@@ -94,7 +94,7 @@ def test_a_servers_pictures_are_as_large_as_the_trainers() -> None:
     theirs = {"mm_placeholders": {"image": [{"length": 3}]}}
     assert engine._place_features(theirs, [1, 9, 9, 9])["mm_placeholders"]["image"] == [{"length": 3}]
     assert engine._place_features(None, [1]) is None
-    with pytest.raises(ValueError, match=r"makes \[3\] tokens of a prompt's pictures, the trainer \[2\]"):
+    with pytest.raises(ValueError, match=r"makes \[3\] tokens from a prompt's pictures, the trainer \[2\]"):
         engine._place_features(theirs, [1, 9, 9])
 
 
@@ -103,7 +103,7 @@ def test_a_servers_pictures_are_as_large_as_the_trainers() -> None:
     ("met", "kind", "said"),
     [
         (NoServer("refused"), ConnectionError, "the vLLM server at http://here does not answer"),
-        (Exception("Request failed: 400, too long"), ValueError, "http://here refuses what it is asked, .* too long"),
+        (Exception("Request failed: 400, too long"), ValueError, "http://here rejects the request, .* too long"),
         (RuntimeError("something else"), RuntimeError, "^something else$"),
     ],
 )
