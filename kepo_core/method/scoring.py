@@ -32,6 +32,11 @@ def checked_reward(reward: Any) -> Any:
         ValueError: ``reward`` is not a reward. The wrapped function raises it for any other return value, and names
             the function and the first such completion.
     """
+    if isinstance(reward, nn.Module) and not hasattr(reward, "config"):
+        raise ValueError(
+            f"a reward is a {type(reward).__name__}, a module without transformers' config, expected a reward model "
+            "of transformers, or a function that calls the module"
+        )
     if isinstance(reward, str | nn.Module):
         return reward
     if isinstance(reward, type):

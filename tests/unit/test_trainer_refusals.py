@@ -271,6 +271,11 @@ def test_what_is_no_reward_is_refused(reward: Any) -> None:
         checked_reward(reward)
 
 
+def test_a_module_that_is_no_model_of_transformers_is_refused() -> None:
+    with pytest.raises(ValueError, match="a reward is a Linear, a module without transformers' config"):
+        checked_reward(torch.nn.Linear(2, 1))
+
+
 def test_a_class_in_the_place_of_a_reward_is_refused_before_it_is_called() -> None:
     class Judge:
         def __call__(self, completions: list, **_: Any) -> list[float]: ...
