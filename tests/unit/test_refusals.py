@@ -315,7 +315,7 @@ def test_proxies_and_certificates_that_cannot_be_used(
     with pytest.raises(TeacherServerError, match="exempt its host by NO_PROXY"):
         ChatClient(given.teacher_url)
     for ask in (lambda: serving.reach(given, build_processor(), build_model()), lambda: serving.report(given, None)):
-        with pytest.raises(ParamError, match=r"^teacher_url: no connection to the teacher at https://teacher"):
+        with pytest.raises(ParamError, match=r"^teacher_url: cannot connect to the teacher at https://teacher"):
             ask()
 
 

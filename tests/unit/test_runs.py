@@ -253,7 +253,7 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_no_data_is_not_written(tmp_path):
-    with pytest.raises(TypeError, match="no plain data"):
+    with pytest.raises(TypeError, match="is not plain data"):
         write_json(tmp_path / "x.json", {"path": tmp_path})
     assert json_line({"a": [np.float32(0.5), -math.inf, None, True]}) == '{"a": [0.5, null, null, true]}\n'
 
