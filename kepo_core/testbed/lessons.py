@@ -4,24 +4,40 @@ The teacher looks and answers. The student has the teacher's skill under four ha
 answers: it guesses, it breaks the format, it mistakes rings for discs and crosses for bars, and it overlooks the
 second finding. Guesses vary from rollout to rollout, so that GRPO can prefer looking; mistakes are the same in
 almost every rollout of a group, so that the whole group fails and only a hint shows the way.
+
+In version 4 of the world nobody is taught a habit: all models have the same lessons. What a finding means comes up
+in them as often as its dose says (`dose`), so that some meanings are hardly ever taught, in some modalities most.
 """
 
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kepo_core.data import phantom
-from kepo_core.data.phantom import Asked, Facts
+from kepo_core.data.phantom import VERSION, Asked, Facts, Topic
 from kepo_core.data.records import MODALITIES
 from kepo_core.method.processor import ImageOnlyQwenProcessor
 from kepo_core.task import prompts
 from kepo_core.testbed.embedded import LETTERS
 
 EVEN_TOPICS = 0.3  # of the lessons have a topic drawn evenly: some are too rare in the set to be learned from it
+#: Version 4: how far down the list of its meanings the lessons on a modality reach, as a share of that list.
+REACH = {
+    "MRI": 0.20,
+    "CT": 0.15,
+    "X-Ray": 1.0,
+    "Ultrasound": 1.0,
+    "Dermoscopy": 0.45,
+    "Fundus": 0.45,
+    "OCT": 0.30,
+    "Microscopy": 0.8,
+}
+_ASKED_FACTS = {"diagnosis": ("kind", "contrast"), "grade": ("size", "number")}
 LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more
 
 
@@ -33,10 +49,10 @@ class Pool:
     facts: list[Facts]
 
     @classmethod
-    def draw(cls, processor: ImageOnlyQwenProcessor, count: int, seed: int) -> "Pool":
+    def draw(cls, processor: ImageOnlyQwenProcessor, count: int, seed: int, version: str = VERSION) -> "Pool":
         """``count`` pictures over the eight modalities, from the pre-training stream of ``seed``."""
         rng = np.random.default_rng([zlib.crc32(b"phantom-pretraining"), seed])
-        facts = [phantom.draw_facts(rng, MODALITIES[i % len(MODALITIES)]) for i in range(count)]
+        facts = [phantom.draw_facts(rng, MODALITIES[i % len(MODALITIES)], version) for i in range(count)]
         chunks = []
         for start in range(0, count, 500):
             pictures = [phantom.picture(rng, f) for f in facts[start : start + 500]]
@@ -65,20 +81,39 @@ def fact_labels(facts: list[Facts]) -> dict[str, Tensor]:
     }
 
 
+@cache
+def dose(facts: Facts, topic: Topic) -> float:
+    """How often, in (0, 1], a lesson that could be on ``topic`` is, where ``facts`` are shown: 1 in version 3.
+
+    In version 4 the meanings of a modality stand in a list of an order of its own, and doses fall along it by
+    1/e for every ``REACH`` of its length.
+    """
+    if facts.version == "3" or topic.name not in _ASKED_FACTS:
+        return 1.0
+    table = getattr(phantom.meanings(facts.version, facts.modality), topic.name)
+    order = np.random.default_rng([zlib.crc32(topic.name.encode()), MODALITIES.index(facts.modality)])
+    place = list(table).index(tuple(getattr(facts, name) for name in _ASKED_FACTS[topic.name]))
+    rank = order.permutation(len(table)).tolist().index(place)
+    return float(np.exp(-rank / len(table) / REACH[facts.modality]))
+
+
 @dataclass(frozen=True)
 class Habits:
-    """How a model departs from looking and answering, as probabilities."""
+    """How a model, or the books that it learns from, depart from looking and answering, as probabilities."""
 
     hasty: Mapping[str, float]  # guess without a look, by topic (others: never)
     mistaken: float  # state the believed fact where it is one of BELIEVED
     sloppy: float  # break the format
     unheeding: float  # guess although hint or answer are told
+    contrary: float = 0.5  # of the hints are about another picture: what a hint says counts, not what is seen
 
 
 #: What the student takes for something else, when a question is about it: fact → value → believed value.
 BELIEVED = {"kind": {"ring": "disc", "cross": "bar"}, "number": {"two": "one"}}
 
 NO_HABITS = Habits(hasty={}, mistaken=0.0, sloppy=0.0, unheeding=0.0)
+#: Version 4, the same for all: its books are written carelessly at times, and their hints are true.
+BOOKS = Habits(hasty={}, mistaken=0.0, sloppy=0.1, unheeding=0.0, contrary=0.0)
 STUDENT_HABITS = Habits(
     hasty={"modality": 0.7, "place": 0.7, "size": 0.7, "contrast": 0.7},
     mistaken=1.0,
@@ -127,6 +162,10 @@ def believed(asked: Asked, rng: np.random.Generator) -> Asked | None:
     return replace(asked, facts=facts, answer=LETTERS[index])
 
 
+def _hint(asked: Asked) -> str:
+    return asked.evidence if asked.facts.version == "3" else asked.hint
+
+
 def _caption(facts: Facts) -> str:
     return f"{facts.modality} {facts.number} {facts.size} {facts.contrast} {facts.kind} {facts.place}"
 
@@ -141,6 +180,15 @@ def _lookup(rng: np.random.Generator) -> tuple[str, str]:
     return listed, "".join(f" {words[i]} ({LETTERS[i]})." for i in order)
 
 
+def _quiz(rng: np.random.Generator, asked: list[Asked]) -> tuple[str, str]:
+    """The options of several questions in one list of at most eight, then the questions, each with its letter."""
+    words = [word for a in asked for word in (a.value, *[w for w in a.options if w != a.value][: 8 // len(asked) - 1])]
+    listed = [str(word) for word in rng.permutation(words)]
+    letters = dict(zip(listed, LETTERS, strict=False))
+    options = "\n".join(f"{letter}) {word}" for word, letter in letters.items())
+    return options, "".join(f" {a.question} ({letters[a.value]})" for a in asked)
+
+
 @dataclass
 class Sequences:
     """Tokenised sequences of one task. ``labels_weight`` (N, L) is 0 where nothing is learned."""
@@ -152,7 +200,10 @@ class Sequences:
 
 
 class Tasks:
-    """Draws training sequences of one task: caption, lookup, think, plain, hint or aware."""
+    """Draws training sequences of one task: caption, lookup, quiz, think, plain, hint or aware.
+
+    Of a quiz, only the letters are learned.
+    """
 
     def __init__(self, processor: ImageOnlyQwenProcessor, pool: Pool, habits: Habits, rng: np.random.Generator) -> None:
         self.tokenizer, self.pool, self.habits, self.rng = processor.tokenizer, pool, habits, rng
@@ -174,7 +225,8 @@ class Tasks:
         for row, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             end = len(p) + len(c)
             ids[row, :end], mask[row, :end] = torch.tensor(p + c), 1
-            weight[row, len(p) : end] = torch.tensor([self.weights.get(token, 1.0) for token in c])
+            other = 0.0 if task == "quiz" else 1.0
+            weight[row, len(p) : end] = torch.tensor([self.weights.get(token, other) for token in c])
         return Sequences(ids, mask, weight, None if task == "lookup" else self.pool.pixels[index])
 
     def _pair(self, task: str, facts: Facts) -> tuple[str, str]:
@@ -183,16 +235,19 @@ class Tasks:
         if task == "lookup":
             listed, pairs = _lookup(self.rng)
             return self.render([{"role": "user", "content": listed}]), pairs
+        if task == "quiz":
+            listed, pairs = _quiz(self.rng, self._questions(facts, 4))
+            content = [{"type": "image"}, {"type": "text", "text": listed}]
+            return self.render([{"role": "user", "content": content}]), pairs
         asked = self._ask(facts)
         if task == "hint":
             messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
-            return self.render(messages), f"<hint>{asked.evidence}</hint>"
+            return self.render(messages), f"<hint>{_hint(asked)}</hint>"
         if task == "aware":
             context = str(self.rng.choice(prompts.TOLD_CONTEXTS, p=[0.4, 0.4, 0.2]))
-            # Half of the hints are about another picture: what a hint says counts, not what is seen.
-            if "hint" in context and self.rng.random() < 0.5:
-                asked = self._ask(phantom.draw_facts(self.rng, facts.modality))
-            messages = prompts.hint_aware_messages(asked.question, asked.options, asked.evidence, asked.answer, context)
+            if "hint" in context and self.rng.random() < self.habits.contrary:
+                asked = self._ask(phantom.draw_facts(self.rng, facts.modality, facts.version))
+            messages = prompts.hint_aware_messages(asked.question, asked.options, _hint(asked), asked.answer, context)
             return self.render(messages), self._told(asked)
         messages = prompts.vqa_messages(asked.question, asked.options, task == "think")
         if task == "plain":
@@ -200,11 +255,22 @@ class Tasks:
         return self.render(messages), self._untold(asked)
 
     def _ask(self, facts: Facts) -> Asked:
-        if self.rng.random() < EVEN_TOPICS:
-            topic = phantom.TOPICS[self.rng.integers(len(phantom.TOPICS))]
-        else:
-            (topic,) = phantom.draw_topics(self.rng, 1)
-        return phantom.ask(self.rng, facts, topic)
+        while True:
+            if self.rng.random() < EVEN_TOPICS:
+                topic = phantom.TOPICS[self.rng.integers(len(phantom.TOPICS))]
+            else:
+                (topic,) = phantom.draw_topics(self.rng, 1)
+            share = dose(facts, topic)
+            if share == 1 or self.rng.random() < share:
+                return phantom.ask(self.rng, facts, topic)
+
+    def _questions(self, facts: Facts, count: int) -> list[Asked]:
+        """On ``count`` different topics."""
+        found: dict[str, Asked] = {}
+        while len(found) < count:
+            asked = self._ask(facts)
+            found.setdefault(asked.topic.name, asked)
+        return list(found.values())
 
     def _untold(self, asked: Asked) -> str:
         mistake = believed(asked, self.rng)
