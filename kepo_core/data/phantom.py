@@ -273,10 +273,7 @@ def load_facts(root: Path) -> dict[str, Facts]:
 
 
 def write_phantom(root: Path, seed: int, images: dict[str, int] | None = None, version: str = VERSION) -> None:
-    """Write the set below ``root`` (``images``: pictures per modality, default IMAGES_PER_MODALITY).
-
-    The versions have the same facts and questions; pictures differ, and right answers on what findings mean.
-    """
+    """Write the set below ``root`` (``images``: pictures per modality, default IMAGES_PER_MODALITY)."""
     facts_of: dict[str, dict[str, str]] = {}
     questions_dir = root / "QA_information" / "Open-access"
     questions_dir.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 _U, _V = (_X - 31.5) / 32, (_Y - 31.5) / 32  # [-1, 1]
 
 
-
 @dataclass(frozen=True)
 class Sight:
     """How well findings are seen: ``strength`` times the look's contrast, under white noise of this deviation.

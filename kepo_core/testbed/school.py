@@ -38,7 +38,7 @@ class Lessons:
     """One length of schooling; phases are (steps, mixture), after ``vision_steps`` of 128 pictures."""
 
     pictures: int = 24_000
-    vision_steps: int = 500
+    vision_steps: int = 900
     phases: tuple[tuple[int, Mixture], ...] = (
         (200, {"lookup": 128}),
         (200, {"lookup": 32, "caption": 48, "quiz": 48}),
@@ -51,24 +51,26 @@ class Lessons:
         return Lessons(self.pictures, max(1, round(length * self.vision_steps)), phases)
 
 
-def teach(pupil: str, seed: int, folder: Path, lessons: Lessons | None = None, log: Log = print) -> None:
-    """Teach one of ``PUPILS`` and write it to ``folder``; the state of its schooling lies in ``folder``.kept.
+def teach(
+    pupil: str, seed: int, folder: Path, lessons: Lessons | None = None, log: Log = print, every: int = 100
+) -> None:
+    """Teach one of ``PUPILS`` and write it to ``folder``; ``every`` so many steps its state goes to ``folder``.kept.
 
-    Everything random follows from ``pupil`` and ``seed``. What was cut off goes on from the last hundredth step, and
+    Everything random follows from ``pupil`` and ``seed``. What was cut off goes on from the state that is kept, and
     ends with the same weights, bit for bit, on one machine.
     """
     kept = folder.with_name(folder.name + ".kept")
     kept.mkdir(parents=True, exist_ok=True)
-    course = (lessons or Lessons()).times(PUPILS[pupil].length)
+    course, size = (lessons or Lessons()).times(PUPILS[pupil].length), PUPILS[pupil].size
     own = zlib.crc32(f"{pupil} {seed}".encode())
     with one_thread():
         processor = build_processor()
         pool = Pool.draw(processor, course.pictures, own, VERSION)
         log(f"{course.pictures} pictures drawn")
-        model = build_model(PUPILS[pupil].size, own).train()
-        train_vision(model, pool, course.vision_steps, own, log, Kept(kept / "vision.pt"))
+        model = build_model(size, own).train()
+        train_vision(model, pool, course.vision_steps, own, log, Kept(kept / "vision.pt", every))
         tasks = Tasks(processor, pool, BOOKS, np.random.default_rng([2, own]))
-        train_language(model, tasks, course.phases, log, kept=Kept(kept / "language.pt"))
+        train_language(model, tasks, course.phases, log, kept=Kept(kept / "language.pt", every))
     save_embedded(model.eval(), processor, folder)
 
 
