@@ -62,10 +62,11 @@ class Meanings:
 
     @classmethod
     def of(cls, bright: list[int], dark: list[int], grades: list[int]) -> "Meanings":
-        """From the diagnosis of each kind, bright and dark, and the grades of small one, small two, large one, …"""
+        """From each kind's diagnosis, bright and dark, and the grades of small one, small two, large one, large two."""
+        by_contrast = zip(CONTRASTS, (bright, dark), strict=True)
         pairs = [(size, number) for size in SIZES for number in NUMBERS]
         return cls(
-            {(k, c): DIAGNOSES[i] for c, of in zip(CONTRASTS, (bright, dark), strict=True) for k, i in zip(KINDS, of)},
+            {(k, c): DIAGNOSES[i] for c, named in by_contrast for k, i in zip(KINDS, named, strict=True)},
             {pair: GRADES[i] for pair, i in zip(pairs, grades, strict=True)},
         )
 

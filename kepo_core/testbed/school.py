@@ -1,6 +1,6 @@
 """Version 4's models: a student, a middle one and a teacher, each from its own seed, of the same lessons.
 
-``python -m kepo_core.testbed.school PUPIL FOLDER`` teaches one of them, on one thread, and goes on where it was cut off.
+``python -m kepo_core.testbed.school PUPIL FOLDER`` teaches one of them on one thread, and goes on where it was cut off.
 They differ in size and in the length of their schooling, in nothing else: no weights are copied, no habit is taught.
 What they know of a modality is what its lessons reach (``lessons.REACH``); what they see, what its pictures show
 (``phantom_render.SIGHTS``).

@@ -1,7 +1,7 @@
 """Is version 4's world in the paper's regime? Its models, before anything is trained, beside Table 1's zero-shot rows.
 
-``python -m kepo_core.testbed.zero_shot FOLDER`` measures the models in FOLDER/student, FOLDER/middle and FOLDER/teacher,
-as far as they are there, on validation pictures. Nothing here looks at a trained row.
+``python -m kepo_core.testbed.zero_shot FOLDER`` measures the models in FOLDER/student, FOLDER/middle and
+FOLDER/teacher, as far as they are there, on validation pictures. Nothing here looks at a trained row.
 """
 
 import argparse
