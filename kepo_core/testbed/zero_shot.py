@@ -7,12 +7,13 @@ FOLDER/teacher, as far as they are there, on validation pictures. Nothing here l
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from kepo_core.analysis.statistics import AVG, accuracy_table, format_table
+from kepo_core.analysis.statistics import AVG, AVG_OOD, accuracy_table, format_table
 from kepo_core.data.phantom import ensure_phantom
 from kepo_core.data.records import Answer
 from kepo_core.experiment.evaluation import evaluate
@@ -21,7 +22,7 @@ from kepo_core.experiment.methods import paper_table
 from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.params import Params
 from kepo_core.testbed.calibration import Calibration, Measured, priors, table
-from kepo_core.testbed.school import PUPILS, VERSION
+from kepo_core.testbed.school import VERSION
 
 #: Whose rows of Table 1 the models are meant to come near.
 SIZES = {"student": "2B", "middle": "8B", "teacher": "32B"}
@@ -35,7 +36,8 @@ TARGETS = {
     "draws accepted (hint)": (0.20, 0.70),
     "own hint − another's (hint)": (0.05, 1.0),
 }
-Asked = Mapping[tuple[str, str], list[Answer]]  # (pupil, mode) → answers
+#: What is measured, and the size and mode of the paper's row that it is meant to come near.
+ROWS = {f"{pupil}, {mode}": (size, mode) for pupil, size in SIZES.items() for mode in MODES}
 
 
 def params_of(folder: Path, root: Path, items: int) -> Params:
@@ -44,28 +46,38 @@ def params_of(folder: Path, root: Path, items: int) -> Params:
     return Params.load(overrides={"data_root": str(root), "eval_split": "validation", "eval_items": items, **models})
 
 
-def ask(folder: Path, data: StudyData, params: Params) -> dict[tuple[str, str], list[Answer]]:
-    """Greedy answers of every model in ``folder``, thinking and not."""
+def ask(folder: Path, data: StudyData, params: Params) -> dict[str, list[Answer]]:
+    """Greedy answers of every model in ``folder``, thinking and not, by the names of ``ROWS``."""
     answers = {}
-    for pupil in PUPILS:
-        if (folder / pupil).is_dir():
-            source = str(folder / pupil)
-            model, processor = load_model(source, pupil, trained=False), load_processor(source, pupil)
-            for mode, thinking in MODES.items():
-                answers[pupil, mode] = evaluate(
-                    model, processor, data.test, thinking=thinking,
-                    max_tokens=params.eval_max_tokens, batch_size=params.eval_batch_size,
-                )  # fmt: skip
+    for pupil in SIZES:
+        if not (folder / pupil).is_dir():
+            continue
+        source = str(folder / pupil)
+        model, processor = load_model(source, pupil, trained=False), load_processor(source, pupil)
+        for mode, thinking in MODES.items():
+            answers[f"{pupil}, {mode}"] = evaluate(
+                model,
+                processor,
+                data.test,
+                thinking=thinking,
+                max_tokens=params.eval_max_tokens,
+                batch_size=params.eval_batch_size,
+            )
     return answers
+
+
+def _paper(name: str) -> pd.Series:
+    size, mode = ROWS[name]
+    table = paper_table().reset_index().set_index(["size", "mode"])
+    return table[table["method"] == "Qwen3-VL"].loc[(size, mode)]
 
 
 def beside_paper(accuracies: pd.DataFrame) -> pd.DataFrame:
     """Every row of ``accuracies`` (per cent, with intervals) above the paper's row of the same size and mode."""
-    ours, paper = format_table(accuracies), paper_table()
-    rows = {}
-    for (pupil, mode), row in ours.iterrows():
-        rows[f"{pupil}, {mode}"] = row
-        rows[f"  Qwen3-VL {SIZES[pupil]}, {mode}"] = paper.loc[("Qwen3-VL", SIZES[pupil], mode)].reindex(row.index)
+    ours, rows = format_table(accuracies), {}
+    for name in map(str, ours.index):
+        rows[name] = ours.loc[name]
+        rows[f"  Qwen3-VL {', '.join(ROWS[name])}"] = _paper(name).reindex(ours.columns)
     return pd.DataFrame(rows).T
 
 
@@ -76,18 +88,17 @@ def levels(accuracies: pd.DataFrame) -> list[Measured]:
     paper's. It has no interval.
     """
     measured = []
-    for (pupil, mode), row in accuracies.iterrows():
-        paper = paper_table().loc[("Qwen3-VL", SIZES[pupil], mode)]
-        for name, margin in ((AVG, 0.04), ("MRI", 0.06)):
-            cell, aim = row[name], float(paper[name]) / 100
-            measured.append(Measured(f"{pupil}, {mode}, {name}", *cell[["accuracy", "low", "high"]], int(cell["n"]),
-                                     (aim - margin, aim + margin)))  # fmt: skip
-        modalities = [name for name in accuracies.columns.unique(level=0) if "Avg" not in name]
-        spread, aim = (float(np.std(values)) for values in (
-            [row[m]["accuracy"] for m in modalities], paper[modalities].astype(float) / 100
-        ))  # fmt: skip
-        measured.append(Measured(f"{pupil}, {mode}, spread", spread, spread, spread, len(modalities),
-                                 (0.5 * aim, 1.5 * aim)))  # fmt: skip
+    modalities = [name for name in accuracies.columns.unique(level=0) if name not in (AVG, AVG_OOD)]
+    for name in map(str, accuracies.index):
+        row, paper = accuracies.loc[name], _paper(name)
+        for column, margin in ((AVG, 0.04), ("MRI", 0.06)):
+            value, low, high, n = (float(row[column][number]) for number in ("accuracy", "low", "high", "n"))
+            aim = float(paper[column]) / 100
+            measured.append(Measured(f"{name}, {column}", value, low, high, int(n), (aim - margin, aim + margin)))
+        spread = float(np.std([row[m]["accuracy"] for m in modalities]))
+        aim = float(np.std([float(paper[m]) / 100 for m in modalities]))
+        aims = (0.5 * aim, 1.5 * aim)
+        measured.append(Measured(f"{name}, spread", spread, spread, spread, len(modalities), aims))
     return measured
 
 
@@ -99,20 +110,21 @@ def cliff(params: Params, data: StudyData, groups: int) -> list[Measured]:
     return [replace(m, target=TARGETS.get(m.what, (0.0, 1.0))) for m in found]
 
 
-def overlap(answers: Asked, mode: str = "thinking") -> pd.DataFrame:
-    """For every two models: how often both are wrong, how often they would be if errors fell independently, in per cent
-    of the questions, and of the former how often they give the same letter.
-    """  # fmt: skip
+def overlap(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
+    """For every two models that think, in per cent: how often both are wrong, how often they would be if errors fell
+    independently; and how often they give the same letter where both are wrong.
+    """
     rows = {}
-    given = {pupil: rows_ for (pupil, of), rows_ in answers.items() if of == mode}
-    for first, second in ((a, b) for a in given for b in given if list(given).index(a) < list(given).index(b)):
-        one, two = (np.array([not a.correct for a in given[name]]) for name in (first, second))
-        same = np.array([a.letter == b.letter for a, b in zip(given[first], given[second], strict=True)])
+    thinking = {name.split(",")[0]: given for name, given in answers.items() if name.endswith(", thinking")}
+    for first, second in combinations(thinking, 2):
+        one, two = (np.array([not a.correct for a in thinking[name]]) for name in (first, second))
+        same = np.array([a.letter == b.letter for a, b in zip(thinking[first], thinking[second], strict=True)])
         both = one & two
         rows[f"{first} and {second}"] = {
-            "both wrong": 100 * both.mean(), "if independent": 100 * one.mean() * two.mean(),
+            "both wrong": 100 * both.mean(),
+            "both wrong, if independent": 100 * one.mean() * two.mean(),
             "same letter, where both are wrong": 100 * same[both].mean(),
-        }  # fmt: skip
+        }
     return pd.DataFrame(rows).T.round(1)
 
 

@@ -162,19 +162,19 @@ def test_levels_are_judged_by_the_papers_own_row() -> None:
     near = {m: round(float(paper[m])) / 100 for m in MODALITIES}
     far = {m: near[m] - 0.1 for m in MODALITIES}
     for right, met in ((near, True), (far, False)):
-        found = zero_shot.levels(accuracy_table({("student", "thinking"): answers(right)}, None, "MRI"))
+        found = zero_shot.levels(accuracy_table({"student, thinking": answers(right)}, None, "MRI"))
         assert [m.what for m in found] == [
             "student, thinking, Avg.",
             "student, thinking, MRI",
             "student, thinking, spread",
         ]
         assert [m.met for m in found] == [met, met, True]
-    flat = accuracy_table({("student", "thinking"): answers(dict.fromkeys(MODALITIES, 0.67))}, None, "MRI")
+    flat = accuracy_table({"student, thinking": answers(dict.fromkeys(MODALITIES, 0.67))}, None, "MRI")
     assert [m.met for m in zero_shot.levels(flat)] == [True, True, False]
 
 
 def test_errors_overlap_as_much_as_they_do() -> None:
     half = answers({"MRI": 0.5})
-    table = zero_shot.overlap({("student", "thinking"): half, ("teacher", "thinking"): half})
+    table = zero_shot.overlap({"student, thinking": half, "teacher, thinking": half})
     assert table.loc["student and teacher"].tolist() == [50.0, 25.0, 100.0]
     assert lessons.BOOKS.mistaken == 0 and not lessons.BOOKS.hasty and school.PUPILS.keys() == zero_shot.SIZES.keys()
