@@ -10,6 +10,7 @@ in them as often as its dose says (`dose`), so that some meanings are hardly eve
 """
 
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -180,13 +181,12 @@ def _lookup(rng: np.random.Generator) -> tuple[str, str]:
     return listed, "".join(f" {words[i]} ({LETTERS[i]})." for i in order)
 
 
-def _quiz(rng: np.random.Generator, asked: list[Asked]) -> tuple[str, str]:
-    """The options of several questions in one list of at most eight, then the questions, each with its letter."""
-    words = [word for a in asked for word in (a.value, *[w for w in a.options if w != a.value][: 8 // len(asked) - 1])]
-    listed = [str(word) for word in rng.permutation(words)]
-    letters = dict(zip(listed, LETTERS, strict=False))
-    options = "\n".join(f"{letter}) {word}" for word, letter in letters.items())
-    return options, "".join(f" {a.question} ({letters[a.value]})" for a in asked)
+def _ticked(rng: np.random.Generator, asked: list[Asked]) -> str:
+    """The right word and a wrong one of each question in one list; behind a right one stands its letter once more."""
+    right = {a.value for a in asked}
+    words = [word for a in asked for word in (a.value, next(word for word in a.options if word != a.value))]
+    listed = zip(LETTERS, map(str, rng.permutation(words)), strict=False)
+    return "\n".join(f"{letter}) {word}" + f" ({letter})" * (word in right) for letter, word in listed)
 
 
 @dataclass
@@ -200,15 +200,18 @@ class Sequences:
 
 
 class Tasks:
-    """Draws training sequences of one task: caption, lookup, quiz, think, plain, hint or aware.
+    """Draws training sequences of one task: caption, lookup, ticked, think, plain, hint or aware.
 
-    Of a quiz, only the letters are learned.
+    Of a ticked list, only what stands behind its words is learned.
     """
 
     def __init__(self, processor: ImageOnlyQwenProcessor, pool: Pool, habits: Habits, rng: np.random.Generator) -> None:
         self.tokenizer, self.pool, self.habits, self.rng = processor.tokenizer, pool, habits, rng
         ids = self.tokenizer.convert_tokens_to_ids
-        self.weights = {ids(f" ({letter})"): LETTER_WEIGHT for letter in LETTERS}
+        letters = {ids(f" ({letter})"): LETTER_WEIGHT for letter in LETTERS}
+        (newline,) = self.tokenizer("\n")["input_ids"]
+        self.weights = defaultdict(lambda: 1.0, letters)
+        self.ticks = defaultdict(float, letters | {newline: 1.0})
         self.render = lambda messages: processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         ).replace("<|image_pad|>", "<|image_pad|>" * 16)
@@ -225,20 +228,19 @@ class Tasks:
         for row, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             end = len(p) + len(c)
             ids[row, :end], mask[row, :end] = torch.tensor(p + c), 1
-            other = 0.0 if task == "quiz" else 1.0
-            weight[row, len(p) : end] = torch.tensor([self.weights.get(token, other) for token in c])
+            weights = self.ticks if task == "ticked" else self.weights
+            weight[row, len(p) : end] = torch.tensor([weights[token] for token in c])
         return Sequences(ids, mask, weight, None if task == "lookup" else self.pool.pixels[index])
 
     def _pair(self, task: str, facts: Facts) -> tuple[str, str]:
         if task == "caption":
             return self.render([{"role": "user", "content": [{"type": "image"}]}]), _caption(facts)
+        if task == "ticked":
+            listed = _ticked(self.rng, self._questions(facts, 4))
+            return self.render([{"role": "user", "content": [{"type": "image"}]}]), listed
         if task == "lookup":
             listed, pairs = _lookup(self.rng)
             return self.render([{"role": "user", "content": listed}]), pairs
-        if task == "quiz":
-            listed, pairs = _quiz(self.rng, self._questions(facts, 4))
-            content = [{"type": "image"}, {"type": "text", "text": listed}]
-            return self.render([{"role": "user", "content": content}]), pairs
         asked = self._ask(facts)
         if task == "hint":
             messages = prompts.hint_messages(asked.question, asked.options, asked.answer)

@@ -41,8 +41,8 @@ class Lessons:
     vision_steps: int = 900
     phases: tuple[tuple[int, Mixture], ...] = (
         (200, {"lookup": 128}),
-        (200, {"lookup": 32, "caption": 48, "quiz": 48}),
-        (700, {"lookup": 16, "caption": 8, "quiz": 32, "plain": 24, "think": 12, "hint": 6, "aware": 6}),
+        (150, {"lookup": 24, "caption": 40, "ticked": 64}),
+        (750, {"lookup": 8, "caption": 8, "ticked": 32, "plain": 24, "think": 16, "hint": 4, "aware": 4}),
     )
 
     def times(self, length: float) -> "Lessons":

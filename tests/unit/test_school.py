@@ -17,7 +17,7 @@ from kepo_core.testbed.lessons import BOOKS, REACH, Pool, Tasks, dose
 from kepo_core.testbed.school import Lessons, teach
 
 TOPICS = {topic.name: topic for topic in phantom.TOPICS}
-TINY = Lessons(64, 3, ((2, {"lookup": 4}), (3, {"quiz": 4, "plain": 4, "think": 4, "hint": 4, "aware": 4})))
+TINY = Lessons(64, 3, ((2, {"lookup": 4}), (3, {"ticked": 4, "plain": 4, "think": 4, "hint": 4, "aware": 4})))
 
 
 def every(modality: str, version: str = "4") -> list[Facts]:
@@ -66,17 +66,18 @@ def test_a_meaning_comes_up_as_often_as_its_dose_says(processor) -> None:
     assert asked[often] > 0.15 and asked[seldom] < 0.03
 
 
-def test_all_questions_of_a_quiz_have_their_letters_and_only_these_are_learned(processor) -> None:
+def test_right_words_of_a_list_are_ticked_and_only_what_stands_behind_words_is_learned(processor) -> None:
     facts = every("X-Ray")
-    batch = tasks_on(processor, facts).draw("quiz", 60)
+    batch = tasks_on(processor, facts).draw("ticked", 60)
     for ids, mask, weight in zip(batch.input_ids, batch.attention_mask, batch.labels_weight, strict=True):
         text = processor.tokenizer.decode(ids[mask > 0])
-        listed, said = text.split("<|vision_end|>")[1].split("<|im_end|>\n<|im_start|>assistant\n")
-        options = dict(line.split(") ") for line in listed.splitlines())
-        assert len(options) == 8 and processor.tokenizer.decode(ids[weight > 0]).count("(") == 4
-        pairs = [part.rsplit(" (", 1) for part in said.removesuffix("<|im_end|>").strip(" )").split(") ")]
-        values = {phantom.topic_of(question).attribute: options[letter] for question, letter in pairs}
-        assert len(values) == 4 and any(values.items() <= shown.words.items() for shown in facts)
+        lines = text.split("assistant\n")[1].removesuffix("<|im_end|>").splitlines()
+        ticked = {line[3:-4]: line[0] == line[-2] for line in lines if line.endswith(")")}
+        plain = {line[3:] for line in lines if not line.endswith(")")}
+        assert len(ticked) == len(plain) == 4 and all(ticked.values())
+        assert any(ticked.keys() <= set(f.words.values()) and not plain & set(f.words.values()) for f in facts)
+        learned = processor.tokenizer.decode(ids[weight > 0])
+        assert learned.count("(") == 4 and not any(word in learned for word in (*ticked, *plain))
 
 
 def test_hints_of_version_4_say_what_findings_mean_and_are_true(processor) -> None:
