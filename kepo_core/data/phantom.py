@@ -185,8 +185,16 @@ class Asked:
 
     @property
     def thought(self) -> str:
-        """A right chain of reasoning: the evidence, for two-fact questions the conclusion, and the option's letter."""
-        return f"{self.evidence} {self._fill(self.topic.conclusion)}".strip().removesuffix(".") + f" ({self.answer})."
+        """A right chain of reasoning: the evidence, for two-fact questions the conclusion, and the option's letter.
+
+        In version 4 a conclusion is the modality's own, which is named first.
+        """
+        steps = [self.evidence]
+        if self.topic.conclusion:
+            steps.append(self._fill(self.topic.conclusion))
+            if self.facts.version != "3":
+                steps.insert(0, self._fill(TOPICS[0].evidence))
+        return " ".join(steps).removesuffix(".") + f" ({self.answer})."
 
     def _fill(self, template: str) -> str:
         return template.format(**self.facts.words)

@@ -40,9 +40,9 @@ class Lessons:
     pictures: int = 24_000
     vision_steps: int = 900
     phases: tuple[tuple[int, Mixture], ...] = (
-        (200, {"lookup": 128}),
-        (150, {"lookup": 24, "caption": 40, "ticked": 64}),
-        (750, {"lookup": 8, "caption": 8, "ticked": 32, "plain": 24, "think": 16, "hint": 4, "aware": 4}),
+        (150, {"lookup": 128}),
+        (250, {"lookup": 32, "caption": 32, "ticked": 64}),
+        (1400, {"lookup": 8, "caption": 4, "ticked": 32, "plain": 32, "think": 16, "hint": 4, "aware": 4}),
     )
 
     def times(self, length: float) -> "Lessons":
