@@ -11,6 +11,7 @@ from kepo_core.analysis.statistics import accuracy_table
 from kepo_core.data import phantom
 from kepo_core.data.phantom import Facts
 from kepo_core.data.records import LETTERS, MODALITIES, Answer, AnswerOutcome, Question
+from kepo_core.params import Params
 from kepo_core.testbed import lessons, school, zero_shot
 from kepo_core.testbed.calibration import prior, question_clues
 from kepo_core.testbed.lessons import BOOKS, REACH, Pool, Tasks, dose
@@ -90,6 +91,14 @@ def test_hints_of_version_4_say_what_findings_mean_and_are_true(processor) -> No
         for prompt, _ in read(processor, tasks.draw("aware", 200)) if f" {facts.kind} means" in prompt
     )  # fmt: skip
     assert told[True] > 10 and not told[False]
+
+
+def test_what_is_taught_fits_into_a_runs_longest_completion_and_hint(processor) -> None:
+    params, tasks = Params(), tasks_on(processor, [f for m in MODALITIES for f in every(m)])
+    longest = {"think": params.of_trl("max_completion_length"), "aware": params.eval_max_tokens,
+               "hint": params.hint_max_tokens}  # fmt: skip
+    for task, most in longest.items():
+        assert (tasks.draw(task, 300).labels_weight > 0).sum(1).max() <= most
 
 
 def test_schooling_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
