@@ -39,6 +39,8 @@ REACH = {
     "Microscopy": 0.8,
 }
 _ASKED_FACTS = {"diagnosis": ("kind", "contrast"), "grade": ("size", "number")}
+_MEANINGS = tuple(topic for topic in phantom.TOPICS if topic.name in _ASKED_FACTS)
+BY_TEXT = ("lookup", "atlas")  # lessons without a picture
 LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more
 
 
@@ -200,9 +202,9 @@ class Sequences:
 
 
 class Tasks:
-    """Draws training sequences of one task: caption, lookup, ticked, think, plain, hint or aware.
+    """Draws training sequences of one task: caption, lookup, ticked, atlas, think, plain, hint or aware.
 
-    Of a ticked list, only what stands behind its words is learned.
+    Of a ticked list, only what stands behind its words is learned; of an atlas, what the findings mean.
     """
 
     def __init__(self, processor: ImageOnlyQwenProcessor, pool: Pool, habits: Habits, rng: np.random.Generator) -> None:
@@ -212,6 +214,8 @@ class Tasks:
         (newline,) = self.tokenizer("\n")["input_ids"]
         self.weights = defaultdict(lambda: 1.0, letters)
         self.ticks = defaultdict(float, letters | {newline: 1.0})
+        names = self.tokenizer([f" {name}" for name in (*phantom.DIAGNOSES, *phantom.GRADES)])["input_ids"]
+        self.names = defaultdict(float, {token: 1.0 for (token,) in names})
         self.render = lambda messages: processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         ).replace("<|image_pad|>", "<|image_pad|>" * 16)
@@ -228,9 +232,9 @@ class Tasks:
         for row, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             end = len(p) + len(c)
             ids[row, :end], mask[row, :end] = torch.tensor(p + c), 1
-            weights = self.ticks if task == "ticked" else self.weights
+            weights = {"ticked": self.ticks, "atlas": self.names}.get(task, self.weights)
             weight[row, len(p) : end] = torch.tensor([weights[token] for token in c])
-        return Sequences(ids, mask, weight, None if task == "lookup" else self.pool.pixels[index])
+        return Sequences(ids, mask, weight, self.pool.pixels[index] if task not in BY_TEXT else None)
 
     def _pair(self, task: str, facts: Facts) -> tuple[str, str]:
         if task == "caption":
@@ -241,6 +245,10 @@ class Tasks:
         if task == "lookup":
             listed, pairs = _lookup(self.rng)
             return self.render([{"role": "user", "content": listed}]), pairs
+        if task == "atlas":
+            said = [self._meaning(facts.modality, facts.version) for _ in range(6)]
+            opening = phantom.TOPICS[0].evidence.format(modality=facts.modality)
+            return self.render([{"role": "user", "content": opening}]), " " + " ".join(said)
         asked = self._ask(facts)
         if task == "hint":
             messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
@@ -265,6 +273,14 @@ class Tasks:
             share = dose(facts, topic)
             if share == 1 or self.rng.random() < share:
                 return phantom.ask(self.rng, facts, topic)
+
+    def _meaning(self, modality: str, version: str) -> str:
+        """What a finding means, as often as its dose says."""
+        while True:
+            facts = phantom.draw_facts(self.rng, modality, version)
+            topic = _MEANINGS[self.rng.integers(len(_MEANINGS))]
+            if self.rng.random() < dose(facts, topic):
+                return phantom.ask(self.rng, facts, topic).hint
 
     def _questions(self, facts: Facts, count: int) -> list[Asked]:
         """On ``count`` different topics."""

@@ -41,8 +41,8 @@ class Lessons:
     vision_steps: int = 900
     phases: tuple[tuple[int, Mixture], ...] = (
         (150, {"lookup": 128}),
-        (250, {"lookup": 32, "caption": 32, "ticked": 64}),
-        (1400, {"lookup": 8, "caption": 4, "ticked": 32, "plain": 32, "think": 16, "hint": 4, "aware": 4}),
+        (250, {"lookup": 32, "caption": 32, "ticked": 64, "atlas": 32}),
+        (850, {"lookup": 8, "caption": 4, "ticked": 32, "atlas": 24, "plain": 32, "think": 16, "hint": 4, "aware": 4}),
     )
 
     def times(self, length: float) -> "Lessons":

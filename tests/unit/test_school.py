@@ -1,5 +1,6 @@
 """Version 4's lessons: what they teach, how often, and that schooling goes on where it was cut off."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from kepo_core.testbed.lessons import BOOKS, REACH, Pool, Tasks, dose
 from kepo_core.testbed.school import Lessons, teach
 
 TOPICS = {topic.name: topic for topic in phantom.TOPICS}
-TINY = Lessons(64, 3, ((2, {"lookup": 4}), (3, {"ticked": 4, "plain": 4, "think": 4, "hint": 4, "aware": 4})))
+TINY = Lessons(
+    64, 3, ((2, {"lookup": 4}), (3, {"ticked": 4, "atlas": 2, "plain": 4, "think": 4, "hint": 4, "aware": 4}))
+)
 
 
 def every(modality: str, version: str = "4") -> list[Facts]:
@@ -79,6 +82,24 @@ def test_right_words_of_a_list_are_ticked_and_only_what_stands_behind_words_is_l
         assert any(ticked.keys() <= set(f.words.values()) and not plain & set(f.words.values()) for f in facts)
         learned = processor.tokenizer.decode(ids[weight > 0])
         assert learned.count("(") == 4 and not any(word in learned for word in (*ticked, *plain))
+
+
+def test_an_atlas_says_what_findings_mean_in_one_modality_and_only_that_is_learned(processor) -> None:
+    facts = every("OCT")
+    named, often = Counter(), max(facts, key=lambda f: dose(f, TOPICS["diagnosis"]))
+    batch = tasks_on(processor, facts).draw("atlas", 60)
+    assert batch.pixels is None
+    for prompt, learned in read(processor, batch):
+        assert "This looks like OCT." in prompt and len(re.findall(r"means", prompt)) == 6
+        assert not re.sub(
+            "|".join(sorted((*phantom.GRADES, *phantom.DIAGNOSES), key=len, reverse=True)), "", learned
+        ).strip()
+    for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+        text = processor.tokenizer.decode(ids[mask > 0])
+        for contrast, kind, name in re.findall(r"A (\w+) (\w+) means (\w+)\.", text):
+            assert name == Facts("OCT", kind, "upper left", "small", "one", contrast, "4").diagnosis
+            named[kind, contrast] += 1
+    assert named.most_common(1)[0][0] == (often.kind, often.contrast) and named.total() > 60
 
 
 def test_hints_of_version_4_say_what_findings_mean_and_are_true(processor) -> None:
