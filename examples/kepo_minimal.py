@@ -1,7 +1,7 @@
-"""KEPO (arXiv 2602.00400) in one file, for reading: Algorithm 1 and Eq. 7 from data to a trained model, no trainer.
+"""KEPO (arXiv 2602.00400) in one file, to read top to bottom: Algorithm 1 and Eq. 7, from data to a trained model.
 
-The task: "two plus three is" -> "five". The teacher knows every sum, the student those up to eight: on most others
-all its rollouts fail. Suffixes: _B sequences (the G of a group side by side), _T completion tokens, _V vocabulary.
+The task: "two plus three is" -> "five". The teacher knows all sums, the student only those up to eight: on most others
+all its rollouts fail. Suffixes: _B sequences (the G of a group adjacent), _T completion tokens, _V vocabulary.
 """
 
 import random
@@ -22,7 +22,7 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", e
 
 
 def schooled(lessons: list[tuple[str, str]], steps: int) -> Qwen3ForCausalLM:
-    """A new model taught (prompt, completion) pairs by supervised training; at scale, a pretrained checkpoint."""
+    """A new model, trained on (prompt, completion) pairs; at scale, a pretrained checkpoint."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(WORDS), num_attention_heads=4, num_key_value_heads=4, **shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -38,8 +38,8 @@ def schooled(lessons: list[tuple[str, str]], steps: int) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def sample(model: Qwen3ForCausalLM, prompts: list[str]) -> tuple[Tensor, Tensor, list[str]]:
-    """One completion per prompt at temperature 1: ids_BT, mask_BT (1 until and on the end-of-text token), texts."""
-    x = tokenizer(prompts, return_tensors="pt")  # without padding: prompts of one kind are equally long
+    """One completion per prompt at temperature 1: ids_BT, mask_BT (1 up to the end-of-text token, included), texts."""
+    x = tokenizer(prompts, return_tensors="pt")  # no padding: prompts of one kind have equal lengths
     both = model.generate(**x, do_sample=True, top_k=0, max_new_tokens=LENGTH, pad_token_id=0, eos_token_id=1)
     ids_BT = torch.nn.functional.pad(both, (0, x.input_ids.shape[1] + LENGTH - both.shape[1]))[:, -LENGTH:]
     ends_BT = ids_BT == tokenizer.eos_token_id
@@ -52,20 +52,20 @@ def reward(texts: list[str], answers: list[str]) -> Tensor:
 
 
 def rollout(student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, batch: list[tuple[str, str]]) -> tuple[Tensor, ...]:
-    """Algorithm 1 for each (x, y) of a batch: ids_BT, mask_BT, rewards_B, and the rewards before exploration."""
+    """Algorithm 1 for each (x, y) of a batch: ids_BT, mask_BT, rewards_B, and own_B, the rewards before exploration."""
     ids_BT, mask_BT, texts = sample(student, [x for x, _ in batch for _ in range(G)])  # line 3
     own_B = reward(texts, [y for _, y in batch for _ in range(G)])
     rewards_B = own_B.clone()
     for group, (x, y) in enumerate(batch):
-        if own_B.view(-1, G)[group].max() > 0:  # lines 4 and 5: the group stays as it is
+        if own_B.view(-1, G)[group].max() > 0:  # lines 4 and 5: the group does not change
             continue
         hint = sample(teacher, [ASKING.format(x=x, y=y)])[2][0]  # line 7, Eq. 8
         for _ in range(BUDGET):  # line 8
             draw_1T, draw_mask_1T, texts = sample(student, [TELLING.format(x=x, h=hint, y=y)])  # line 9, Eq. 9
             if reward(texts, [y]) > 0:  # line 10
-                i = group * G + random.randrange(G)  # lines 11 and 15: it replaces one original, the others stay
+                i = group * G + random.randrange(G)  # lines 11 and 15: it replaces one original
                 ids_BT[i], mask_BT[i], rewards_B[i] = draw_1T[0], draw_mask_1T[0], 1.0
-                break  # line 12; where the budget is spent first, no trajectory is added (line 16)
+                break  # line 12; if the budget runs out first, no trajectory is added (line 16)
     return ids_BT, mask_BT, rewards_B, own_B
 
 
@@ -76,10 +76,10 @@ def divergence(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, mask_BT: 
 
 
 def kepo_loss(student_logits_BTV, teacher_logits_BTV, ids_BT, mask_BT, rewards_B, group_size, tau) -> Tensor:
-    """-J of Eq. 7, a scalar; beta is 0, so there is no KL to a reference policy."""
+    """-J of Eq. 7, a scalar, with beta = 0: without the KL to a reference policy."""
     advantages_B = rewards_B - rewards_B.view(-1, group_size).mean(1).repeat_interleave(group_size)  # Eq. 6
     logps_BT = student_logits_BTV.log_softmax(-1).gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1)
-    ratio_BT = (logps_BT - logps_BT.detach()).exp()  # Eq. 3, 5: 1 in value, as each rollout serves one step
+    ratio_BT = (logps_BT - logps_BT.detach()).exp()  # Eq. 3, 5: its value is 1, as each rollout is used for one step
     policy_B = advantages_B * (ratio_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)  # w A of Eq. 2
     gated_B = (rewards_B >= tau) * divergence(student_logits_BTV, teacher_logits_BTV, mask_BT)  # the gate of Eq. 7
     return -policy_B.mean() + gated_B.mean()
@@ -102,7 +102,7 @@ def main(seed: int = 0) -> None:
         batch = random.sample(plain, 32)
         ids_BT, mask_BT, rewards_B, own_B = rollout(student, teacher, batch)
         x = tokenizer([x for x, _ in batch for _ in range(G)], return_tensors="pt").input_ids
-        both = torch.cat([x, ids_BT], 1)  # both models score under the plain x, also what was drawn with a hint
+        both = torch.cat([x, ids_BT], 1)  # both models score under the plain x, also draws made with a hint
         student_BTV, teacher_BTV = (model(both).logits[:, -LENGTH - 1 : -1] for model in (student, teacher))
         kepo_loss(student_BTV, teacher_BTV, ids_BT, mask_BT, rewards_B, G, TAU).backward()
         optimizer.step()

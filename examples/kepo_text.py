@@ -1,13 +1,13 @@
-r"""KEPO on an open-ended text task, as a TRL script: arithmetic in words, with tiny models made on the spot.
+r"""KEPO on an open-ended text task, as a TRL script: arithmetic in words, with tiny models trained here.
 
     python examples/kepo_text.py --steps 80 --output kepo_text_output
 
-The student can add up to eight. Where all its rollouts for a larger sum are wrong, the teacher writes a hint, and the
-student tries again with it; whatever comes out right is learned, with the teacher's guidance on every token.
+The student knows sums up to eight. If all its rollouts for a larger sum are wrong, the teacher writes a hint, and the
+student tries again with it. It learns from right answers, with the teacher's guidance on every token.
 
-It becomes GSM8K with real models by three other functions:
+For GSM8K with real models, replace three functions:
 
-    def load_models(schooling=0):  # pretrained: nothing to school
+    def load_models(schooling=0):  # pretrained models need no schooling
         tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")
         student, teacher = (AutoModelForCausalLM.from_pretrained(f"Qwen/Qwen3-{size}") for size in ("0.6B", "8B"))
         return student, teacher, tokenizer
@@ -23,11 +23,11 @@ It becomes GSM8K with real models by three other functions:
     def last_number(text):
         return (re.findall(r"-?\d+", text.replace(",", "")) or [""])[-1]
 
-In KEPOConfig: `max_completion_length=1024, hint_max_tokens=256, learning_rate=1e-6`, a batch that fits and, so that
-Qwen3 answers and writes its hint at once, `chat_template_kwargs={"enable_thinking": False}`. In place of `accuracy`:
-`trainer.evaluate()`, with held-out rows as `eval_dataset`.
+In KEPOConfig, set `max_completion_length=1024, hint_max_tokens=256, learning_rate=1e-6`, a batch size that fits, and
+`chat_template_kwargs={"enable_thinking": False}`, with which Qwen3 writes answers and hints at once. Instead of
+`accuracy`, use `trainer.evaluate()`, with held-out rows as `eval_dataset`.
 
-The same file serves `notebooks/06_own_task.ipynb`, which reads REWARDS, TASK, load_data and load_models from it.
+`notebooks/06_own_task.ipynb` reads REWARDS, TASK, load_data and load_models from this file.
 """
 
 import argparse
@@ -51,22 +51,22 @@ Row, Lesson = dict[str, str], tuple[str, str]  # a prompt and its solution; a pr
 
 
 def text_of(completion: str | list[dict[str, str]]) -> str:
-    """A completion's text: TRL gives text after a text prompt, and a message after a conversation."""
+    """A completion's text: TRL passes text for a text prompt, and messages for a chat."""
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
 def last_number(text: str) -> str:
-    """The answer in a text: the last number it names, or nothing."""
+    """The answer in a text: its last number, or ""."""
     return ([word for word in text.split() if word in NUMBERS] or [""])[-1]
 
 
 def correct(completions: list, solution: list[str], **_: object) -> list[float]:
-    """1 for the right answer. It opens the gate, and a group without it explores."""
+    """1 for the right answer. The gate reads this reward, and a group in which it is always 0 explores."""
     return [float(last_number(text_of(c)) == answer) for c, answer in zip(completions, solution, strict=True)]
 
 
 def brief(completions: list, **_: object) -> list[float]:
-    """A little for few words. It counts in the advantages alone: short and wrong is no reason not to explore."""
+    """0.1 for at most three words. It counts only in the advantages: a group of short wrong answers still explores."""
     return [0.1 * (len(text_of(completion).split()) <= 3) for completion in completions]
 
 
@@ -80,14 +80,14 @@ def all_sums() -> list[Row]:
 
 
 def load_data() -> tuple[list[Row], list[Row]]:
-    """The rows to train on, and those held out."""
+    """The training rows and the held-out rows."""
     rows = all_sums()
     random.Random(0).shuffle(rows)
     return rows[20:], rows[:20]
 
 
 def lessons() -> tuple[list[Lesson], list[Lesson]]:
-    """What is taught before: the teacher all sums and hints, the student sums up to eight and to follow a hint."""
+    """What both models learn first: the teacher all sums and hints, the student sums up to eight and to use a hint."""
     for_teacher, for_student = [], []
     for row in all_sums():
         x, y = row["prompt"], row["solution"]
@@ -98,9 +98,9 @@ def lessons() -> tuple[list[Lesson], list[Lesson]]:
 
 
 def load_models(schooling: int = 200) -> tuple[Qwen3ForCausalLM, Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """Student, teacher and tokenizer, tiny and schooled in place; at scale, pretrained checkpoints.
+    """Student, teacher and tokenizer: tiny models, trained here on lessons; at scale, pretrained checkpoints.
 
-    ``schooling`` counts the student's supervised steps; the teacher's are half as many again.
+    ``schooling`` is the student's number of supervised steps; the teacher gets 1.5 times that.
     """
     for_teacher, for_student = lessons()
     splitter = pre_tokenizers.Split(Regex(r"</?hint>|\w+|\.+|[?:]"), behavior="removed", invert=True)
@@ -132,7 +132,7 @@ def schooled(tokenizer: PreTrainedTokenizerFast, taught: list[Lesson], steps: in
 
 @torch.no_grad()
 def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> float:
-    """The share of right answers in eight samples per prompt."""
+    """The share of right answers, over eight samples per prompt."""
     rows = rows * 8
     x = tokenizer([row["prompt"] for row in rows], return_tensors="pt").to(model.device)
     both = model.generate(**x, do_sample=True, top_k=0, max_new_tokens=8)
@@ -141,13 +141,13 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: 
 
 
 def main() -> None:
-    """Train the student and say what came of it."""
+    """Train the student and print the results."""
     parser = argparse.ArgumentParser(description="KEPO on arithmetic in words.")
     parser.add_argument("--steps", type=int, default=80, help="optimiser steps (default: %(default)s)")
-    parser.add_argument("--schooling", type=int, default=200, help="supervised steps before (default: %(default)s)")
+    parser.add_argument("--schooling", type=int, default=200, help="student's supervised steps (default: %(default)s)")
     parser.add_argument("--output", default="kepo_text_output", help="folder for rollouts (default: %(default)s)")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # TRL uses an old name of transformers
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # TRL uses a deprecated name
 
     set_seed(0)
     student, teacher, tokenizer = load_models(options.schooling)

@@ -2,15 +2,15 @@
 
     python examples/kepo_vqa.py --steps 20
 
-Pictures of a coloured square are made on the spot, and the answer is a word, not a letter. The student was never taught
-the names of two of the six colours: all its rollouts fail there, until the teacher's hint lets it try the right word.
-Both models are tiny Qwen3-VL that are schooled in place (half a minute), so nothing is downloaded.
+The script draws pictures of a coloured square; the answer is a word, not a letter. The student never learned the names
+of two of the six colours: all its rollouts fail there, until the teacher's hint lets it try the right word. Both models
+are tiny Qwen3-VL, trained here in half a minute: nothing is downloaded.
 
-With real models and your own pictures, two functions change; rewards and task stay. In place of `accuracy`,
-which knows these colours alone: `trainer.evaluate()`, with held-out rows as `eval_dataset`. In KEPOConfig: a batch that
-fits, and `max_completion_length=64, hint_max_tokens=256, learning_rate=1e-6`.
+For real models and your own pictures, replace two functions; rewards and task stay the same. Instead of `accuracy`,
+which knows only these colours, use `trainer.evaluate()`, with held-out rows as `eval_dataset`. In KEPOConfig, set a
+batch size that fits, and `max_completion_length=64, hint_max_tokens=256, learning_rate=1e-6`.
 
-    def load_models(schooling=0):  # pretrained: nothing to school
+    def load_models(schooling=0):  # pretrained models need no schooling
         load = AutoModelForImageTextToText.from_pretrained
         processor = AutoProcessor.from_pretrained("Qwen/Qwen3-VL-2B-Instruct")
         return load("Qwen/Qwen3-VL-2B-Instruct", dtype="float32"), load("Qwen/Qwen3-VL-8B-Instruct"), processor
@@ -20,7 +20,7 @@ fits, and `max_completion_length=64, hint_max_tokens=256, learning_rate=1e-6`.
         rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
         return list(rows.select(range(100, len(rows)))), list(rows.select(range(100)))
 
-The same file serves `notebooks/06_own_task.ipynb`, which reads REWARDS, TASK, load_data and load_models from it.
+`notebooks/06_own_task.ipynb` reads REWARDS, TASK, load_data and load_models from this file.
 """
 
 import argparse
@@ -45,17 +45,17 @@ TASK = Templates(
 
 
 def exact_word(completions: list[Any], solution: list[str], **_: Any) -> list[float]:
-    """The reward: 1 for the right word and nothing else, whatever its case; a full stop is forgiven."""
+    """The reward: 1 for exactly the right word, in upper or lower case, with or without a full stop; else 0."""
     said = [completion[0]["content"].strip(" .").lower() for completion in completions]
     return [float(word == right) for word, right in zip(said, solution, strict=True)]
 
 
-#: The gate and exploration read the first, unless they are told another.
+#: By default, the gate and exploration read the first.
 REWARDS = [exact_word]
 
 
 def picture(colour: str, rng: random.Random) -> Image.Image:
-    """A square of nearly that colour, somewhere on grey."""
+    """A square of about that colour, at a random place on grey."""
     shade = tuple(min(max(value + rng.randrange(-25, 26), 0), 255) for value in COLOURS[colour])
     image, x, y = Image.new("RGB", (64, 64), (128, 128, 128)), rng.randrange(40), rng.randrange(40)
     image.paste(shade, (x, y, x + 24, y + 24))
@@ -63,7 +63,7 @@ def picture(colour: str, rng: random.Random) -> Image.Image:
 
 
 def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """Rows as TRL takes them: a prompt, its picture, and whatever columns the rewards and templates read."""
+    """Rows for TRL: a prompt, its picture, and the columns that rewards and templates read."""
     rng = random.Random(seed)
     colours = [rng.choice(list(COLOURS)) for _ in range(count)]
     prompt = [{"role": "user", "content": QUESTION}]
@@ -71,20 +71,20 @@ def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def load_data() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows to train on, and those held out."""
+    """The training rows and the held-out rows."""
     return make_rows(160, seed=7), make_rows(120, seed=99)
 
 
 def load_models(schooling: int = 110) -> tuple[Any, Any, Any]:
-    """Student, teacher and processor; ``schooling`` counts the student's supervised steps, half the teacher's."""
+    """Student, teacher and processor; ``schooling``: the student's supervised steps (the teacher takes twice that)."""
     processor = build_processor()
-    processor.tokenizer.add_tokens(list(COLOURS))  # so small a model learns whole words sooner than letters
+    processor.tokenizer.add_tokens(list(COLOURS))  # such a small model learns whole words faster than letters
     student = school(build_model("test", 0), processor, 0, schooling, UNTAUGHT, writes_hints=False)
     return student, school(build_model("test", 1), processor, 1, 2 * schooling, (), writes_hints=True), processor
 
 
 def school(model: Any, processor: Any, seed: int, steps: int, untaught: tuple[str, ...], writes_hints: bool) -> Any:
-    """Plain supervised training: answers to the question, answers with a hint, and for a teacher hints as well."""
+    """Supervised training: answers to the question, answers with a hint, and for a teacher also hints."""
     rng, optimizer = random.Random(seed), torch.optim.AdamW(model.parameters(), lr=4e-3)
     start = processor.tokenizer("<|im_start|>assistant\n")["input_ids"]
     for _ in range(steps):
@@ -92,7 +92,7 @@ def school(model: Any, processor: Any, seed: int, steps: int, untaught: tuple[st
         for row in make_rows(24, rng.getrandbits(31)):
             kind = rng.choice(["ask", "plain", "tell"] if writes_hints else ["plain", "plain", "tell"])
             if row["solution"] in untaught:
-                kind = "tell"  # it has read the word, and has never matched it with a picture
+                kind = "tell"  # it reads the word, but never learns to match it with a picture
             hint = f"It looks {row['solution']}"
             prompt = {"plain": row["prompt"], "ask": TASK.ask(row), "tell": TASK.tell(row, hint)}[kind]
             reply = f"<hint>{hint}</hint>" if kind == "ask" else row["solution"]
@@ -104,7 +104,7 @@ def school(model: Any, processor: Any, seed: int, steps: int, untaught: tuple[st
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         for ids, row_labels in zip(inputs["input_ids"].tolist(), labels, strict=True):
             answer = max(i for i in range(len(ids)) if ids[i : i + len(start)] == start) + len(start)
-            row_labels[:answer] = -100  # the reply alone is learnt
+            row_labels[:answer] = -100  # only the reply is learned
         model(**inputs, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -113,7 +113,7 @@ def school(model: Any, processor: Any, seed: int, steps: int, untaught: tuple[st
 
 @torch.no_grad()
 def accuracy(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Share of right greedy answers, by whether the colour's name was taught."""
+    """The share of right answers (greedy decoding), for taught and untaught colours."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -133,11 +133,11 @@ def accuracy(model: Any, processor: Any, rows: list[dict[str, Any]]) -> dict[str
 
 
 def main() -> None:
-    """School both models, train the student by KEPO, and compare."""
+    """Prepare both models, train the student with KEPO, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
-        "--schooling", type=int, default=110, help="supervised steps of the student, half the teacher's"
+        "--schooling", type=int, default=110, help="supervised steps of the student (the teacher takes twice as many)"
     )
     parser.add_argument("--output", default="kepo_vqa_output")
     options = parser.parse_args()

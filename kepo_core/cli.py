@@ -1,9 +1,9 @@
-"""``kepo run`` executes a notebook into a run folder, ``kepo resume`` goes on, ``kepo study run`` makes many runs.
+"""``kepo run`` executes a notebook into a run folder, ``kepo resume`` resumes it, ``kepo study run`` makes many runs.
 
-``kepo data check`` looks at data, ``kepo check-teacher`` at a served teacher, ``kepo runs`` at what has been run,
-``kepo report`` renders pages of it, ``kepo export`` makes a folder for the Hub, ``kepo plan`` says what a run takes of
-a GPU. Exit codes: 0 completed, 1 failed (the folder says why; or a plan does not fit), 2 refused (a parameter or the
-data do not fit; nothing is left behind), 130 interrupted.
+``kepo data check`` checks data, ``kepo check-teacher`` a served teacher. ``kepo runs`` lists runs, ``kepo report``
+renders pages of them, ``kepo export`` makes a folder for the Hub, ``kepo plan`` says what a run takes of a GPU. Exit
+codes: 0 completed, 1 failed (the folder says why; or a plan does not fit), 2 refused (a parameter or the data are
+wrong; nothing is left behind), 130 interrupted.
 """
 
 import argparse
@@ -31,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser((__doc__ or "").splitlines()[0]).parse_args(argv)
     try:
         code = _obey(arguments)
-        sys.stdout.flush()  # here, where a closed pipe is met, not at the interpreter's end
+        sys.stdout.flush()  # a closed pipe raises here, not at the interpreter's end
         return code
     except (ParamError, DataError) as error:
         print(f"kepo: {error}", file=sys.stderr)
         return REFUSED
-    except BrokenPipeError:  # nobody reads any more, as behind `head`: there is nobody to tell
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does: no message can reach it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
@@ -74,7 +74,7 @@ def _obey(arguments: argparse.Namespace) -> int:
 
 
 def method_overrides(name: str, base: Params, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a row of the table of methods over ``base``, under those that are given one by one."""
+    """The parameters of a row of the table of methods over ``base``; ``overrides`` come last."""
     from kepo_core.experiment.methods import method
 
     return {**method(name).overrides(base), **overrides}
@@ -98,7 +98,7 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any], met
 
     ``method``: a row of the table of methods.
 
-    Raises `ParamError` before anything is written if one of them is wrong.
+    Raises `ParamError` before anything is written if the path or a parameter is wrong.
     """
     path = resolve(notebook)
     if not path.is_file():
@@ -121,10 +121,10 @@ def run_notebook(notebook: str, file: str | None, overrides: dict[str, Any], met
 
 
 def check_data(path: str, strict: bool, page: str | None, params: Params, quick: bool) -> int:
-    """Print what is in the data at ``path``, and write it to the HTML file ``page`` where one is named.
+    """Print what is in the data at ``path``, and write it to the HTML file ``page`` if one is named.
 
-    Each question is tried as a run of ``params`` tries it or, if ``quick``, no picture is decoded. Raises ``DataError``
-    if the data cannot be read at all or, under ``strict``, for the first row that cannot.
+    Each question is checked as in a run of ``params``; with ``quick``, no picture is decoded. Raises ``DataError`` if
+    the data cannot be read or, under ``strict``, for the first row that cannot.
     """
     from kepo_core.data.check import check
     from kepo_core.data.table_files import is_hub
@@ -147,7 +147,7 @@ def check_data(path: str, strict: bool, page: str | None, params: Params, quick:
 def write_reports(what: Sequence[str], results: str | None) -> int:
     """Render the pages of runs (folders), studies (files) and executed notebooks; without any, the index of runs.
 
-    Prints what it wrote. Raises `ParamError` or ``DataError`` where there is nothing to render.
+    Prints what it wrote. Raises `ParamError` or ``DataError`` if there is nothing to render.
     """
     from kepo_core.pages.index import write_index
     from kepo_core.pages.report import write_page, write_report
@@ -170,7 +170,7 @@ def write_reports(what: Sequence[str], results: str | None) -> int:
 
 
 def export_run(name: str, folder: str | None) -> int:
-    """Write a completed run as a folder for the Hugging Face Hub. Raises `ParamError` where it cannot be."""
+    """Write a completed run as a folder for the Hugging Face Hub. Raises `ParamError` if that is impossible."""
     from kepo_core.pages.export import export
     from kepo_core.runs.run import Run
 
@@ -181,22 +181,22 @@ def export_run(name: str, folder: str | None) -> int:
 
 
 def _run_folder(name: str) -> str:
-    """The run folder that is meant: a path, or a name as `kepo runs` takes it."""
+    """The folder of a run, given by its path or by a name as in `kepo runs`."""
     from kepo_core.runs import listing
 
     return str(listing.find(name, _results(None)))
 
 
 def _results(folder: str | None) -> Path:
-    """The results folder that is meant: the one that is named, else the project's."""
+    """The given results folder, or else the project's."""
     return resolve(folder) if folder else at_root(Params.load().results_dir)
 
 
 def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
-    """Make the runs of a study file that have not completed yet, several at a time; print what came of all.
+    """Make the runs of a study file that are not completed yet, several at a time; print the results of all.
 
-    They compute on this machine, or on the cluster that ``cluster_file`` describes. Raises `ParamError` or
-    ``DataError`` before anything runs if a file or the data do not fit.
+    They run on this machine, or on the cluster that ``cluster_file`` describes. Raises `ParamError` or ``DataError``
+    before anything runs if a file or the data are wrong.
     """
     from kepo_core.experiment import execution, experiment
     from kepo_core.study import jobs, studies
@@ -207,11 +207,11 @@ def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
     if cluster_file is None:
         executor = jobs.LocalExecutor(slots, study.processes)
     else:
-        from kepo_core.study.cluster import Cluster  # submitit is wanted by nobody else
+        from kepo_core.study.cluster import Cluster  # only this needs submitit
 
         executor = Cluster(cluster_file, study.base.results_dir, slots)
     print(f"kepo: {len(study.runs)} runs, {executor.count} at a time", flush=True)
-    for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # its runs are told, too
+    for ending in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # it also interrupts the runs
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as under nohup
             signal.signal(ending, execution.interrupt)
     try:
@@ -219,10 +219,10 @@ def run_study(file: str, slots: int, cluster_file: str | None = None) -> int:
         with ProgressTable(executor.count) as table:
             runs, failures = jobs.run_all(study.runs, data.identity(), executor, table)
     except KeyboardInterrupt:
-        print("kepo: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("kepo: interrupted; the same command resumes the study", file=sys.stderr)
         return INTERRUPTED
     print(f"\n{studies.as_text(study, runs, data.images)}")
-    print(f"\nkepo: `kepo report {file}` draws this as a page")
+    print(f"\nkepo: `kepo report {file}` writes this as a page")
     for name, reason in failures.items():
         print(f"kepo: {name} failed: {reason}", file=sys.stderr)
     return FAILED if failures else COMPLETED
@@ -246,9 +246,9 @@ def plan_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def check_teacher(params: Params) -> int:
-    """Try the served teacher that ``params`` name, print a line per trial, and fail where one fails.
+    """Try the served teacher that ``params`` name, print a line per trial, and fail if one fails.
 
-    Raises `ParamError` where they name none.
+    Raises `ParamError` if they name none.
     """
     if not params.teacher_url:
         raise ParamError(
@@ -268,7 +268,7 @@ def _printable(text: str) -> str:
 def look_at_runs(arguments: argparse.Namespace) -> int:
     """``kepo runs``: list, show or compare run folders.
 
-    Raises `ParamError` for a name that is not that of one run, and for a parameter that there is not.
+    Raises `ParamError` for a name that does not belong to exactly one run, and for an unknown parameter.
     """
     from kepo_core.runs import listing
 

@@ -1,4 +1,4 @@
-"""What bad input raises: one sentence that names the parameter, file or row, and what was expected."""
+"""Errors of bad input: one sentence that names the parameter, file or row, and what was expected."""
 
 
 class ParamError(ValueError):

@@ -4,15 +4,15 @@ import os
 import sys
 from typing import NoReturn
 
-#: Completed; failed, and the folder says why; refused, and nothing is left behind; interrupted.
+#: Completed; failed (the folder says why); refused (nothing is left behind); interrupted.
 COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def leave(code: int) -> NoReturn:
-    """End a process that trained with others, after they have waited for one another.
+    """Exit a process that trained with others, after all have synchronised.
 
-    Not by the interpreter's end, nor by destroying the group of processes: there gloo's threads now and then hang, or
-    abort a process whose work is done.
+    It skips the interpreter's shutdown and does not destroy the process group: in both, gloo's threads sometimes hang,
+    or abort a process whose work is done.
     """
     sys.stdout.flush()
     sys.stderr.flush()

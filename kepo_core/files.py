@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and JSON that any reader takes."""
+"""Files that are whole or not there at all, JSON that any reader takes, locks and sockets."""
 
 import json
 import math
@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from kepo_core.errors import ParamError
 
@@ -19,7 +21,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def in_place_of(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the place of ``path``; on a full disk, say, it goes again."""
+    """A file to write, which then replaces ``path``; after an error, such as a full disk, it is deleted."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write one index
     try:
         yield partial
@@ -28,8 +30,40 @@ def in_place_of(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def locked(path: Path) -> FileLock:
+    """The acquired lock on a file; ``Timeout`` if another process holds it."""
+    lock = FileLock(path, thread_local=False)
+    lock.acquire(timeout=1)  # longer than `is_locked` holds it
+    return lock
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on a file: on this machine, or on another that shares the disk."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, which has no shared locks
+        try:
+            locked(path).release()
+        except Timeout:
+            return True
+        return False
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: readers do not mistake one another for its owner
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def holds_sockets(folder: str) -> bool:
+    """Whether `multiprocessing` can bind a socket in ``folder``: paths have up to 107 bytes on Linux, 103 on macOS."""
+    return len(os.fsencode(f"{folder}/pymp-12345678/listener-12345678")) <= 103
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; `ParamError` naming the file that holds none."""
+    """A JSON object; `ParamError` naming the file if it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -58,6 +92,6 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if not isinstance(value, str | int | float | None):
         if not callable(item := getattr(value, "item", None)):
-            raise TypeError(f"{value!r} is no plain data and cannot be written as JSON")
+            raise TypeError(f"{value!r} is not plain data and cannot be written as JSON")
         value = item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ _NUMBER = re.compile(r"[-+.0-9eE]+")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2 scalars instead of 1.1: ``1e-6`` is a number, ``yes`` and ``on`` are texts, names occur once."""
+    """YAML 1.2 scalars instead of 1.1: ``1e-6`` is a number, ``yes`` and ``on`` are texts."""
 
 
 _StrictLoader.yaml_implicit_resolvers = {}
@@ -36,7 +37,7 @@ for _tag, _pattern, _first in (
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The names and values of a parameter file; `ParamError` where it is missing, no flat mapping or repeats a name."""
+    """The names and values of a parameter file; `ParamError` if it is missing, not a mapping or repeats a name."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -46,7 +47,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """The names and values of ``text``, which is the file ``name`` or a part of it; `ParamError` as `read_yaml`."""
+    """The names and values in ``text``, the file ``name`` or a part of it; `ParamError` as in `read_yaml`."""
     loader = _StrictLoader(text)
     try:
         node = loader.get_single_node()
@@ -56,7 +57,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
             raise ParamError(f"the parameter file {name} must hold one `name: value` per line")
         keys = [str(key.value) for key, _ in node.value]
         if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ParamError(f"{repeated[0]} stands twice in {name}")
+            raise ParamError(f"{repeated[0]} appears twice in {name}")
         return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
     except yaml.YAMLError as error:
         raise ParamError(f"the parameter file {name} is not YAML: {' '.join(str(error).split())}") from error
@@ -77,21 +78,21 @@ def short_hash(values: Mapping[str, bool | int | float | str]) -> str:
 
 
 def as_number(text: str) -> int | float | str:
-    """The number that ``text`` writes, as YAML 1.2 reads it; ``text`` itself where it is none."""
+    """``text`` as a number of YAML 1.2; ``text`` itself if it is not a number."""
     value = yaml.load(text, _StrictLoader) if _NUMBER.fullmatch(text) else text
     return value if isinstance(value, int | float) else text
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The end of a sentence that names the nearest of ``known``; empty where none is near."""
+    """The end of a sentence that names the nearest of ``known``; empty if none is near."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"; the nearest is {near[0]}" if near else ""
 
 
 def tagged_cell(notebook: Path) -> dict[str, Any]:
-    """What the cell of a notebook sets that is tagged ``parameters``.
+    """What the notebook's cell with the tag ``parameters`` sets.
 
-    Raises `ParamError` for a file that is no notebook, and for a cell that does more than set names to constants.
+    Raises `ParamError` for a file that is not a notebook, and for a cell that does more than set names to constants.
     """
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
@@ -106,7 +107,7 @@ def tagged_cell(notebook: Path) -> dict[str, Any]:
 
 
 def parameter_cells(cells: Iterable[str]) -> dict[str, Any]:
-    """What those cells set that do nothing but set names to constants (papermill's injected cell is one)."""
+    """The values in all cells that only set names to constants (papermill's injected cell is one)."""
     return {name: value for source in cells for name, value in (_constants(source) or {}).items()}
 
 
@@ -115,22 +116,28 @@ def is_injected(source: str) -> bool:
     return source.startswith("# Parameters\n")
 
 
-def meant_as_parameters(cells: Sequence[str], known: Collection[str]) -> set[str]:
+def meant_as_parameters(cells: Sequence[str], known: Collection[str], anywhere: Collection[str]) -> set[str]:
     """The names that the executed ``cells`` of a notebook set as parameters, misspelt ones among them.
 
-    All names count of a cell that does nothing but set names to constants and sets a ``known`` one, unless it was
-    executed again, edited; and all of papermill's. In any other cell ``k = 3`` is the user's own business, and a name
-    counts only where it is a known one but for a letter or so.
+    These are the names in papermill's cell and in the parameters cell, in their last executed versions. The parameters
+    cell is the cell that only sets names to constants and sets the most ``known`` ones; a cell that sets more than half
+    of these is an edited version of it. All other cells belong to the user. If one sets a ``known`` name, or nearly
+    one, that does not count ``anywhere``, a warning says so.
     """
     found = [(is_injected(source), parameter_cells([source]).keys()) for source in cells]
-    meant: set[str] = set()
-    for place, (injected, names) in enumerate(found):
-        later = [others for papermills, others in found[place + 1 :] if not papermills]
-        if injected or any(name in known for name in names):
-            replaced = not injected and any({*names} & {*known} <= others for others in later)
-            meant |= {name for name in names if name in known or not replaced}
-        else:
-            meant |= {name for name in names if difflib.get_close_matches(name, known, n=1, cutoff=0.8)}
+    papermills = next((names for injected, names in reversed(found) if injected), set[str]())
+    own = [names for injected, names in found if not injected]
+    known_ones = max(({*names} & {*known} for names in own), key=len, default=set[str]())
+    edited = [names for names in own if 2 * len(known_ones & names) > len(known_ones)]
+    meant = {*papermills, *(edited[-1] if edited else ())}
+    for name in sorted({name for _, names in found for name in names} - meant - {*anywhere}):
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            is_meant = f" (is {near[0]} meant?)" * (near[0] != name)
+            warnings.warn(
+                f"{name}{is_meant} is set in a cell of its own and is not taken as a parameter: write it into the "
+                "parameters cell if it is one",
+                stacklevel=3,
+            )
     return meant
 
 
@@ -138,25 +145,25 @@ def check_names(namespace: Mapping[str, Any]) -> None:
     """Refuse what papermill lets pass: a name that the parameters cell of a notebook does not set.
 
     For notebooks whose parameters are their own: that cell is the one that sets most names to constants. ``namespace``
-    is the notebook's ``globals()``.
+    is the notebook's ``globals()``. A misspelt name in a cell of its own gives a warning.
 
     Raises:
         ParamError: names the nearest parameter.
     """
     cells = namespace["In"]
     known = max((parameter_cells([cell]) for cell in cells if not is_injected(cell)), key=len)
-    for name in sorted(meant_as_parameters(cells, known) - known.keys()):
+    for name in sorted(meant_as_parameters(cells, known, known) - known.keys()):
         every = f"; expected one of {', '.join(sorted(known))}"
         raise ParamError(f"{name} in the notebook is not a parameter{nearest(name, known) or every}")
 
 
-#: What a constant may be made of: papermill writes an infinity as ``float('inf')``.
+#: Allowed parts of a constant: papermill writes an infinity as ``float('inf')``.
 _PARTS = (ast.Constant, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.List, ast.Tuple,
           ast.Dict, ast.Set, ast.Call, ast.Name, ast.Load)  # fmt: skip
 
 
 def _constants(source: str) -> dict[str, Any] | None:
-    """The names that a cell sets to constants; None where it does anything else, or does not parse."""
+    """The names that a cell sets to constants; None if it does anything else, or does not parse."""
     try:
         body = ast.parse(source).body
     except SyntaxError:  # a cell that never ran

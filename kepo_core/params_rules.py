@@ -1,4 +1,4 @@
-"""What parameters have to fulfil together."""
+"""Rules about several parameters together."""
 
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +11,7 @@ REWARDS = {"": 1, "accuracy": 1, "format": 1, "total": 2}
 
 
 def check_together(params: Any) -> None:
-    """Raise `ParamError`, a sentence that names what to change, for ``Params`` that do not go together."""
+    """Raise `ParamError`, a sentence that says what to change, for ``Params`` that contradict each other."""
     for name in ("gate_reward", "exploration_reward"):
         if getattr(params, name) not in REWARDS:
             raise ParamError(f"{name} must be one of {', '.join(filter(None, REWARDS))}, got {getattr(params, name)!r}")
@@ -23,7 +23,7 @@ def check_together(params: Any) -> None:
         )
     if params.thinking and (params.method == "sft" or (params.method == "gkd" and params.gkd_lambda < 1)):
         raise ParamError(
-            f"method {params.method} learns from the right answers (gkd with gkd_lambda below 1), which come without "
+            f"method {params.method} learns from the right answers (gkd with gkd_lambda below 1), which have no "
             "reasoning: set thinking to False"
         )
     if params.method == "kepo" and params.explore and not params.thinking:
@@ -40,23 +40,23 @@ def check_together(params: Any) -> None:
         )
     if params.method != "none" and params.train_items < params.prompts_per_step:
         raise ParamError(
-            f"train_items must be at least prompts_per_step ({params.prompts_per_step}), of which a step is made, got "
+            f"train_items must be at least prompts_per_step ({params.prompts_per_step}), enough for one step, got "
             f"{params.train_items}"
         )
     _check_trl(params)
     if params.eval_samples > 1 and not params.eval_temperature:
         raise ParamError(
             f"eval_samples is {params.eval_samples} but eval_temperature is 0, and greedy answers are all the same: "
-            "set eval_temperature, to 1 say"
+            "set eval_temperature, for example to 1"
         )
     _check_served(params)
 
 
 def _check_trl(params: Any) -> None:
-    """Raise `ParamError` for fields of TRL's that do not go with the study's parameters."""
+    """Raise `ParamError` for fields of TRL's that contradict the study's parameters."""
     given = params.trl
     if given.get("use_vllm") and params.method == "gkd":
-        raise ParamError("use_vllm draws the rollouts of method kepo, not of gkd: set use_vllm to False")
+        raise ParamError("use_vllm samples rollouts for method kepo, not for gkd: set use_vllm to False")
     if given.get("use_vllm") and params.method == "sft" and params.curve_steps:
         raise ParamError("use_vllm has no engine while method sft trains: set curve_steps to 0, or use_vllm to False")
     if given.get("vllm_mode", "colocate") not in ("colocate", "server"):
@@ -75,14 +75,14 @@ def _check_trl(params: Any) -> None:
 
 
 def _check_served(params: Any) -> None:
-    """Raise `ParamError` unless the ``Params`` name a server and what is asked of it, or neither.
+    """Raise `ParamError` unless the ``Params`` name a teacher server and its top-k, or neither.
 
-    A server's key comes from the environment: what stands in a parameter is written into run folders.
+    A server's key comes from the environment, since parameters are written into run folders.
     """
     if bool(params.teacher_url) != bool(params.teacher_top_k):
         raise ParamError(
             f"teacher_url is {params.teacher_url!r} and teacher_top_k {params.teacher_top_k}, expected both for a "
-            "served teacher, or neither; vLLM tells the 20 likeliest tokens, or as many as its --max-logprobs says"
+            "served teacher, or neither; vLLM returns at most 20 log-probabilities a token, or its --max-logprobs"
         )
     if not params.teacher_url:
         return
@@ -92,14 +92,14 @@ def _check_served(params: Any) -> None:
     if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
         raise ParamError(f"teacher_url must be like http://HOST:8000/v1, got {params.teacher_url!r}")
     if params.method == "gkd":
-        raise ParamError("method gkd needs the whole of the teacher's distribution: leave teacher_url empty")
+        raise ParamError("method gkd needs the teacher's whole distribution: leave teacher_url empty")
     if params.teacher_quantization != "none":
         raise ParamError(
-            f"teacher_quantization is {params.teacher_quantization!r}, but where teacher_url is set the server decides "
-            "how the teacher is kept: set it to none"
+            f"teacher_quantization is {params.teacher_quantization!r}, but with teacher_url the server decides how it "
+            "loads the teacher: set teacher_quantization to none"
         )
     if params.method == "kepo" and params.distill and params.distill_temperature != 1:
         raise ParamError(
-            f"distill_temperature must be 1 where teacher_url is set, got {params.distill_temperature:g}: it divides "
-            "all logits, and a served teacher tells the log-probabilities of its likeliest tokens"
+            f"distill_temperature must be 1 if teacher_url is set, got {params.distill_temperature:g}: it divides all "
+            "logits, and a served teacher returns only top-k log-probabilities"
         )

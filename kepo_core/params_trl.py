@@ -4,6 +4,7 @@ TRL declares them, so they are not declared again. Importing it takes seconds, s
 given that is not in `DEFAULTS`.
 """
 
+import os
 import re
 import types
 import typing
@@ -18,7 +19,7 @@ from kepo_core.method.options import KINDS, MethodOptions
 from kepo_core.params_io import as_number, nearest
 from kepo_core.quiet import quiet_third_parties
 
-#: TRL's fields whose default is another one in a study, and the one that short runs set.
+#: TRL's fields whose default is different in a study, and max_steps, which short runs set.
 DEFAULTS: dict[str, bool | int | float | str] = {
     "lr_scheduler_type": "constant",
     "max_completion_length": 48,
@@ -26,7 +27,7 @@ DEFAULTS: dict[str, bool | int | float | str] = {
     "save_steps": 25,
     "vllm_max_model_length": 4096,
 }
-#: Fields that a study sets from parameters of its own, and from which; "" where nobody is to set them.
+#: Fields that a study sets itself, and the parameter to use instead; "" if there is none.
 SET_BY = {
     "output_dir": "results_dir",
     "num_generations": "group_size",
@@ -52,7 +53,7 @@ SET_BY = {
     "disable_tqdm": "",
     "dataloader_pin_memory": "",
 }
-#: Families of such fields: evaluation and logging are the study's, and what a run folder shows holds no token.
+#: Families of such fields: the study evaluates and logs by itself, and no token may be written into a run folder.
 _NOT_HERE = re.compile(r"eval_|do_|per_device_eval_|logging_|log_|hub_|push_to_hub")
 #: Parameters of earlier versions, and what to use.
 GONE = {
@@ -71,7 +72,7 @@ class Checked(dict[str, Any]):
 
 
 class UnknownError(ParamError):
-    """A name that is no parameter: ``hint`` ends the sentence with the nearest one."""
+    """An unknown name: ``hint`` ends the sentence, for example with the nearest parameter."""
 
     def __init__(self, name: str, hint: str) -> None:
         super().__init__(f"{name} is not a parameter{hint}")
@@ -81,12 +82,12 @@ class UnknownError(ParamError):
 def check(
     given: Mapping[str, Any], ours: Collection[str], options: Mapping[str, Any]
 ) -> dict[str, bool | int | float | str]:
-    """All of `DEFAULTS`, and what of ``given`` differs from TRL's defaults, each value of the type that TRL declares.
+    """All of `DEFAULTS`, and the ``given`` fields that differ from TRL's defaults, each of the type that TRL declares.
 
     Args:
         given: by name; None is TRL's default. `Checked` ones are taken as they are.
         ours: the names of all other parameters.
-        options: the fields of ``KEPOConfig`` that these set, by name: what they have to go together with.
+        options: the fields of ``KEPOConfig`` that these set, by name: ``given`` must not contradict them.
 
     Raises:
         UnknownError: a name that is neither TRL's nor among ``ours``.
@@ -101,10 +102,15 @@ def check(
     for name in new:
         check_name(name, ours)
     values |= {name: _fitting(name, value) for name, value in new.items() if value is not None}
+    config, environment = _config(), dict(os.environ)
     try:
-        _config()(output_dir="", use_cpu=True, **options, **values | {"save_steps": 1})  # save_steps 0: no checkpoints
+        config(output_dir="", use_cpu=True, **options, **values | {"save_steps": 1})  # save_steps 0: no checkpoints
     except (ValueError, TypeError, ImportError, OSError) as error:  # ParamError is a ValueError
         raise ParamError(" ".join(str(error).split())) from error
+    finally:  # transformers may set variables to ask for a compiler; later runs and child processes would inherit them
+        for name in os.environ.keys() - environment:
+            del os.environ[name]
+        os.environ.update(environment)
     return {name: value for name, value in values.items() if name in DEFAULTS or not _is_default(name, value)}
 
 
@@ -113,7 +119,7 @@ def check_name(name: str, ours: Collection[str]) -> None:
     if name in ours or name in DEFAULTS:
         return
     if name in GONE:
-        raise UnknownError(name, f" any more: {GONE[name]}")
+        raise UnknownError(name, f" (it was removed): {GONE[name]}")
     if name in SET_BY or _NOT_HERE.match(str(name)):
         instead = f"set {SET_BY[name]} instead" if SET_BY.get(name) else "leave it out"
         raise ParamError(f"{name} is set by the study itself: {instead}")
@@ -123,7 +129,7 @@ def check_name(name: str, ours: Collection[str]) -> None:
 
 
 def names(ours: Collection[str], asked: Collection[str]) -> set[str]:
-    """``ours`` and TRL's; the latter are looked up only where one of those ``asked`` about is not known here."""
+    """``ours`` and TRL's names; TRL is imported only if one of ``asked`` is not known without it."""
     here = {*ours, *DEFAULTS, *SET_BY, *GONE}
     return here if here.issuperset(asked) else here | _known()
 
@@ -134,7 +140,7 @@ def _is_default(name: str, value: bool | int | float | str) -> bool:
 
 
 def _like_default(name: str, value: Any) -> bool | int | float | str:
-    """A value of one of `DEFAULTS`, of the type that stands there; None is the default."""
+    """A value for one of `DEFAULTS`, with the type of the default; None is the default."""
     if value is None:
         return DEFAULTS[name]
     kind = type(DEFAULTS[name])
@@ -184,6 +190,6 @@ def _fitting(name: str, value: Any) -> bool | int | float | str:
     if type(value) is int and int not in kinds and float in kinds:
         value = float(value)
     if type(value) not in kinds:
-        expected = " or ".join(KINDS[kind] for kind in kinds) or "set in a script, as it is no single value"
+        expected = " or ".join(KINDS[kind] for kind in kinds) or "set in a script, as it is not a single value"
         raise ParamError(f"{name} must be {expected}, as in TRL's GRPOConfig, got {value!r}")
     return value  # type: ignore[no-any-return]

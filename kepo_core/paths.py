@@ -1,13 +1,13 @@
-"""Where the project lies, and how paths are meant and shown."""
+"""The project's root, and how paths are resolved and shown."""
 
 from pathlib import Path
 
 
 def project_root() -> Path:
-    """The checkout's top folder: the nearest one above the working directory, else above this file.
+    """The checkout's top folder: the nearest one above the working directory, or else above this file.
 
-    It is known by its ``notebooks/`` and ``params/phantom.yaml``. An installed package without either falls back to the
-    working directory, so results land where the user stands.
+    It contains ``notebooks/`` and ``params/phantom.yaml``. An installed package without either uses the working
+    directory, so results land where the user is.
     """
     for start in (Path.cwd(), Path(__file__).resolve().parent):
         for folder in (start, *start.parents):
@@ -17,7 +17,7 @@ def project_root() -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """A path as the user means it: absolute, from the working directory, else from the project's root."""
+    """A path from a user: absolute, or relative to the working directory, or else to the project's root."""
     path = _at_home(path)
     if path.is_absolute() or _is_there(path):
         return path.absolute()
@@ -25,12 +25,12 @@ def resolve(path: str | Path) -> Path:
 
 
 def at_root(path: str | Path) -> Path:
-    """A path that is meant from the project's root, wherever the process works: ``results_dir``, ``run_dir``."""
+    """A path relative to the project's root, whatever the working directory: ``results_dir``, ``run_dir``."""
     return project_root() / _at_home(path)
 
 
 def _at_home(path: str | Path) -> Path:
-    """``~`` replaced; the name of a user that there is not stays as it is."""
+    """``~`` replaced; ``~NAME`` of an unknown user stays as it is."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -40,14 +40,14 @@ def _at_home(path: str | Path) -> Path:
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that no disk takes
+    except OSError:  # not a valid file name
         return False
 
 
 def anchored(path: str) -> str:
-    """A relative path that leads somewhere from here, as it is meant from the project's root; others as they are.
+    """A relative path that exists from here, rewritten relative to the project's root; others as they are.
 
-    What is kept in it is found again by processes that work elsewhere: a run resumed, a training process, a job.
+    So processes with another working directory find it: a resumed run, a training process, a job.
     """
     found = resolve(path)
     given = bool(path) and not _at_home(path).is_absolute()
@@ -55,11 +55,11 @@ def anchored(path: str) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path for somebody who reads it where this process works: outside the project, `from_root` would mislead."""
+    """A path as shown to a reader in this working directory: outside the project, `from_root` would mislead."""
     return from_root(path) if Path.cwd().is_relative_to(project_root()) else str(path)
 
 
 def from_root(path: Path) -> str:
-    """A path as files and pages note it: from the project's root where it lies below it."""
+    """A path as written in files and pages: relative to the project's root if it lies below it."""
     root = project_root()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)

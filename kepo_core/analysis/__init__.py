@@ -1,1 +1,1 @@
-"""Records of runs → tables, estimates with intervals, verdicts."""
+"""From the records of runs to tables, estimates with intervals, and verdicts."""

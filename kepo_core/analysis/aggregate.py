@@ -1,8 +1,8 @@
-"""Many runs → one statement: correctness of runs × questions in, an estimate with its interval out. Pure functions.
+"""Many runs → one estimate with its interval, from the correctness of runs × questions. Pure functions.
 
-Notation: R runs (seeds) of a method, N items (questions), M tasks (modalities). Runs of two methods that share a seed
-share its prompts and their order, so they are paired by row. Whatever is drawn over runs is about other seeds of the
-same pretrained student, unless the rows come from several.
+Notation: R runs (seeds) of a method, N items (questions), M tasks (modalities). Runs of two methods with the same seed
+have the same prompts in the same order, so they are paired by row. An interval over runs generalises to other seeds of
+the same pretrained student, unless the rows come from several students.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,15 +15,15 @@ from scipy import stats
 from kepo_core.analysis.intervals import percent
 from kepo_core.data.records import Answer
 
-#: Runs (students, where there are several) that a test needs: of two, the spread may look small by chance.
+#: Minimum number of runs (or students, if there are several) for a test: the spread of two may be small by chance.
 FEWEST = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value, its 95 % interval, the number of runs behind it, and the p-value.
+    """A value, its 95 % interval, its number of runs, and its p-value.
 
-    ``p``: of the two-sided test that the value is 0; NaN where there is none.
+    ``p``: two-sided, for the hypothesis that the value is 0; NaN if it was not tested.
     """
 
     value: float
@@ -34,7 +34,7 @@ class Estimate:
 
     def __str__(self) -> str:
         if self.runs > 1 and self.low == self.high:
-            return f"{100 * self.value:.1f} (all runs alike)"
+            return f"{100 * self.value:.1f} (all runs equal)"
         known = f"{100 * self.value:.1f}" if np.isinf(self.low) else percent(self.value, self.low, self.high)
         return known if self.runs > 1 else f"{known} (one run)"
 
@@ -45,7 +45,7 @@ def over_runs(
     images: Mapping[str, str],
     students_R: Sequence[Hashable] | None = None,
 ) -> Estimate:
-    """`mean_over_runs_and_images` of values about the questions of ``order``; ``images``: question id → image."""
+    """`mean_over_runs_and_images` of values for the questions of ``order``; ``images``: question id → image."""
     where, tasks = [images[answer.question_id] for answer in order], [answer.modality for answer in order]
     return mean_over_runs_and_images(values_RN, where, tasks, students_R)
 
@@ -56,29 +56,32 @@ def mean_over_runs_and_images(
     tasks_N: Sequence[str],
     students_R: Sequence[Hashable] | None = None,
 ) -> Estimate:
-    """Average over tasks of what R runs scored on N items, with an interval over seeds *and* images.
+    """The average over tasks of R runs on N items, with an interval over seeds *and* images.
 
-    Row r is a run, column i question i about ``images_N[i]`` in task ``tasks_N[i]``; a value is a correctness, a paired
-    difference of two, or what else adds up over questions. With θ the estimate and c_rk what image k adds to it in run
-    r, less its expectation,
+    Row r is a run; column i is question i about ``images_N[i]`` in task ``tasks_N[i]``; a value is a correctness, a
+    paired difference of two, or another quantity that adds up over questions. With θ the estimate and c_rk the
+    contribution of image k in run r, minus its expectation,
 
         V = V_runs + V_images − V_cells,   θ ± t √V
 
-    where the three are the sums over pairs of cells (r, k) that share a run, an image, or both (Cameron, Gelbach &
-    Miller 2011). V is at least the larger of the first two, and t has the degrees of freedom of what V is
-    (Satterthwaite's of the sum). In simulation it covers 93 to 96 % for three to twelve runs; with two, whose spread
-    may look small by chance, 87 to 96 %, the less the more runs differ, so with fewer than three there is no p. A
-    bootstrap that draws runs and images at once counts the chance of single answers three times and covers 99 %. With
-    one run the interval is over images alone, for that run; (-∞, ∞) where its items are all alike.
+    where the three are sums over pairs of cells (r, k) that share a run, an image, or both (Cameron, Gelbach & Miller
+    2011). V is at least the larger of the first two; t has the degrees of freedom of the chosen V (Satterthwaite's for
+    the sum). In simulation the interval covers 93 to 96 % for three to twelve runs. For two it covers 87 to 96 %, less
+    the more runs differ: their spread may be small by chance, so fewer than three runs have no p. (A bootstrap over
+    runs and images counts the noise of single answers three times and covers 99 %.) With one run the interval is over
+    images only, for that run; (-∞, ∞) if all its items are equal.
 
-    ``students_R`` says which pretrained student each run began from: where there are several, the mean over the runs of
-    a student counts as one run, and the interval speaks of other students, else of other seeds of the same one.
+    ``students_R`` gives each run's pretrained student. If there are several, the mean over a student's runs counts as
+    one run, and the interval generalises to other students; otherwise to other seeds of the same student.
+
+    Raises:
+        ValueError: the shapes do not match.
     """
     x = np.asarray(values_RN, dtype=float)
     if x.ndim != 2 or not x.size or not x.shape[1] == len(images_N) == len(tasks_N):
         raise ValueError(
             f"values_RN: shape {x.shape} with {len(images_N)} images and {len(tasks_N)} tasks, expected (runs, items) "
-            "with an image and a task for every item."
+            "with one image and one task per item."
         )
     if students_R is not None and len(students_R) != len(x):
         raise ValueError(f"students_R: {len(students_R)} for {len(x)} runs, expected one per run.")

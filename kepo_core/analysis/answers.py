@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 
 from kepo_core.data.records import Answer, AnswerOutcome
 
-#: A curve of accuracy: optimiser step → the answers to the same questions after it.
+#: An accuracy curve: optimiser step → the answers after it, to the same questions each time.
 Curve = Mapping[int, Sequence[Answer]]
 
 
 def to_table(answers: Mapping[Any, Sequence[Answer]], by: str = "model") -> pd.DataFrame:
-    """One row per answer, in order; the column ``by`` holds its key: the model that gave it, say."""
+    """One row per answer, in order; the column ``by`` holds its key, for example the model."""
     rows = [{by: key, **asdict(answer)} for key, given in answers.items() for answer in given]
     return pd.DataFrame(rows).astype({"outcome": str})
 
 
 def from_table(table: pd.DataFrame, by: str = "model") -> dict[Any, list[Answer]]:
-    """The inverse of `to_table`: keys and their answers in the order of the rows."""
+    """The inverse of `to_table`: key → answers, in the order of the rows."""
     names = [field.name for field in fields(Answer)]
     answers: dict[Any, list[Answer]] = {}
     for row in table.to_dict("records"):
@@ -35,5 +35,5 @@ def correctness(answers: Sequence[Answer], order: Sequence[Answer]) -> NDArray[n
     right = {(answer.question_id, answer.sample): float(answer.correct) for answer in answers}
     keys = [(answer.question_id, answer.sample) for answer in order]
     if missing := [key for key in keys if key not in right]:
-        raise ValueError(f"answers: {missing[0][0]} is not answered, expected the same questions of all runs.")
+        raise ValueError(f"answers: {missing[0][0]} is not answered, expected the same questions in all runs.")
     return np.array([right[key] for key in keys])

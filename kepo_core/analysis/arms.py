@@ -1,11 +1,11 @@
-"""What the arms of a study scored, pooled over their runs: tidy tables, and two of them for reading.
+"""The results of a study's arms, pooled over their runs: tidy tables, and two tables for reading.
 
-An *arm* is a method with one combination of a study's values; its runs are named by (student, seed). A *part* of the
-test is a modality, "Avg." (the unweighted mean of all) or "Avg. (OOD)" (of all but the one that was trained on).
+An *arm* is a method with one combination of the study's values; (student, seed) identifies a run. A *part* of the test
+is a modality, "Avg." (the unweighted mean of all) or "Avg. (OOD)" (of all except the training modality).
 
 Tidy tables have a row per arm and part, with the fields of `Estimate`: ``arm``, ``part``, ``value``, ``low``, ``high``
-(in [0, 1], differences in [-1, 1], intervals may reach beyond), ``runs`` and ``p``. Intervals are over runs (students,
-where there are several) and images together.
+(in [0, 1], differences in [-1, 1]; intervals may reach beyond), ``runs`` and ``p``. Intervals are over runs (or
+students, if there are several) and images together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,27 +26,27 @@ _FIELDS = ["value", "low", "high", "runs", "p"]
 
 
 def arm_accuracies(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
-    """How accurate each arm's models are. Raises ``ValueError`` if two runs answered different questions."""
+    """The accuracy of each arm's models. Raises ``ValueError`` if two runs answered different questions."""
     return _tidy(_answers(outcomes), images, in_domain)
 
 
 def arm_differences(outcomes: Outcomes, compared_with: str, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
-    """Each other arm's accuracy less that of ``compared_with``, paired by run and question, by the runs both have."""
+    """Each other arm's accuracy minus that of ``compared_with``, paired by run and question, over common runs."""
     others = _answers(outcomes)
     reference = others.pop(compared_with, {})
     return _tidy(others, images, in_domain, dict.fromkeys(others, reference))
 
 
 def arm_changes(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
-    """What training changed, against each run's own untrained student; arms that train nothing have no rows."""
+    """Accuracy after training minus that of the run's untrained student; arms without training have no rows."""
     before = {arm: {key: run.before for key, run in runs.items() if run.before} for arm, runs in outcomes.items()}
     return _tidy(_answers(outcomes), images, in_domain, before)
 
 
 def arm_courses(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
-    """Accuracies on the way, of runs with a curve: with the column ``step``, intervals of each step by itself.
+    """Accuracies during training, for runs with a curve: a column ``step``, and a separate interval for each step.
 
-    Raises ``ValueError`` if runs of an arm asked at different steps.
+    Raises ``ValueError`` if the curves of an arm have different steps.
     """
     tables = [_tidy({}, images, in_domain).assign(step=0)]
     for arm, runs in outcomes.items():
@@ -58,15 +58,15 @@ def arm_courses(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -
 
 
 def results_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
-    """`arm_accuracies` in per cent, for reading: a row per arm, with its runs, in domain and on average."""
+    """`arm_accuracies` in per cent, for reading: a row per arm, with its number of runs, in domain and on average."""
     return _cells(arm_accuracies(outcomes, images, in_domain), in_domain)
 
 
 def comparison_table(outcomes: Outcomes, compared_with: str, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
     """`arm_differences` in points, for reading: a row per arm, in domain and on average.
 
-    ``p (Holm)``: that the difference of "Avg." is 0, adjusted for the number of tests; none with fewer than three runs,
-    or where they are all alike.
+    ``p (Holm)``: for the hypothesis that the difference of "Avg." is 0, adjusted for the number of tests; "–" with
+    fewer than three runs, or if all runs are equal.
     """
     differences = arm_differences(outcomes, compared_with, images, in_domain)
     table = _cells(differences, in_domain)
@@ -76,7 +76,7 @@ def comparison_table(outcomes: Outcomes, compared_with: str, images: Mapping[str
 
 
 def by_part(table: pd.DataFrame) -> pd.DataFrame:
-    """`arm_accuracies` in the shape of ``statistics.accuracy_table``: a row per arm, columns (part, number)."""
+    """`arm_accuracies` in the form of ``statistics.accuracy_table``: a row per arm, columns (part, number)."""
     numbers = ["accuracy", "low", "high"]
     wide = table.rename(columns={"value": "accuracy"}).pivot(index="arm", columns="part", values=numbers)
     columns = pd.MultiIndex.from_product([table["part"].unique(), numbers])
@@ -88,7 +88,7 @@ def _answers(outcomes: Outcomes) -> dict[str, dict[Key, Sequence[Answer]]]:
 
 
 def _tidy(answers: Answers, images: Mapping[str, str], in_domain: str, before: Answers | None = None) -> pd.DataFrame:
-    """Accuracies of ``answers``, or their differences from those of the same arm and run in ``before``."""
+    """Accuracies of ``answers``, or their differences from the same arm and run in ``before``."""
     rows = []
     for arm, runs in answers.items():
         keys = [key for key in runs if before is None or key in before[arm]]
@@ -106,22 +106,22 @@ def _tidy(answers: Answers, images: Mapping[str, str], in_domain: str, before: A
 
 
 def _scores(runs: Sequence[Sequence[Answer]], order: Sequence[Answer]) -> NDArray[np.float64]:
-    """Correctness (runs, items) in the order of ``order``'s questions and samples."""
+    """Correctness (runs, items), in the order of the questions and samples of ``order``."""
     if any(len(given) != len(order) for given in runs):
-        raise ValueError("answers: two runs answered different questions, expected the same ones of all.")
+        raise ValueError("answers: two runs answered different questions, expected the same questions in all runs.")
     return np.stack([correctness(given, order) for given in runs])
 
 
 def _steps(curves: Sequence[Curve]) -> list[int]:
-    """The steps at which all of an arm's runs asked; none without a run."""
+    """The steps of an arm's curves; empty without curves."""
     steps = [sorted(curve) for curve in curves]
     if other := [found for found in steps if found != steps[0]]:
-        raise ValueError(f"runs: one asked at the steps {steps[0]}, another at {other[0]}, expected the same ones.")
+        raise ValueError(f"runs: one curve has steps {steps[0]}, another {other[0]}, expected the same steps.")
     return steps[0] if steps else []
 
 
 def _parts(order: Sequence[Answer], in_domain: str) -> dict[str, list[str]]:
-    """The parts that there are answers for: name → modalities."""
+    """The parts with answers: name → modalities."""
     present = categories(answer.modality for answer in order)
     parts = {**{m: [m] for m in present}, AVG: present, AVG_OOD: [m for m in present if m != in_domain]}
     return {part: modalities for part, modalities in parts.items() if modalities}

@@ -1,4 +1,4 @@
-"""The paper's claims, put to the test on a study's runs: estimate, interval, verdict (``claims.yaml``)."""
+"""Tests of the paper's claims (``claims.yaml``) on a study's runs: estimate, interval, verdict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,21 +15,21 @@ from kepo_core.analysis.answers import Curve, correctness
 from kepo_core.analysis.intervals import percent
 from kepo_core.data.records import Answer
 
-#: What a claim's difference is taken of, always out of distribution. Thirds are of the optimiser steps.
+#: The quantities that claims compare, always out of distribution. A third is a third of the optimiser steps.
 METRICS = {
     "final": "accuracy of the trained model",
     "early": "mean accuracy over the first third of training",
     "throughout": "mean accuracy over all of training",
-    "late change": "mean accuracy over the last third of training less that over the middle third",
+    "late change": "mean accuracy over the last third of training minus that over the middle third",
 }
-_MARGIN = 0.01  # what "does not help" leaves room for
+_MARGIN = 0.01  # "does not help" allows a gain of up to one point
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence of the paper: of method ``of`` against ``against``, the difference in ``metric`` is as ``expected``.
+    """One claim of the paper: ``metric`` of method ``of`` minus that of method ``against`` is as ``expected``.
 
-    ``expected``: "above" or "below" 0, or "not above" a point.
+    ``expected``: "above" or "below" (0), or "not above" (one point).
     """
 
     claim: str
@@ -42,15 +42,15 @@ class Claim:
 
 @cache
 def claims() -> tuple[Claim, ...]:
-    """All of them, in the order of the file."""
+    """All claims, in the order of the file."""
     entries = yaml.safe_load((Path(__file__).parent / "claims.yaml").read_text(encoding="utf-8"))
     return tuple(Claim(**entry) for entry in entries)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run left: the trained model's answers to all test questions, its curve (empty without one), and the
-    untrained student's answers (empty where nothing was trained).
+    """The results of one run: the trained model's answers to all test questions, its curve (empty without one), and the
+    untrained student's answers (empty if nothing was trained).
     """
 
     answers: Sequence[Answer]
@@ -58,20 +58,20 @@ class Outcome:
     before: Sequence[Answer] = ()
 
 
-#: A run within its arm: the number of the pretrained student it began from, and its seed.
+#: A run within its arm: the number of its pretrained student, and its seed.
 Key = tuple[int, int]
-Outcomes = Mapping[str, Mapping[Key, Outcome]]  # arm (method) → run → what that run left
+Outcomes = Mapping[str, Mapping[Key, Outcome]]  # arm (method) → run → its results
 
 
 def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -> pd.DataFrame:
-    """A row for every claim that ``outcomes`` can speak of: both methods there, with a curve where the metric needs it.
+    """A row for every claim that ``outcomes`` can test: both methods have runs, and curves if the metric needs them.
 
     Runs are paired by student and seed. ``points``: the difference with a 95 % interval over runs and images
-    (``aggregate.over_runs``), out of distribution: averaged over all modalities but ``in_domain``. ``p (Holm)``:
-    that it is 0 (or the margin), adjusted for the number of claims in the table. ``verdict``, at an adjusted p of 0.05:
-    *held*, *not held* where the opposite is shown, else *inconclusive*, as where a claim is about degrading and the
-    other method does not degrade, and with fewer than three runs (students, where there are several), which have no p.
-    With a single run the interval is about questions alone.
+    (``aggregate.over_runs``), out of distribution: averaged over all modalities except ``in_domain``. ``p (Holm)``: for
+    the hypothesis that it is 0 (or the margin), adjusted for the number of claims in the table. ``verdict``, at an
+    adjusted p of 0.05: *held*; *not held* if the opposite is shown; else *inconclusive*. Fewer than three runs (or
+    students, if there are several) have no p and are inconclusive, and so is a claim about degrading if the other
+    method does not degrade. With a single run the interval covers only its questions.
     """
     found: dict[Claim, Estimate] = {}
     for claim in claims():
@@ -96,7 +96,7 @@ def claims_table(outcomes: Outcomes, images: Mapping[str, str], in_domain: str) 
 
 
 def verdict(claim: Claim, estimate: Estimate, p: float) -> str:
-    """What an estimate says of a claim, with ``p`` adjusted for the number of claims."""
+    """The verdict on a claim: "held", "not held" or "inconclusive". ``p`` is adjusted for the number of claims."""
     if p > 0.05:
         return "inconclusive"
     bound = _MARGIN if claim.expected == "not above" else 0.0
@@ -104,7 +104,7 @@ def verdict(claim: Claim, estimate: Estimate, p: float) -> str:
 
 
 def _estimate(claim: Claim, outcomes: Outcomes, images: Mapping[str, str], in_domain: str) -> Estimate | None:
-    """The difference; its p is against the margin where the claim has one. None where runs or curves are missing."""
+    """The difference, with p against the margin if the claim has one. None if runs or curves are missing."""
     ours, theirs = outcomes.get(claim.of, {}), outcomes.get(claim.against, {})
     keys = [key for key in ours if key in theirs]
     if claim.metric != "final":
@@ -119,22 +119,22 @@ def _estimate(claim: Claim, outcomes: Outcomes, images: Mapping[str, str], in_do
     change, students = scores[0] - scores[1], [student for student, _ in keys]
     estimate = over_runs(change, order, images, students)
     if claim.metric == "late change" and over_runs(scores[1], order, images, students).value >= 0:
-        return replace(estimate, p=np.nan)  # what does not degrade cannot degrade more: a slow learner would always win
+        return replace(estimate, p=np.nan)  # without degradation there is no claim: a slow learner would always win
     if claim.expected != "not above":
         return estimate
     return replace(estimate, p=over_runs(change - _MARGIN, order, images, students).p)
 
 
 def score(outcome: Outcome, metric: str, order: Sequence[Answer]) -> NDArray[np.float64]:
-    """What each question of ``order`` contributes to ``metric`` of a run: (items,) in [-1, 1].
+    """The contribution of each question of ``order`` to ``metric`` of a run: (items,) in [-1, 1].
 
-    Raises ``ValueError`` if the run did not answer one of them.
+    Raises ``ValueError`` if the run did not answer a question, or if a third of training has no step of its curve.
     """
     if metric == "final":
         return correctness(outcome.answers, order)
     first, middle, last = thirds(outcome.curve) or ([], [], [])
     if not first:
-        raise ValueError("curve: a third of training has no step at which questions were asked, expected one in each.")
+        raise ValueError("curve: a third of training has no evaluated step, expected at least one in each.")
 
     def mean(steps: Sequence[int]) -> NDArray[np.float64]:
         right = [correctness(outcome.curve[step], order) for step in steps]
@@ -146,7 +146,7 @@ def score(outcome: Outcome, metric: str, order: Sequence[Answer]) -> NDArray[np.
 
 
 def thirds(curve: Curve) -> tuple[list[int], list[int], list[int]] | None:
-    """The steps of the first, middle and last third of training; ``None`` unless something was asked in each."""
+    """The evaluated steps of the first, middle and last third of training; ``None`` if one of them has none."""
     last = max(curve, default=0)
     steps = sorted(step for step in curve if step > 0)
     parts = [[step for step in steps if k * last < 3 * step <= (k + 1) * last] for k in range(3)]

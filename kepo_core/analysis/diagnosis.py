@@ -1,4 +1,4 @@
-"""What a training run's logged numbers say: the table of them, a run's headline, and why nothing may be learned.
+"""The logged numbers of a training run: their table, the run's headline, and likely causes of failure.
 
 Metric names are those of ``method.rollouts.GLOSSARY`` and TRL's own.
 """
@@ -18,19 +18,19 @@ from kepo_core.params import Params
 
 ACCEPTANCE = "acceptance"
 
-# Where a sign begins. They are rules of thumb to make a reader look, not tests.
+# Thresholds of the signs. They are rules of thumb that tell a reader where to look, not tests.
 FEW_RESCUES = 0.1  # share of explored groups that a hint rescued
 MANY_UNREADABLE = 0.5  # share of explored groups whose hint could not be read
 MOSTLY = 0.9  # share of groups, or of completions, that counts as nearly all
-LARGE_FALL = 0.1  # of accuracy or of the format rate, between the best quarter of training and the last
-GROWTH = 3.0  # times the smallest quarter's divergence, in the last
-NOTABLE = {"kepo/divergence": 0.1, "kepo/loss_kl": 1.0}  # nats per token: less than this may grow as it likes
-HALF_LOST = 0.5  # share of weights with a gradient that an optimiser step leaves as they are
+LARGE_FALL = 0.1  # drop of accuracy or format rate from the best quarter of training to the last
+GROWTH = 3.0  # divergence of the last quarter, as a multiple of the smallest quarter's
+NOTABLE = {"kepo/divergence": 0.1, "kepo/loss_kl": 1.0}  # nats per token; growth below this is ignored
+HALF_LOST = 0.5  # share of weights with a gradient that an optimiser step leaves unchanged
 
 
 @dataclass(frozen=True)
 class Sign:
-    """A known cause of a training that fails: its name, the run's own numbers for it, and what to look at next."""
+    """A known cause of failing training: its name, the run's numbers that suggest it, and what to look at next."""
 
     cause: str
     seen: str
@@ -41,7 +41,7 @@ class Sign:
 
 
 def as_table(signs: Sequence[Sign]) -> pd.DataFrame:
-    """A row per sign: cause, what was seen, what to look at next."""
+    """A row per sign: cause, what was seen, what to look at."""
     rows = [{name.replace("_", " "): text for name, text in asdict(sign).items()} for sign in signs]
     return pd.DataFrame(rows, columns=["cause", "seen", "look at"])
 
@@ -49,8 +49,8 @@ def as_table(signs: Sequence[Sign]) -> pd.DataFrame:
 def training_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Logged dictionaries (each with its ``step``) → one row per step, in order, with the column ``acceptance``.
 
-    ``acceptance`` is accepted / draws of the step's hint-aware draws, NaN where nothing was drawn. Rows that hold
-    no training metric (TRL's summary at the end) are left out; nulls become NaN.
+    ``acceptance`` is the share of the step's hint-aware draws that were accepted, NaN without draws. Rows without
+    training metrics (TRL's summary at the end) are dropped; nulls become NaN.
     """
     kept = [dict(row) for row in rows if "loss" in row]
     table = pd.DataFrame(kept)
@@ -70,7 +70,7 @@ def read_training(path: Path) -> pd.DataFrame:
 
 
 def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -> dict[str, Any]:
-    """A run's few numbers: accuracies in [0, 1] before and after, their differences, and what KEPO's parts did.
+    """A run's main numbers: accuracies in [0, 1] before and after, their differences, and counts of KEPO's parts.
 
     Args:
         params: of the run.
@@ -94,13 +94,13 @@ def headline(params: Params, differences: pd.DataFrame, metrics: pd.DataFrame) -
 
 
 def signs_of(metrics: pd.DataFrame, differences: pd.DataFrame | None = None, in_domain: str = "") -> list[Sign]:
-    """The known causes of failure that a run shows signs of; empty when there is none.
+    """The signs of known causes of failure in a run; empty if it shows none.
 
     Args:
-        metrics: from ``training_table``, of a whole run or of its steps so far; a metric that the method does not log
-            is not judged.
+        metrics: from ``training_table``, of a whole run or of its steps so far; metrics that the method does not log
+            are skipped.
         differences: trained minus untrained, from ``statistics.paired_differences``.
-        in_domain: the modality that was trained on, wherever there are ``differences``.
+        in_domain: the training modality; required with ``differences``.
     """
     kinds = (_hint_signs, _reward_signs, _divergence_signs, _length_signs, _precision_signs)
     found = [] if metrics.empty else [sign for kind in kinds for sign in kind(metrics)]
@@ -108,14 +108,14 @@ def signs_of(metrics: pd.DataFrame, differences: pd.DataFrame | None = None, in_
 
 
 def _hint_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
-    """Reward 0 despite hints."""
+    """Hints that do not lead to rewards."""
     explored, draws = _total(metrics, "kepo/explored_groups"), _total(metrics, "kepo/draws")
     rescued, unreadable = _total(metrics, "kepo/rescued_groups"), _total(metrics, "kepo/unparsable_hints")
     if explored and unreadable / explored > MANY_UNREADABLE:
         yield Sign(
             "Hints cannot be read",
-            f"for {unreadable:.0f} of {explored:.0f} groups where every rollout failed the teacher wrote none in its "
-            "tags",
+            f"for {unreadable:.0f} of {explored:.0f} groups where every rollout failed the teacher wrote no hint "
+            "inside <hint> tags",
             "what the teacher writes (kepo check-teacher, notebook 06); hint_max_tokens, which may cut it off; whether "
             "this teacher follows the prompt",
         )
@@ -123,7 +123,7 @@ def _hint_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
         yield Sign(
             "Hints are not accepted",
             f"{draws:.0f} hint-aware draws rescued {rescued:.0f} of {explored:.0f} groups where every rollout failed",
-            "the column hint of rollouts.parquet: are hints true, and do they help; hint_context; rejection_budget; "
+            "the column hint of rollouts.parquet (are hints true, and do they help); hint_context; rejection_budget; "
             "whether exploration_reward can be above 0 at all",
         )
 
@@ -137,35 +137,35 @@ def _reward_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
         yield Sign(
             "No reward",
             f"in the last quarter of training every rollout failed in {failing:.0%} of the groups",
-            "some completions and their rewards: does the reward read what the prompt asks for; whether the untrained "
-            "student ever succeeds; explore",
+            "some completions and their rewards (does the reward read what the prompt asks for); whether the untrained "
+            "student ever succeeds; explore, if it is off",
         )
     elif level is not None and level > MOSTLY and not (accuracy is not None and accuracy > MOSTLY):
-        spread = "" if entropy is None else f"; their entropy is {entropy:.2f} nats a token"
+        spread = "" if entropy is None else f"; the entropy is {entropy:.2f} nats per token"
         yield Sign(
             "Rewards are equal within groups",
-            f"in the last quarter of training in {level:.0%} of the groups, whose advantages are 0{spread}",
-            "accuracy: near 1 the questions are too easy, near 0 too hard (explore); a larger group_size; temperature, "
-            "where the entropy is near 0",
+            f"in the last quarter of training in {level:.0%} of the groups, whose advantages are then 0{spread}",
+            "accuracy (near 1 the questions are too easy, near 0 too hard: use explore); a larger group_size; a higher "
+            "temperature, if the entropy is near 0",
         )
     if accuracy is not None and form is not None and form > MOSTLY and accuracy < 1 - MOSTLY:
         yield Sign(
             "The format was learned before the answer",
             f"format {form:.0%} but accuracy {accuracy:.0%} in the last quarter of training",
-            "the weight of the format reward (reward_weights): with format alone a group earns most of it; whether "
-            "the parser reads right answers as right",
+            "the weight of the format reward (reward_weights), if format earns most of the reward; whether the parser "
+            "reads right answers as right",
         )
     if "kepo/gate_rate" in metrics and "kepo/divergence" in metrics and metrics["kepo/gate_rate"].max() == 0:
         yield Sign(
             "The gate never opened",
             "no sequence reached tau, so nothing was distilled",
-            "the largest value of gate_reward in rollouts.parquet against tau; gate_compare; explore, which brings "
-            "sequences that pass",
+            "the largest value of gate_reward in rollouts.parquet, compared with tau; gate_compare; explore, which "
+            "adds sequences that may pass",
         )
 
 
 def _divergence_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
-    """Training that comes apart."""
+    """Training that diverges."""
     smaller = "learning_rate; max_grad_norm; the steps before it in metrics.jsonl"
     for name in ("loss", "grad_norm", "kepo/loss_policy", "kepo/loss_distill"):
         if name in metrics and not (finite := np.isfinite(metrics[name].astype(float))).all():
@@ -179,29 +179,30 @@ def _divergence_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
                 "Training undid what it had learned",
                 f"the rollouts' {label} fell from {max(quarters):.0%} in its best quarter of training to "
                 f"{quarters[-1]:.0%} in the last",
-                "learning_rate, which may be too high; fewer epochs; beta, which holds the student to where it began",
+                "learning_rate, which may be too high; fewer epochs; a larger beta, which keeps the student close to "
+                "where it began",
             )
     for name, other in (("kepo/divergence", "the teacher"), ("kepo/loss_kl", "the reference")):
         quarters = _quarters(metrics, name)
         if quarters and quarters[-1] > max(NOTABLE[name], GROWTH * min(quarters)):
             yield Sign(
                 f"The divergence from {other} explodes",
-                f"{name} rose from {min(quarters):.2f} nats a token in its smallest quarter of training to "
+                f"{name} rose from {min(quarters):.2f} nats per token in its smallest quarter of training to "
                 f"{quarters[-1]:.2f} in the last",
-                "learning_rate, which may be too high; distill_coef and beta, which may be too low; completions of the "
-                "last steps: are they still language",
+                "learning_rate, which may be too high; distill_coef and beta, which may be too low; whether "
+                "completions of the last steps are still language",
             )
 
 
 def _length_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
-    """Completions that are cut off: before an answer where the task says so, else anywhere."""
+    """Completions that are cut off, before an answer if the task logs that, otherwise anywhere."""
     by_task = _late(metrics, "kepo/outcome/truncated")
     cut = _late(metrics, "completions/clipped_ratio") if by_task is None else by_task
     if cut is not None and cut > (1 - MOSTLY if by_task is not None else HALF_LOST):
         before = " before an answer" if by_task is not None else ""
         yield Sign(
             "Completions are cut off",
-            f"{cut:.0%} of them at the limit{before} in the last quarter of training",
+            f"{cut:.0%} of them reach the limit{before} in the last quarter of training",
             "max_completion_length; whether the model still ends its answers (their last tokens); "
             "mask_truncated_completions",
         )
@@ -213,14 +214,14 @@ def _precision_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
     if lost > HALF_LOST:
         yield Sign(
             "The learning rate is too small for the weights' precision",
-            f"an optimiser step left {lost:.0%} of the weights that had a gradient as they were, rounded away",
-            "learning_rate; the dtype of the student's weights: where it is not float32, load it in float32 and set "
-            "bf16, which computes in it",
+            f"on average, rounding left {lost:.0%} of the weights with a gradient unchanged by an optimiser step",
+            "learning_rate; the dtype of the student's weights: load them in float32 and set bf16, which computes in "
+            "bfloat16",
         )
 
 
 def _transfer_signs(differences: pd.DataFrame, in_domain: str) -> Iterator[Sign]:
-    """In-domain up while out-of-domain falls; an interval has to leave out 0 for either."""
+    """In-domain up while out-of-domain falls; both intervals must exclude 0."""
     numbers: dict[str, pd.Series] = {
         str(name): row for name, row in differences[["difference", "low", "high"]].iterrows()
     }
@@ -235,7 +236,7 @@ def _transfer_signs(differences: pd.DataFrame, in_domain: str) -> Iterator[Sign]
         yield Sign(
             "In-domain up, out-of-domain down",
             f"{in_domain} {change(in_domain)}, the other modalities on average {change(AVG_OOD)}",
-            "the curve of both (curve_steps): an earlier end; learning_rate; beta",
+            "both curves (curve_steps), for an earlier stop; learning_rate; beta",
         )
     if in_domain in lost:
         yield Sign("Training hurt in-domain", f"{in_domain} {change(in_domain)}", "the signs above; learning_rate")
@@ -253,7 +254,7 @@ def _total(metrics: pd.DataFrame, name: str) -> float:
 
 
 def _quarters(metrics: pd.DataFrame, name: str) -> list[float]:
-    """Means of a metric over the four quarters of training; empty with fewer than eight logged steps."""
+    """Means of a metric over the four quarters of training; empty if fewer than eight steps logged it."""
     values = metrics[name].dropna() if name in metrics else pd.Series(dtype=float)
     if len(values) < 8:
         return []

@@ -1,7 +1,7 @@
-"""Whether a thought is true of its picture, says what the question needs, and leads to the answer.
+"""Whether a thought is true of its picture, states the facts that the question needs, and leads to the answer.
 
-On PhantomVQA the facts of every picture are known, and what a thought states can be read off: "coherent reasoning"
-as something to count. Real data has no such facts, and nothing here applies to it.
+On PhantomVQA the facts of every picture are known, and a thought's statements can be parsed: "coherent reasoning" can
+be counted. Real data has no such facts; this module does not apply to it.
 """
 
 import re
@@ -21,7 +21,7 @@ _WORDS = {**phantom.WORDS, "diagnosis": phantom.DIAGNOSES, "grade": phantom.GRAD
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """A topic's sentence as what reads it; a thought may put the option's letter where the full stop was."""
+    """The pattern that parses a topic's sentence; a thought may end it with the option's letter, not a full stop."""
     parts = re.split(r"\{(\w+)\}", template.removesuffix("."))
     alternatives = {f: "|".join(map(re.escape, _WORDS[f])) for f in parts[1::2]}
     written = [rf"(?P<{part}>{alternatives[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts)]
@@ -35,10 +35,10 @@ _SENTENCES = [_pattern(s) for topic in TOPICS for s in (topic.evidence, topic.co
 class Faithfulness:
     """What one thought states.
 
-    ``stated`` counts different claims (a fact, diagnosis or grade with its value; two values are two claims), ``true``
-    those that hold for the picture. ``relevant`` in [0, 1] is the share of the facts that the question needs that are
-    stated, true or not. ``consistent``: the answered option is what follows from the stated facts, by the rule where
-    the question has one, and every conclusion that is drawn follows as well.
+    ``stated`` counts distinct claims (a fact, diagnosis or grade with its value; two values are two claims), ``true``
+    those that hold for the picture. ``relevant`` in [0, 1] is the share of the needed facts that are stated, true or
+    not. ``consistent``: the answer, and every conclusion in the thought, follows from the stated facts (by the rule, if
+    the question has one).
     """
 
     stated: int
@@ -48,18 +48,18 @@ class Faithfulness:
 
     @property
     def faithful(self) -> bool:
-        """Nothing stated is false, and the answer follows, for which every needed fact must be stated."""
+        """Nothing stated is false, and the answer follows from the stated facts (all needed ones are stated)."""
         return self.true == self.stated and self.consistent
 
 
 def thought(completion: str) -> str:
-    """What stands before ``</think>`` (its opening tag may be missing); "" without one."""
+    """The text before ``</think>`` (the opening tag may be missing); "" without a closing tag."""
     before, tag, _ = completion.partition("</think>")
     return before.rpartition("<think>")[2] if tag else ""
 
 
 def judge(completion: str, letter: str, question: Question, facts: Facts) -> Faithfulness:
-    """Read the thought of ``completion``, which answered ``letter`` ("" for none), against the picture's ``facts``.
+    """Check the thought of ``completion``, which answered ``letter`` ("" for none), against the picture's ``facts``.
 
     Raises ``KeyError`` for a question that PhantomVQA does not ask.
     """
@@ -100,7 +100,7 @@ def faithfulness_table(
     """A row per model, in per cent of all its answers, with Wilson's 95 % intervals that respect shared images.
 
     ``faithful``; ``right for the right reason`` (correct and faithful); ``right without it`` (correct, not faithful);
-    ``all stated is true`` among thoughts that state anything.
+    ``all stated is true``, of the thoughts that state anything.
     """
     by_id = {question.id: question for question in questions}
     rows = {}

@@ -1,7 +1,7 @@
 """95 % intervals of proportions and means, each from its published formula. Pure functions of numbers.
 
-Notation: x_i is the i-th of n values (0 or 1 where it says whether a question was answered correctly), K the number of
-distinct images, M that of modalities.
+Notation: x_i is the i-th of n values (for correctness 0 or 1), K the number of distinct images, M the number of
+modalities.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _Z = float(stats.norm.ppf(0.975))  # the two-sided normal quantile
 
 
 def percent(value: float, low: float, high: float, *, sign: str = "") -> str:
-    """In per cent or points, for reading: ``61.3 [55.7, 66.7]``; with ``sign`` "+" each with its sign."""
+    """In per cent or points, for reading: ``61.3 [55.7, 66.7]``; ``sign`` "+" shows every sign."""
     return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
@@ -25,7 +25,7 @@ def wilson_interval(successes: float, n: float) -> Interval:
 
         (p̂ + z²/2n ± z √(p̂(1-p̂)/n + z²/4n²)) / (1 + z²/n)
 
-    ``n`` may be an effective number and so need not be whole. Raises ``ValueError`` unless 0 ≤ successes ≤ n, n > 0.
+    ``n`` may be an effective number, not an integer. Raises ``ValueError`` unless 0 ≤ successes ≤ n and n > 0.
     """
     if not (n > 0 and 0 <= successes <= n):
         raise ValueError(f"successes, n: {successes} of {n}, expected 0 ≤ successes ≤ n and n > 0.")
@@ -34,17 +34,17 @@ def wilson_interval(successes: float, n: float) -> Interval:
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
     low, high = float((centre - half) / scale), float((centre + half) / scale)
-    return max(0.0, min(low, p)), min(1.0, max(high, p))  # it holds p̂, which rounding at 0 and 1 would deny
+    return max(0.0, min(low, p)), min(1.0, max(high, p))  # p̂ is inside, also after rounding at 0 and 1
 
 
 def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
-    """How many times the variance of a mean grows because values of one cluster resemble each other; at least 1.
+    """The factor by which the variance of a mean grows because values of one cluster are similar; at least 1.
 
         deff = [ K/(K-1) Σ_k (Σ_{i∈k} (x_i - x̄))² ] / [ n/(n-1) Σ_i (x_i - x̄)² ]
 
-    ``values`` (n,), ``clusters`` (n,) the cluster (image) of each. Both variances are those of the same mean, from
-    the linearised cluster estimator and from independent sampling; n / deff is the effective number of values.
-    1 when all values are equal, or each stands alone; below 1 it is taken as 1, so intervals never shrink by it.
+    ``values`` (n,), ``clusters`` (n,) the cluster (image) of each. Both variances are of the same mean, from the
+    linearised cluster estimator and from independent sampling; n / deff is the effective number of values. It is 1 if
+    all values are equal, or each has a cluster of its own; values below 1 become 1: intervals never shrink.
     """
     x, of = np.asarray(values, dtype=float), np.asarray(clusters)
     if len(x) != len(of):
@@ -65,7 +65,7 @@ def mean_interval(estimates: ArrayLike, intervals: Sequence[Interval]) -> tuple[
         low = θ̄ - √(Σ_m (θ_m - l_m)²) / M,   high = θ̄ + √(Σ_m (u_m - θ_m)²) / M
 
     Source: Zou & Donner 2008, "method of variance estimates recovery". Unlike a normal interval it keeps the
-    asymmetry of its parts and has width even where every estimate is 0 or 1.
+    asymmetry of its parts, and has width even if every estimate is 0 or 1.
     """
     theta = np.asarray(estimates, dtype=float)
     low, high = np.asarray(intervals, dtype=float).T
@@ -80,8 +80,8 @@ def difference_interval(gained: float, lost: float, n: float) -> Interval:
 
         d̃ = (g - l)/(n + 2),  ṽ = ((g + l + 2)/(n + 2) - d̃²)/(n + 2),  d̃ ± z √ṽ
 
-    where g and l count discordant pairs. Source: Bonett & Price 2012 (adjusted Wald: one is added to each
-    discordant cell, so it has width even where nothing changed). It is widened to hold the estimate where needed.
+    where g and l count discordant pairs. Source: Bonett & Price 2012 (adjusted Wald: one is added to each discordant
+    cell, which gives it width even if nothing changed). It is widened, if necessary, to contain the estimate.
     """
     d = (gained - lost) / (n + 2)
     variance = ((gained + lost + 2) / (n + 2) - d**2) / (n + 2)

@@ -1,4 +1,4 @@
-"""Where a gain comes from: questions that the untrained student always, sometimes or never answers right."""
+"""Gains by starting point: questions that the untrained student always, sometimes or never answers right."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,12 +24,12 @@ def starts_of(samples: Sequence[Answer]) -> dict[str, str]:
 def gain_by_start(
     starts: Mapping[str, str], outcomes: Mapping[str, Sequence[Outcome]], images: Mapping[str, str]
 ) -> pd.DataFrame:
-    """A row per method and start: how many questions, and what they contribute to the method's gain, in points.
+    """A row per method and start: number of questions, and their contribution to the method's gain, in points.
 
-    ``starts``: from `starts_of`, of the questions to look at. ``outcomes``: method → what its runs left, all from the
-    student of ``starts``; methods that trained nothing are left out. The contribution is the average over modalities
-    of the change in correctness where a question has that start, 0 elsewhere, so the three add up to the gain; interval
-    by ``aggregate.over_runs``.
+    ``starts``: from `starts_of`, for the questions to include. ``outcomes``: method → results of its runs, all from the
+    student of ``starts``; methods without training are skipped. A contribution is the average over modalities of the
+    change in correctness, with 0 for questions of other starts: the three add up to the gain. Intervals are from
+    ``aggregate.over_runs``.
     """
     rows = []
     for method, runs in outcomes.items():

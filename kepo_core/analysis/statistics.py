@@ -1,8 +1,8 @@
 """Records → tables: accuracies with intervals, paired differences, exact tests. Pure functions.
 
-Notation: x_i ∈ {0, 1} says whether question i was answered correctly, n the number of questions, K the number of
-distinct images, M the number of modalities. No estimate is returned without its interval. Intervals speak of
-which questions were drawn, for models as they are: other seeds and other pretrained students are not in them.
+Notation: x_i ∈ {0, 1} says whether question i was answered correctly, n is the number of questions, K the number of
+distinct images, M the number of modalities. Every estimate comes with its interval. Intervals cover the sampling of
+questions, for given models: they do not cover other seeds or other pretrained students.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,10 +33,10 @@ class McNemar(NamedTuple):
 def mcnemar_exact(before: Sequence[Answer], after: Sequence[Answer]) -> McNemar:
     """Two-sided exact McNemar test of two models on the same questions, paired by question id.
 
-    Under H₀ each discordant pair is gained or lost with probability ½, so the p-value is that of a binomial test
-    (1 when there is none). It takes questions as independent; with several to an image it is somewhat too sure. Where
-    questions are asked several times, one is gained or lost whose share of right answers rose or fell (a sign test).
-    Raises ``ValueError`` unless both answer exactly the same questions, each as often.
+    Under H₀ each discordant pair is gained or lost with probability ½: the p-value is that of a binomial test (1 if
+    there are none). The test assumes independent questions; with several per image its p is somewhat too small. With
+    several answers per question, one is gained or lost if its share of right answers rises or falls (a sign test).
+    Raises ``ValueError`` unless both answer exactly the same questions, equally often.
     """
     return _mcnemar(_pairs(before, after))
 
@@ -44,15 +44,15 @@ def mcnemar_exact(before: Sequence[Answer], after: Sequence[Answer]) -> McNemar:
 def accuracy_table(
     answers: Mapping[str, Sequence[Answer]], images: Mapping[str, str] | None, in_domain: str
 ) -> pd.DataFrame:
-    """Table 1's shape: a row per model; per modality, then "Avg." and "Avg. (OOD)", the accuracy with its interval.
+    """Accuracies with intervals, in the form of Table 1: a row per model; modalities, then "Avg." and "Avg. (OOD)".
 
-    Columns are pairs (modality or average, one of ``accuracy``, ``low``, ``high``, ``n``), accuracies in [0, 1],
-    modalities in the order of ``records.categories``. "Avg." is the unweighted mean of the modalities' accuracies as in
-    the paper, "Avg. (OOD)" that of all but ``in_domain``, left out where there is no other. A model without answers for
-    a modality that others have gets NaN there and in both averages, which would not compare.
-    Intervals: Wilson's per modality, with n / deff questions where ``images`` (question id → image) is given, so
-    that questions sharing an image count as what they are, as do several answers to one question (mean@k); averages
-    combine them by ``mean_interval``. Every answer stays in the denominator, unreadable ones included.
+    Columns are pairs (modality or average, one of ``accuracy``, ``low``, ``high``, ``n``); accuracies are in [0, 1],
+    modalities in the order of ``records.categories``. "Avg." is the unweighted mean of the modalities' accuracies, as
+    in the paper; "Avg. (OOD)" is that of all except ``in_domain``, omitted if there is no other. A model without
+    answers for a modality that others have gets NaN there and in both averages, which could not be compared.
+    Intervals: Wilson's per modality, with n / deff questions if ``images`` (question id → image) is given, which
+    accounts for questions that share an image and for several answers to one question (mean@k); averages combine them
+    by ``mean_interval``. The denominator includes every answer, also unreadable ones.
     """
     rows = {model: _accuracies(given, "modality", images) for model, given in answers.items()}
     present = categories(answer.modality for given in answers.values() for answer in given)
@@ -63,10 +63,10 @@ def accuracy_table(
 
 
 def type_table(answers: Mapping[str, Sequence[Answer]], images: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Accuracy per question type over all modalities, in the shape and with the intervals of ``accuracy_table``.
+    """Accuracy per question type over all modalities, in the form and with the intervals of ``accuracy_table``.
 
-    Types in alphabetical order; questions that came without a type are "(not given)". No averages: types are not
-    equally many, and the paper has none over them.
+    Types are in alphabetical order; questions without a type are "(not given)". There are no averages, because types
+    differ in size and the paper does not average over them.
     """
     rows = {model: _accuracies(given, "question_type", images) for model, given in answers.items()}
     return _table(rows, sorted({kind for cells in rows.values() for kind in cells}))
@@ -78,13 +78,13 @@ def paired_differences(
     images: Mapping[str, str] | None,
     in_domain: str,
 ) -> pd.DataFrame:
-    """What changed between two models on the same questions: a row per modality, then the two averages.
+    """Differences between two models on the same questions: a row per modality, then the two averages.
 
-    Columns: ``before``, ``after`` (accuracies), ``difference`` with ``low`` and ``high`` (``difference_interval``;
-    where ``images`` is given, with counts divided by the design effect of the differences), ``n``, ``gained``,
-    ``lost`` and the exact McNemar ``p_value`` over the row's questions pooled. The averages are unweighted means
-    over modalities (OOD: all but ``in_domain``), their interval by ``mean_interval``. Raises ``ValueError`` unless
-    both answer the same questions.
+    Columns: ``before``, ``after`` (accuracies), ``difference`` with ``low`` and ``high`` (``difference_interval``; if
+    ``images`` is given, with counts divided by the design effect of the differences), ``n``, ``gained``, ``lost`` and
+    the exact McNemar ``p_value`` over the row's pooled questions. The averages are unweighted means over modalities
+    (OOD: all except ``in_domain``), with intervals by ``mean_interval``. Raises ``ValueError`` unless both answer the
+    same questions.
     """
     pairs = _pairs(before, after, images)
     parts = {str(modality): part for modality, part in pairs.groupby("modality")}
@@ -102,10 +102,10 @@ def compare(
     images: Mapping[str, str] | None,
     in_domain: str,
 ) -> pd.DataFrame:
-    """Every model against the one called ``reference``, for reading: a row each, differences in points.
+    """Every model minus the model ``reference``, for reading: a row each, differences in points.
 
-    The two averages and the in-domain modality with 95 % intervals (``paired_differences``), questions gained and lost,
-    and McNemar's exact p over all questions. Without answers of ``reference`` there are no rows.
+    Columns: the in-domain modality and the two averages with 95 % intervals (``paired_differences``), questions gained
+    and lost, and McNemar's exact p over all questions. Without answers of ``reference`` the table is empty.
     """
     rows: dict[str, dict[str, object]] = {}
     for model, given in answers.items():
@@ -126,7 +126,7 @@ def compare(
 
 
 def outcome_table(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
-    """How each model's answers ended: a row per model, a column per outcome (counts), then format and lengths.
+    """Outcomes of each model's answers: a row per model, a column per outcome (counts), then format and lengths.
 
     ``format_ok`` and ``finished`` are counts; ``tokens_median`` and ``tokens_q90`` are quantiles of the
     completions' lengths in tokens.
@@ -147,7 +147,7 @@ def outcome_table(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
 
 
 def format_table(table: pd.DataFrame) -> pd.DataFrame:
-    """``accuracy_table``'s result in per cent for reading: each cell ``61.3 [55.7, 66.7]``, an empty one "–"."""
+    """The table of ``accuracy_table`` in per cent, for reading: each cell ``61.3 [55.7, 66.7]``, an empty one "–"."""
     columns = list(table.columns.unique(level=0))
     cells = [
         [percent(*row[column][_NUMBERS[:3]]) if row[column].notna().any() else "–" for column in columns]
@@ -163,10 +163,12 @@ def _pairs(before: Sequence[Answer], after: Sequence[Answer], images: Mapping[st
     if not before:
         raise ValueError("before: no answers, expected at least one question to compare.")
     if len(first) != len(before) or len(second) != len(after):
-        raise ValueError("before, after: a question occurs twice, expected each sample of it once.")
+        raise ValueError("before, after: a question occurs twice, expected each of its samples once.")
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())
-        raise ValueError(f"before, after: {len(odd)} questions occur on one side only (as {odd[0][0]}), expected none.")
+        raise ValueError(
+            f"before, after: {len(odd)} questions occur on only one side (for example {odd[0][0]}), expected none."
+        )
     pairs = pd.DataFrame(
         {
             "question": [answer.question_id for answer in before],
@@ -202,19 +204,19 @@ def _difference(pairs: pd.DataFrame) -> dict[str, float]:
 
 
 def _clusters(answers: Sequence[Answer], images: Mapping[str, str] | None) -> list[str]:
-    """What each answer shares with others: its image, or at least its question."""
+    """The cluster of each answer: its image, or without ``images`` its question."""
     return [answer.question_id if images is None else str(images[answer.question_id]) for answer in answers]
 
 
 def _deff(values: np.ndarray, clusters: Sequence[str]) -> float:
-    """The design effect; where the values cannot show one, the answers of an image (a question) count as one."""
+    """The design effect; if it cannot be estimated (all values equal), each cluster counts as one value."""
     if np.ptp(values) == 0 or len(set(clusters)) == 1:
         return len(values) / len(set(clusters))
     return design_effect(values, clusters)
 
 
 def _accuracies(answers: Sequence[Answer], by: str, images: Mapping[str, str] | None) -> Cells:
-    """Modality or question type (``by``) → accuracy with its interval and number of questions."""
+    """Modality or question type (``by``) → accuracy with interval and number of questions."""
     groups: dict[str, list[Answer]] = {}
     for answer in answers:
         groups.setdefault(getattr(answer, by) or "(not given)", []).append(answer)
@@ -229,7 +231,7 @@ def _accuracy(part: Sequence[Answer], images: Mapping[str, str] | None) -> dict[
 
 
 def _averages(cells: Cells, value: str, in_domain: str) -> Cells:
-    """The two averages over modalities of ``value``, each with low, high and the number of questions under it."""
+    """The two averages of ``value`` over modalities, each with low, high and its number of questions."""
     result: Cells = {}
     for name in (AVG, AVG_OOD):
         members = [cell for modality, cell in cells.items() if name == AVG or modality != in_domain]

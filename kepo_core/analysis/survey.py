@@ -1,6 +1,6 @@
-"""What is in a set of questions, before anything is trained on it: counts, balance, pictures, leaks, lengths, noise.
+"""A look at a set of questions before training: counts, balance, pictures, leaks, lengths, noise.
 
-Every function takes questions and gives a table; `figures` draws them.
+Functions take questions and return a table; `figures` plots them.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from kepo_core.task.prompts import vqa_messages
 def counts(questions: Iterable[Question], by: str = "question_type") -> pd.DataFrame:
     """Questions per modality (rows, in the order of `categories`) and per ``question_type`` or ``dataset`` (columns).
 
-    The kinds that are asked most come first. What the data do not tell is "(not given)".
+    The most frequent columns come first. A missing value is "(not given)".
     """
     table = pd.DataFrame([(q.modality, getattr(q, by) or "(not given)") for q in questions], columns=["modality", by])
     counted = pd.crosstab(table["modality"], table[by])
@@ -31,9 +31,10 @@ def counts(questions: Iterable[Question], by: str = "question_type") -> pd.DataF
 
 
 def balance(questions: Sequence[Question]) -> pd.DataFrame:
-    """Per modality, in per cent: questions with 2, 3, … options, right answers by letter, and what guessing gets.
+    """Per modality, in per cent: questions with 2, 3, … options, right answers by letter, and accuracy of guessing.
 
-    ``best letter`` is the accuracy of always saying the most frequent right letter, ``guessing`` that of any option.
+    ``best letter`` is the accuracy of always answering the most frequent right letter, ``guessing`` that of a random
+    option.
     """
     asked = pd.DataFrame(
         [(q.modality, q.answer, len(q.options), 1 / len(q.options)) for q in questions],
@@ -48,10 +49,9 @@ def balance(questions: Sequence[Question]) -> pd.DataFrame:
 
 
 def pictures(questions: Iterable[Question]) -> pd.DataFrame:
-    """One row per file: modality, image (from the folder of all), width, height (pixels), mode, format, kB, sha256 of
-    its bytes.
+    """One row per file: modality, image (path in the common folder), width, height (pixels), mode, format, kB, sha256.
 
-    Only headers are decoded. Raises ``DataError`` for a picture that cannot be read.
+    Only headers are decoded; sha256 is of the file's bytes. Raises ``DataError`` for a picture that cannot be read.
     """
     rows = []
     files = {q.image: q for q in questions}
@@ -71,22 +71,22 @@ def pictures(questions: Iterable[Question]) -> pd.DataFrame:
 
 
 def duplicates(table: pd.DataFrame) -> pd.DataFrame:
-    """Of `pictures`, those that are byte for byte the same under several names, together."""
+    """The rows of `pictures` whose files are identical byte for byte, grouped."""
     return table[table.duplicated("sha256", keep=False)].sort_values(["sha256", "image"])[
         ["sha256", "modality", "image"]
     ]
 
 
 def leaks(questions: Sequence[Question], train_modality: str, seed: int) -> pd.DataFrame:
-    """For each way to split (rows): training and test questions of the modality that is trained on, and those of the
-    test whose image is in the training part. A way that the data do not offer is left out.
+    """For each way to split (rows): numbers of training and test questions of the training modality, and of test
+    questions whose image is in the training part. Ways that the data do not support are skipped.
     """
     rows = []
     for name, split in SPLITS.items():
         try:
             parts = split(questions, seed)
         except DataError:
-            continue  # "given", of data that came in no given parts
+            continue  # "given", for data without given parts
         train, test = ([q for q in parts[part] if q.modality == train_modality] for part in ("train", "test"))
         found = len(leaked(train, test))
         rows.append(
@@ -112,7 +112,7 @@ def prompt_lengths(
 
 
 def noise(sizes: Iterable[int] = (100, 300, 1000, 2400), levels: Iterable[float] = (0.5, 0.7, 0.9)) -> pd.DataFrame:
-    """Half of Wilson's 95 % interval in points, by number of independent questions (rows) and accuracy (columns)."""
+    """Half the width of Wilson's 95 % interval in points, by number of independent questions (rows) and accuracy."""
     rows = {}
     for n in sizes:
         intervals = {f"{level:.0%}": wilson_interval(level * n, n) for level in levels}

@@ -1,1 +1,1 @@
-"""What KEPO is compared with, on TRL's trainers; GRPO is KEPO with its two parts off."""
+"""The baselines, on TRL's trainers; GRPO is KEPO with its two parts off."""

@@ -1,9 +1,9 @@
 """MM-GKD: generalised knowledge distillation with images, on TRL's DistillationTrainer.
 
-Each generation batch is on-policy with probability λ (the student's own completions), else supervised (the right
-answers); either way the divergence from the teacher's next-token distribution is the whole loss. λ = 1 is TRL's
-DistillationTrainer to the bit, λ = 0 supervised distillation. Source: Agarwal et al., "On-policy distillation of
-language models", 2024, Algorithm 1; the paper's Table 1 has λ = 0, 0.5 and 1.
+Each generation batch is on-policy (the student's own completions) with probability λ, otherwise supervised (the right
+answers). In both cases the loss is only the divergence from the teacher's next-token distribution. λ = 1 equals TRL's
+DistillationTrainer bit for bit; λ = 0 is supervised distillation. Source: Agarwal et al., "On-policy distillation of
+language models", 2024, Algorithm 1. The paper's Table 1 has λ = 0, 0.5 and 1.
 """
 
 import random
@@ -20,24 +20,27 @@ from kepo_core.method.vision import MODEL_FIELDS
 
 
 class MMGKDTrainer(DistillationTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
-    """DistillationTrainer that takes a part of its batches from the data.
+    """DistillationTrainer that takes some of its batches from the data.
 
     Args:
         lmbda: λ in [0, 1], the probability that a generation batch is on-policy.
-        distill_temperature: of both distributions in the divergence; TRL's ``temperature`` is of sampling alone here.
-        *args, **kwargs: as for DistillationTrainer; rows need ``answer`` (a letter) where λ < 1.
+        distill_temperature: of both distributions in the divergence; here TRL's ``temperature`` is only for sampling.
+        *args, **kwargs: as for DistillationTrainer; with λ < 1, rows need ``answer`` (a letter).
+
+    Raises:
+        ValueError: ``lmbda`` is outside [0, 1].
     """
 
     def __init__(self, *args: Any, lmbda: float, distill_temperature: float = 1.0, **kwargs: Any) -> None:
         if not 0 <= lmbda <= 1:
             raise ValueError(f"lmbda is {lmbda:g}, expected 0 to 1")
         super().__init__(*args, **kwargs)
-        self.lmbda, self.temperature = lmbda, distill_temperature  # that of sampling is in the generation configuration
+        self.lmbda, self.temperature = lmbda, distill_temperature  # the generation configuration has that of sampling
         self._rows: Sequence[Mapping[str, Any]] = ()
 
     def on_policy(self) -> bool:
-        """Whether this optimiser step's batch is the student's own; the same on all processes."""
-        # Named by seed and step, so that no other random number depends on λ.
+        """Whether this optimiser step's batch is on-policy; the same on all processes."""
+        # Seeded by the run's seed and the step: no other random number depends on λ.
         return random.Random(f"{self.args.seed}/lambda/{self.state.global_step}").random() < self.lmbda
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -46,12 +49,12 @@ class MMGKDTrainer(DistillationTrainer):  # type: ignore[misc]  # trl is not fol
         return batch
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
-        """TRL's; ``ValueError`` for a processor that makes a model input that would not arrive."""
+        """As TRL's; ``ValueError`` for a model input that TRL would drop."""
         ids, images, fields = super()._tokenize_prompts(prompts)
         if images is not None and (further := sorted(fields.keys() - {*MODEL_FIELDS})):
             raise ValueError(
-                f"the processor makes {further[0]}, which DistillationTrainer does not pass on: method gkd cannot "
-                "train this model on pictures, method kepo can"
+                f"the processor makes {further[0]}, which DistillationTrainer does not pass to the model: method gkd "
+                "cannot train this model on pictures, method kepo can"
             )
         return ids, images, fields
 
@@ -74,9 +77,9 @@ def gkd_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     lora: LoraConfig | None = None,
 ) -> MMGKDTrainer:
-    """An `MMGKDTrainer` over ``to_dataset``'s rows; ``arguments`` are those of ``DistillationConfig``.
+    """An `MMGKDTrainer` for the rows of ``to_dataset``; ``arguments`` are those of ``DistillationConfig``.
 
-    ``lora`` says what adapters to train; without it, all weights are.
+    ``lora`` describes the adapters to train; None: all weights are trained.
     """
     return MMGKDTrainer(
         model,

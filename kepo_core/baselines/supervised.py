@@ -15,17 +15,17 @@ from kepo_core.task.dataset import to_dataset
 
 
 def answer_text(letter: str) -> str:
-    """The completion that supervision teaches: the right answer in the non-thinking format of Appendix C."""
+    """The target completion: the right answer in the non-thinking format of Appendix C."""
     return f"<answer>{letter}</answer>"
 
 
 def supervised_dataset(questions: Sequence[Question], pictures: ReadPicture = load_image) -> Dataset:
-    """``to_dataset``'s rows for non-thinking prompts with the ``completion`` to be learned, as chat messages."""
+    """Rows of ``to_dataset`` for non-thinking prompts, with the target ``completion`` as chat messages."""
     return to_dataset(questions, thinking=False, pictures=pictures, target=answer_text)
 
 
 class WholeStepsSFTTrainer(SFTTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
-    """SFTTrainer that leaves out what is left of an epoch and fills no step, as TRL's other trainers do."""
+    """SFTTrainer that drops the incomplete last step of an epoch, as TRL's other trainers do."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RandomSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -41,15 +41,15 @@ def sft_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     lora: LoraConfig | None = None,
 ) -> WholeStepsSFTTrainer:
-    """TRL's SFTTrainer whose loss is the cross entropy of the completions alone (token mean).
+    """TRL's SFTTrainer; the loss is the cross entropy of only the completions (mean over tokens).
 
     Args:
         model: the student.
         processor: its processor.
         dataset: from ``supervised_dataset``.
-        arguments: of ``SFTConfig``, beside what this method fixes.
+        arguments: of ``SFTConfig``, except those that this function sets.
         callbacks: for the trainer.
-        lora: what adapters to train; None: all weights.
+        lora: the adapters to train; None: all weights are trained.
     """
     args = SFTConfig(completion_only_loss=True, max_length=None, remove_unused_columns=False, **arguments)
     return WholeStepsSFTTrainer(

@@ -1,4 +1,4 @@
-"""``kepo data check``: what is in a data set, what was mended to read it, and what was dropped and why."""
+"""``kepo data check``: what a data set holds, what was mended to read it, and what was dropped and why."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from kepo_core.data.records import LETTERS, Question, categories
 from kepo_core.data.source import Folder
 from kepo_core.data.splits import image_key
 
-LAYOUTS = {"raw": "OmniMedVQA's raw release", "medr1": "Med-R1's question files", "table": "a table of one's own"}
+LAYOUTS = {"raw": "OmniMedVQA's raw release", "medr1": "Med-R1's question files", "table": "a table of your own"}
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found at ``root``; ``with_images`` is False where there is no folder of pictures at all.
+    """What was found at ``root``; ``with_images`` is False if there is no folder of pictures.
 
-    ``tried``: whether pictures were decoded and all else was tried that a run tries.
+    ``tried``: whether pictures were decoded and all other checks of a run were made.
     """
 
     root: Path
@@ -33,7 +33,7 @@ class Checked:
     tried: bool = False
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """By title: what reading came to, and counts per modality."""
+        """By title: what was read, mended and dropped, and counts per modality."""
         rows = []
         most = max((len(question.options) for question in self.questions), default=2)
         for modality in categories(question.modality for question in self.questions):
@@ -53,10 +53,10 @@ class Checked:
         return {"What was read, mended and dropped": self.ledger.table(), "Questions": pd.DataFrame(rows)}
 
     def heading(self) -> str:
-        """The layout and, where no pictures were looked for or decoded, that they were not."""
+        """The layout, and a note if pictures were not looked for or not decoded."""
         pictures = "" if self.tried else "; pictures were not decoded"
         if not self.with_images:
-            pictures = "; there is no Images folder: pictures were not looked for"
+            pictures = "; no Images folder: pictures were not looked for"
         return f"{self.root.name}: {LAYOUTS[self.layout]}{pictures}"
 
     def as_text(self) -> str:
@@ -74,8 +74,8 @@ def check(
 ) -> Checked:
     """Read everything at ``root``. ``strict`` raises ``DataError`` for the first row that would be dropped.
 
-    ``columns`` and ``follow_links`` as the parameters ``data_columns`` and ``follow_links``. ``try_with`` makes what a
-    run asks of each question (``experiment.askable``); without it no picture is decoded.
+    ``columns`` and ``follow_links`` are the parameters ``data_columns`` and ``follow_links``. ``try_with`` makes the
+    check that a run applies to each question (``experiment.askable``); without it no picture is decoded.
     """
     source, ledger = open_data(root, columns, follow_links), Ledger(strict=strict)
     layout = layout_of(source)

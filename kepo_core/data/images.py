@@ -1,4 +1,4 @@
-"""Images from disk: decoded as a person sees them, resized, kept for the next epoch."""
+"""Images from disk: decoded as an image viewer shows them, resized, cached for the next epoch."""
 
 import struct
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
+from kepo_core.data.ledger import reason_of
 from kepo_core.errors import DataError
 
 _WAYS = {
@@ -26,23 +27,23 @@ ReadPicture = Callable[[Path], Image.Image]
 #: Largest image that is decoded, in pixels. The benchmark's largest are scans of a few megapixels; a file beyond
 #: this is a mistake or a decompression bomb, and 64 million RGB pixels are already 192 MB.
 MAX_PIXELS = 64_000_000
-#: The least red, green and blue of what would not be seen on a white page.
+#: Pixels whose red, green and blue are all at least this are invisible on a white background.
 NEARLY_WHITE = 240
 
 
 def load_image(path: Path, image_size: int = 0, fit: str = "squash") -> Image.Image:
-    """The image at ``path`` as RGB, fully decoded: what a person who opens the file sees.
+    """The image at ``path`` as RGB, fully decoded, as an image viewer shows it.
 
-    It is turned as its EXIF orientation says, and what is transparent shows white, as on a page (black where all that
-    is visible is white itself). Grey values of more than 8 bits are spread linearly over 0 to 255, since cutting them
-    off would leave most scans white; pixels that are no number are black and do not count for the spread.
+    Its EXIF orientation is applied. Transparent pixels become white, or black if all visible pixels are nearly white.
+    Grey values of more than 8 bits are scaled linearly to 0 to 255, since clipping would leave most scans white;
+    pixels that are not finite become black and do not count in the scaling.
 
-    ``image_size`` 0 keeps it as stored; with N > 0, ``fit="squash"`` makes it N×N pixels, not keeping the aspect
-    ratio (as the paper's authors do with 384), and ``"longest"`` makes its longest side N, keeping it. Raises
+    ``image_size`` 0 keeps the stored size. With N > 0, ``fit="squash"`` resizes to N×N pixels and ignores the aspect
+    ratio (as the paper's authors do with 384); ``"longest"`` makes the longest side N and keeps the ratio. Raises
     ``DataError`` when the file is missing, too large or not a whole image.
     """
     try:
-        with path.open("rb") as file:  # Pillow would map a plain TIFF into memory by its name, and turn it wrongly
+        with path.open("rb") as file:  # by its name, Pillow would map a plain TIFF into memory and rotate it wrongly
             decoded = decode(file, path)
     except FileNotFoundError as error:
         raise DataError(f"Image {path}: missing, expected an image file.") from error
@@ -54,7 +55,7 @@ def load_image(path: Path, image_size: int = 0, fit: str = "squash") -> Image.Im
 
 
 def shown_size(size: tuple[int, int], image_size: int, fit: str) -> tuple[int, int]:
-    """Width and height, in pixels, in which `load_image` gives an image of ``size``."""
+    """Width and height, in pixels, to which `load_image` resizes an image of ``size``."""
     if not image_size:
         return size
     if fit == "squash":
@@ -64,7 +65,7 @@ def shown_size(size: tuple[int, int], image_size: int, fit: str) -> tuple[int, i
 
 
 def decode(file: BinaryIO, path: Path) -> Image.Image:
-    """The image in ``file`` as `load_image` says, in its own size; ``path`` is for the ``DataError``."""
+    """The image in ``file``, decoded as by `load_image`, in its own size; ``path`` is for the ``DataError``."""
     try:
         with Image.open(file) as image:
             width, height = image.size
@@ -74,15 +75,17 @@ def decode(file: BinaryIO, path: Path) -> Image.Image:
             return _turned(_without_transparency(_eight_bit(image)), _orientation(image))
     # Pillow reports damage as any of these, by format: PNG raises SyntaxError, TIFF ValueError, truncation OSError.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"Image {path}: cannot be decoded ({error}), expected a whole image file.") from error
+        # For an unknown format, Pillow's message names the Python object that it read from.
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
+        raise DataError(f"Image {path}: cannot be decoded ({reason}), expected a whole image file.") from error
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, of a loaded picture: Pillow has turned a TIFF by then."""
+    """The EXIF orientation that is still to be applied to a loaded picture: Pillow has already rotated a TIFF."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (SyntaxError, ValueError, TypeError, OSError, struct.error):
-        return 1  # EXIF that cannot be read turns the picture in no viewer
+        return 1  # viewers ignore EXIF that they cannot read
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
@@ -100,7 +103,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     low, high = values[finite].min(), values[finite].max()
     spread = (np.where(finite, values, low) - low) * (255 / (high - low or 1))
     if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:  # type: ignore[attr-defined]
-        spread = np.where(finite, 255 - spread, 0)  # 0 is white, which Pillow minds up to 8 bits only
+        spread = np.where(finite, 255 - spread, 0)  # 0 is white; Pillow inverts such files only up to 8 bits
     return Image.fromarray(spread.astype(np.uint8))
 
 
@@ -118,8 +121,8 @@ def _without_transparency(image: Image.Image) -> Image.Image:
 class Pictures:
     """Reads pictures of one size and keeps them in memory, so that a second epoch decodes nothing.
 
-    Once ``budget`` bytes of pixels are kept, further ones are read anew each time: as every epoch asks for each picture
-    once, replacing those that are kept would gain nothing.
+    When ``budget`` bytes of pixels are kept, further pictures are read from disk each time: every epoch asks for each
+    picture once, so replacing those that are kept would gain nothing.
     """
 
     def __init__(self, image_size: int = 0, fit: str = "squash", budget: int = 2**30) -> None:

@@ -1,7 +1,7 @@
-"""What is decoded of each picture before a run: whether it is whole, how large it is, and which others it equals.
+"""Decodes each picture before a run: whether it is whole, how large it is, and which others it equals.
 
-A picture is what is decoded of it (`images.load_image`: turned, as RGB): two files that show the same are one picture,
-however they are called, compressed or stored.
+Pictures are compared as decoded (`images.load_image`: rotated, RGB). Two files that show the same are one picture,
+whatever their names, compression or folders.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from kepo_core.data.splits import image_key
 from kepo_core.errors import DataError
 from kepo_core.files import write_atomically
 
-#: What is kept of earlier inspections counts for pictures that were decoded alike.
+#: Cached results of earlier inspections are valid only for the same decoder.
 _DECODER = f"1, Pillow {PIL.__version__}"
-#: Pictures decoded at a time, at most: of the largest allowed, a scan of 16 bits takes 2 GB while it is decoded.
+#: Pictures decoded at a time, at most: the largest allowed 16-bit scan takes 2 GB while it is decoded.
 MOST_AT_ONCE = 4
-TWINS = "pictures that lie under another name, too: they count as one"
+TWINS = "pictures with a copy under another name: both count as one"
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What was found of one picture: width and height in pixels, and a hash of its size and RGB values (hex).
+    """What was found in one picture: width and height in pixels, and a hash of its size and RGB values (hex).
 
-    ``problem`` says why there is none of that.
+    ``problem`` says why it cannot be decoded; the other fields are then empty.
     """
 
     width: int = 0
@@ -49,10 +49,10 @@ class Seen:
 
 
 class Inspector:
-    """Decodes each picture of a source once, on up to four cores; the cache folder remembers it by time and size.
+    """Decodes each picture of a source once, on up to four cores; results are cached by the file's time and size.
 
-    Decoding is the whole cost: a core takes a second for 4,900 pictures of 64×64 pixels (PNG) or 390 photographs of
-    640×480 (JPEG); the 82,000 pictures of OmniMedVQA, were they such, would take it three and a half minutes, once.
+    Decoding is the whole cost: one core decodes 4,900 pictures of 64×64 pixels (PNG) or 390 photographs of 640×480
+    (JPEG) a second. At the latter rate, the 82,000 pictures of OmniMedVQA take three and a half minutes, once.
     """
 
     def __init__(self, source: Source) -> None:
@@ -60,13 +60,13 @@ class Inspector:
         self._found: dict[Path, Seen] = {}
 
     def __call__(self, image: Path) -> Seen:
-        """What is known of one picture; it is decoded now unless it was before."""
+        """What was found in one picture; it is decoded now unless it was before."""
         if image not in self._found:
             self._found[image] = self._look(image)
         return self._found[image]
 
     def inspect(self, images: Iterable[Path]) -> None:
-        """Decode those of ``images`` that were not yet, here or in an earlier process; a bar shows if it takes long."""
+        """Decode those ``images`` that neither this nor an earlier process has decoded; slow ones show a bar."""
         kept = self._read_kept()
         missing: list[Path] = []
         stamps = {}
@@ -103,10 +103,10 @@ class Inspector:
         try:
             return dict(json.loads(self._file.read_text(encoding="utf-8")))
         except (OSError, ValueError):
-            return {}  # nothing yet, or nothing that can be read: everything is decoded again
+            return {}  # no cache yet, or one that cannot be read: everything is decoded
 
     def _keep(self, rows: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # without a place to write, the next process decodes again
+        with contextlib.suppress(OSError):  # if the cache cannot be written, the next process decodes again
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file, json.dumps(rows))
 
@@ -118,8 +118,8 @@ def _content(picture: Image.Image) -> str:
 def name_once(questions: Iterable[Question], inspector: Inspector, ledger: Ledger) -> list[Question]:
     """``questions`` with one ``image_name`` per picture: of several that show the same, the first in the alphabet.
 
-    So splits keep them together, leaks count them and statistics take them as one. The ledger counts the others. A
-    picture that cannot be decoded equals none.
+    So splits keep copies together, and leaks and statistics treat them as one picture. The ledger counts the other
+    names. A picture that cannot be decoded equals no other.
     """
     questions = list(questions)
     inspector.inspect(question.image for question in questions)
@@ -136,13 +136,13 @@ def name_once(questions: Iterable[Question], inspector: Inspector, ledger: Ledge
 
 
 class Decodable:
-    """Whether a question's picture can be decoded; what cannot goes to the ledger."""
+    """Whether a question's picture can be decoded; questions whose picture cannot go to the ledger."""
 
     def __init__(self, ledger: Ledger, inspector: Inspector) -> None:
         self.ledger, self.inspector = ledger, inspector
 
     def __call__(self, question: Question) -> bool:
-        """False after noting it in the ledger, which raises if it is strict."""
+        """True if it can; else False, and the ledger notes it (or raises if it is strict)."""
         problem = self.inspector(question.image).problem
         if problem:
             self.ledger.drop(RowError("image cannot be decoded", f"Question {question.id}: {problem}"))

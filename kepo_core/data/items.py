@@ -1,4 +1,4 @@
-"""The items of a study as a small file of ids, so that others can train and test on the very same ones."""
+"""The items of a study as a small file of ids, so that others can train and test on the same ones."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -51,10 +51,10 @@ def read_items(
             raise DataError(f"{where}: part {part!r} and id {name!r}, expected train or eval and the id of a question.")
         if name not in by_id:
             raise DataError(
-                f"{where}: question {name} is not in data_root, expected the data that the file was made of."
+                f"{where}: question {name} is not in data_root, expected the data that the file was made from."
             )
         if name in found["train"] or name in found["eval"]:
-            raise DataError(f"{where}: question {name} stands there twice, expected each once.")
+            raise DataError(f"{where}: question {name} appears twice, expected each once.")
         if part == "train" and by_id[name].modality != train_modality:
             raise DataError(
                 f"{where}: question {name} is {by_id[name].modality}, expected train_modality {train_modality}."

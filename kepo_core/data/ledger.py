@@ -1,5 +1,6 @@
-"""What reading a data set came to: how many questions were read, what was mended in them, and what was dropped."""
+"""Counts of what was read from a data set, what was mended in its rows, and what was dropped."""
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -9,16 +10,21 @@ from kepo_core.errors import DataError
 
 
 class RowError(DataError):
-    """A row that cannot be used; ``reason`` is what it has in common with others, the message names the row."""
+    """A row that cannot be used; ``reason`` is the kind of problem, the message names the row."""
 
     def __init__(self, reason: str, sentence: str) -> None:
         super().__init__(sentence)
         self.reason = reason
 
 
+def reason_of(error: BaseException) -> str:
+    """A library's error message on one line, the same in every process: without memory addresses."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split())) or type(error).__name__
+
+
 @dataclass
 class Ledger:
-    """Counts, by reason, the rows that were mended and dropped. ``strict``: a row to be dropped raises instead."""
+    """Counts mended and dropped rows by reason. ``strict``: a row that would be dropped raises instead."""
 
     strict: bool = True
     read: int = 0
@@ -31,26 +37,26 @@ class Ledger:
         self.mended[reason].append(where)
 
     def claim(self, question_id: str, where: str) -> None:
-        """Note whose id this is. Raises ``RowError`` if it is another row's already."""
+        """Note that the row at ``where`` has this id. Raises ``RowError`` if another row has it."""
         first = self._ids.setdefault(question_id, where)
         if first != where:
             raise RowError(
                 "question_id used before",
-                f"{where}: question_id {question_id!r} is already that of {first}, expected a unique one.",
+                f"{where}: question_id {question_id!r} is already used by {first}, expected a unique one.",
             )
 
     def drop(self, error: RowError) -> None:
-        """Note that a row was left out; under ``strict`` raise its error."""
+        """Note that a row was dropped; under ``strict`` raise its error."""
         if self.strict:
             raise error
         self.dropped[error.reason].append(str(error))
 
     def leave_out(self, reason: str, where: str) -> None:
-        """Note that the row at ``where`` is not meant to be read, strict or not."""
+        """Note that the row at ``where`` was skipped on purpose; raises nothing, strict or not."""
         self.dropped[reason].append(where)
 
     def nothing(self, root: object, rows: int) -> DataError:
-        """The error of a data set in which no row can be used; it tells of the first."""
+        """The error of a data set in which no row can be used; it quotes the first problem."""
         if not rows:
             return DataError(f"data_root {root}: its question files hold no rows, expected at least one.")
         first = next(iter(self.dropped.values()))[0]

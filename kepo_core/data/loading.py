@@ -1,4 +1,4 @@
-"""Questions in whichever layout they are → typed rows."""
+"""Questions in any layout → typed rows."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,11 +14,9 @@ from kepo_core.errors import DataError
 
 
 def open_data(data_root: str | Path, columns: str = "", follow_links: bool = False) -> Source:
-    """What the parameters ``data_root`` and ``data_columns`` name: a folder, an archive, or tables of one's own.
+    """Open what the parameters ``data_root`` and ``data_columns`` name: a folder, an archive, or your own tables.
 
-    ``follow_links``: see ``source.Folder``.
-
-    Raises ``DataError`` if there is nothing, or tables that lack a column.
+    ``follow_links``: see ``source.Folder``. Raises ``DataError`` if nothing is found, or a table lacks a column.
     """
     own = open_tables(data_root, columns, follow_links)
     if own is not None:
@@ -34,16 +32,16 @@ def open_data(data_root: str | Path, columns: str = "", follow_links: bool = Fal
 
 
 def layout_of(source: Source) -> str:
-    """Either "raw" (OmniMedVQA's release), "medr1" (Med-R1's question files), both told from the files, or "table".
+    """Either "raw" (OmniMedVQA's release), "medr1" (Med-R1's question files), or "table".
 
-    Raises ``DataError`` where it is none; it names the place nearby that is, if there is one.
+    Raises ``DataError`` if it is none of these; the message names a folder nearby that is, if there is one.
     """
     layout = "table" if isinstance(source, Tables) else _benchmark(source)
     if layout is None:
         raise DataError(
-            f"data_root {source.root}: neither {QA_FOLDER}/*.json (OmniMedVQA's release) nor *_train.json and "
-            f"*_test.json with {', '.join(KEYS)} (Med-R1's files) nor a table (CSV, JSON lines, Parquet) are in "
-            f"it, expected one of them{_nearby(source.root)}."
+            f"data_root {source.root}: holds neither {QA_FOLDER}/*.json (OmniMedVQA's release) nor *_train.json and "
+            f"*_test.json with {', '.join(KEYS)} (Med-R1's files) nor a table (CSV, JSON lines, Parquet), "
+            f"expected one of them{_nearby(source.root)}."
         )
     return layout
 
@@ -55,18 +53,19 @@ def _benchmark(source: Source) -> str | None:
         try:
             rows = read_rows(source, file)
         except DataError:
-            continue  # reading it names what is wrong, if it is one of the files
+            continue  # if it is a question file, reading it later says what is wrong
         if rows and isinstance(rows[0], dict) and set(KEYS) <= set(rows[0]):
             return "medr1"
     return None
 
 
 def _nearby(root: Path) -> str:
-    inside = next(iter(sorted([*root.glob(f"*/{QA_FOLDER}"), *root.glob("OmniMedVQA*.zip")])), None)
+    releases = (folder.parents[1] for folder in root.glob(f"*/{QA_FOLDER}"))
+    tables = (file.parent for file in root.glob("*/*") if file.suffix.lower() in SUFFIXES)
+    inside = min([*releases, *root.glob("OmniMedVQA*.zip"), *tables], default=None)
     above = next((folder for folder in root.parents[:3] if (folder / QA_FOLDER).is_dir()), None)
-    if inside is not None:
-        return f"; did you mean {inside if inside.is_file() else inside.parents[1]}?"
-    return f"; did you mean {above}?" if above is not None else ""
+    meant = inside or above
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def load_questions(root: Path | Source, ledger: Ledger | None = None, need_images: bool = True) -> list[Question]:
@@ -83,11 +82,11 @@ def load_questions(root: Path | Source, ledger: Ledger | None = None, need_image
         questions = load_medr1(source, ledger, need_images)
     for file in source.other_files():
         below = isinstance(source, Tables) and file.suffix.lower() in SUFFIXES
-        reason = "a table in a folder inside, where none is read" if below else "a file of a kind that is not read here"
+        reason = "a table in a subfolder, where none is read" if below else "a file of a kind that is not read"
         ledger.leave_out(reason, str(file))
     twice = [question_id for question_id, count in Counter(q.id for q in questions).items() if count > 1]
-    if twice:  # answers are told apart by it
+    if twice:  # answers are identified by it
         raise DataError(
-            f"data_root {source.root}: {len(twice)} ids are given twice, {twice[0]!r} first, expected unique ones."
+            f"data_root {source.root}: {len(twice)} ids are used twice, {twice[0]!r} first, expected unique ones."
         )
     return questions

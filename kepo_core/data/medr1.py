@@ -27,8 +27,8 @@ _TYPES = {re.sub(r"\W", "", name).lower(): name for name in QUESTION_TYPES}
 def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
     """A problem's question and its options, without their letters.
 
-    The marks stand in the order of the alphabet, ``A)`` behind a space (the last one before ``B)``), all others behind
-    a comma; so the end of an acronym such as ``(ACJ OA).`` or ``(WHO A)`` is none. No marks: the whole text and no
+    The marks come in alphabetical order: ``A)`` after a space (the last one before ``B)``), all others after a comma.
+    So the end of an acronym, such as ``(ACJ OA).`` or ``(WHO A)``, is not a mark. Without marks: the whole text and no
     options.
     """
     second = re.search(r",\s*B\)", problem)
@@ -49,13 +49,12 @@ def split_problem(problem: str) -> tuple[str, tuple[str, ...]]:
 def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool = True) -> list[Question]:
     """All questions of the files below the root, in name order and rows in file order.
 
-    A file's name says the modality of its rows; where it does not (``unknown_train.json``), the modality is that of
-    the same data set in other files. Of Med-R1's splits by question type, lying beside those by modality, questions
-    that a modality's file has too are taken once, and their types from the file's name; else question types are "".
-    A file of the same name and rows as another (a backup) is left out, and so is a question that a file of another
-    name has for the same modality and split. ``need_images=False`` takes questions whose
-    pictures are not there. ``ledger`` and errors as in ``omnimedvqa.load_raw``; also raises ``DataError`` for two
-    files of one name and different rows.
+    A file's name gives the modality of its rows; if it does not (``unknown_train.json``), they have the modality of
+    the same data set in other files. Med-R1 also splits by question type. A question that is in a modality's file and
+    in a type's file is read once, with the type from the file's name; all other question types are "". Skipped are a
+    file with the name and rows of another (a backup), and a question that a file of another name has for the same
+    modality and split. ``need_images=False`` accepts questions whose pictures are missing. ``ledger`` and errors as in
+    ``omnimedvqa.load_raw``; also raises ``DataError`` for two files of one name and different rows.
     """
     ledger = ledger or Ledger()
     rows = _rows(source, ledger)
@@ -74,7 +73,7 @@ def load_medr1(source: Source, ledger: Ledger | None = None, need_images: bool =
             continue
         split = file.stem.rpartition("_")[2]
         if homes_of.setdefault((fields["modality"], split, *_asked(row)), file) != file:
-            ledger.leave_out("a question that another file of its modality and split has, too", where)
+            ledger.leave_out("a question that is also in another file of its modality and split", where)
             continue
         question_type = types.get(_asked(row)) or _type_of_file(file)
         fields |= {"image": image, "image_name": picture_name(name), "question_type": question_type}
@@ -90,8 +89,8 @@ def split_of(question: Question) -> str:
     found = _FILE.fullmatch(question.id.rpartition(":")[0])
     if found is None:
         raise DataError(
-            f"split: question {question.id} is in no *_train.json or *_test.json and has no split of its own, "
-            "as 'given' needs."
+            f"split: 'given' needs a split of each question, but {question.id} has none and is in no *_train.json or "
+            "*_test.json: set split to image or question."
         )
     return "validation" if found["split"].startswith("val") else found["split"]
 
@@ -100,7 +99,7 @@ _Row = tuple[PurePosixPath, int, Any]
 
 
 def _rows(source: Source, ledger: Ledger) -> list[_Row]:
-    """The rows of all question files, each file name once; rows of other files beside them are counted."""
+    """The rows of all question files, each file name once; rows of other files are counted as skipped."""
     rows: list[_Row] = []
     kept: dict[str, tuple[PurePosixPath, list[Any]]] = {}
     everything = source.question_files()
@@ -112,8 +111,8 @@ def _rows(source: Source, ledger: Ledger) -> list[_Row]:
             continue
         if other != own:
             raise DataError(
-                f"data_root {source.root}: {first} and {file} have one name and different rows, expected one of them: "
-                "questions are identified by the names of their files."
+                f"data_root {source.root}: {first} and {file} have the same name and different rows, expected one of "
+                "them: questions are identified by the names of their files."
             )
         for index in range(len(own)):
             ledger.leave_out("in a second file of the same name and rows", f"{file}, row {index + 1}")
@@ -124,7 +123,7 @@ def _rows(source: Source, ledger: Ledger) -> list[_Row]:
     for file, own in sorted(kept.values()):
         rows += ((file, index, row) for index, row in enumerate(own))
     for file in everything:
-        if file not in files and "Images" not in file.parts:  # what lies among pictures describes these
+        if file not in files and "Images" not in file.parts:  # files among pictures describe the pictures
             leave_out(source, file, "in a file that is neither *_train, *_val nor *_test", set(KEYS), ledger)
     return rows
 
@@ -149,13 +148,13 @@ def _asked(row: Any) -> tuple[str, ...]:
 
 
 def _question_types(rows: list[_Row], ledger: Ledger) -> dict[tuple[str, ...], str]:
-    """The types of the questions of modalities' files that files by question type have, too; these are counted."""
+    """The types of questions that are in a modality's file and in a type's file; the latter rows count as skipped."""
     own = {_asked(row) for file, _, row in rows if _modality_of_file(file)}
     types = {}
     for file, index, row in rows:
         if (question_type := _type_of_file(file)) and (asked := _asked(row)) in own:
             types[asked] = question_type
-            ledger.leave_out("a question that a modality's file has, too", where_of(file, index, row))
+            ledger.leave_out("a question that is also in a modality's file", where_of(file, index, row))
     return types
 
 
@@ -177,7 +176,7 @@ def _modalities_of_datasets(rows: list[_Row]) -> dict[str, set[str]]:
 def _parse_row(
     row: Any, where: str, file: PurePosixPath, homes: Mapping[str, set[str]], ledger: Ledger
 ) -> dict[str, Any]:
-    """The fields of a ``Question`` that the row tells."""
+    """The fields of a ``Question`` that the row gives."""
     if not isinstance(row, Mapping):
         raise RowError("not an object", f"{where}: a {type(row).__name__}, expected an object with {', '.join(KEYS)}.")
     dataset, modality = _dataset(row), _modality_of_file(file)
@@ -186,19 +185,19 @@ def _parse_row(
         if len(candidates) != 1:
             raise RowError(
                 "unknown modality",
-                f"{where}: {file.name} names none of {', '.join(MODALITIES)}, and no other file has {dataset!r}.",
+                f"{where}: {file.name} names none of {', '.join(MODALITIES)}, nor do other files of {dataset!r}.",
             )
         (modality,) = candidates
-        ledger.mend("the file names no modality: that of the data set was taken", where)
+        ledger.mend("the file names no modality: taken from the data set", where)
     problem, solution = text_of(row, "problem", where, ledger), text_of(row, "solution", where, ledger)
     question, given = split_problem(problem)
     options = tuple({same_text(option): option for option in reversed(given) if option}.values())[::-1]
     if len(options) < 2:
-        raise RowError("fewer than two options", f"{where}: problem {problem!r} has not two options, expected A) B) ….")
+        raise RowError("fewer than two options", f"{where}: problem {problem!r} has fewer than A) and B).")
     if odd := next(filter(_MARK.search, given), None):
         raise RowError(
             "an option's letter is out of order",
-            f"{where}: option {odd!r} holds the mark of another, expected A), B), C) and so on in their order.",
+            f"{where}: option {odd!r} contains the mark of another, expected A), B), C) and so on in order.",
         )
     if len(options) < len(given):
         ledger.mend("options that say the same were kept once", where)
@@ -206,7 +205,8 @@ def _parse_row(
     if found is None or found[1] not in LETTERS[: len(given)]:
         raise RowError(
             "the answer is not among the options",
-            f"{where}: solution {solution!r} is none of the {len(given)} options, expected <answer> A </answer> or so.",
+            f"{where}: solution {solution!r} names none of the {len(given)} options, expected <answer> A </answer> or "
+            "another letter.",
         )
     answer = same_text(given[LETTERS.index(found[1])])
     return {

@@ -1,4 +1,4 @@
-"""OmniMedVQA's raw release, as it lies on disk → typed rows.
+"""OmniMedVQA's raw release on disk → typed rows.
 
 Layout: ``<root>/QA_information/Open-access/*.json``, each a list of objects with ``question_id``, ``dataset``,
 ``question_type``, ``question``, ``gt_answer`` (the *text* of the right option), ``image_path`` (relative to the
@@ -23,7 +23,7 @@ from kepo_core.errors import DataError
 RESTRICTED_FOLDER = QA_FOLDER.with_name("Restricted-access")
 
 # The release spells one modality in several ways, appends explanations in brackets that may lack their end, and
-# hyphenates inside words; what stands before the bracket, in lower case and without punctuation, identifies it.
+# hyphenates inside words; the part before the bracket, in lower case and without punctuation, identifies it.
 _MODALITY_KEYS = {
     "mr": "MRI",
     "mri": "MRI",
@@ -41,7 +41,7 @@ _MODALITY_KEYS = {
     "microscopyimages": "Microscopy",
 }
 
-# How JSON lines begin, whatever the file is called: an object, and on the next line another.
+# How JSON lines begin, whatever the file's name: an object, and another on the next line.
 _ANOTHER_LINE = re.compile(r"\s*\{[^\n]*\}\s*\n\s*\{")
 _OPTION = re.compile(r"\s*option", re.IGNORECASE)
 _OPTION_NAMES = tuple(f"option_{letter}" for letter in LETTERS)
@@ -49,12 +49,12 @@ _OPTION_NAMES = tuple(f"option_{letter}" for letter in LETTERS)
 
 @cache
 def modality_name(raw: str) -> str | None:
-    """The name in MODALITIES that a raw modality string means, or None when it is none of the eight."""
+    """The name in MODALITIES that a raw modality string means; None if it means none of the eight."""
     return _MODALITY_KEYS.get(re.sub(r"[\W_]+", "", raw.partition("(")[0].lower()))
 
 
 def same_text(text: str) -> str:
-    """What two spellings of one answer have in common: case, runs of spaces and final full stops do not count."""
+    """A form that is equal for all spellings of one answer: without case, runs of spaces and final full stops."""
     return " ".join(text.split()).rstrip(". ").casefold()
 
 
@@ -62,11 +62,11 @@ def load_raw(source: Source, ledger: Ledger | None = None) -> list[Question]:
     """All questions of the release's open-access part, files in name order and rows in file order.
 
     Every image must exist (it is not opened here: see ``images.load_image``). Options that are absent, null or
-    empty are skipped and the letters close up; options that say the same thing are kept once, since two letters
-    would be right. Rows of restricted sets are counted only: their pictures are not part of the release, and who
-    has them would draw other splits. ``ledger`` counts what was mended, and what was dropped where it is not strict
-    (as it is by default). Raises ``DataError`` for a file that cannot be read and, under a strict ledger, for the
-    first row that breaks the layout.
+    empty are skipped and the letters close up; options with the same text are kept once, since two letters would be
+    right. Rows of restricted sets are only counted: their pictures are not part of the release, and users who have
+    them would get other splits. ``ledger`` counts what was mended and, if it is not strict, what was dropped; by
+    default it is strict. Raises ``DataError`` for a file that cannot be read and, under a strict ledger, for the first
+    row that breaks the layout.
     """
     ledger = ledger or Ledger()
     everything = source.question_files(QA_FOLDER.parent)
@@ -92,50 +92,55 @@ def load_raw(source: Source, ledger: Ledger | None = None) -> list[Question]:
         if RESTRICTED_FOLDER in file.parents:
             leave_out(source, file, "restricted: its picture is not part of the release", {"question_id"}, ledger)
         elif file not in files:
-            leave_out(source, file, f"in another folder than {QA_FOLDER}", {"question_id"}, ledger)
+            leave_out(source, file, f"outside of {QA_FOLDER}", {"question_id"}, ledger)
     ledger.read += len(questions)
     return questions
 
 
 def leave_out(source: Source, file: PurePosixPath, reason: str, keys: Set[str], ledger: Ledger) -> None:
-    """Count the rows of a file that is not read, or the file itself where no row of it has the ``keys`` of one."""
+    """Count the rows of a file that is not read, or only the file if none of its rows has all ``keys``."""
     try:
         rows = read_rows(source, file)
     except DataError:
         rows = []
     if not any(isinstance(row, Mapping) and keys <= row.keys() for row in rows):
-        ledger.leave_out("a file beside the questions that holds none", str(file))
+        ledger.leave_out("a file without questions", str(file))
         return
     for index, row in enumerate(rows):
         ledger.leave_out(reason, where_of(file, index, row))
 
 
 def read_rows(source: Source, file: PurePosixPath) -> list[Any]:
-    """The rows of a question file: of a JSON list, or of JSON lines, in any encoding of Unicode.
+    """The rows of a question file, as `json_rows`."""
+    return json_rows(file.name, source.read(file))
 
-    Raises ``DataError`` naming it, and of JSON lines the line, where it is neither.
+
+def json_rows(name: str, content: bytes) -> list[Any]:
+    """The rows of the file ``name``: a JSON list or JSON lines, in any Unicode encoding.
+
+    Raises ``DataError`` if it is neither, naming the file and, for JSON lines, the line.
     """
-    content = source.read(file)
     try:
         text = content.decode(json.detect_encoding(content))
-        lines = file.suffix.lower() == ".jsonl" or _ANOTHER_LINE.match(text)
-        rows = _json_lines(file, text) if lines else json.loads(text)
+        array = text.lstrip("\ufeff \t\r\n").startswith("[")
+        lines = (name.lower().endswith(".jsonl") and not array) or _ANOTHER_LINE.match(text)
+        rows = _json_lines(name, text) if lines else json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file.name}: not valid JSON ({error}), expected a list of question objects.") from error
+        raise DataError(f"{name}: not valid JSON ({error}), expected a list of question objects.") from error
     except RecursionError as error:
-        raise DataError(f"{file.name}: cannot be read ({error}), expected a JSON list of question objects.") from error
+        raise DataError(f"{name}: cannot be read ({error}), expected a JSON list of question objects.") from error
     if not isinstance(rows, list):
-        raise DataError(f"{file.name}: holds a {type(rows).__name__}, expected a list of question objects.")
+        raise DataError(f"{name}: holds a {type(rows).__name__}, expected a list of question objects.")
     return rows
 
 
-def _json_lines(file: PurePosixPath, text: str) -> list[Any]:
+def _json_lines(name: str, text: str) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which cuts at what JSON has in texts
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which also cuts inside of JSON's texts
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file.name}, line {number}: not valid JSON ({error}), expected an object.") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{name}, line {number}: not valid JSON ({error}), expected an object.") from error
     return rows
 
 
@@ -185,23 +190,23 @@ def _parse_row(row: Any, where: str, source: Source, ledger: Ledger) -> Question
 def text_of(row: Mapping[str, Any], key: str, where: str, ledger: Ledger, default: str | None = None) -> str:
     """The value of ``key`` as stripped text; absent, null or empty gives ``default``, or raises when that is None.
 
-    A number is read as its digits, and counted, and so is NaN, which pandas writes for what is missing. Nothing else is
-    text.
+    A number is read as its digits and NaN, which pandas writes for missing values, as missing; the ledger counts both.
+    Raises ``RowError`` for other types.
     """
     value = row.get(key)
     if value != value and default is not None:
         ledger.mend(f"{key} is NaN, read as missing", where)
         return default
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise RowError(f"{key} is no text", f"{where}: {key} is a {type(value).__name__}, expected text.")
+        raise RowError(f"{key} is not text", f"{where}: {key} is a {type(value).__name__}, expected text.")
     if isinstance(value, int | float):
         if not math.isfinite(value):
-            raise RowError(f"{key} is no text", f"{where}: {key} is {value}, expected text.")
+            raise RowError(f"{key} is not text", f"{where}: {key} is {value}, expected text.")
         ledger.mend(f"{key} is a number, read as text", where)
-    # A byte order mark is left in texts that were put together from several files.
+    # Byte order marks remain in texts that were concatenated from several files.
     text = "" if value is None else str(value).replace("\ufeff", "").strip()
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise RowError(f"{key} is no text", f"{where}: {key} contains half a character, expected Unicode text.")
+        raise RowError(f"{key} is not text", f"{where}: {key} contains half a character, expected Unicode text.")
     if text:
         return text
     if default is None:
@@ -210,7 +215,7 @@ def text_of(row: Mapping[str, Any], key: str, where: str, ledger: Ledger, defaul
 
 
 def options_of(row: Mapping[str, Any], where: str, ledger: Ledger) -> tuple[str, ...]:
-    """The texts of ``option_A``, ``option_B`` and so on, as `load_raw` says; ``RowError`` for fewer than two."""
+    """The texts of ``option_A``, ``option_B`` and so on, as `load_raw` reads them; ``RowError`` for fewer than two."""
     names = set(filter(_OPTION.match, row))
     if beyond := sorted(names.difference(_OPTION_NAMES)):
         raise RowError(

@@ -163,7 +163,7 @@ LATTICE = (12.0, 24.0)
 
 
 def _centres(place: str, number: str, rng: Rng) -> list[tuple[float, float]]:
-    """Centres inside the named quadrant; two findings stand on one of its diagonals and never overlap.
+    """Centres inside the named quadrant; two findings lie on one of its diagonals and never overlap.
 
     The largest may reach one pixel over the quadrant's border.
     """

@@ -1,4 +1,4 @@
-"""The typed rows that everything else speaks of: a question as asked, an answer as given."""
+"""The typed rows that all other modules use: a question as asked, an answer as given."""
 
 import string
 from collections.abc import Iterable
@@ -17,12 +17,12 @@ QUESTION_TYPES = (
     "Other Biological Attributes",
 )
 
-#: The letters of a question's options; what has more options than letters cannot be asked.
+#: The letters of a question's options; a question with more options cannot be asked.
 LETTERS = string.ascii_uppercase
 
 
 class AnswerOutcome(StrEnum):
-    """What the answer field of one completion turned out to be (Appendix B, read as FIDELITY does)."""
+    """What a completion's answer turned out to be (Appendix B; the rules are in ``task.rewards``)."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -36,10 +36,9 @@ class Question:
     """One multiple-choice question about one image.
 
     ``options`` holds the option texts in letter order (2 to 26 of them); ``answer`` is the letter of the
-    right one; ``image`` is an absolute path. ``modality`` is the question's category, whatever the data divide
-    themselves into: one is trained on, all are tested. ``split`` is the part that the data put it in ("train",
-    "validation" or "test"), "" where they do not say; ``image_name`` calls the picture the same wherever the data lie,
-    "" where its path does (``splits.image_key``).
+    right one; ``image`` is an absolute path. ``modality`` is the question's category, of any kind: one is trained on,
+    all are tested. ``split`` is the data's own split ("train", "validation" or "test"), "" if they have none.
+    ``image_name`` identifies the picture wherever the data lie; if it is "", the path does (``splits.image_key``).
     """
 
     id: str
@@ -80,6 +79,6 @@ class Answer:
 
 
 def categories(names: Iterable[str]) -> list[str]:
-    """The categories that ``names`` has, each once: Table 1's modalities in its order, then all others by name."""
+    """The different categories in ``names``: Table 1's modalities in its order, then all others by name."""
     known = {name: place for place, name in enumerate(MODALITIES)}
     return sorted(set(names), key=lambda name: (known.get(name, len(known)), name))

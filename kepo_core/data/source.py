@@ -1,7 +1,7 @@
 """Where questions and pictures lie: a folder, or the release's zip archive, read in place.
 
 Both give question files as bytes and turn the relative image paths of rows into absolute ones that never leave their
-root. Of an archive, only the pictures that are fetched are unpacked, into the cache folder.
+root. From an archive, only the pictures that are fetched are unpacked, into the cache folder.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ EXPECTED = (
     "a folder (OmniMedVQA's release, Med-R1's question files, or a table and its pictures), a table (.csv, .jsonl, "
     ".parquet), OmniMedVQA.zip, or hf:OWNER/NAME"
 )
-#: What is said of a file that a link leads to.
+#: The end of a message about a file behind a link that leaves the root.
 OUTSIDE = "is a link out of data_root, expected a file inside it, or follow_links: True"
 
 
 class Source(Protocol):
-    """What the readers of both layouts need of a folder or an archive."""
+    """What the readers of both layouts need from a folder or an archive."""
 
     root: Path  # as error messages name it
 
@@ -43,54 +43,54 @@ class Source(Protocol):
         """The JSON and JSON lines files in and below the folder ``under``, or anywhere, in name order."""
 
     def other_files(self) -> list[PurePosixPath]:
-        """The files below the root that may hold questions, too, and are of a kind that no reader of it takes."""
+        """Files below the root that may hold questions but are of a kind that no reader takes."""
 
     def read(self, file: PurePosixPath) -> bytes:
         """One of these files. Raises ``DataError`` if it cannot be read."""
 
     def locate(self, relative: str, where: str, must_exist: bool = True) -> Path:
-        """Where the picture that a row at ``where`` names is, or will be once fetched.
+        """Where the picture named by the row at ``where`` is, or will be once fetched.
 
         Raises ``RowError`` if it leaves the root or does not exist.
         """
 
     def fetch(self, image: Path) -> None:
-        """See that a located picture is on disk. Raises ``DataError`` if it cannot be unpacked."""
+        """Put a located picture on disk. Raises ``DataError`` if it cannot be unpacked."""
 
     def content(self, image: Path) -> bytes:
-        """The file of a located picture, fetched or not. Raises ``DataError`` if it cannot be read."""
+        """The bytes of a located picture's file, fetched or not. Raises ``DataError`` if it cannot be read."""
 
     def stamp(self, image: Path) -> str:
-        """What is another as soon as the file of a located picture is."""
+        """A text that changes whenever the file of a located picture changes."""
 
 
 def cache_dir() -> Path:
-    """Where what can be made again is kept: ``$KEPO_CACHE``, else ``~/.cache/kepo``.
+    """The folder for files that can be made again: ``$KEPO_CACHE``, or else ``~/.cache/kepo``.
 
-    Raises ``DataError`` for a user without a home, as in some containers.
+    Raises ``DataError`` for a user without a home folder, as in some containers.
     """
     try:
         return Path(os.environ.get("KEPO_CACHE", "~/.cache/kepo")).expanduser()
     except RuntimeError as error:
-        raise DataError("this user has no home folder: set KEPO_CACHE to a folder that can be written.") from error
+        raise DataError("this user has no home folder: set KEPO_CACHE to a writable folder.") from error
 
 
 def in_cache(name: str) -> Path:
-    """A folder of the cache, made and written to. Raises ``DataError`` where that cannot be."""
+    """A folder of the cache, created if missing. Raises ``DataError`` if it cannot be created or written."""
     folder = cache_dir() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise DataError(
-            f"{cache_dir()} cannot be written ({error.strerror}): set KEPO_CACHE to a folder that can be, it keeps "
-            "unpacked pictures, PhantomVQA and hints."
+            f"{cache_dir()} cannot be written ({error.strerror}): set KEPO_CACHE to a writable folder, for unpacked "
+            "pictures, PhantomVQA and hints."
         ) from error
     return folder
 
 
 def write_whole(image: Path, content: bytes) -> None:
-    """Write a file of the cache, whole or not at all, also where others write it at the same time."""
+    """Write a file of the cache, whole or not at all, even if others write it at the same time."""
     image.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=image.parent) as partial:
         whole = Path(partial) / image.name
@@ -99,7 +99,7 @@ def write_whole(image: Path, content: bytes) -> None:
 
 
 def open_source(root: Path, follow_links: bool = False) -> Source:
-    """The folder or zip archive at ``root``, of a folder also what links lead to outside of it, if they are followed.
+    """The folder or zip archive at ``root``; ``follow_links`` as in `Folder`.
 
     Raises ``DataError`` if it is neither.
     """
@@ -108,22 +108,22 @@ def open_source(root: Path, follow_links: bool = False) -> Source:
     if root.is_file():
         if ".zip" in (given.suffix.lower(), root.suffix.lower()) or zipfile.is_zipfile(root):
             return Archive(root)
-        raise DataError(f"data_root {given} is a file of a kind that is not read, expected {EXPECTED}.")
+        raise DataError(f"data_root {given} is a file of an unknown kind, expected {EXPECTED}.")
     if not root.is_dir():
         raise DataError(f"data_root {root} does not exist, expected {EXPECTED}.")
     return Folder(root, follow_links)
 
 
 def picture_name(relative: str) -> str:
-    """What a row calls its picture, the same wherever the data lie: a path from the root on, with plain slashes.
+    """A row's path of its picture, the same wherever the data lie: relative to the root, with forward slashes.
 
-    Paths with Windows' backslashes, and with a slash before the root's folders (``/Images/…``), are read so.
+    Windows' backslashes are converted, and a slash in front (``/Images/…``) is removed.
     """
     return str(PurePosixPath(relative.replace("\\", "/").lstrip("/")))
 
 
 def _checked(relative: str, where: str) -> list[PurePosixPath]:
-    """Where to look for a picture: its path inside the root, and the same with accents as other systems write them."""
+    """Where to look for a picture: its path inside the root, also with accents as other systems encode them."""
     path = picture_name(relative)
     if ".." in path.split("/") or "\0" in path or re.match(r"[A-Za-z]:(/|$)", path):
         raise _leaves(relative, where)
@@ -145,12 +145,12 @@ def _missing(relative: str, where: str) -> RowError:
 
 
 def is_question_file(file: PurePosixPath) -> bool:
-    """JSON or JSON lines, but for what macOS writes beside each file."""
+    """JSON or JSON lines, except the files that macOS adds to archives."""
     return file.suffix.lower() in (".json", ".jsonl") and not _of_macos(file)
 
 
 def _is_other_file(file: PurePosixPath) -> bool:
-    """A table or packed JSON; but what lies among pictures describes these."""
+    """A table or compressed JSON, except files among pictures, which describe the pictures."""
     return bool(_OTHER.search(file.name)) and not _hidden(file) and "Images" not in file.parts
 
 
@@ -163,19 +163,19 @@ def _of_macos(file: PurePosixPath) -> bool:
 
 
 class Folder:
-    """A folder of questions. Its pictures lie in it or, if it has no ``Images``, in the nearest one above that has.
+    """A folder of questions. Its pictures lie in it or, if it has no ``Images``, in the nearest folder above with one.
 
-    ``follow_links``: take files that links out of it lead to, as those of the Hub's cache do.
+    ``follow_links``: also read files outside of it that links lead to, as in the Hub's cache.
     """
 
     def __init__(self, root: Path, follow_links: bool = False) -> None:
         self.root, self.follow_links = root, follow_links
         self._home = next((f for f in (root, *root.parents[:3]) if (f / "Images").is_dir()), root)
-        self._folders: dict[Path, Path] = {}  # rows share few of them
+        self._folders: dict[Path, Path] = {}  # resolved once: many rows share one
 
     @property
     def has_images(self) -> bool:
-        """Whether there is a folder of pictures at all."""
+        """Whether there is a folder of pictures."""
         return (self._home / "Images").is_dir()
 
     def question_files(self, under: PurePosixPath | None = None) -> list[PurePosixPath]:
@@ -214,7 +214,7 @@ class Folder:
             try:
                 absolute = self._real(self._home / path)
                 there = absolute is not None and absolute.is_file()
-            except OSError:  # no name that a file can have
+            except OSError:  # not a valid file name
                 continue
             if absolute is None:
                 raise RowError("image link leaves data_root", f"{where}: image_path {relative!r:.200} {OUTSIDE}.")
@@ -233,15 +233,15 @@ class Folder:
             raise DataError(f"Image {image}: cannot be read ({error.strerror}), expected an image file.") from error
 
     def stamp(self, image: Path) -> str:
-        """Size and time of the file; "" if there is none."""
+        """The file's size, modification time and change time (which programs cannot set); "" if it is missing."""
         try:
             found = image.stat()
         except OSError:
             return ""
-        return f"{found.st_size} {found.st_mtime_ns}"
+        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
     def _real(self, path: Path) -> Path | None:
-        """Where ``path`` leads; None if that is outside and links are not followed."""
+        """Where ``path`` leads; None if it leads outside and links are not followed."""
         if path.parent not in self._folders:
             self._folders[path.parent] = Path(os.path.realpath(path.parent))
         absolute = self._folders[path.parent] / path.name
@@ -251,7 +251,7 @@ class Folder:
 
 
 class Archive:
-    """The release as it is downloaded: one zip file, in it (in some folder) ``QA_information`` and ``Images``."""
+    """The release as downloaded: one zip file with ``QA_information`` and ``Images`` in any folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -266,16 +266,16 @@ class Archive:
             if _of_macos(file):
                 continue
             if file.is_absolute() or ".." in file.parts:
-                raise DataError(f"data_root {root}: its member {info.filename!r} leaves it, expected paths inside.")
+                raise DataError(f"data_root {root}: member {info.filename!r} leads outside, expected paths inside.")
             if stat.S_ISLNK(info.external_attr >> 16):
-                raise DataError(f"data_root {root}: its member {info.filename!r} is a link, expected files.")
+                raise DataError(f"data_root {root}: member {info.filename!r} is a link, expected files.")
             digest.update(f"{info.filename}\n{info.CRC}\n".encode())
             self._members[str(file)] = info
         prefixes = [found[1] for name in self._members if (found := re.match(rf"((?:.*/)?){QA_FOLDER}/", name))]
         if not prefixes:
             raise DataError(f"data_root {root}: no {QA_FOLDER}/*.json in it, expected {EXPECTED}.")
-        self._prefix = min(prefixes, key=len)  # a copy deeper inside is none of the release
-        #: The content decides the folder, so that another archive of the same name gets another one.
+        self._prefix = min(prefixes, key=len)  # a copy deeper inside is not the release
+        #: Named by content, so that another archive of the same name gets another folder.
         self._unpacked = cache_dir().resolve() / f"{root.stem}-{digest.hexdigest()[:12]}"
 
     def question_files(self, under: PurePosixPath | None = None) -> list[PurePosixPath]:
@@ -312,11 +312,11 @@ class Archive:
         return self._read(self._members[f"{self._prefix}{image.relative_to(self._unpacked).as_posix()}"])
 
     def stamp(self, image: Path) -> str:
-        """The picture's path says it: its folder is called by the archive's content."""
+        """The picture's name: its folder is already named by the archive's content."""
         return image.name
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
-        member = f"{self.root.name}: its member {info.filename!r}"
+        member = f"{self.root.name}: member {info.filename!r}"
         if info.file_size > MAX_MEMBER:
             raise DataError(f"{member} unpacks to {info.file_size:,} bytes, expected at most {MAX_MEMBER:,}.")
         try:

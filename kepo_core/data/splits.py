@@ -1,8 +1,8 @@
-"""Rows → splits and samples that anybody can draw again.
+"""Rows → splits and samples that are the same everywhere.
 
-Nothing here depends on the order of the rows or on a random generator's version: who goes where is decided by
-SHA-256 of the seed and the item's own name. Splits and samples are stratified: within each modality, the question
-types have the same shares in each of them as in the whole, up to rounding.
+They depend neither on the order of the rows nor on a random generator's version, only on SHA-256 of the seed and the
+item's own name. Splits and samples are stratified: within each modality, the question types have the same shares in
+each of them as in the whole, up to rounding.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ FRACTIONS: Mapping[str, float] = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
 def image_key(question: Question) -> str:
-    """What tells pictures apart: the question's ``image_name``, or the image's whole path where it has none.
+    """What identifies a picture: the question's ``image_name``, or the image's whole path if it has none.
 
-    The same wherever the data lie and, once ``inspection.name_once`` has seen them, for all files that show the same.
+    The same wherever the data lie and, after ``inspection.name_once``, for all files that show the same.
     """
     return question.image_name or question.image.as_posix()
 
@@ -36,8 +36,8 @@ def split_by_image(
     """Disjoint splits in which no image occurs twice, with the same fractions of questions in every modality.
 
     ``fractions`` maps split names to shares that sum to 1. All questions of an image go together, so the shares
-    of a modality are met up to one image per boundary. Images that are asked about alike (the same question types
-    equally often) are spread over the splits in the same shares. Rows keep the order they came in.
+    of a modality are met up to one image per boundary. Images with the same question types, equally often, are spread
+    over the splits in the same shares. Rows keep their order.
     """
     return _split(list(questions), image_key, image_key, seed, fractions)
 
@@ -45,16 +45,15 @@ def split_by_image(
 def split_by_question(
     questions: Iterable[Question], seed: int = 0, fractions: Mapping[str, float] = FRACTIONS
 ) -> dict[str, list[Question]]:
-    """As the paper's authors released it: over questions, so that one image can be in train **and** in test."""
+    """As in the authors' released code: over questions, so that one image can be in train **and** in test."""
     return _split(list(questions), lambda question: question.id, lambda question: question.id, seed, fractions)
 
 
 def split_as_given(questions: Iterable[Question], seed: int = 0) -> dict[str, list[Question]]:
-    """As the data come: each question in the part that its ``split`` says, or for Med-R1's its file; an image can be in
-    several parts.
+    """The data's own split: each question's ``split`` or, for Med-R1, its file; an image can be in several parts.
 
-    Without a validation part a fifth of the train part is set aside for it, by image. Raises ``DataError`` for data
-    that came in no given parts.
+    Without a validation part, a fifth of the train part is set aside for it, by image. Raises ``DataError`` for data
+    without a split of their own.
     """
     given: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
     for question in questions:
@@ -73,7 +72,7 @@ SPLITS: Mapping[str, Callable[[Iterable[Question], int], dict[str, list[Question
 
 
 def shuffled(questions: Iterable[Question], seed: int = 0) -> list[Question]:
-    """The questions in a seeded order of which every beginning has the question types in their shares."""
+    """The questions in a seeded order in which the first n have the question types in their shares, for every n."""
     return _spread(list(questions), lambda q: (q.modality, q.question_type), lambda q: q.id, seed, "sample")
 
 
@@ -91,13 +90,14 @@ def study_split(
     split: str = "image",
     eval_split: str = "test",
     usable: Callable[[Question], bool] = lambda question: True,
+    usable_in_test: Callable[[Question], bool] | None = None,
 ) -> tuple[list[Question], dict[str, list[Question]]]:
     """The paper's design: train on one modality, test on every modality that the data has.
 
     Returns at most ``train_items`` training questions of ``train_modality`` and, in the order of `categories`, at
     most ``eval_items`` questions of ``eval_split`` ("test" or "validation") per modality: the first of `shuffled`
-    that are ``usable``, which is asked of no others. Raises ``DataError`` naming the parameter that leaves one
-    empty.
+    that are ``usable`` (for tests ``usable_in_test``, if given). Questions after these are not checked. Raises
+    ``DataError`` naming the parameter that leaves a split empty.
     """
     if split not in SPLITS:
         raise DataError(f"split: {split!r} is unknown, expected one of {', '.join(SPLITS)}.")
@@ -107,15 +107,15 @@ def study_split(
     present = categories(question.modality for question in questions)
     if train_modality not in present:
         found = ", ".join(present) or "nothing"
-        raise DataError(f"train_modality: the data has no {train_modality!r}, expected one of what it has ({found}).")
+        raise DataError(f"train_modality: the data has no {train_modality!r}, expected one of {found}.")
     parts = SPLITS[split](questions, seed)
 
-    def take(part: str, modality: str, n: int) -> list[Question]:
+    def take(part: str, modality: str, n: int, wanted: Callable[[Question], bool]) -> list[Question]:
         order = shuffled((q for q in parts[part] if q.modality == modality), seed)
-        return list(islice(filter(usable, order), n))
+        return list(islice(filter(wanted, order), n))
 
-    train = take("train", train_modality, train_items)
-    tests = {modality: take(eval_split, modality, eval_items) for modality in present}
+    train = take("train", train_modality, train_items, usable)
+    tests = {modality: take(eval_split, modality, eval_items, usable_in_test or usable) for modality in present}
     if not train:
         raise DataError(
             f"train_modality: no {train_modality} questions in the train split, expected more images of it."
@@ -129,13 +129,13 @@ def study_split(
 
 
 def leaked(train: Iterable[Question], test: Iterable[Question]) -> list[Question]:
-    """Those of ``test`` whose image is in ``train``, too, under whatever name (see `image_key`)."""
+    """Those of ``test`` whose image is also in ``train``, under any name (see `image_key`)."""
     known = {image_key(question) for question in train}
     return [question for question in test if image_key(question) in known]
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
-    """SHA-256 (hex) of the rows and their image files' bytes, whatever their order and the data root's place."""
+    """SHA-256 (hex) of the rows and their image files' bytes, whatever their order and the data root's path."""
     digests: dict[Path, str] = {}
     lines = []
     for q in questions:
@@ -154,10 +154,10 @@ def _rank(seed: int, purpose: str, name: str) -> str:
 def _spread(
     items: list[T], stratum_of: Callable[[T], Hashable], name_of: Callable[[T], str], seed: int, purpose: str
 ) -> list[T]:
-    """``items`` in seeded order, each stratum's spread evenly over the whole.
+    """``items`` in seeded order, each stratum spread evenly over the whole.
 
-    The i-th of a stratum's n comes at (i + u)/n of the way, with u in [0, 1) of the stratum's own, so that a stratum
-    of one can come anywhere.
+    The i-th of a stratum's n items comes at (i + u)/n of the way. Each stratum has its own u in [0, 1), so that a
+    single item can come anywhere.
     """
     strata: dict[Hashable, list[tuple[str, str, int]]] = defaultdict(list)
     for index, item in enumerate(items):
@@ -199,7 +199,7 @@ def _split(
 
 
 def _fill(order: Sequence[str], sizes: Sequence[int], fractions: Mapping[str, float]) -> dict[str, str]:
-    """Each group's split: laid end to end, a group belongs to the share in which its middle falls."""
+    """Each group's split: with all groups laid end to end, the share in which the group's middle falls."""
     total = sum(sizes)
     bounds: list[tuple[float, str]] = []
     upper = 0.0

@@ -1,9 +1,9 @@
-"""Data of one's own → typed rows: a table beside its pictures, a ``datasets`` folder, or a data set of the Hub.
+"""Your own data → typed rows: a table with its pictures, a ``datasets`` folder, or a data set of the Hub.
 
-A row is a question. Columns: ``image`` (or ``images``, one in each), ``question``, ``options`` and ``answer``, and
-where there are any ``id``, ``category``, ``question_type`` and ``split``; columns of other names are mapped
-(`parse_columns`). A picture is a path inside the table's folder, or bytes (``datasets.Image``, Parquet): these are
-called by the hash of their content, and put into the cache folder when they are fetched.
+A row is a question. Columns: ``image`` (or ``images``, one in each), ``question``, ``options`` and ``answer``;
+optional: ``id``, ``category``, ``question_type`` and ``split``. Columns of other names are mapped (`parse_columns`).
+A picture is a path inside the table's folder, or bytes (``datasets.Image``, Parquet). Bytes are named by the hash of
+their content, and written to the cache folder when they are fetched.
 """
 
 import ast
@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,9 +25,12 @@ from kepo_core.data.source import OUTSIDE, Folder, cache_dir, is_question_file, 
 from kepo_core.data.table_files import (
     SPLITS,
     SUFFIXES,
+    Columns,
     Part,
+    find_columns,
     is_dataset,
     is_hub,
+    parse_columns,
     read_dataset,
     read_file,
     read_hub,
@@ -34,14 +38,14 @@ from kepo_core.data.table_files import (
 )
 from kepo_core.errors import DataError
 
-REQUIRED = ("image", "question", "options", "answer")
-ROLES = (*REQUIRED, "id", "category", "question_type", "split")
-#: The category of data that come without.
+#: The category of data without categories.
 ALL = "all"
 
+_TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+#: A list as NumPy prints it (and pandas, for a list from Parquet): Python would join its texts into one.
+_NUMPY = re.compile(rf"\s*\[\s*{_TEXT}(\s+{_TEXT})+\s*\]\s*", re.DOTALL)
+_MARKED = re.compile(r"\(?([A-Z])[).:]")
 _NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d[\d.,]*(e[+-]?\d+)?\s*", re.IGNORECASE)
-
-Columns = Mapping[str, Sequence[str]]  # one of ROLES → the columns that hold it; several only of options
 
 
 class Tables(Folder):
@@ -60,26 +64,30 @@ class Tables(Folder):
         self._home = home
         self._downloads = [folder.resolve() for folder in downloads]
         given = parse_columns(columns)
-        self.parts = [(part, _find(given, part, root)) for part in parts]
+        self.parts = [(part, find_columns(given, part, root)) for part in parts]
         self._inside: dict[Path, tuple[Part, int, str]] = {}  # a picture that is bytes: where they are
 
     def picture(self, part: Part, index: int, column: str, value: Any, where: str, ledger: Ledger) -> tuple[Path, str]:
         """Where the picture of a cell is, or will be once fetched, and its name, the same wherever the data lie.
 
-        Raises ``RowError`` for none, for several, and for a path that leaves the folder or is missing in it.
+        Raises ``RowError`` for no picture, for several, and for a path that leaves the folder or is missing in it.
         """
         if isinstance(value, list) and len(value) > 1:
-            raise RowError("several pictures", f"{where}: {column} holds {len(value)} pictures, expected a single one.")
+            raise RowError("several pictures", f"{where}: {column} holds {len(value)} pictures, expected one.")
         if content := self._content(_single(value)):
             name = hashlib.sha256(content).hexdigest()
-            path = cache_dir().resolve() / "pictures" / name
+            path = self._pictures / name
             self._inside.setdefault(path, (part, index, column))
             return path, name
         name = text_of({column: _path(_single(value))}, column, where, ledger)
         return self.locate(name, where), picture_name(name)
 
+    @cached_property
+    def _pictures(self) -> Path:
+        return cache_dir().resolve() / "pictures"
+
     def other_files(self) -> list[PurePosixPath]:
-        """Of a folder with tables, all that may be tables and are not among them; else nothing."""
+        """The files of a folder of tables that may be tables but are not read; nothing for other roots."""
         if not self.root.is_dir() or is_dataset(self.root):
             return []
         read = {PurePosixPath(part.name) for part, _ in self.parts}
@@ -91,32 +99,32 @@ class Tables(Folder):
             write_whole(image, self.content(image))
 
     def content(self, image: Path) -> bytes:
-        """The bytes in the table, else the file's."""
+        """The bytes in the table, or else in the file."""
         if image not in self._inside:
             return super().content(image)
         part, index, column = self._inside[image]
         return self._content(_single(part.cell(index, column))) or b""
 
     def stamp(self, image: Path) -> str:
-        """A picture that is bytes is called by their hash."""
+        """For a picture that is bytes, its name: their hash."""
         return image.name if image in self._inside else super().stamp(image)
 
     def _content(self, value: Any) -> bytes | None:
         """The bytes of a picture that lies in its table, or was downloaded with it."""
         content = value.get("bytes") if isinstance(value, Mapping) else value
-        if isinstance(content, bytes):
-            return content
+        if isinstance(content, bytes) or not self._downloads:
+            return content if isinstance(content, bytes) else None
         try:
             path = Path(os.path.realpath(str(_path(value))))
             if any(path.is_relative_to(folder) for folder in self._downloads):
                 return path.read_bytes()
-        except (OSError, ValueError):  # no path at all: `locate` says so
+        except (OSError, ValueError):  # not a path: `locate` says so
             pass
         return None
 
 
 def _single(value: Any) -> Any:
-    """What a list of one holds; None of an empty one."""
+    """The element of a list of one; None for an empty list."""
     return next(iter(value), None) if isinstance(value, list) else value
 
 
@@ -125,7 +133,7 @@ def _path(value: Any) -> Any:
 
 
 def open_tables(data_root: str | Path, columns: str = "", follow_links: bool = False) -> Tables | None:
-    """What names tables by itself: ``hf:OWNER/NAME[:SPLIT]``, a ``datasets`` folder, a table; None of anything else."""
+    """The tables at ``hf:OWNER/NAME[:SPLIT]``, in a ``datasets`` folder, or in a table's file; else None."""
     if is_hub(data_root):
         parts = read_hub(data_root)
         from datasets import config
@@ -137,14 +145,14 @@ def open_tables(data_root: str | Path, columns: str = "", follow_links: bool = F
     root = Path(os.path.realpath(given))
     if is_dataset(root):
         return Tables(root, root, read_dataset(root), columns, follow_links=follow_links)
-    for file in (root, given.parent.resolve() / given.name):  # the Hub's cache links to files without an ending
+    for file in (root, given.parent.resolve() / given.name):  # the Hub's cache links to files without a suffix
         if file.is_file() and file.suffix.lower() in SUFFIXES:
             return Tables(file, file.parent, [read_file(file)], columns, follow_links=follow_links)
     return None
 
 
 def tables_in(folder: Path, columns: str = "", follow_links: bool = False) -> Tables | None:
-    """All tables right in a folder; None if there are none. Raises ``DataError`` for a link that is not followed."""
+    """All tables directly in a folder; None without any. Raises ``DataError`` for a link that is not followed."""
     files = table_files(folder)
     if outside := [file for file in files if not (follow_links or file.resolve().is_relative_to(folder))]:
         raise DataError(f"data_root {folder}: {outside[0].name} {OUTSIDE}.")
@@ -152,54 +160,13 @@ def tables_in(folder: Path, columns: str = "", follow_links: bool = False) -> Ta
     return Tables(folder, folder, parts, columns, follow_links=follow_links) if files else None
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """``"question=stem, options=A+B+C"`` → what is held by columns → what they are called.
-
-    Raises ``DataError`` for anything else.
-    """
-    found: dict[str, str] = {}
-    for pair in filter(None, map(str.strip, text.split(","))):
-        role, _, name = (part.strip() for part in pair.partition("="))
-        if role not in ROLES or not name or role in found:
-            raise DataError(
-                f"data_columns: {pair!r} is not understood, expected some of {', '.join(ROLES)}, each once, as in "
-                "question=NAME, options=A+B+C."
-            )
-        found[role] = name
-    return found
-
-
-def _find(given: Mapping[str, str], part: Part, root: Path) -> Columns:
-    """The columns of a table. Raises ``DataError`` that names what is missing, and what is there."""
-    found: dict[str, list[str]] = {}
-    missing: dict[str, str] = {}
-    for role in ROLES:
-        name = given.get(role, role)
-        if role == "image" and role not in given and "image" not in part.columns and "images" in part.columns:
-            name = "images"
-        names = [name] if name in part.columns or role != "options" else [one.strip() for one in name.split("+")]
-        if absent := [one for one in names if one not in part.columns]:
-            if role in given or role in REQUIRED:
-                missing[role] = ", ".join(absent)
-        else:
-            found[role] = names
-    if missing:
-        raise DataError(
-            f"data_root {root}: {part.name} has no column {', '.join(missing.values())}; its columns are "
-            f"{', '.join(part.columns) or 'none'}. Expected {', '.join(REQUIRED)}; columns of other names are told by "
-            f"data_columns: {', '.join(f'{role}=NAME' for role in missing)}."
-        )
-    return found
-
-
 def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
     """All questions of the tables, in their order.
 
-    An answer is an option's text, or its letter; never a number, in any kind of table. A row without an id is called by
-    its table and its number; where ids restart in each table, its name is put in front of all. A row that is there
-    twice is read once. Data without categories are of one, `ALL`. Where a row does not tell its split, the name of its
-    table may. ``ledger`` and errors as in ``omnimedvqa.load_raw``; also raises ``DataError`` for an id that different
-    rows of one table have.
+    An answer is an option's text or letter, never a number. A row without an id is named by its table and row number.
+    If two tables share an id, every id gets its table's name in front. Duplicate rows are read once. Data without
+    categories get the category `ALL`. If a row has no split, its table's name may give one. ``ledger`` and errors as in
+    ``omnimedvqa.load_raw``; also raises ``DataError`` for an id that different rows of one table have.
     """
     ledger = ledger or Ledger()
     found: dict[Question, tuple[str, str]] = {}
@@ -214,7 +181,7 @@ def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
                 ledger.drop(error)
                 continue
             if question in found:
-                ledger.leave_out("the same row again", where)
+                ledger.leave_out("a duplicate row", where)
             found.setdefault(question, (part.name, where))
     if not found:
         raise ledger.nothing(source.root, count)
@@ -223,19 +190,19 @@ def load_table(source: Tables, ledger: Ledger | None = None) -> list[Question]:
 
 
 def _with_own_ids(found: Mapping[Question, tuple[str, str]], root: Path, ledger: Ledger) -> list[Question]:
-    """The questions; behind their tables' names where two tables share an id. ``found``: each one's table and place."""
+    """The questions, ids with their tables' names if two tables share one. ``found``: each one's table and place."""
     tables: dict[str, list[str]] = defaultdict(list)
     for question, (table, _) in found.items():
         tables[question.id].append(table)
     if twice := [name for name, having in tables.items() if len(set(having)) < len(having)]:
         raise DataError(
-            f"data_root {root}: {len(twice)} ids stand for different rows of one table ({', '.join(twice[:5])}), "
+            f"data_root {root}: {len(twice)} ids are used by different rows of one table ({', '.join(twice[:5])}), "
             "expected one row each, or no column id."
         )
     if len(tables) == len(found):
         return list(found)
     for _, where in found.values():
-        ledger.mend("ids restart in each table: its name was put in front", where)
+        ledger.mend("two tables share an id: the table's name was put in front of all ids", where)
     return [replace(question, id=f"{table}:{question.id}") for question, (table, _) in found.items()]
 
 
@@ -245,15 +212,16 @@ def _question(
     if not isinstance(row, Mapping):
         raise RowError(
             "not a cell for each column",
-            f"{where}: {row!r:.200}, expected a value for each of {', '.join(part.columns)}; in CSV, texts with commas "
-            "stand in quotation marks.",
+            f"{where}: {row!r:.200}, expected a value for each of {', '.join(part.columns)}; in CSV, put texts with "
+            "commas in quotation marks.",
         )
 
     def text(role: str, absent: str = "", empty: str | None = None) -> str:
         return text_of(row, columns[role][0], where, ledger, empty) if role in columns else absent
 
     name = text("id", f"{part.name}:{index + 1}")
-    texts = _option_texts(row, columns["options"], where, ledger)
+    given = _option_texts(row, columns["options"], where, ledger)
+    texts = _without_letters(given, where, ledger)
     options = options_of(
         {f"option_{letter}": option for letter, option in zip(LETTERS, texts, strict=False)}, where, ledger
     )
@@ -261,12 +229,12 @@ def _question(
     image, image_name = source.picture(part, index, image_column, row.get(image_column), where, ledger)
     return Question(
         id=name,
-        dataset=source.root.name.partition(":")[0],  # of a Hub name, without its split
+        dataset=source.root.name.partition(":")[0],  # a Hub name without its split
         modality=_category(text("category", ALL), where),
         question_type=text("question_type", empty=""),
         question=text("question"),
         options=options,
-        answer=_letter(row, columns["answer"][0], texts, options, where, ledger),
+        answer=_letter(row, columns["answer"][0], given, texts, options, where, ledger),
         image=image,
         split=_split(text("split", empty="") or part.split, where),
         image_name=image_name,
@@ -274,7 +242,7 @@ def _question(
 
 
 def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, ledger: Ledger) -> list[str]:
-    """The options as they are given, empty ones too: of several columns, or of a list or a text in one."""
+    """The options as given, empty ones too: from several columns, or from a list or a text in one column."""
     values: Any = [row.get(column) for column in columns]
     if len(columns) == 1:
         (values,) = values
@@ -282,8 +250,8 @@ def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, le
         values = _listed(values)
     if not isinstance(values, list):
         raise RowError(
-            "options are no list",
-            f"{where}: {columns[0]} is {values!r:.200}, expected a list, or texts with | between.",
+            "options are not a list",
+            f"{where}: {columns[0]} is {values!r:.200}, expected a list, or texts separated by |.",
         )
     if len(values) > len(LETTERS):
         raise RowError("more options than letters", f"{where}: {len(values)} options, expected at most {len(LETTERS)}.")
@@ -291,7 +259,9 @@ def _option_texts(row: Mapping[str, Any], columns: Sequence[str], where: str, le
 
 
 def _listed(text: str) -> Any:
-    """A list as JSON or Python writes it, else what stands between bars."""
+    """A list as JSON, Python or NumPy writes it, or else the texts between bars."""
+    if _NUMPY.fullmatch(text):
+        return [ast.literal_eval(each) for each in re.findall(_TEXT, text, re.DOTALL)]
     if text.lstrip().startswith("["):
         for read in (json.loads, ast.literal_eval):
             try:
@@ -301,20 +271,41 @@ def _listed(text: str) -> Any:
     return text.split("|")
 
 
+def _without_letters(given: Sequence[str], where: str, ledger: Ledger) -> list[str]:
+    """The options without their own letters (``A) red``, ``B: blue``), since the prompt puts letters before them.
+
+    Letters are removed only if all options have them, in order; ``A. baumannii`` may be a name.
+    """
+    marks = [re.match(rf"\(?{letter}\)\s*|{letter}:\s+", text) for letter, text in zip(LETTERS, given, strict=False)]
+    found = [mark for mark in marks if mark]
+    if len(found) < max(2, len(given)):
+        return list(given)
+    ledger.mend("options came with letters: these were removed", where)
+    return [text[mark.end() :] for text, mark in zip(given, found, strict=True)]
+
+
 def _letter(
-    row: Mapping[str, Any], column: str, texts: Sequence[str], options: Sequence[str], where: str, ledger: Ledger
+    row: Mapping[str, Any],
+    column: str,
+    given: Sequence[str],
+    texts: Sequence[str],
+    options: Sequence[str],
+    where: str,
+    ledger: Ledger,
 ) -> str:
-    """Which of ``options`` the answer in a cell is: by its text, or by its letter among ``texts``."""
+    """The letter of the option that a cell's answer names by its text, as ``given`` or in ``texts``, or its letter."""
     if _NUMBER.fullmatch(str(row.get(column))):
         raise RowError(
             "the answer is a number",
             f"{where}: {column} is the number {row[column]}, which may be an option's text or count options from 0 or "
-            "from 1, expected the letter of an option, or its text where that is no number.",
+            "from 1, expected the letter of an option, or its text if that is not a number.",
         )
     answer = text_of(row, column, where, ledger)
-    meant = {same_text(answer)}
-    if len(answer) == 1 and answer.upper() in LETTERS[: len(texts)]:
-        meant.add(same_text(texts[LETTERS.index(answer.upper())]))
+    as_given = {same_text(one): same_text(text) for one, text in zip(given, texts, strict=True)}
+    meant = {as_given.get(same_text(answer), same_text(answer))}
+    if len(answer) == 1 and (letter := answer.upper()) in LETTERS[: len(texts)]:
+        meant.add(same_text(texts[LETTERS.index(letter)]))
+        meant |= {as_given[same_text(one)] for one in given if (mark := _MARKED.match(one)) and mark[1] == letter}
     found = [letter for letter, option in zip(LETTERS, options, strict=False) if same_text(option) in meant]
     if len(found) != 1:
         reason = (
@@ -328,9 +319,7 @@ def _letter(
 def _category(text: str, where: str) -> str:
     name = " ".join(text.split())
     if name.startswith("Avg."):
-        raise RowError(
-            "category Avg.", f"{where}: category {name!r} is what averages are called, expected another name."
-        )
+        raise RowError("category Avg.", f"{where}: category {name!r} is a name for averages, expected another name.")
     return name
 
 

@@ -1,1 +1,1 @@
-"""The experiment, one run of it: models, training, evaluation, progress."""
+"""One run of the experiment: models, training, evaluation, progress."""

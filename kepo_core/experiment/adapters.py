@@ -1,4 +1,4 @@
-"""LoRA: which layers of a student get adapters, and how what was trained becomes a plain model again."""
+"""LoRA: add adapters to a student's layers, and merge trained adapters into a plain model."""
 
 import re
 from collections.abc import Mapping
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from kepo_core.params import Params
 
-#: What PEFT puts before the names of the model it wraps.
+#: PEFT's prefix of the wrapped model's parameter names.
 _WRAPPED = "base_model.model."
 
 
 def lora_config(model: nn.Module, params: Params) -> LoraConfig | None:
-    """Adapters for all linear layers of ``model``'s language model; None where all weights are trained.
+    """Adapters for all linear layers of ``model``'s language model; None if all weights are trained.
 
-    The vision tower and the head stay as they are: TRL and the divergence read the head's weight directly.
+    The vision tower and the head have no adapters: TRL and the divergence read the head's weight directly.
     """
     if not params.lora_rank:
         return None
     return LoraConfig(
         r=params.lora_rank,
-        lora_alpha=params.lora_alpha,  # a ratio with r, whole or not
+        lora_alpha=params.lora_alpha,
         lora_dropout=0.0,
         target_modules=language_layers(model),
         task_type="CAUSAL_LM",
@@ -41,10 +41,10 @@ def language_layers(model: Any) -> str:
 
 
 def merged(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """The weights of a plain model: W + scaling · B A, in float32, wherever there is an adapter; others as they are.
+    """The weights of a plain model: W + scaling · B A, in float32, for layers with adapters; other weights unchanged.
 
     Args:
-        state: of a PEFT model with one adapter, "default"; A is (rank, in), B (out, rank).
+        state: state dict of a PEFT model with one adapter, "default"; A is (rank, in), B (out, rank).
         scaling: ``lora_alpha / lora_rank``.
     """
     plain = {}
@@ -61,15 +61,15 @@ def merged(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
 
 
 def save_student(trainer: Any, folder: Path) -> None:
-    """Write what was trained, with its processor, as a plain model that ``load_model`` reads.
+    """Write the trained model, with its processor, as a plain model that ``load_model`` reads.
 
-    Under LoRA the adapter alone is written, too, into ``adapter`` beside it; the trained model stays as it is.
+    Under LoRA the adapter is also written on its own, into ``adapter`` beside it; the trained model is not changed.
     """
     if not is_peft_model(trainer.model):
         trainer.save_model(str(folder))
         return
-    model = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model  # ZeRO's engine alone can gather
-    state = trainer.accelerator.get_state_dict(model)  # whole on the first process, where it is sharded
+    model = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model  # only ZeRO's engine can gather
+    state = trainer.accelerator.get_state_dict(model)  # if sharded, whole on the first process
     if trainer.args.should_save:
         adapter = trainer.model.peft_config["default"]
         with torch.no_grad():

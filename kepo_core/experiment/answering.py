@@ -1,4 +1,4 @@
-"""Completions for an evaluation: by transformers, or by the vLLM that draws a training's rollouts."""
+"""Completions for an evaluation: by transformers, or by the vLLM engine that samples rollouts in training."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -8,23 +8,22 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.generation.vllm_generation import VLLMGeneration
 
 from kepo_core.method.forward import let_generate
+from kepo_core.method.shared_prompts import SharedPrompts, first_rows, is_sharded
 from kepo_core.method.vllm_rollouts import CheckedVLLM, making_engine
 
-#: (prompts, a picture for each, what names the draw) → the tokens of each completion, maybe padded behind its end.
+#: (prompts, a picture for each, a name that seeds sampling) → the tokens of each completion, possibly padded.
 Draw = Callable[[Sequence[str], Sequence[Image], str], Sequence[Sequence[int]]]
 
 
 def start_vllm(folder: str, processor: Any, accelerator: Any, args: Any) -> CheckedVLLM:
-    """An engine of this process's own over the model in ``folder``, with the settings of a ``KEPOConfig``."""
-    model: Any = nn.Module()  # without weights: the engine reads those of the folder, and is never sent others
+    """An engine of this process for the model in ``folder``, with the settings of a ``KEPOConfig``."""
+    model: Any = nn.Module()  # without weights: the engine reads those of the folder and gets no others
     model.name_or_path, model.generation_config = folder, _generation(folder)
-    with making_engine(args, trained=False):
+    with making_engine(args):
         engine = VLLMGeneration(
             model,
             accelerator,
@@ -38,15 +37,15 @@ def start_vllm(folder: str, processor: Any, accelerator: Any, args: Any) -> Chec
 
 
 def in_step(model: Any) -> bool:
-    """Whether all processes have to draw equally often, and as many: they share a model, or ask one engine."""
+    """Whether all processes must sample equally many batches of equal size: they share a model or an engine."""
     if isinstance(model, CheckedVLLM):
         return bool(model.mode == "server" or model.tensor_parallel_size > 1 or model.enable_sleep_mode)
-    return isinstance(model, FSDPModule) or bool(is_deepspeed_zero3_enabled())
+    return is_sharded(model)
 
 
 @contextmanager
 def drawing(model: Any, processor: Any, max_tokens: int, temperature: float) -> Iterator[tuple[list[int], Draw]]:
-    """The stop tokens and what draws from ``model``, which is as it was afterwards.
+    """The stop tokens and a function that samples from ``model``; the model is unchanged afterwards.
 
     Args:
         model: an image-text model with ``generate``, or a `CheckedVLLM`.
@@ -67,9 +66,9 @@ def drawing(model: Any, processor: Any, max_tokens: int, temperature: float) -> 
 def _by_transformers(
     model: Any, processor: Any, max_tokens: int, temperature: float
 ) -> Iterator[tuple[list[int], Draw]]:
-    """Evaluation mode and a plain configuration on ``model`` for a while.
+    """Put ``model`` into evaluation mode with a plain generation configuration, and restore both at the end.
 
-    The configuration is exchanged on the model, since ``generate`` fills whatever an argument leaves open from it.
+    The configuration is replaced on the model, because ``generate`` takes missing arguments from it.
     """
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
@@ -77,17 +76,24 @@ def _by_transformers(
     own, was_training = model.generation_config, model.training
     stop_tokens = _stop_tokens(own, processor.tokenizer)
     image_token = getattr(model.config, "image_token_id", None)
+    sharing = SharedPrompts()
+
+    def made(texts: Sequence[str], pictures: Sequence[Image]) -> Any:
+        images = [[picture] for picture in pictures]
+        return processor(text=list(texts), images=images, padding=True, padding_side="left", return_tensors="pt").to(
+            model.device
+        )
 
     def draw(texts: Sequence[str], pictures: Sequence[Image], name: str) -> Sequence[Sequence[int]]:
-        inputs = processor(
-            text=list(texts),
-            images=[[picture] for picture in pictures],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
+        inputs, firsts = made(texts, pictures), list(range(len(texts)))
         together = {"synced_gpus": True} if in_step(model) else {}
-        with _seeded(name, model.device):
+        if not together:  # several samples of a question follow one another
+            firsts = first_rows(texts, [[picture] for picture in pictures])
+
+        def few(_: Any, rows: Sequence[int]) -> Any:
+            return dict(made([texts[row] for row in rows], [pictures[row] for row in rows]))
+
+        with _seeded(name, model.device), sharing.of(model, firsts, few):
             output = model.generate(**inputs, **together)
         return output[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
 
@@ -97,12 +103,12 @@ def _by_transformers(
         max_new_tokens=max_tokens,
         eos_token_id=stop_tokens,
         pad_token_id=processor.tokenizer.pad_token_id,
-        # As in training: a sampled image placeholder would stand for no image.
+        # As in training: a sampled image placeholder would have no image.
         suppress_tokens=None if image_token is None else [image_token],
     )
     model.eval()
     try:
-        with torch.no_grad():  # not inference_mode: what it leaves in caches cannot be trained with
+        with torch.no_grad():  # not inference_mode: tensors that it leaves in caches cannot be used in training
             yield stop_tokens, draw
     finally:
         model.generation_config = own
@@ -113,11 +119,11 @@ def _by_transformers(
 def _by_vllm(
     model: CheckedVLLM, processor: Any, max_tokens: int, temperature: float
 ) -> Iterator[tuple[list[int], Draw]]:
-    """Plain sampling on the engine for a while."""
+    """Set the engine to plain sampling, and restore its settings at the end."""
     stop_tokens = _stop_tokens(model.model.generation_config, processor.tokenizer)
 
     def draw(texts: Sequence[str], pictures: Sequence[Image], name: str) -> Sequence[Sequence[int]]:
-        # Without padding; a picture's placeholder is repeated here as in training, and the engine checks its own.
+        # Without padding. The processor repeats a picture's placeholder, as in training; the engine checks the count.
         ids = [
             processor(text=[text], images=[[picture]])["input_ids"][0]
             for text, picture in zip(texts, pictures, strict=True)
@@ -130,7 +136,7 @@ def _by_vllm(
 
 
 def _generation(folder: str) -> GenerationConfig:
-    """A saved model's own generation configuration; an empty one where there is none."""
+    """A saved model's own generation configuration; an empty one if it has none."""
     try:
         return GenerationConfig.from_pretrained(folder)
     except OSError:
@@ -138,14 +144,14 @@ def _generation(folder: str) -> GenerationConfig:
 
 
 def _stop_tokens(own: GenerationConfig, tokenizer: Any) -> list[int]:
-    """What ends a text is no matter of taste: the checkpoint's own stop tokens count beside the tokenizer's."""
+    """The stop tokens of the checkpoint's generation configuration and of the tokenizer."""
     declared = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     return sorted({token for token in (*declared, tokenizer.eos_token_id) if token is not None})
 
 
 @contextmanager
 def _seeded(name: str, device: torch.device) -> Iterator[None]:
-    """Torch's random state, the CPU's and ``device``'s, named by ``name`` for a while."""
+    """Seed torch (CPU and ``device``) with a hash of ``name``, and restore the random state at the end."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(zlib.crc32(name.encode()))
         yield

@@ -16,25 +16,26 @@ from kepo_core.runs.run import Run
 
 
 def browse(run: Run | str | Path, data: StudyData | None = None, where: str = "") -> widgets.interactive:
-    """A slider over the groups of a run, finished or at work, and the card of the group it points at.
+    """A slider over the groups of a run, finished or running, and the card of the selected group.
 
     Args:
-        run: it, or its folder.
-        data: what it was trained on; by default it is read as the run read it, in some seconds.
-        where: only groups with a rollout that meets this condition on the columns of ``rollouts.parquet``, written for
-            pandas' ``eval``: ``exploration == 'rescued'``, ``outcome == 'missing' and not injected``, ``~format_ok``.
+        run: the run, or its folder.
+        data: its data; by default they are read again, which takes some seconds.
+        where: show only groups with a rollout that meets this condition on the columns of ``rollouts.parquet``, in the
+            syntax of pandas' ``eval``: ``exploration == 'rescued'``, ``outcome == 'missing' and not injected``,
+            ``~format_ok``.
 
-    Raises `ParamError` if there are no such rollouts (baselines keep none), or questions that ``data`` has not.
+    Raises `ParamError` if no rollouts fit (baselines keep none), or if ``data`` lacks one of their questions.
     """
     if not isinstance(run, Run):
         run = Run.open(resolve(run))
     table = run.path / "rollouts.parquet"
     rollouts = pd.read_parquet(table) if table.is_file() else collect_rollouts(run.training_dir)
     if rollouts.empty:
-        raise ParamError(f"{run.path} has no rollouts to show, expected a run of GRPO or KEPO that has begun to train")
+        raise ParamError(f"{run.path} has no rollouts, expected a run of GRPO or KEPO that has begun training")
     data = data or load_data(run.params)
     if unknown := sorted(set(rollouts["id"]) - {question.id for question in data.train}):
-        raise ParamError(f"{table} has a rollout of question {unknown[0]}, expected the data that it was trained on")
+        raise ParamError(f"{table} has question {unknown[0]}, which data lacks, expected the run's training data")
     groups = _having(where, rollouts)
     facts = phantom.load_facts(data.root)
 
@@ -47,12 +48,12 @@ def browse(run: Run | str | Path, data: StudyData | None = None, where: str = ""
 
 
 def _having(where: str, rollouts: pd.DataFrame) -> list[pd.DataFrame]:
-    """The groups that have a rollout which meets the condition."""
+    """The groups with a rollout that meets the condition."""
     try:
         met = rollouts[rollouts.eval(where)] if where else rollouts
     except (NameError, SyntaxError, TypeError, ValueError, KeyError) as error:
         columns = ", ".join(map(str, rollouts.columns))
-        raise ParamError(f"where={where!r} is no condition on {columns}: {error}") from error
+        raise ParamError(f"where={where!r} is not a condition on {columns}: {error}") from error
     if met.empty:
-        raise ParamError(f"where={where!r} is met by none of {len(rollouts)} rollouts")
+        raise ParamError(f"where={where!r}: none of {len(rollouts)} rollouts meets it")
     return [group for group in gallery.groups_of(rollouts) if group.index.isin(met.index).any()]

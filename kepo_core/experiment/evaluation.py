@@ -1,4 +1,4 @@
-"""Model + questions → one record per question, decoded and read by the training parser."""
+"""Model + questions → one record per answer, read by the parser of the training rewards."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from kepo_core.method.vllm_rollouts import CheckedVLLM
 from kepo_core.task.prompts import Messages, vqa_messages
 from kepo_core.task.rewards import score
 
-#: vLLM makes its own batches, of up to so many sequences: fewer would leave it idle.
+#: Sequences per call of vLLM, which makes its own batches: fewer would leave it idle.
 VLLM_AT_ONCE = 256
 
-#: Called with (questions answered so far, questions in all) after every batch.
+#: Called with (answers so far, all answers) after every batch.
 Progress = Callable[[int, int], None]
 
 
@@ -42,38 +42,39 @@ def evaluate(
     kept: Path | None = None,
     answer_format: str = "paper",
     accelerator: Any = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Answer]:
-    """Ask ``model`` every question and score what it says; records come in the order of ``questions``.
+    """Ask ``model`` every question and score its answers; records are in the order of ``questions``.
 
-    Decoding has a generation configuration of its own: penalties or sampling that a checkpoint carries do not
-    apply. It is greedy unless ``temperature`` says otherwise. The prompt is the training prompt unless ``messages``
-    says otherwise. Batches hold questions of similar length, padded on the left,
-    and a greedy answer does not depend on its neighbours beyond floating-point rounding. The model is left in the
-    mode (train or eval) and with the configuration it came in, and so is torch's random state: what a batch samples
-    follows from ``seed`` and the batch's number; vLLM draws as its engine comes to it.
+    Decoding ignores the checkpoint's generation configuration (penalties, sampling): it is greedy, or sampling with
+    ``temperature``. The prompt is the training prompt, or that of ``messages``. Batches have questions of similar
+    length, padded on the left; a greedy answer does not depend on its neighbours beyond floating-point rounding. The
+    model's mode (train or eval), its configuration and torch's random state are unchanged afterwards. Samples depend
+    on ``seed`` and the batch's number; with vLLM also on the order in which the engine works.
 
     Args:
         model: a Qwen3-VL or another image-text model with ``generate``, or a `CheckedVLLM`.
         processor: its processor, with a chat template.
-        thinking: which prompt and format; see ``prompts.vqa_messages``.
+        thinking: prompt and format with or without explicit reasoning; see ``prompts.vqa_messages``.
         max_tokens: most tokens of a completion; one that reaches it without an end-of-text token is not finished.
-        batch_size: questions per batch; `VLLM_AT_ONCE` at least for vLLM.
+        batch_size: questions per batch; at least `VLLM_AT_ONCE` for vLLM.
         pictures: reads the picture at a path, as RGB.
-        messages: another prompt per question, e.g. a hint-aware one.
+        messages: another prompt per question, for example a hint-aware one.
         temperature: of sampling; 0 decodes greedily.
-        samples: answers per question, for mean@k; they follow each other in the records. More than 1 needs a
-            temperature.
-        seed: names what is sampled.
-        progress: told after every batch how far it is.
-        kept: a file that keeps the answers as they come. An evaluation that was cut off goes on behind its last whole
-            batch, and as batches are formed before, its records are those of one that was not. Each of several
-            processes writes a file of its own beside it, until ``kept`` has all answers.
-        accelerator: of several processes, which all call this: each takes its share of the batches, and all return all
-            answers.
+        samples: answers per question, for mean@k; consecutive in the records. More than 1 needs a temperature.
+        seed: of sampling.
+        progress: called after every batch.
+        kept: a file for partial results. An interrupted evaluation continues after its last whole batch; batches are
+            formed in advance, so the records are the same as without the interruption. Each further process writes
+            its own file beside it, until ``kept`` has all answers.
+        accelerator: of several processes that all call this: each answers its share of the batches, and all return
+            all answers.
         answer_format: what counts as an answer; see ``rewards``.
+        share: (number, of), without an ``accelerator``: this process answers only its share of the batches, beside
+            other processes with the same ``kept``, and returns the answers that it knows.
     """
     if samples < 1 or (samples > 1 and not temperature):
-        raise ValueError(f"samples: {samples} at temperature {temperature:g}, expected 1, or more with a temperature.")
+        raise ValueError(f"samples: {samples} at temperature {temperature:g}, expected 1, or a temperature above 0.")
     asked_as = messages or [vqa_messages(q.question, q.options, thinking) for q in questions]
     texts = [_prompt_text(processor, prompt) for prompt in asked_as]
     lengths = _lengths(processor, texts)
@@ -83,7 +84,7 @@ def evaluate(
     settings = [thinking, max_tokens, batch_size, temperature, samples, seed, texts, asked, answer_format]
     if isinstance(model, CheckedVLLM):
         settings.append("vllm")
-    number, of = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    number, of = share if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     file = AnswerFile(kept, settings, number) if kept is not None else None
     batches = length_batches([length for length in lengths for _ in range(samples)], batch_size)
     answers: dict[int, Answer] = {} if file is None else dict(file.known)  # by row: question number × samples + sample
@@ -102,19 +103,21 @@ def evaluate(
                 file.add(now)
             if progress is not None:
                 progress(len(answers), len(lengths) * samples)
+    if share != (0, 1):
+        return [answers[i] for i in sorted(answers)]
     for part in gather_object([answers]) if of > 1 else ():
         answers |= part
     if file is not None and number == 0 and (of > 1 or len(parts(file.path)) > 1):
-        file.take_all(answers)
+        file.take_all({i: answers[i] for batch in batches for i in batch})  # as one process would have left them
     return [answers[i] for i in range(len(lengths) * samples)]
 
 
 def _share(
     batches: Sequence[list[int]], number: int, of: int, known: Container[int], *, in_step: bool
 ) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Process ``number``'s batches that are not ``known`` yet: (the batch's number, its rows, the rows to draw).
+    """Process ``number``'s batches that are not ``known`` yet: (the batch's number, its rows, the rows to sample).
 
-    Processes ``in_step`` get equally many, of equally many rows to draw: what is drawn beyond the rows is not used.
+    Processes ``in_step`` get equally many batches of equally many rows; samples beyond a batch's own rows are unused.
     """
     turns = -(-len(batches) // of)
     for place in range(number, turns * of, of):
@@ -126,10 +129,10 @@ def _share(
 
 
 class AnswerFile:
-    """Answers by the number of their row, on disk as they come: a line of JSON each, below a line of identity.
+    """Answers by row number, written to disk after each batch: a first line of identity, then one JSON line each.
 
-    ``known`` holds what an earlier evaluation of the same ``settings`` left, in any process, but for lines that were
-    not finished; a file of other settings is written from its start.
+    ``known`` has the answers of an earlier evaluation with the same ``settings``, of all its processes, without
+    unfinished lines. A file of other settings is overwritten.
     """
 
     def __init__(self, path: Path, settings: Any, process: int = 0) -> None:
@@ -147,13 +150,13 @@ class AnswerFile:
             partial.write_text(self._identity + _lines(answers), encoding="utf-8")
 
     def take_all(self, answers: Mapping[int, Answer]) -> None:
-        """Hold ``answers`` in the one file, in the place of those of all processes."""
+        """Write ``answers`` to this file and delete the files of the other processes."""
         self._hold(answers)
         for file in parts(self.path)[1:]:
             file.unlink()
 
     def add(self, answers: Mapping[int, Answer]) -> None:
-        """Append ``answers`` and see that they reach the disk."""
+        """Append ``answers`` and flush them to disk."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_lines(answers))
             file.flush()
@@ -161,23 +164,23 @@ class AnswerFile:
 
 
 def parts(path: Path) -> list[Path]:
-    """The file of an evaluation's answers and those of its further processes, as far as they are there."""
+    """The existing files of an evaluation's answers: its own and those of further processes."""
     return [file for file in (path, *sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))) if file.exists()]
 
 
 def answered(path: Path) -> int:
-    """How many answers an evaluation has left there by now; 0 where there is no file."""
-    return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in parts(path))  # the first line is no answer
+    """Number of answers that an evaluation has written so far; 0 without a file."""
+    return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in parts(path))  # the first line is not an answer
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """All answers that an evaluation which has ended left in ``path``, in their order."""
+    """All answers of a finished evaluation in ``path``, in their order."""
     found = _read(path)
     return [found[number] for number in sorted(found)]
 
 
 def _read(path: Path, identity: str | None = None) -> dict[int, Answer]:
-    """The finished lines of a file of answers; none where it is of another ``identity``."""
+    """The finished lines of a file of answers; none if the file has another ``identity``."""
     first, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
     rows = [json.loads(line) for line in lines if line.endswith("\n")] if identity in (None, first) else []
     return {row.pop("number"): Answer(**row | {"outcome": AnswerOutcome(row["outcome"])}) for row in rows}
@@ -188,7 +191,7 @@ def _lines(answers: Mapping[int, Answer]) -> str:
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices of ``lengths`` in batches of similar length, the longest first: too large a batch fails at once."""
+    """Indices of ``lengths`` in batches of similar length, longest first: too large a batch fails at the start."""
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size}, expected at least 1.")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -196,9 +199,9 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def trim(tokens: Sequence[int], stop_tokens: Container[int]) -> tuple[list[int], bool]:
-    """Cut ``tokens`` after the first stop token → (completion with it, whether there was one).
+    """Cut ``tokens`` after the first stop token → (completion including it, whether one was found).
 
-    What ``generate`` fills in behind the end, so that rows of a batch are equally long, is no part of a completion.
+    The padding that ``generate`` adds to rows of a batch is not part of a completion.
     """
     end = next((place for place, token in enumerate(tokens) if token in stop_tokens), None)
     return (list(tokens), False) if end is None else (list(tokens[: end + 1]), True)
@@ -209,7 +212,7 @@ def _prompt_text(processor: Any, messages: Messages) -> str:
 
 
 def _lengths(processor: Any, texts: Sequence[str]) -> list[int]:
-    """Prompt lengths in tokens, each image counted as one: pictures are not opened for an ordering."""
+    """Prompt lengths in tokens, with one token per image: pictures are not opened to sort prompts."""
     return [len(ids) for ids in processor.tokenizer(list(texts))["input_ids"]] if texts else []
 
 

@@ -1,4 +1,4 @@
-"""A notebook executed into a run folder by papermill, and what its end means for folder and exit code."""
+"""Execute a notebook into a run folder with papermill; set status and exit code by how it ends."""
 
 import logging
 import os
@@ -20,6 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 from kepo_core.errors import ParamError
 from kepo_core.exit_codes import COMPLETED, FAILED, INTERRUPTED, REFUSED
 from kepo_core.experiment.methods import name_of
+from kepo_core.files import holds_sockets
 from kepo_core.pages.index import write_index
 from kepo_core.pages.report import write_report
 from kepo_core.params import Params, at_root, from_root, project_root
@@ -32,7 +33,7 @@ from kepo_core.runs.run import INPUT_ERRORS, Run
 def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int:
     """Allocate the folder, execute, render, write the status; print the folder. Returns the exit code.
 
-    ``params`` override what the notebook's own parameters ``cell`` sets.
+    ``params`` override the notebook's parameters ``cell``.
     """
     run = Run.allocate(params, owner="kepo run", method=name_of(params))
     run.remember(notebook=from_root(notebook), notebook_sha256=notebook_digest(notebook))
@@ -42,14 +43,14 @@ def run_notebook(notebook: Path, params: Params, cell: Mapping[str, Any]) -> int
 
 
 def resume_run(folder: str) -> int:
-    """Execute the notebook of a run that ended early once more; training continues from its newest checkpoint.
+    """Execute the notebook of a run that ended early again; training continues from its newest checkpoint.
 
-    Raises `ParamError` if ``folder`` holds no such run.
+    Raises `ParamError` if ``folder`` is not such a run.
     """
     run = Run.open(folder)
     notebook = run.provenance.get("notebook")
     if not notebook or not at_root(notebook).is_file():
-        raise ParamError(f"run_dir {folder} does not say which notebook made it, expected a folder of `kepo run`")
+        raise ParamError(f"run_dir {folder} does not name its notebook, expected a folder of `kepo run`")
     cell = tagged_cell(at_root(notebook))
     run = Run.reopen(folder)
     print(f"kepo: resuming {shown(run.path)}", flush=True)
@@ -58,10 +59,10 @@ def resume_run(folder: str) -> int:
 
 
 def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -> int:
-    """Execute, write how it ended, and print that and what to do next. Returns the exit code.
+    """Execute, write the status, and print it and the next step. Returns the exit code.
 
-    Where no status can be written (a full disk, a second Ctrl-C) it stays ``running``, and the run reads as killed.
-    ``refusable``: parameters or data that do not fit end in REFUSED and no folder, if nothing was computed yet.
+    If the status cannot be written (full disk, second Ctrl-C), it stays ``running``, and the run counts as killed.
+    ``refusable``: invalid parameters or data return REFUSED and delete the folder, if nothing was computed yet.
     """
     folder = shown(run.path)
     try:
@@ -69,8 +70,8 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
         if state == "refused":
             run.release()  # an open lock would keep the folder on some network disks
             shutil.rmtree(run.path)
-            print(f"kepo: {error}", file=sys.stderr)
             print(f"kepo: refused, {folder} is removed again", flush=True)
+            print(f"kepo: {error}", file=sys.stderr)  # last: it is what a study says of this run
             return REFUSED
         run.conclude(state, error, lambda *end: _write_report(run, *end))
         status = run.status
@@ -79,9 +80,9 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
             (run.path / "report.html").unlink(missing_ok=True)  # its end was not written
         if (run.path / "status.json").is_file():
             reason = str(problem) or "interrupted"
-            said = f"its status could not be written ({reason}): `kepo resume {folder}` resumes it, where there is room"
+            said = f"the status could not be written ({reason}): `kepo resume {folder}` resumes it"
         else:
-            said = f"{folder} was deleted or moved while the run was made: start it again"
+            said = f"{folder} was deleted or moved during the run: start it again"
         print(f"kepo: {said}", file=sys.stderr)
         return INTERRUPTED if isinstance(problem, KeyboardInterrupt) else FAILED
     finally:
@@ -91,7 +92,7 @@ def _make(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -
 
 
 def _execute(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool) -> tuple[Any, str]:
-    """Execute; returns the state that the run has come to, or ``refused``, and the error's sentence."""
+    """Execute; returns the run's final state, or ``refused``, and the error's message."""
     try:
         execute(notebook, run.path / "notebook.ipynb", given)
     except KeyboardInterrupt:
@@ -105,7 +106,7 @@ def _execute(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool
         return "failed", "the kernel died (out of memory?)"
     except OSError as error:  # papermill could not write the notebook
         return "failed", f"the notebook could not be written: {error}"
-    except BaseException as error:  # not foreseen: the folder says so, and the traceback is shown
+    except BaseException as error:  # unexpected: note it in the folder and show the traceback
         run.fail(error)
         raise
     if run.headline is None:
@@ -114,11 +115,11 @@ def _execute(notebook: Path, run: Run, given: dict[str, Any], *, refusable: bool
 
 
 def _print_end(run: Run, status: dict[str, Any]) -> None:
-    """Write the index of runs, and print how the run ended and how it is resumed."""
+    """Write the index of runs, and print the run's state and how to resume it."""
     folder = shown(run.path)
     if "error" in status:
         print(f"kepo: {status['error']}", file=sys.stderr)
-    if run.path.parent == at_root(run.params.results_dir):  # a run_dir of the user's may lie anywhere
+    if run.path.parent == at_root(run.params.results_dir):  # a run_dir may be anywhere
         _draw("the index of runs", lambda: write_index(run.path.parent))
     resume = f"; `kepo resume {folder}` resumes it" if run.can_be_resumed else ""
     print(f"kepo: {status['state']}, everything about it is in {folder}{resume}", flush=True)
@@ -130,7 +131,7 @@ def _write_report(run: Run, state: str, error: str) -> None:
 
 
 def _draw(page: str, write: Callable[[], object]) -> None:
-    """Write a page; where that fails, print why: the run stays as it is, and ``kepo report`` writes it again."""
+    """Write a page; if that fails, print why: the run is unaffected, and ``kepo report`` writes the page again."""
     try:
         write()
     except (ValueError, OSError) as problem:
@@ -141,49 +142,46 @@ def _is_no_warning_of_parameters(record: logging.LogRecord) -> bool:
     return "Passed unknown parameter" not in record.getMessage()
 
 
-def _holds_sockets(folder: str) -> bool:
-    """Whether the path of a socket in there can be bound: 107 bytes on Linux, 103 on macOS."""
-    return len(os.fsencode(f"{folder}/kernel-5")) <= 103
-
-
 def _folder_for_sockets() -> tempfile.TemporaryDirectory[str]:
-    """A new folder for one run alone, as runs at the same time must not meet: in /tmp where $TMPDIR is too long."""
+    """A new folder for this run's sockets only; in /tmp if $TMPDIR is too long."""
     folder = tempfile.TemporaryDirectory(prefix="kepo-")
-    if not _holds_sockets(folder.name):
-        with suppress(OSError):  # then TCP has to do
+    if not holds_sockets(folder.name):
+        with suppress(OSError):  # TCP is used then
             return tempfile.TemporaryDirectory(prefix="kepo-", dir="/tmp")
     return folder
 
 
 def execute(notebook: Path, output: Path, given: dict[str, Any], folder: Path | None = None) -> None:
-    """Papermill, with this interpreter as the kernel and the kernel's output on screen as it comes.
+    """Run papermill with this interpreter as the kernel; the kernel's output is printed at once.
 
-    The kernel works in ``folder``. By default that is the project's root, wherever the command was given: a resumed run
-    finds what the run found.
+    The kernel's working directory is ``folder``, by default the project's root, wherever the command was given: a
+    resumed run finds the same files.
     """
     own = _folder_for_sockets()
 
     class ThisInterpreter(AsyncKernelManager):
-        """No installed kernel is looked up, so none of another environment is found; sockets need no free port."""
+        """Starts this interpreter, not an installed kernel, which may be of another environment; needs no free port."""
 
         connection_file = f"{own.name}/kernel.json"
-        if sys.platform != "win32" and _holds_sockets(own.name):
+        if sys.platform != "win32" and holds_sockets(own.name):
             transport = "ipc"
             ip = f"{own.name}/kernel"
         kernel_spec = KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             display_name="Python 3",
             language="python",
+            # Processes of the kernel (data loaders' workers) have sockets in TMPDIR, and would hang without room.
+            env={"TMPDIR": own.name} if not holds_sockets(tempfile.gettempdir()) else {},
         )
 
     previous = signal.signal(signal.SIGTERM, interrupt)
-    # It warns of each parameter that the notebook's cell does not name; here they have been checked.
+    # Papermill warns of each parameter that the notebook's cell does not name; they are checked already.
     logger = logging.getLogger("papermill")
     logger.addFilter(_is_no_warning_of_parameters)
     try:
         with chdir(folder := folder or project_root()):
             execute_notebook(
-                os.path.relpath(notebook, folder),  # as papermill notes it in the executed notebook
+                os.path.relpath(notebook, folder),  # papermill writes it into the executed notebook
                 str(output),
                 parameters=given,
                 kernel_name="python3",
@@ -196,12 +194,12 @@ def execute(notebook: Path, output: Path, given: dict[str, Any], folder: Path | 
             )
     finally:
         logger.removeFilter(_is_no_warning_of_parameters)
-        if signal.getsignal(signal.SIGTERM) is interrupt:  # else it was sent, and the folder is told now
+        if signal.getsignal(signal.SIGTERM) is interrupt:  # else it arrived, and the status is written next
             signal.signal(signal.SIGTERM, previous)
         own.cleanup()
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    """A signal handler: end as Ctrl-C does. Once is enough, so that what is written then is written whole."""
+    """A signal handler: end like Ctrl-C. Further signals are ignored, so files are written whole."""
     signal.signal(signum, signal.SIG_IGN)
     raise KeyboardInterrupt

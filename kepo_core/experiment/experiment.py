@@ -19,7 +19,7 @@ from kepo_core.data.records import Answer, Question
 from kepo_core.experiment import kernel, launch, live, serving
 from kepo_core.experiment.adapters import lora_config, save_student
 from kepo_core.experiment.answering import start_vllm
-from kepo_core.experiment.evaluation import Progress, evaluate, parts, read_answers
+from kepo_core.experiment.evaluation import Progress, answered, evaluate, parts, read_answers
 from kepo_core.experiment.models import best_device, load_model, load_processor
 from kepo_core.experiment.models import resolve as model_folder
 from kepo_core.experiment.pair import Models as Models
@@ -28,6 +28,7 @@ from kepo_core.experiment.pair import load_models as load_models
 from kepo_core.experiment.rehearsal import rehearse
 from kepo_core.experiment.study_data import StudyData as StudyData
 from kepo_core.experiment.study_data import load_data as load_data
+from kepo_core.experiment.threads import idle_cores, suit_threads, with_forks
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.options import MethodOptions, declared
@@ -44,11 +45,11 @@ from kepo_core.task.multiple_choice import MultipleChoice
 
 
 def load_to_run(params: Params) -> Models:
-    """`load_models` for the process that makes the run; where others train, it has no teacher but a served one.
+    """`load_models` for the process that makes the run; if other processes train, only a served teacher is loaded.
 
-    Everything that can be known to be wrong before a model is asked anything is found here.
+    This checks everything that can be checked before a model is called.
 
-    Raises `ParamError` where this machine cannot train as ``params`` say.
+    Raises `ParamError` if this machine cannot train with ``params``.
     """
     launch.check(params)
     tracking.check(params)
@@ -63,7 +64,7 @@ def load_to_run(params: Params) -> Models:
 
 
 def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
-    """What the trainers of all methods are given: the study's parameters under TRL's names, then TRL's own fields."""
+    """Arguments of the trainers of all methods: the study's parameters under TRL's names, then TRL's own fields."""
     common = {field.name for field in fields(TrainingArguments)} - {"activation_checkpointing"}
     return {
         "ddp_timeout": 1800 + serving.patience(params),
@@ -73,7 +74,7 @@ def _shared_arguments(params: Params, output_dir: Path) -> dict[str, Any]:
         "num_train_epochs": params.epochs,
         "learning_rate": params.learning_rate,
         "bf16": params.precision == "bf16",
-        # By its old name, which TRL's configurations switch on unless told otherwise.
+        # Under its old name, which TRL's configurations switch on by default.
         "gradient_checkpointing": bool(params.of_trl("activation_checkpointing")),
         "seed": params.seed,
         "use_cpu": not torch.cuda.is_available(),
@@ -94,8 +95,8 @@ def training_config(params: Params, output_dir: Path) -> KEPOConfig:
     shared["per_device_train_batch_size"] *= params.group_size
     method = {name: getattr(params, name) for name in declared(MethodOptions)}
     saving = {"save_strategy": "steps" if params.trl["save_steps"] else "no", "save_total_limit": 2}
-    # vLLM's log-probabilities are those of the nucleus that it draws from, the trainer's those of all tokens: their
-    # quotient would weigh an answer by what top_p cuts off, the less the longer it is.
+    # vLLM's log-probabilities are over the nucleus that it samples from, the trainer's over all tokens: their ratio
+    # would down-weight answers by what top_p cuts off, long answers most.
     vllm = {"vllm_importance_sampling_correction": params.of_trl("top_p") == 1}
     trl = {name: value for name, value in params.trl.items() if name != "activation_checkpointing"}
     return KEPOConfig(num_generations=params.group_size, **{**vllm, **method, **trl, **shared, **saving})
@@ -107,10 +108,10 @@ def make_trainer(
 ) -> Trainer | None:
     """The trainer of the run's method; None for ``method: none``, which trains nothing.
 
-    KEPO with both parts off is TRL's GRPO. The baselines keep no checkpoints: a run of theirs that is resumed trains
-    from its start. All ``params.processes`` call this.
+    KEPO with both parts off is TRL's GRPO. The baselines write no checkpoints: a resumed run of theirs trains from the
+    start. All ``params.processes`` call this.
 
-    Raises `ParamError` for what the trainer refuses, ``RuntimeError`` if other than these processes train together.
+    Raises `ParamError` for values that the trainer refuses, ``RuntimeError`` if the number of processes differs.
     """
     if params.method == "none":
         return None
@@ -138,14 +139,14 @@ def make_trainer(
     if params.curve_steps:
         questions = curves.asked(data.tests, params.curve_items)
 
-        def ask() -> list[Answer]:  # with its adapters, and as it is shared out, if it is
+        def ask() -> list[Answer]:  # the student with its adapters, sharded if it is
             accelerator = trainer.accelerator
             student = trainer.current_vllm() if isinstance(trainer, KEPOTrainer) else None
             now = replace(models, student=student or accelerator.unwrap_model(trainer.model_wrapped))
             return evaluate_student(params, now, questions, accelerator=accelerator)
 
         trainer.add_callback(curves.CurveWriter(ask, run.evaluation_dir, params.curve_steps))
-    trainer.remove_callback(PrinterCallback)  # prints every logged dictionary whole; they are in metrics.jsonl
+    trainer.remove_callback(PrinterCallback)  # it prints every logged dictionary; they are in metrics.jsonl
     return trainer
 
 
@@ -158,7 +159,7 @@ def _baseline(
     output_dir: Path,
     **changes: Any,
 ) -> Trainer:
-    """The trainer of ``method: sft`` or ``gkd``; ``changes`` to what transformers' ``TrainingArguments`` are given."""
+    """The trainer of ``method: sft`` or ``gkd``; ``changes`` override arguments of ``TrainingArguments``."""
     shared = _shared_arguments(params, output_dir) | changes
     lora = lora_config(models.student, params)
     if params.method == "sft":
@@ -181,10 +182,10 @@ def _baseline(
 
 
 def train_student(params: Params, run: Run, data: StudyData, models: Models, shown: live.LiveTraining) -> pd.DataFrame:
-    """Train ``models.student`` to the end as ``params`` say, here or in ``params.processes`` others (`launch.train`).
+    """Train ``models.student`` to the end with ``params``, here or in ``params.processes`` others (`launch.train`).
 
-    Returns ``diagnosis.training_table``'s rows; none where nothing is trained. Raises `ParamError` where a cell that is
-    executed again would train other than the run's record says.
+    Returns the rows of ``diagnosis.training_table``, none if nothing is trained. Raises `ParamError` if a repeated cell
+    would train something other than the run's record.
     """
     kernel.check_record(params, run, data.identity())
     if params.method != "none":
@@ -192,19 +193,19 @@ def train_student(params: Params, run: Run, data: StudyData, models: Models, sho
     if not launch.several(params):
         callbacks = [kernel.NotesTraining(models.student), shown]
         return train(make_trainer(params, run, data, models, callbacks), run)
-    last_checkpoint(run.training_dir)  # here, where it is seen what is said of damaged ones
+    last_checkpoint(run.training_dir)  # its warnings about damaged checkpoints are shown in this process
     models.student.to("cpu")  # they need the GPUs
     torch.cuda.empty_cache()
     launch.train(params, run, shown)
     kernel.note_trained(models.student)
-    models.student.float()  # not the compute precision, in which it is under LoRA: that rounds small updates away
+    models.student.float()  # under LoRA it has the compute precision, which rounds small updates away
     models.student.load_state_dict(load_model(str(run.path / "model"), "student").state_dict())
     models.student.to(best_device())  # type: ignore[arg-type]
     return diagnosis.read_training(run.path / "metrics.jsonl")
 
 
 def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
-    """`fit`, in this process alone. Returns ``diagnosis.training_table``'s rows; without a trainer none."""
+    """`fit` in this process only. Returns the rows of ``diagnosis.training_table``, none without a trainer."""
     if trainer is None:
         return diagnosis.training_table([])
     fit(trainer, run)
@@ -212,10 +213,10 @@ def train(trainer: Trainer | None, run: Run) -> pd.DataFrame:
 
 
 def fit(trainer: Trainer, run: Run) -> None:
-    """Train to the end, from the run's newest whole checkpoint where it has one; the model goes into the run's folder.
+    """Train to the end, from the run's newest whole checkpoint if it has one; save the model in the run's folder.
 
-    What an earlier process logged behind that checkpoint is forgotten first, as it will come again. Of several
-    processes, which all call this, the first alone writes.
+    Log lines of an earlier process after that checkpoint are deleted first, because these steps run again. If several
+    processes call this, only the first writes.
     """
     checkpoint = trainer.last_checkpoint() if isinstance(trainer, ResumableTrainer) else None
     done = trained_steps(checkpoint) if checkpoint else 0
@@ -226,7 +227,7 @@ def fit(trainer: Trainer, run: Run) -> None:
         tracking.begin(trainer, run, done)
     trainer.train(resume_from_checkpoint=checkpoint)
     if writes and trainer.state.global_step > done:
-        # Answers of a model that was trained before, in another process: this one's may differ, on a GPU say.
+        # Answers of a model that another process trained: this model may differ, for example on a GPU.
         for answers in parts(run.evaluation_dir / "trained.jsonl"):
             answers.unlink()
     save_student(trainer, run.path / "model")
@@ -240,13 +241,15 @@ def evaluate_student(
     progress: Progress | None = None,
     accelerator: Any = None,
 ) -> list[Answer]:
-    """The student's answers, in its present state, to ``questions``: greedy, or as ``eval_samples`` says.
+    """The answers of the student, as it is now, to ``questions``: greedy, or sampled as ``eval_samples`` says.
 
-    In the file ``kept`` they are kept as they come: a run that is resumed answers the others only. The processes of
-    an ``accelerator`` share them out.
+    Partial answers go into the file ``kept``: a resumed run answers only the missing questions. The processes of an
+    ``accelerator`` share the questions; without one, idle cores help to fill ``kept``.
     """
-    kernel.check_untrained(models.student, kept, len(questions) * params.eval_samples)
-    return evaluate(
+    count = len(questions) * params.eval_samples
+    kernel.check_untrained(models.student, kept, count)
+    ask = partial(
+        evaluate,
         models.student,
         models.processor,
         questions,
@@ -257,20 +260,30 @@ def evaluate_student(
         samples=params.eval_samples,
         seed=params.seed,
         pictures=partial(load_image, image_size=params.image_size, fit=params.image_fit),
-        progress=progress,
         kept=kept,
         answer_format=params.answer_format,
-        accelerator=accelerator,
     )
+    of = min(idle_cores(), -(-count // params.eval_batch_size))
+    if accelerator is None and kept is not None and of > 1 and answered(kept) < count:
+
+        def show(*_: int) -> None:
+            if progress is not None:
+                progress(answered(kept), count)
+
+        with_forks(lambda number: ask(share=(number, of), progress=None if number else show), of)
+        show()
+    return ask(progress=progress, accelerator=accelerator)
 
 
 def evaluate_run(params: Params, run: Run, data: StudyData, models: Models, student: str) -> list[Answer]:
-    """The answers of the run's "untrained" or "trained" student to all test questions, as they come in its folder.
+    """The answers of the run's "untrained" or "trained" student to all test questions, also kept in the run's folder.
 
-    ``models.student`` is this student; where several processes or vLLM answer, they load it themselves. Raises
-    `ParamError` where parameters or data are no longer those of the run.
+    ``models.student`` is this student; several processes or vLLM load it themselves. Raises `ParamError` if parameters
+    or data are not those of the run any longer, or an earlier cell was skipped.
     """
     kernel.check_record(params, run, data.identity())
+    if student == "trained":
+        kernel.check_trained(run)
     kept, progress = run.evaluation_dir / f"{student}.jsonl", live.ProgressBar(student)
     if not launch.evaluates(params):
         return evaluate_student(params, models, data.test, kept, progress)
@@ -283,7 +296,7 @@ def evaluate_run(params: Params, run: Run, data: StudyData, models: Models, stud
 
 
 def evaluate_here(run: Run, data: StudyData, student: str) -> None:
-    """In one of the processes that `launch.evaluate` starts: answer its share of `evaluate_run`'s questions."""
+    """Answer this process's share of `evaluate_run`'s questions; `launch.evaluate` starts the processes."""
     params = run.params
     source = params.student if student == "untrained" else str(run.path / "model")
     args = training_config(params, run.training_dir)
@@ -291,9 +304,10 @@ def evaluate_here(run: Run, data: StudyData, student: str) -> None:
     if args.use_vllm:
         model: Any = start_vllm(model_folder(source, "student"), processor, accelerator, args)
     else:
-        # What was trained is not rounded, also under LoRA.
+        # Trained weights are not rounded, also under LoRA.
         adapted = student == "untrained" and bool(params.lora_rank)
         model = load_model(source, "student", trained=not adapted, precision=params.precision)
+        suit_threads(model)
     models = Models(model, processor, None)
     kept = run.evaluation_dir / f"{student}.jsonl"
     evaluate_student(params, models, data.test, kept, accelerator=accelerator)

@@ -1,7 +1,7 @@
-"""What makes a hint good? Hints for held-out questions, measured, against how often the student's draws are accepted.
+"""What makes a hint good? Measures of hints for held-out questions, and the acceptance rate of the student's draws.
 
-Offline: nothing is trained. Every question gets one hint, given without the answer (``hint_context: hint``), so that
-what a draw gains is the hint's.
+Nothing is trained. Every question gets one hint, given without the answer (``hint_context: hint``): a draw's gain comes
+from the hint only.
 """
 
 import re
@@ -27,16 +27,16 @@ from kepo_core.task.prompts import Messages, hint_aware_messages, vqa_messages
 
 #: The measures of a hint, each a column of `probe`.
 MEASURES = {
-    "gain": "log-probability of the right letter with the hint less without it (nats), the answer asked for at once",
+    "gain": "log-probability of the right letter, answered at once, with the hint minus without it (nats)",
     "tokens": "length of the hint in tokens",
-    "leaks letter": "1 where the hint names the right letter, else 0",
-    "stated": "claims about the picture that it makes (PhantomVQA)",
-    "true": "share of these that hold; where there is none, missing",
-    "relevant": "share of the facts that the question needs that it states, true or not (PhantomVQA)",
+    "leaks letter": "1 if the hint names the right letter, else 0",
+    "stated": "number of claims about the picture in the hint (PhantomVQA)",
+    "true": "share of these claims that are true; missing if there are none",
+    "relevant": "share of the facts needed for the answer that the hint states, true or not (PhantomVQA)",
 }
 _COLUMNS = ["id", "modality", "image", "question_type", "hint", *MEASURES]
-_BOOTSTRAP = 2_000  # draws of an interval
-#: What stands between the prompt and the letter when the answer is asked for at once.
+_BOOTSTRAP = 2_000  # resamples for an interval
+#: Text between the prompt and the letter when the student answers at once.
 _AT_ONCE = "<think></think><answer>"
 
 
@@ -50,12 +50,12 @@ def probe(
 ) -> pd.DataFrame:
     """A row per question that got a readable hint: ids, the hint, MEASURES, and two shares of accepted draws.
 
-    ``accepted`` is the share of ``draws`` hint-aware draws that are right, ``plain`` that of as many draws without the
-    hint, in [0, 1]. Hints and draws follow from the seed of ``params``. Without ``facts`` (by image key) the last three
-    measures are missing. Raises ``ValueError`` without a teacher.
+    ``accepted`` is the share of ``draws`` hint-aware draws that are right, ``plain`` the same without the hint, in
+    [0, 1]. Hints and draws depend on the seed of ``params``. Without ``facts`` (by image key) the last three measures
+    are missing. Raises ``ValueError`` without a teacher.
     """
     if models.teacher is None:
-        raise ValueError("models: there is no teacher, expected one that writes hints (explore with a hint).")
+        raise ValueError("models: no teacher, expected one that writes hints (explore with a hint).")
     pictures = Pictures(params.image_size, params.image_fit)
     rows = list(to_dataset(questions, thinking=True, pictures=pictures))
     task = MultipleChoice()
@@ -91,9 +91,9 @@ def probe(
 def letter_log_probs(
     params: Params, models: Models, questions: Sequence[Question], messages: Sequence[Messages]
 ) -> np.ndarray:
-    """Log π_θ(right letter), among the letters of a question's options, when it is asked for at once: (questions,).
+    """Log π_θ(right letter) among the letters of a question's options, answered at once: (questions,).
 
-    The student reads the prompt and an empty thought, and the next token is looked at.
+    The student reads the prompt and an empty thought; the next token's distribution gives the log-probability.
     """
     processor, model = models.processor, models.student
     texts = [
@@ -120,7 +120,7 @@ def letter_log_probs(
 
 
 def names_letter(hint: str, letter: str) -> bool:
-    """Whether ``hint`` names the option's letter: alone as a word, but not the article that begins "A finding"."""
+    """Whether ``hint`` names the option's letter as a word of its own; the article of "A finding" does not count."""
     alone = rf"(?<![\w'-]){letter}(?![\w'-])"
     if letter == "A":
         alone = rf"{alone}(?! [a-z])|\b(?i:is|option|answer|letter|choose) {alone}"
@@ -128,10 +128,10 @@ def names_letter(hint: str, letter: str) -> bool:
 
 
 def correlations(found: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's ρ of every measure with ``accepted``: a row per modality, then all; cells "ρ [95 %]" and "–".
+    """Spearman's ρ of every measure with ``accepted``: a row per modality, then "all"; cells "ρ [95 %]" or "–".
 
-    The interval is a bootstrap over images (percentile). A measure that does not vary, or is known of fewer than ten
-    hints, has no correlation. "all" takes ranks within modalities, so that what modalities differ in is left out.
+    The interval is a percentile bootstrap over images. A measure that does not vary, or is known for fewer than ten
+    hints, has no correlation. "all" uses ranks within modalities, which removes differences between modalities.
     """
     rows: dict[str, dict[str, str]] = {}
     parts = {str(name): part for name, part in found.groupby("modality", sort=False)}
@@ -147,16 +147,16 @@ def _correlation(part: pd.DataFrame, measure: str) -> str:
     ranks = known.groupby("modality")[[measure, "accepted"]].rank(pct=True).to_numpy()
     _, image = np.unique(known["image"], return_inverse=True)
     count = int(image.max()) + 1
-    # How often each image is drawn: a multinomial count is a draw with replacement.
+    # How often each image is sampled: multinomial counts are samples with replacement.
     times = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_BOOTSTRAP)[:, image]
     low, high = np.nanquantile(_pearson(ranks, times), [0.025, 0.975])
     return f"{float(_pearson(ranks, np.ones((1, len(ranks))))[0]):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _pearson(ranks: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Correlation of the two columns of ``ranks`` (n, 2) for every row of weights ``times`` (draws, n): (draws,).
+    """Correlation of both columns of ``ranks`` (n, 2) for each row of weights ``times`` (resamples, n): (resamples,).
 
-    NaN where a column does not vary.
+    NaN if a column does not vary.
     """
     total = times.sum(axis=1)
     x, y = ranks.T
@@ -177,7 +177,7 @@ def _stated(hint: str, question: Question, facts: Mapping[str, Facts] | None) ->
 def _accepted(
     params: Params, models: Models, questions: Sequence[Question], draws: int, messages: Sequence[Messages]
 ) -> list[float]:
-    """The share of right ones among ``draws`` answers to each question, sampled at temperature 1."""
+    """The share of right answers among ``draws`` answers to each question, sampled at temperature 1."""
     answers = evaluate(
         models.student,
         models.processor,

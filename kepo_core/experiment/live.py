@@ -1,7 +1,7 @@
-"""Progress while it happens: a bar and curves that are redrawn in Jupyter, a few lines of text elsewhere.
+"""Live progress: a bar and curves that are redrawn in Jupyter, a few lines of text elsewhere.
 
-A headless run (papermill, a terminal) keeps every output it is given, so there each task writes at most
-``LINES`` lines; somebody at a notebook gets one display that is updated in place.
+A headless run (papermill, a terminal) keeps every output, so each task writes at most ``LINES`` lines there; a live
+notebook has one display that is updated in place.
 """
 
 import io
@@ -26,9 +26,9 @@ _BAR = "{l_bar}{bar:20}{r_bar}"  # tqdm's, 20 characters wide
 
 
 def watched() -> bool:
-    """Whether somebody looks at a live notebook: a kernel that Jupyter or VS Code opened for a document.
+    """Whether this is a live notebook: a kernel that Jupyter or VS Code opened for a document.
 
-    Both leave their mark on such kernels; papermill's have none, nor has a plain interpreter.
+    Both set a variable in such kernels; papermill and a plain interpreter do not.
     """
     shell = get_ipython()  # type: ignore[no-untyped-call]
     if shell is None or "zmqshell" not in type(shell).__module__:
@@ -53,8 +53,8 @@ class ProgressBar:
     """A task's progress and the time left, in tqdm's words; call it with (done, total) after each piece of work.
 
     Args:
-        label: what is being done.
-        live: one display updated in place, or lines of text; by default as ``watched()`` says.
+        label: name of the task.
+        live: True: one display updated in place; False: lines of text; None: as ``watched()`` says.
     """
 
     def __init__(self, label: str, live: bool | None = None) -> None:
@@ -63,7 +63,7 @@ class ProgressBar:
         self._lines = 0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Show that ``done`` of ``total`` pieces are finished; ``note`` stands behind."""
+        """Show that ``done`` of ``total`` pieces are finished, followed by ``note``."""
         passed = time.monotonic() - self._start
         line = tqdm.format_meter(done, total, passed, prefix=self._label, postfix=note, bar_format=_BAR)
         if self._display:
@@ -74,15 +74,15 @@ class ProgressBar:
 
 
 class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
-    """Shows training as it goes: a bar with the last numbers and, in a live notebook, the curves so far.
+    """Shows training progress: a bar with the latest numbers and, in a live notebook, the curves so far.
 
-    Each known sign of failure (`diagnosis.signs_of`) is printed once, when a quarter of training is over.
+    After each quarter of training, new signs of failure (`diagnosis.signs_of`) are printed, each of them once.
 
-    A trainer calls it in the process that it trains in; `launch.train` calls `show` for other processes.
+    A trainer calls it in its own process; `launch.train` calls `show` for other processes.
 
     Args:
         live: as for `ProgressBar`.
-        every_seconds: the least time between two drawings of the curves, which take a quarter of a second each.
+        every_seconds: minimum seconds between two drawings of the curves; a drawing takes a quarter of a second.
     """
 
     def __init__(self, live: bool | None = None, every_seconds: float = 3.0) -> None:
@@ -100,12 +100,12 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """`show` one step, on the first process; TRL's summary at the end, which has no loss, is passed over."""
+        """`show` one step, on the first process; TRL's summary at the end, which has no loss, is skipped."""
         if state.is_world_process_zero and logs and "loss" in logs:
             self.show(state.global_step, state.max_steps, logs)
 
     def show(self, step: int, total: int, logs: dict[str, Any]) -> None:
-        """Take in what optimiser step ``step`` of ``total`` logged and show it."""
+        """Show the ``logs`` of optimiser step ``step`` of ``total``."""
         self._rows.append({**logs, "step": step})
         self._bar(step, total, headline(logs))
         self._warn(4 * step // total)
@@ -113,7 +113,7 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
             self.finish()
 
     def _warn(self, quarters: int) -> None:
-        """After each quarter of training, print the signs of failure that were not there before."""
+        """After each quarter of training, print new signs of failure."""
         if quarters == self._quarters:
             return
         self._quarters = quarters
@@ -142,7 +142,7 @@ class LiveTraining(TrainerCallback):  # type: ignore[misc]  # transformers is no
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file that another process may be writing; none where there is no file."""
+    """The whole lines of a JSONL file that another process may be writing; none if the file does not exist."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def total_steps(params: Params, row: dict[str, Any]) -> int:
 
 
 def headline(logs: dict[str, Any]) -> str:
-    """The few numbers of a logged step that tell how training fares, as far as the method logs them."""
+    """The main numbers of a logged step, if the method logs them."""
     parts = {
         "accuracy": "kepo/accuracy",
         "format": "kepo/format",

@@ -1,4 +1,4 @@
-"""The methods that are compared, as data (``methods.yaml``), and the paper's Table 1 beside which they stand."""
+"""The compared methods as data (``methods.yaml``), and the paper's Table 1."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from kepo_core.params import Params
 from kepo_core.task.prompts import needs_hint
 
 _HERE = Path(__file__).parent
-#: What a method is unless its row says otherwise.
+#: Parameters of a method that its row does not set.
 KEPO: dict[str, Any] = {"method": "kepo", "distill": True, "explore": True, "thinking": True, "tau": 1.0}
 
 
 def needs_teacher(params: Params) -> bool:
-    """Whether the method asks π_T anything: to guide, or for hints."""
+    """Whether the method uses π_T, for guidance or hints."""
     hints = params.explore and needs_hint(params.hint_context)
     return params.method == "gkd" or (params.method == "kepo" and (params.distill or hints))
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: its name, what it is, its source, the parameters that make it, and its row in Table 1 if it has one.
+    """One method: its name, description, source, parameters, and its row in Table 1 if it has one.
 
     ``row`` is (method, size, mode) as in `paper_table`.
     """
@@ -38,7 +38,7 @@ class Method:
     row: tuple[str, str, str] | None = None
 
     def overrides(self, base: Params) -> dict[str, Any]:
-        """Its parameters over ``base``, whatever method that is: ``student: teacher`` becomes the teacher's name."""
+        """Its parameters over ``base``, whose own method does not matter; ``student: teacher`` becomes the teacher."""
         given = KEPO | self.parameters
         if given.get("student") == "teacher":
             given["student"] = base.teacher
@@ -56,14 +56,14 @@ def methods() -> dict[str, Method]:
 def method(name: str) -> Method:
     """The method called ``name``; raises ``ParamError`` naming them all."""
     if name not in methods():
-        raise ParamError(f"there is no method {name!r}, expected one of {', '.join(methods())}")
+        raise ParamError(f"no method is called {name!r}, expected one of {', '.join(methods())}")
     return methods()[name]
 
 
 def name_of(params: Params) -> str:
-    """The row whose parameters ``params`` have, of several the one that asks most: ``grpo-std`` rather than ``grpo``.
+    """The method whose parameters ``params`` have; of several the one that sets most: ``grpo-std``, not ``grpo``.
 
-    The paper's name of the method where there is no such row, or no single one.
+    The paper's name of the method if no method fits, or several set equally many parameters.
     """
     asked = {name: row.overrides(params) for name, row in methods().items()}
     sizes = {name: len(given) for name, given in asked.items() if given.items() <= params.to_dict().items()}
@@ -72,12 +72,12 @@ def name_of(params: Params) -> str:
 
 
 def choose(rows: str, base: Params) -> tuple[dict[str, Params], list[str]]:
-    """The runs that ``rows`` asks for, over ``base``: name → parameters, and the names that were left out.
+    """The runs of ``rows`` over ``base`` (name → parameters), and the names of skipped rows.
 
-    ``rows``: names separated by commas; ``table1``, the paper's 19 rows; or ``all``, controls and rivals too. Of the
-    last two, rows of other models on the hub are left out where ``base`` studies the embedded ones: these know nothing
-    of PhantomVQA's fixed sentences, and there may be no network. Raises ``ParamError`` for an unknown name, or
-    parameters that do not fit ``base``.
+    ``rows``: names separated by commas; ``table1``, the paper's 19 rows; or ``all``, including controls and rivals. The
+    last two skip rows with other models from the hub if ``base`` has an embedded student: those models do not know
+    PhantomVQA's fixed sentences, and there may be no network. Raises ``ParamError`` for an unknown name, or parameters
+    that do not fit ``base``.
     """
     if not isinstance(rows, str):
         raise ParamError(f"rows is {rows!r}, expected table1, all, or names separated by commas")
@@ -92,7 +92,7 @@ def choose(rows: str, base: Params) -> tuple[dict[str, Params], list[str]]:
 
 
 def methods_table(chosen: Mapping[str, Params]) -> pd.DataFrame:
-    """What ``chosen`` methods are, where they come from, and the hash that ends the names of their run folders."""
+    """Description and source of the ``chosen`` methods, and the hash at the end of their run folders' names."""
     rows = {name: (method(name).what, method(name).source, params.hash) for name, params in chosen.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["what", "source", "parameters"])
 
@@ -100,7 +100,7 @@ def methods_table(chosen: Mapping[str, Params]) -> pd.DataFrame:
 def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
     """Our accuracies (``statistics.accuracy_table``, rows by method) beside Table 1's, in per cent.
 
-    Columns: (ours or paper, modality or average); the paper's are NaN for methods that it does not have.
+    Columns: (ours or paper, modality or average); the paper's are NaN for methods that are not in it.
     """
     values: pd.DataFrame = 100 * ours.xs("accuracy", axis=1, level=1)  # type: ignore[assignment]  # of columns
     values.columns = pd.MultiIndex.from_product([["ours"], values.columns])
@@ -114,18 +114,18 @@ def beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
 def paper_table() -> pd.DataFrame:
     """The paper's Table 1 (arXiv 2602.00400 v1), in per cent: a row per (method, size, mode).
 
-    As printed but for one row: KEPO-KE (τ=0), non-thinking, prints its two averages in each other's place (avg 71.33,
-    OOD 72.13, where its columns give 72.12 and 71.33); the file has each in its own.
+    As printed, with one correction: the row KEPO-KE (τ=0), non-thinking, has its two averages swapped (printed: avg
+    71.33, OOD 72.13; its columns give 72.12 and 71.33).
     """
     table = pd.read_csv(_HERE / "paper_table1.csv").set_index(["method", "size", "mode"])
     return table.drop(columns="category")
 
 
 def released_curves() -> pd.DataFrame:
-    """What the authors' released notebook prints of four runs: columns run, step, modality, accuracy_percent.
+    """Accuracies of four runs in the authors' released notebook: columns run, step, modality, accuracy_percent.
 
-    Five epochs, 300 questions per modality, every ten steps; KEPO itself is not among them. Runs are called as what
-    they are here (its KDPO is GRPO with distillation, KEPO-KE).
+    Five epochs, 300 questions per modality, every ten steps; none of them is KEPO. Runs have this package's names (the
+    notebook's KDPO is GRPO with distillation, KEPO-KE).
     """
     names = {
         "Qwen3-VL-2B-GRPO-MRI-600-think": "GRPO",

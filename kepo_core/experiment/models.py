@@ -1,8 +1,7 @@
-"""Load student, teacher and processor, by embedded name, folder or hub name, and check that they fit.
+"""Load student, teacher and processor, by embedded name, folder or hub name, and check that they fit together.
 
-Weights come as safetensors only, and no remote code is run. Trained weights are float32 masters whatever the
-compute precision (with pure bf16 weights AdamW's steps vanish in rounding); a teacher is only read, so it is
-kept in the compute precision.
+Weights must be safetensors, and no remote code is run. Trained weights are float32 at any compute precision (AdamW's
+steps vanish in the rounding of pure bf16 weights); a teacher is not trained, so it has the compute precision.
 """
 
 import os
@@ -32,9 +31,9 @@ EMBEDDED = {"embedded:student": EMBEDDED_DIR / "student", "embedded:teacher": EM
 
 
 def best_device() -> torch.device:
-    """The CUDA device of this process when there is one, else the CPU.
+    """The CUDA device of this process if it has one, otherwise the CPU.
 
-    Where processes share out a model between them (FSDP, ZeRO), each takes its part from the CPU when training begins.
+    If processes shard a model (FSDP, ZeRO), each takes its part from the CPU when training begins.
     """
     shared_out = any(os.environ.get(f"ACCELERATE_USE_{way}") == "true" for way in ("FSDP", "DEEPSPEED"))
     if shared_out or not torch.cuda.is_available():
@@ -43,10 +42,10 @@ def best_device() -> torch.device:
 
 
 def resolve(name: str, parameter: str) -> str:
-    """The folder or hub name that ``name`` stands for.
+    """The folder or hub name of the model ``name``.
 
     Raises:
-        ParamError: an unknown embedded name, or something that looks like a path and is not a folder.
+        ParamError: an unknown embedded name, or a path that is not a folder.
     """
     if name.startswith("embedded:"):
         if name not in EMBEDDED:
@@ -55,7 +54,7 @@ def resolve(name: str, parameter: str) -> str:
     path = paths.resolve(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ParamError(f"{parameter} is the folder {name!r}, which holds no config.json: not a saved model")
+            raise ParamError(f"{parameter} is the folder {name!r}, which has no config.json, expected a saved model")
         return str(path)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ParamError(f"{parameter} is {name!r}, expected an existing folder or a hub name like owner/model")
@@ -66,7 +65,7 @@ def read_config(name: str, parameter: str = "student") -> Any:
     """The configuration of a model by embedded name, folder or hub name.
 
     Raises:
-        ParamError: it is broken, of an unknown kind, or cannot be fetched.
+        ParamError: the configuration is broken, of an unknown model type, or cannot be downloaded.
     """
     source = resolve(name, parameter)
     with _reading(name, parameter, "config.json"):
@@ -75,9 +74,9 @@ def read_config(name: str, parameter: str = "student") -> Any:
 
 @contextmanager
 def _reading(name: str, parameter: str, what: str) -> Iterator[None]:
-    """Whatever libraries raise for a model's files, in our words.
+    """Turn any error that libraries raise for a model's files into a `ParamError`.
 
-    A broken file of tokenizers raises a bare ``Exception``.
+    A broken tokenizer file raises a bare ``Exception``.
     """
     try:
         yield
@@ -91,8 +90,8 @@ def _reading(name: str, parameter: str, what: str) -> Iterator[None]:
 def load_processor(name: str, parameter: str = "student") -> Any:
     """The processor of a model, with left padding.
 
-    Without a working torchvision a Qwen checkpoint gets `method.processor.ImageOnlyQwenProcessor`, put together from
-    the same files, because ``AutoProcessor`` would then silently return a bare tokenizer.
+    Without a working torchvision a Qwen checkpoint gets `method.processor.ImageOnlyQwenProcessor`, made from the same
+    files, because ``AutoProcessor`` would silently return a bare tokenizer.
     """
     source, config = resolve(name, parameter), read_config(name, parameter)
     with _reading(name, parameter, "processor"):
@@ -105,7 +104,7 @@ def load_processor(name: str, parameter: str = "student") -> Any:
     if None not in marks and marks[0] != marks[1]:
         raise ParamError(
             f"{parameter} is {name!r}, whose config.json has image_token_id {marks[0]} and whose processor {marks[1]}, "
-            "expected the same: the model would not find its pictures"
+            "expected the same one: the model would not find its pictures"
         )
     if not processor.chat_template:
         raise ParamError(f"{parameter} is {name!r}, which has no chat template: expected an instruction-tuned model")
@@ -117,10 +116,10 @@ def load_processor(name: str, parameter: str = "student") -> Any:
 
 
 def check_quantizes(quantization: str) -> None:
-    """Refuse a quantised teacher where bitsandbytes is missing, before anything is loaded.
+    """Refuse a quantised teacher if bitsandbytes is missing, before anything is loaded.
 
     Raises:
-        ParamError: says what to install, or what to set.
+        ParamError: says what to install or set.
     """
     if quantization != "none" and not is_bitsandbytes_available():
         raise ParamError(
@@ -130,9 +129,9 @@ def check_quantizes(quantization: str) -> None:
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers is told: int8 with outliers kept in 16 bits, or 4-bit normal floats that compute in ``dtype``.
+    """Transformers' configuration: int8 with outliers in 16 bits, or 4-bit normal floats that compute in ``dtype``.
 
-    Neither touches the output embedding, whose weight the divergence reads.
+    Neither quantises the output embedding, whose weight the divergence reads.
     """
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -157,16 +156,16 @@ def load_model(
 ) -> PreTrainedModel:
     """The model in evaluation mode on the best device.
 
-    ``trained=False`` (a teacher, or what adapters stand on) freezes it and keeps its weights in ``precision``, and
-    those of its linear layers as ``quantization`` says; otherwise they are float32. ``only_looked_at``: its weights are
-    checked and not loaded (they are on torch's meta device).
+    ``trained=False`` (a teacher, or the base of adapters) freezes the model and loads its weights in ``precision``,
+    those of its linear layers quantised by ``quantization``; otherwise they are float32. ``only_looked_at``: weights
+    are checked, not loaded (they are on torch's meta device).
 
     Raises:
-        ParamError: there are no weights, not all of them, or of another shape.
+        ParamError: weights are missing or have another shape.
     """
     dtype = torch.bfloat16 if precision == "bf16" and not trained else torch.float32
     place: dict[str, int | str] | None = None
-    if quantization != "none":  # bitsandbytes puts it there at once; untold, on the first GPU in every process
+    if quantization != "none":  # bitsandbytes loads it there; by default every process would use the first GPU
         place = {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
     source = resolve(name, parameter)
     with _reading(name, parameter, "weights"):
@@ -180,19 +179,19 @@ def load_model(
             output_loading_info=True,
         )
     model, told = loaded
-    if missing := sorted(told["missing_keys"]):  # transformers would draw them at random, and warn
+    if missing := sorted(told["missing_keys"]):  # transformers would initialise them at random, with a warning
         raise ParamError(
-            f"{parameter} is {name!r}, whose weights lack {len(missing)} tensors, {missing[0]} for one: expected a "
+            f"{parameter} is {name!r}, whose weights lack {len(missing)} tensors, for example {missing[0]}: expected a "
             "whole checkpoint"
         )
     model.requires_grad_(trained)
-    if only_looked_at or getattr(model, "is_quantized", False):  # it is in its place, and cannot be moved
+    if only_looked_at or getattr(model, "is_quantized", False):  # it is on its device and cannot be moved
         return model.eval()
     return model.to(best_device()).eval()  # type: ignore[arg-type]
 
 
 def check_same_vocabulary(student: Any, teacher: Any) -> None:
-    """Refuse a teacher whose token ids mean other texts than the student's (both processors).
+    """Refuse a teacher whose token ids have other texts than the student's; arguments are both processors.
 
     Raises:
         ParamError: the vocabularies differ; the message names the first differing token.

@@ -1,4 +1,4 @@
-"""A task of one's own for notebook 06: one Python file that says what its rewards, hints, data and models are."""
+"""Your own task for notebook 06: one Python file that defines its rewards, hints, data and models."""
 
 import importlib.util
 import math
@@ -16,7 +16,7 @@ from kepo_core.experiment.launch import check_alone
 from kepo_core.method.task import Prompt, Row, Task, with_images
 from kepo_core.params import at_root, resolve
 
-#: What the file must define.
+#: Names that the file must define, with descriptions.
 NEEDED = {
     "REWARDS": "a list of TRL reward functions",
     "TASK": "a task, like Templates(asking=..., telling=...)",
@@ -27,7 +27,7 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class OwnTask:
-    """What a task file defines; see `NEEDED`."""
+    """The contents of a task file; see `NEEDED`."""
 
     rewards: Sequence[Any]
     task: Task
@@ -36,11 +36,11 @@ class OwnTask:
 
 
 def read_task(file: str) -> OwnTask:
-    """Run a task file and take its four names; a relative path counts from here, else from the project's root.
+    """Run a task file and read its four names; a relative path starts here, or else at the project's root.
 
     Raises:
-        ParamError: the file does not exist or lacks one of the names, or the environment is of another launcher. What
-            its own code raises passes through.
+        ParamError: the file does not exist or lacks one of the names, or another launcher has set the environment.
+            Errors of the file's own code are not caught.
     """
     check_alone()
     path = resolve(file)
@@ -58,7 +58,7 @@ def read_task(file: str) -> OwnTask:
 
 
 def new_folder(results: str) -> Path:
-    """A folder of its own below ``results``, named by UTC time; nothing is ever overwritten."""
+    """Make a new folder in ``results``, named by UTC time; nothing is ever overwritten."""
     parent, stamp = at_root(results), datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     for number in range(1000):
         folder = parent / f"own-task-{stamp}Z{f'-{number}' if number else ''}"
@@ -73,17 +73,17 @@ def new_folder(results: str) -> Path:
 
 
 def check_untrained(trainer: Any) -> None:
-    """Raise ``ParamError`` where a cell that is executed again would train the trained student once more."""
+    """Raise ``ParamError`` if a repeated cell would train the trained student again."""
     if trainer.state.global_step:
-        raise ParamError("the student has been trained in this kernel already: execute the cells from Models on again")
+        raise ParamError("the student is trained in this kernel already: execute the cells from section 3 on again")
 
 
 def reward_table(before: Mapping[str, float], after: Mapping[str, float], rows: int) -> pd.DataFrame:
     """Mean rewards on held-out rows before and after training, each with half the width of its 95 % interval.
 
     Args:
-        before, after: what ``trainer.evaluate()`` returned, with one completion a row.
-        rows: how many rows it was.
+        before, after: results of ``trainer.evaluate()``, with one completion per row.
+        rows: number of held-out rows.
     """
     names = ["eval_reward", *(name for name in before if name.startswith("eval_rewards/") and name.endswith("/mean"))]
     table = {}
@@ -99,13 +99,13 @@ def reward_table(before: Mapping[str, float], after: Mapping[str, float], rows: 
 
 
 def text_of(prompt: Prompt) -> str:
-    """The text of a prompt's last message, to show."""
+    """The text of a prompt's last message, for display."""
     content = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return content if isinstance(content, str) else "\n".join(part.get("text") or "[picture]" for part in content)
 
 
 def first_hint(trainer: Any, max_tokens: int, seed: int) -> tuple[str, list[str | None]]:
-    """What the teacher is asked with for the first training row, and the hint that can be read from what it writes."""
+    """The teacher's prompt for the first training row, and the hint in its completion (None if unreadable)."""
     row = trainer.train_dataset[0]
     asked = trainer.task.ask(row)
     if asked is None:

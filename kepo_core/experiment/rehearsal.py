@@ -1,4 +1,4 @@
-"""One tiny training step before a run: what libraries refuse of parameters only when they use them."""
+"""One tiny training step before a run: it finds parameters that libraries refuse only when they use them."""
 
 import copy
 import gc
@@ -22,6 +22,7 @@ from kepo_core.errors import ParamError
 from kepo_core.experiment.adapters import lora_config
 from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.experiment.pair import Models
+from kepo_core.experiment.threads import one_thread
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
@@ -31,28 +32,28 @@ from kepo_core.task.dataset import to_dataset
 from kepo_core.task.multiple_choice import MultipleChoice
 
 _SMALL, _TOKENS, _PIXELS = "embedded:student", 2, 16
-#: Parameters of TRL's that the step has values of its own for.
+#: Parameters of TRL's that the step sets itself.
 _SET = ("max_steps", "save_steps", "max_completion_length", "report_to", "use_vllm")
 _QUESTIONS = [Question("1", "", "CT", "", "What is seen?", ("nothing", "a nodule"), "A", Path("picture"))] * 2
 
 
 def rehearse(params: Params, config: KEPOConfig, baseline: Callable[..., Trainer]) -> None:
-    """Train the smallest student at hand for one step, on two completions of two tokens, as ``params`` say.
+    """Train the embedded student for one step, on two completions of two tokens, with ``params``.
 
-    Nothing is left of it: random generators and accelerate's state are as before, and what it writes is deleted.
-    Both parts of KEPO are off, and ``torch_compile`` wraps the model without compiling it (that takes long).
+    It has no side effects: random generators and accelerate's state are restored, and its files are deleted. Both parts
+    of KEPO are off, and ``torch_compile`` wraps the model without compiling it, which would take long.
 
     Args:
-        params: the run's.
-        config: KEPOTrainer's, made of them.
-        baseline: makes the trainer of the other methods: of parameters, questions, models, a reader of pictures,
+        params: the run's parameters.
+        config: KEPOTrainer's configuration, made from them.
+        baseline: makes the trainer of the other methods from parameters, questions, models, a reader of pictures,
             callbacks, a folder, and changes to ``TrainingArguments``.
 
     Raises:
-        ParamError: the step fails; names the parameters of TRL's that were given.
+        ParamError: the step fails; the message names TRL's parameters that differ from their defaults.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder, _untouched():
+        with tempfile.TemporaryDirectory() as folder, _untouched(), one_thread():
             ours = params.method == "kepo"
             trainer = _kepo(params, _reduced(config, folder)) if ours else _other(params, folder, baseline)
             trainer.remove_callback(PrinterCallback)
@@ -60,7 +61,7 @@ def rehearse(params: Params, config: KEPOConfig, baseline: Callable[..., Trainer
                 trainer.train()
             del trainer
             gc.collect()  # its model, which may be on the GPU
-    except Exception as error:  # of any type: it comes from wherever a library uses a parameter first
+    except Exception as error:  # of any type: any library may raise where it uses a parameter first
         trl = params.trl.items()
         given = [f"{name} {value}" for name, value in trl if DEFAULTS.get(name) != value and name not in _SET]
         blamed, reason = ", ".join(given) or "these parameters", " ".join(str(error).split())
@@ -110,7 +111,7 @@ def _picture(path: Path) -> Image.Image:
 
 @contextmanager
 def _untouched() -> Iterator[None]:
-    """Leave random generators and accelerate's state as they are now, and log nothing: training will, again."""
+    """Restore random generators and accelerate's state at the end, and log nothing: training will log it again."""
     shared = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
     states, drawn, drawn_by_numpy = [dict(state) for state in shared], random.getstate(), np.random.get_state()
     disabled = logging.root.manager.disable

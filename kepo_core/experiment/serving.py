@@ -1,4 +1,4 @@
-"""A served teacher found by parameters, tried before a run begins, and looked at by ``kepo check-teacher``."""
+"""A served teacher: connect by parameters, try it before a run begins, and check it with ``kepo check-teacher``."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from kepo_core.method.teacher import parse_hint
 from kepo_core.params import Params
 from kepo_core.task.prompts import hint_messages, needs_hint, vqa_messages
 
-#: What is asked to try a teacher out: a question of PhantomVQA, about a picture in which its answer is true or not.
+#: The question for trying a teacher, from PhantomVQA; its answer is true or false of the picture.
 _QUESTION: dict[str, Any] = {
     "question": "Where does the finding lie?",
     "options": ["lower right", "upper left"],
@@ -27,24 +27,24 @@ _SAID = "<think>The finding lies in the upper left (B).</think><answer>B</answer
 
 
 def patience(params: Params) -> int:
-    """The most seconds until a served teacher that stays away is given up; 0 where ``params`` name none.
+    """Seconds of retries until an unreachable served teacher counts as failed; 0 if ``params`` name none.
 
-    Processes that wait meanwhile for the one that asks must not give up before.
+    Processes that wait for the one that asks must have a longer timeout.
     """
     return math.ceil(PATIENCE) if params.teacher_url else 0
 
 
 def connect(params: Params, processor: Any, retries: int = RETRIES) -> ServedTeacher:
-    """The served teacher that ``params`` name; nothing is asked yet. ``processor`` is the student's."""
+    """The served teacher of ``params``, without a request. ``processor`` is the student's."""
     client = ChatClient(params.teacher_url, retries=retries)
     return ServedTeacher(client, params.teacher, processor, top_k=params.teacher_top_k, hints=in_cache("hints"))
 
 
 def reach(params: Params, processor: Any, student: Any) -> ServedTeacher:
-    """`connect`, and ask once what the run is going to ask.
+    """`connect`, and make one request of each kind that the run makes.
 
     Raises:
-        ParamError: the server stays away, refuses, or its tokens are not the student's.
+        ParamError: the server is unreachable or refuses, or its tokens are not the student's.
     """
     try:
         teacher = connect(params, processor)
@@ -59,9 +59,9 @@ def reach(params: Params, processor: Any, student: Any) -> ServedTeacher:
 
 
 def report(params: Params, processor: Any) -> tuple[str, bool]:
-    """What a served teacher can do, a line per trial up to the first that fails (``FAIL``), and whether all passed."""
+    """A check of a served teacher: a line per trial, up to the first that fails (``FAIL``), and whether all passed."""
     try:
-        teacher = connect(params, processor, retries=2)  # somebody waits
+        teacher = connect(params, processor, retries=2)  # the user waits
     except TeacherServerError as error:
         raise ParamError(f"teacher_url: {error}") from error
     lines: list[str] = []
@@ -115,7 +115,8 @@ def _try_alignment(params: Params, teacher: ServedTeacher) -> str:
     mass = log_probs[:, : teacher.top_k].exp().sum(1)
     return (
         f"{len(one.prompt_ids)} tokens of prompt and picture and {len(one.completion_ids)} of the completion are the "
-        f"student's; the {teacher.top_k} likeliest hold {mass.mean():.4f} of the probability, {mass.min():.4f} at least"
+        f"student's; the {teacher.top_k} most likely tokens have {mass.mean():.4f} of the probability on average, "
+        f"{mass.min():.4f} at least"
     )
 
 
@@ -123,5 +124,5 @@ def _try_picture(params: Params, teacher: ServedTeacher) -> str:
     both = [_completion(params, teacher.processor, place) for place in ("upper left", "lower right")]
     one, other = (dict(zip(ids[0].tolist(), values[0].tolist(), strict=False)) for ids, values in teacher.score(both))
     if one == other:
-        raise TeacherServerError("another picture gives the same log-probabilities: the server does not look at it")
+        raise TeacherServerError("another picture gives the same log-probabilities: the server ignores pictures")
     return "another picture gives other log-probabilities"

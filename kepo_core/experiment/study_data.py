@@ -1,4 +1,4 @@
-"""From parameters to the questions of one experiment: read, split, drawn, and tried before any model is asked."""
+"""From parameters to the questions of one experiment: read, split, sample, and check them before a model is called."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from kepo_core.params import Params, resolve
 
 @dataclass(frozen=True)
 class StudyData:
-    """What is trained on and tested on: one modality's questions, and questions per modality."""
+    """Training questions of one modality, and test questions per modality."""
 
     root: Path
     train: list[Question]
     tests: dict[str, list[Question]]
-    ledger: Ledger  # what was mended and dropped to read all of it
+    ledger: Ledger  # repaired and dropped rows
 
     @property
     def test(self) -> list[Question]:
@@ -35,7 +35,7 @@ class StudyData:
 
     @property
     def images(self) -> dict[str, str]:
-        """Test question id → image, for statistics that respect shared images."""
+        """Test question id → image, for statistics that account for shared images."""
         return {question.id: image_key(question) for question in self.test}
 
     def write_items(self, path: Path) -> None:
@@ -56,13 +56,13 @@ class StudyData:
 
 
 def load_data(params: Params) -> StudyData:
-    """Read, split and sample the questions that ``params`` name, having decoded every image once.
+    """Read, split and sample the questions of ``params``; every image is decoded once.
 
-    Rows and images that cannot be used are left out and counted in the result's ledger. What is drawn has been put
-    through the student's processor and tokenizer (`Askable`).
+    Unusable rows and images are dropped and counted in the result's ledger. Sampled questions are checked with the
+    models' processors and tokenizers (`Askable`).
 
     Raises:
-        DataError: a root, file, row or split that cannot be used, named in one sentence.
+        DataError: a root, file, row or split that cannot be used; the message names it.
     """
     root: str | Path = params.data_root if is_hub(params.data_root) else resolve(params.data_root)
     if params.data_root == "phantom":
@@ -79,7 +79,7 @@ def load_data(params: Params) -> StudyData:
     if params.method != "none" and len(train) < params.prompts_per_step:
         raise DataError(
             f"data_root {params.data_root} has {len(train)} training questions of {params.train_modality}, expected at "
-            f"least prompts_per_step ({params.prompts_per_step}), of which a step is made."
+            f"least prompts_per_step ({params.prompts_per_step}), the questions of one step."
         )
     data = StudyData(source.root, train, tests, ledger)
     for question in (*data.train, *data.test):
@@ -90,10 +90,11 @@ def load_data(params: Params) -> StudyData:
 def _choose(
     params: Params, questions: Sequence[Question], source: Source, ledger: Ledger
 ) -> tuple[list[Question], dict[str, list[Question]]]:
-    """Training and test questions that can be asked: those of ``items_file``, or newly drawn ones."""
+    """Training and test questions that the models can read: those of ``items_file``, or a new sample."""
     inspector = Inspector(source)
-    named = name_once(questions, inspector, ledger)  # all of them: a picture's name does not depend on what is drawn
+    named = name_once(questions, inspector, ledger)  # all of them: a picture's name must not depend on the sample
     if not params.items_file:
+        can_be_asked = Askable(params, inspector, ledger)
         return study_split(
             named,
             params.train_modality,
@@ -102,12 +103,15 @@ def _choose(
             params.data_seed,
             params.split,
             params.eval_split,
-            Askable(params, inspector, ledger),
+            can_be_asked,
+            can_be_asked.in_evaluation,
         )
     train, tests = read_items(
         resolve(params.items_file), named, params.train_modality, params.train_items, params.eval_items
     )
-    can_be_asked = Askable(params, inspector, Ledger())  # strict: the very same items, or none
-    for question in (*train, *(question for rows in tests.values() for question in rows)):
+    can_be_asked = Askable(params, inspector, Ledger())  # strict: all of these items, or an error
+    for question in train:
         can_be_asked(question)
+    for question in (question for rows in tests.values() for question in rows):
+        can_be_asked.in_evaluation(question)
     return train, tests

@@ -12,7 +12,7 @@ from kepo_core.runs.run import Run
 
 
 def main(folder: str, *options: str) -> int:
-    """Do what the parameters in the run's ``folder`` say. Returns the exit code; the last line says why it is 1."""
+    """Train or evaluate the run in ``folder``. Returns the exit code; if it is 1, the last line of output says why."""
     quiet_third_parties()
     if launch.ATTACHED in options:
         launch.end_with_starter()
@@ -24,7 +24,7 @@ def main(folder: str, *options: str) -> int:
             work(run)
     except Exception as error:
         traceback.print_exc()
-        sentence = str(error).strip().splitlines() or ["no more is known"]
+        sentence = str(error).strip().splitlines() or ["no message"]
         process = f"{launch.LAST_WORDS}{os.environ.get('RANK', '0')}"
         print(f"\n{process} failed: {type(error).__name__}: {sentence[0]}", flush=True)
         return 1
@@ -32,15 +32,15 @@ def main(folder: str, *options: str) -> int:
 
 
 def load_data(run: Run) -> experiment.StudyData:
-    """The data as the notebook's process has them; ``RuntimeError`` if they are no longer those of the run."""
+    """The same data as in the notebook's process; ``RuntimeError`` if they differ from those of the run."""
     data = experiment.load_data(run.params)
     if data.identity() != run.provenance["data"]:
-        raise RuntimeError(f"data_root {run.params.data_root} holds other data here than when the run began")
+        raise RuntimeError(f"data_root {run.params.data_root} has other data here than when the run began")
     return data
 
 
 def work(run: Run) -> None:
-    """Models and trainer as the notebook's process has them, and training to the end."""
+    """Make models and trainer as in the notebook's process, and train to the end."""
     params, data = run.params, load_data(run)
     models = experiment.load_models(params)
     trainer = experiment.make_trainer(params, run, data, models)

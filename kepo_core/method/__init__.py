@@ -1,1 +1,1 @@
-"""The paper, section by section: prompts, rewards, objective, exploration, teacher, trainer."""
+"""The method, for any task: objective, exploration, teacher, trainer."""

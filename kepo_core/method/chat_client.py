@@ -1,6 +1,6 @@
-"""Concurrent, retrying client for an OpenAI-compatible server (vLLM, for example): it gives up in bounded time.
+"""A concurrent client with retries for an OpenAI-compatible server, for example vLLM; it gives up in bounded time.
 
-The key, where the server wants one, is `KEY_VARIABLE`'s: no parameter, message or file holds it.
+If the server requires a key, set it in the environment variable `KEY_VARIABLE`: no parameter, message or file holds it.
 """
 
 import asyncio
@@ -16,20 +16,20 @@ from typing import Any, TypeVar
 import openai
 
 KEY_VARIABLE = "KEPO_TEACHER_KEY"
-#: Seconds for one answer: a long hint of a large teacher, behind the questions of all other processes.
+#: Seconds for one answer: enough for a long hint from a large teacher that queues behind all other processes.
 TIMEOUT = 300.0
-#: How often a request is tried again: openai's pauses (0.5, 1, 2, 4, 8, 8, … s) last two minutes, a server's restart.
+#: Number of retries: openai's pauses (0.5, 1, 2, 4, 8, 8, … s) last two minutes in all, enough for a server's restart.
 RETRIES = 20
-#: Most requests at a time; eight processes fill the 256 sequences that vLLM computes at a time.
+#: Maximum number of requests in flight; eight processes fill the 256 sequences of vLLM's batch.
 CONCURRENCY = 32
-#: The most seconds until a server is given up: openai waits for a ``Retry-After`` of up to two minutes.
+#: Maximum seconds until the client gives up: openai honours a ``Retry-After`` of up to two minutes.
 PATIENCE = (RETRIES + 1) * (TIMEOUT + 120.0)
-#: Seconds to a connection: a machine that drops packets is not there.
+#: Seconds to connect: some machines drop packets and never refuse.
 _CONNECT = 30.0
-#: Seconds between two lines that say that answers are waited for.
+#: Seconds between two messages that say that the client is waiting.
 _BETWEEN_LINES = 60.0
 
-#: Refusals of a server that may do better later: openai tries again after these.
+#: Temporary refusals (HTTP status), which openai retries.
 _PASSING = (408, 409, 429)
 
 Body = Mapping[str, Any]
@@ -37,21 +37,21 @@ Read = TypeVar("Read")
 
 
 class TeacherServerError(RuntimeError):
-    """The served teacher is of no use: the sentence names the server, what it did, and what to do."""
+    """The served teacher cannot be used: the message names the server, what it did, and what to do."""
 
 
 class ChatClient:
-    """Asks for chat completions, many at a time.
+    """Requests chat completions, many at a time.
 
     Args:
-        url: where the API begins: ``http://host:8000/v1``.
+        url: base address of the API, for example ``http://host:8000/v1``.
         timeout: seconds for the answer to one request.
-        retries: how often a request is tried again that failed in a way that may pass: no connection, no answer in
-            time, HTTP 408, 409, 429 or 5xx; after a longer pause where the server asks for one (``Retry-After``).
-        concurrency: most requests at a time.
+        retries: number of retries after a temporary failure: no connection, no answer in time, HTTP 408, 409, 429 or
+            5xx. A server may ask for a longer pause (``Retry-After``).
+        concurrency: maximum number of requests in flight.
 
     Raises:
-        TeacherServerError: proxies or certificates that the environment names cannot be used.
+        TeacherServerError: the environment's proxies or certificates cannot be used.
     """
 
     def __init__(
@@ -67,30 +67,33 @@ class ChatClient:
                 timeout=openai.Timeout(timeout, connect=min(timeout, _CONNECT)),
                 max_retries=retries,
             )
-        except (ImportError, ValueError, OSError) as error:  # of httpx: a SOCKS proxy, a proxy's address, certificates
+        except (ImportError, ValueError, OSError) as error:  # httpx: a SOCKS proxy, a proxy's address, certificates
             raise TeacherServerError(
-                f"no connection to the teacher at {self.url} can be made as the environment's proxies and certificates "
-                f"say ({self._plain(str(error))}): exempt its host by NO_PROXY, or unset ALL_PROXY, HTTP_PROXY, "
+                f"cannot connect to the teacher at {self.url} with the environment's proxies and certificates "
+                f"({self._plain(str(error))}): exempt its host by NO_PROXY, or unset ALL_PROXY, HTTP_PROXY, "
                 "HTTPS_PROXY or SSL_CERT_FILE"
             ) from error
 
     def ask_all(self, bodies: Sequence[Body], read: Callable[[int, Any], Read]) -> list[Read]:
-        """What ``read`` makes of the answer to each body (its place, openai's ``ChatCompletion``), in their order.
+        """Send all ``bodies`` and return ``read(index, answer)`` for each, in order.
 
-        The first failure ends all: nothing further is sent or tried again. A body holds the arguments of openai's
-        ``chat.completions.create``. openai validates nothing, not even that it is JSON: ``read`` has to.
+        The first failure cancels all other requests and retries.
+
+        Args:
+            bodies: arguments of openai's ``chat.completions.create``.
+            read: gets openai's ``ChatCompletion``, and must validate it: openai does not even check that it is JSON.
 
         Raises:
-            TeacherServerError: the server refuses what it is asked, or stays away.
+            TeacherServerError: the server rejects a request, or does not answer.
         """
         asked = asyncio.run_coroutine_threadsafe(self._ask_all(bodies, read), _event_loop())
         try:
             while not wait([asked], timeout=_BETWEEN_LINES).done:
-                what = f"for an answer of the teacher at {self.url}, {len(bodies)} questions in all"
+                what = f"for the teacher at {self.url} ({len(bodies)} requests in all)"
                 print(f"kepo: waiting {what}", file=sys.stderr, flush=True)
             return asked.result()
         finally:
-            asked.cancel()  # where the wait was interrupted
+            asked.cancel()  # if the wait was interrupted
 
     async def _ask_all(self, bodies: Sequence[Body], read: Callable[[int, Any], Read]) -> list[Read]:
         free = asyncio.Semaphore(self._concurrency)
@@ -110,7 +113,7 @@ class ChatClient:
         try:
             return await self._api.chat.completions.create(**body)
         except json.JSONDecodeError as error:
-            return error.doc  # as openai does with an answer that is not declared to be JSON
+            return error.doc  # as openai does for an answer that does not claim to be JSON
         except openai.APIConnectionError as error:
             raise self._away(f"{type(error.__cause__).__name__}: {str(error.__cause__) or error.message}") from error
         except openai.APIStatusError as error:
@@ -119,17 +122,17 @@ class ChatClient:
             if error.status_code >= 500 or error.status_code in _PASSING:
                 raise self._away(f"HTTP {error.status_code}: {said}") from error
             raise TeacherServerError(
-                f"the teacher at {self.url} refuses what it is asked (HTTP {error.status_code}): {self._plain(said)}"
+                f"the teacher at {self.url} rejects the request (HTTP {error.status_code}): {self._plain(said)}"
             ) from error
 
     def _away(self, reason: str) -> TeacherServerError:
         return TeacherServerError(
-            f"the teacher at {self.url} stays away, tried up to {self._retries + 1} times: start it again, or name "
-            f"another address ({self._plain(reason)})"
+            f"the teacher at {self.url} does not answer, tried up to {self._retries + 1} times: restart the server, or "
+            f"set another address ({self._plain(reason)})"
         )
 
     def _plain(self, text: str) -> str:
-        """A text's beginning on one line, printable and without the key."""
+        """The beginning of a text on one line, printable and without the key."""
         if self._key:
             text = text.replace(self._key, f"${KEY_VARIABLE}")
         words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -138,9 +141,9 @@ class ChatClient:
 
 @cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """A loop of its own for all clients, as a notebook's thread runs one already.
+    """One event loop for all clients, in a thread of its own, because a notebook's thread already runs one.
 
-    The thread is a daemon: at its end, the interpreter waits for no server.
+    The thread is a daemon: the interpreter does not wait for a server when it exits.
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="teacher", daemon=True).start()

@@ -1,4 +1,4 @@
-"""What KEPOTrainer is given, checked before a model is loaded: each problem in one sentence that says what to do."""
+"""Checks of KEPOTrainer's arguments before a model is loaded: each error is one sentence that says what to do."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from kepo_core.method.teacher import Teacher
 
 
 def check_arguments(args: KEPOConfig, teacher: Any, task: Any, eval_dataset: Any) -> None:
-    """Raise ``ValueError`` for a teacher or task of another kind, and for what they cannot do."""
+    """Raise ``ValueError`` for a teacher or task of the wrong type, or one that cannot do what ``args`` asks for."""
     if not isinstance(teacher, Teacher | ServedTeacher | None):
         kind = type(teacher).__name__
         raise ValueError(f"teacher is a {kind}, expected a Teacher(model, tokenizer) or a ServedTeacher")
@@ -18,8 +18,8 @@ def check_arguments(args: KEPOConfig, teacher: Any, task: Any, eval_dataset: Any
         raise ValueError(f"task is the class {task.__name__}, expected an instance: {task.__name__}(...)")
     if isinstance(teacher, ServedTeacher) and args.distill and args.distill_temperature != 1:
         raise ValueError(
-            f"distill_temperature is {args.distill_temperature:g}, expected 1 with a served teacher: it would divide "
-            "all logits, and the server gives log-probabilities of its top k"
+            f"distill_temperature is {args.distill_temperature:g}, expected 1 with a served teacher: another "
+            "temperature needs all logits, and the server returns only its top-k log-probabilities"
         )
     for name, part in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
         if task is not None and (first := first_row(part)) is not None:
@@ -27,9 +27,9 @@ def check_arguments(args: KEPOConfig, teacher: Any, task: Any, eval_dataset: Any
 
 
 def check_parts(args: KEPOConfig, teacher: Any, task: Task | None, dataset: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether hints are asked for. Raises ``ValueError`` where KEPO's parts lack something.
+    """Whether hints are requested. Raises ``ValueError`` if a part of KEPO lacks something.
 
-    ``dataset`` are the training rows, ``arguments`` what is passed on to GRPOTrainer.
+    ``dataset`` holds the training rows, ``arguments`` the arguments for GRPOTrainer.
     """
     first = first_row(dataset)
     if task is not None and first is not None:
@@ -51,34 +51,34 @@ def check_parts(args: KEPOConfig, teacher: Any, task: Task | None, dataset: Any,
     if asks and first is not None:
         teacher.check_prompt(first["prompt"])
     if hasattr(dataset, "__len__") and len(dataset) < (least := args.generation_batch_size // args.num_generations):
-        raise ValueError(f"train_dataset has {len(dataset)} rows, expected {least} or more, a generation batch")
+        raise ValueError(f"train_dataset has {len(dataset)} rows, expected {least} or more (one generation batch)")
     return asks
 
 
 def check_task(task: Task, row: Row) -> bool:
-    """Whether hints are asked for, after trying the task's prompts on a first row.
+    """Whether hints are requested. Tries the task's prompts on a first row.
 
     Raises:
-        ValueError: they are not of the kind of the row's own prompt.
+        ValueError: they are text and the row's prompt is a chat, or the reverse.
     """
     asked, told = task.ask(row), task.tell(row, "a hint")
     for name, prompt in (("ask", asked), ("tell", told)):
         if prompt is not None and isinstance(prompt, str) != isinstance(row["prompt"], str):
             kinds = [type(value).__name__ for value in (prompt, row["prompt"])]
             raise ValueError(
-                f"the task's {name} gives {kinds[0]} and the prompt column {kinds[1]}, expected both to be text, or "
-                "both chats"
+                f"the task's {name} returns {kinds[0]} but the prompt column holds {kinds[1]}, expected both to be "
+                "text, or both chats"
             )
     return asked is not None
 
 
 def check_columns(task: Task, row: Row, dataset: str = "train_dataset") -> None:
-    """Raise ``ValueError``, naming what is there, for the columns that the first ``row`` of a data set lacks."""
+    """Raise ``ValueError`` if the first ``row`` of a data set lacks columns; the message lists those that it has."""
     missing = [name for name in ("prompt", *task.columns) if name not in row]
     if missing:
         raise ValueError(f"{dataset} lacks {', '.join(missing)}, which the task needs: it has {', '.join(row)}")
 
 
 def first_row(dataset: Any) -> Row | None:
-    """A first row to try a task on; None where there is none."""
+    """The first row of a data set; None if it has no rows or is None."""
     return None if dataset is None else next(iter(dataset), None)

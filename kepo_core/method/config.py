@@ -1,4 +1,4 @@
-"""KEPOConfig: TRL's GRPOConfig and the method's own parameters, which a study declares no second time."""
+"""KEPOConfig: TRL's GRPOConfig and the method's own parameters."""
 
 from dataclasses import dataclass, field
 from numbers import Real
@@ -11,7 +11,7 @@ from kepo_core.errors import ParamError
 from kepo_core.method.objective import ADVANTAGES, LOSS_TYPES, TOKEN_NORMALIZED
 from kepo_core.method.options import MethodOptions, Range, check_options
 
-#: TRL's own fields whose values are checked here, as TRL meets a wrong one in the middle of a step.
+#: TRL's own fields whose values are checked here, as TRL finds a wrong one only in the middle of a step.
 _CHOICES = {
     "loss_type": LOSS_TYPES,
     "scale_rewards": ADVANTAGES,
@@ -42,7 +42,7 @@ class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not
     class, or the last part of a reward model's id.
 
     Raises:
-        ParamError: a value out of range, or two that do not go together; one sentence.
+        ParamError: a value out of range, or two that contradict each other; one sentence.
 
     Example:
     ```python
@@ -54,17 +54,17 @@ class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not
     ```
     """
 
-    loss_type: str = field(default="grpo", metadata={"help": "Aggregation of the policy term and its weights: TRL's."})
+    loss_type: str = field(default="grpo", metadata={"help": "Aggregation and weights of the policy term, as in TRL."})
     scale_rewards: str = field(default="none", metadata={"help": "none (Eq. 6), group, batch, or rloo (Eq. 4)."})
     use_bias_correction_kl: bool = field(
         default=True,
-        metadata={"help": "The KL estimate is multiplied by the ratio: its gradient is that of D_KL(π_θ‖π_ref)."},
+        metadata={"help": "Multiply the KL estimate by the ratio: its gradient is then that of D_KL(π_θ‖π_ref)."},
     )
-    # Declared here too, as transformers 5.19 has the old name alone.
-    activation_checkpointing: bool | None = field(default=None, metadata={"help": "Compute activations twice."})
+    # Declared here too, as transformers 5.19 has only the old name.
+    activation_checkpointing: bool | None = field(default=None, metadata={"help": "Recompute activations."})
     # None, as transformers warns of this old name of activation_checkpointing wherever it is set.
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name; TRL turns it on."})
-    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default on a GPU, off without."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name of the above."})
+    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default on if there is a GPU."})
 
     log_rollouts: bool = field(default=True, metadata={"help": "Write every rollout to <output_dir>/rollouts/."})
 

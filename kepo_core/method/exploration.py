@@ -1,8 +1,8 @@
-"""Section 3.2.2 and Algorithm 1 as control flow over three callables; no model is in it.
+"""Section 3.2.2 and Algorithm 1 as control flow over three callables, without any model.
 
-Where every member of a group failed, the teacher writes a hint and the student draws again with the hint (and the
-answer) in its context until a draw is right or the budget is spent. All failing groups go through each round
-together: one call of the hinter in all, one call of the sampler a round.
+If all members of a group fail, the teacher writes a hint, and the student samples again with the hint (and the
+answer) in its context until a draw is accepted or the budget is spent. All failing groups share each round: one call
+of the hinter in total, one call of the sampler per round.
 """
 
 import random
@@ -18,13 +18,13 @@ class GroupOutcome(StrEnum):
     """How exploration of one failing group ended."""
 
     RESCUED = "rescued"  # at least one draw was accepted
-    EXHAUSTED = "exhausted"  # the budget was spent without one
+    EXHAUSTED = "exhausted"  # the budget was spent and no draw was accepted
     UNPARSABLE = "unparsable"  # no hint could be read from what the teacher wrote; nothing was drawn
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One wanted hint-aware draw: for ``group``, given ``hint``, in round ``attempt`` (1 to B)."""
+    """A request for one hint-aware draw: for ``group``, given ``hint``, in round ``attempt`` (1 to B)."""
 
     group: int
     hint: str
@@ -33,10 +33,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Explored(Generic[Draw]):
-    """What became of one failing group.
+    """The result of exploring one failing group.
 
-    ``hint`` is None when it was unparsable; ``draws`` counts all draws, ``accepted`` holds those that will be
-    injected, at most ``injected_per_group`` of them, in the order they were drawn.
+    ``hint`` is None if it was unparsable; ``draws`` counts all draws; ``accepted`` holds the draws to inject, at most
+    ``injected_per_group``, in the order of sampling.
     """
 
     group: int
@@ -46,7 +46,7 @@ class Explored(Generic[Draw]):
 
     @property
     def outcome(self) -> GroupOutcome:
-        """How it ended."""
+        """How the exploration ended."""
         if self.hint is None:
             return GroupOutcome.UNPARSABLE
         return GroupOutcome.RESCUED if self.accepted else GroupOutcome.EXHAUSTED
@@ -56,8 +56,11 @@ def failing_groups(rewards: Sequence[float], group_size: int) -> list[int]:
     """The groups without any reward: max_i r(y_i) = 0, line 4 of Algorithm 1.
 
     Args:
-        rewards: of all sequences of the batch over all processes, a group's members side by side. NaN is a reward that
-            does not apply: a group of nothing else has not failed.
+        rewards: one per sequence of the batch, over all processes, the members of a group adjacent. NaN is a reward
+            that does not apply; a group of NaNs has not failed.
+
+    Raises:
+        ValueError: the rewards do not fill whole groups.
     """
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not fill groups of {group_size}, expected whole groups")
@@ -82,24 +85,23 @@ def explore(
     """Lines 7 to 14 of Algorithm 1 for all ``groups`` at once.
 
     Args:
-        groups: the failing groups that this process takes care of; may be empty.
-        hinter: writes one hint per group (None: unparsable, the group keeps its originals).
-        sampler: one draw per request, in order. It is called once a round with ``injected_per_group`` requests
+        groups: the failing groups that this process handles; may be empty.
+        hinter: returns one hint per group (None: unparsable, the group keeps its originals).
+        sampler: returns one draw per request, in order. Each round calls it once, with ``injected_per_group`` requests
             for each group that still lacks accepted draws.
-        accept: whether each draw has a positive reward.
-        rejection_budget: B, the number of rounds.
-        injected_per_group: m; accepted draws accumulate over the rounds up to m.
-        anyone: whether the argument is true on any process. All processes make the same calls of the hinter and
-            the sampler, with empty lists where they have nothing to ask, so that collective operations inside
-            them never wait for a process that is done.
+        accept: returns whether each draw has a positive reward.
+        rejection_budget: B, the maximum number of rounds.
+        injected_per_group: m, the maximum number of accepted draws per group, over all rounds.
+        anyone: returns whether its argument is true on any process. All processes make the same calls of hinter and
+            sampler, with empty lists if they have no groups left: collective operations inside never hang.
 
     Returns:
-        What became of each group, in their order.
+        One result per group, in the order of ``groups``.
 
     Raises:
-        ValueError: a budget or number of draws below 1.
+        ValueError: ``rejection_budget`` or ``injected_per_group`` is below 1.
 
-    Example, of numbers instead of completions (group 7 finds an even one in its second round, group 9 none):
+    Example with numbers as completions; even ones are accepted (group 7 finds one in round 2, group 9 finds none):
 
     ```python
     >>> from kepo_core import explore
@@ -144,7 +146,11 @@ def explore(
 
 
 def leaving_members(count: int, group_size: int, rng: random.Random) -> list[int]:
-    """Which ``count`` members of a group leave for the accepted draws (line 15): distinct, uniform, sorted."""
+    """Which ``count`` members of a group the accepted draws replace (line 15): distinct, uniform at random, sorted.
+
+    Raises:
+        ValueError: ``count`` is not in [0, ``group_size``).
+    """
     if not 0 <= count < group_size:
         raise ValueError(f"{count} of {group_size} members would leave, expected fewer than all")
     return sorted(rng.sample(range(group_size), count))

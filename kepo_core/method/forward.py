@@ -1,15 +1,15 @@
-"""One student forward for everything: log-probabilities, entropy, and the divergence from the teacher.
+"""One forward pass of the student for everything: log-probabilities, entropy, and the divergence from the teacher.
 
 TRL's fused head returns log-probabilities and entropies without ever holding (B, T, V) logits, but no hidden
-states. `add_distillation_head` wraps that forward once more: called with ``distill=Targets(...)`` it keeps what
-the backbone put out on its way to the head and computes the divergence from it, by TRL's chunked kernel; of a
-served teacher only the likeliest tokens are known (`TopTargets`), and `top_k` has the kernel for that. All of it
-happens inside the model's own forward, where DDP, FSDP and ZeRO have the weights gathered and their hooks in place.
-`add_hidden_state_output` does the teacher's half.
+states. `add_distillation_head` wraps its forward: called with ``distill=Targets(...)``, it keeps the backbone's
+output and computes the divergence from it by TRL's chunked kernel. For a served teacher, which gives only its top-k
+tokens (`TopTargets`), `top_k` has the kernel. All this happens inside the model's own forward, where DDP, FSDP and
+ZeRO have gathered the weights and set their hooks. `add_hidden_state_output` is the teacher's half.
 """
 
 import functools
 import types
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
+from kepo_core.method.shared_scoring import Shared, SharedReading
 from kepo_core.method.top_k import TopKDivergence, TopTargets
 
 _LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -27,12 +28,12 @@ _LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What the teacher thinks of N completion tokens of a batch.
+    """The teacher's distributions at N completion tokens of a batch.
 
     Attributes:
         positions: (N,) which tokens, as flat indices into (B, T).
         hidden: (N, H_T) the teacher's hidden states that predict them, without gradient.
-        head: the teacher's output embedding (its weight and bias are read at the time of use).
+        head: the teacher's output embedding (weight and bias are read when used).
         completion_length: T.
         beta, temperature: see `objective.divergence`.
     """
@@ -53,10 +54,10 @@ class DistilledOutput(FusedCausalLMOutput):  # type: ignore[misc]  # trl is not 
 
 
 def keep_float32_outputs(accelerator: Any) -> None:
-    """Under FSDP2 with bf16: models return what they computed as it is, and gradients are summed in float32.
+    """Under FSDP2 with bf16: do not cast the models' outputs, and sum gradients in float32.
 
-    accelerate's policy rounds both to bf16, log-probabilities and entropies among them; under DDP they are
-    float32. To be called before anything is shared out.
+    accelerate's policy rounds both to bf16, log-probabilities and entropies included; under DDP they are float32. Call
+    this before anything is sharded.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None and accelerator.is_fsdp2:
@@ -65,7 +66,7 @@ def keep_float32_outputs(accelerator: Any) -> None:
 
 
 def check_plain_head(model: Any, role: str) -> None:
-    """Refuse models whose logits are more than hidden states times the head (soft-capped or scaled ones)."""
+    """Raise ``ValueError`` for a model that scales or soft-caps its logits (they must be states times the head)."""
     config = model.config.get_text_config()
     for name in _LOGIT_SCALES:
         if getattr(config, name, None) not in (None, 1.0):
@@ -73,18 +74,18 @@ def check_plain_head(model: Any, role: str) -> None:
 
 
 def _first(parameter: Any, rows: int) -> Any:
-    """The first rows of a head's weight or bias; itself where these are all."""
+    """The first rows of a head's weight or bias; the parameter itself if it has no more."""
     return parameter if parameter is None or len(parameter) == rows else parameter[:rows]
 
 
 def _whole(head: Any) -> tuple[Any, Any]:
-    """Weight and bias of a head, gathered once where they are sharded (FSDP2)."""
+    """Weight and bias of a head, gathered if they are sharded (FSDP2)."""
     weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
     return weight, bias
 
 
 def predicting_states(hidden: Tensor, completion_length: int) -> Tensor:
-    """The hidden states that predict the last T tokens: each one's predecessor, (B, P+T, H) → (B, T, H)."""
+    """The hidden states that predict the last T tokens, those one position earlier: (B, P+T, H) → (B, T, H)."""
     return hidden[:, -completion_length - 1 : -1]
 
 
@@ -98,7 +99,7 @@ def _divergence(hidden: Tensor, head: Any, targets: Targets | TopTargets) -> Ten
         per_token = TopKDivergence.apply(states, weight, bias, targets.ids, targets.log_probs, targets.beta)
     else:
         teacher, teacher_bias = _whole(targets.head)
-        # Embeddings padded to different sizes: the rows that both have hold all tokens (`Teacher.check_fits`).
+        # If heads are padded to different sizes, the rows of both cover all tokens (`Teacher.check_fits`).
         rows = min(len(weight), len(teacher))
         per_token, _ = ChunkedDivergenceFunction.apply(
             states,
@@ -118,21 +119,35 @@ def _divergence(hidden: Tensor, head: Any, targets: Targets | TopTargets) -> Ten
 def add_distillation_head(model: Any) -> None:
     """Let ``model(..., fused_lm_head=True, distill=targets)`` return a `DistilledOutput`.
 
-    ``model`` must have TRL's fused head already and not be wrapped by PEFT, DDP or FSDP yet. Without ``distill``
-    the forward is exactly the one it was.
+    With ``shared`` prompts that the model can continue, the output covers only the last T tokens. ``model`` must have
+    TRL's fused head already, and not be wrapped by PEFT, DDP or FSDP yet. Without either argument its forward is
+    unchanged.
     """
-    fused_forward = model.forward
+    fused_forward, reading = model.forward, SharedReading()
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
-    def forward(self: Any, *args: Any, distill: Targets | TopTargets | None = None, **kwargs: Any) -> Any:
-        if distill is None:
-            return fused_forward(*args, **kwargs)
-        kept: list[Tensor] = []
-        hook = self.base_model.register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
-        try:
-            output = fused_forward(*args, **kwargs)
-        finally:
-            hook.remove()
+    def forward(
+        self: Any,
+        *args: Any,
+        distill: Targets | TopTargets | None = None,
+        shared: Shared | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        sharing: Any = nullcontext()
+        if shared is not None:
+            inputs = {name: value for name, value in kwargs.items() if name not in ("labels", "fused_lm_head")}
+            if reading.works(self.base_model, shared, inputs):
+                kwargs["labels"] = kwargs["labels"][:, shared.length - 1 :]
+                sharing = reading.of(self.base_model, shared)
+        with sharing:
+            if distill is None:
+                return fused_forward(*args, **kwargs)
+            kept: list[Tensor] = []
+            hook = self.base_model.register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
+            try:
+                output = fused_forward(*args, **kwargs)
+            finally:
+                hook.remove()
         divergence = _divergence(kept[0], self.get_output_embeddings(), distill)
         return DistilledOutput(**output, divergence=divergence)
 
@@ -141,19 +156,21 @@ def add_distillation_head(model: Any) -> None:
 
 def add_hidden_state_output(model: Any) -> None:
     """Let ``model(..., completion_length=T)`` return the states that predict the last T tokens, (B, T, H)."""
-    original_forward = model.forward
+    original_forward, reading = model.forward, SharedReading()
 
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, completion_length: int = 0, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, completion_length: int = 0, shared: Shared | None = None, **kwargs: Any) -> Any:
         if not completion_length:
             return original_forward(*args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        continues = shared is not None and reading.works(self.base_model, shared, kwargs)
+        with reading.of(self.base_model, shared) if shared is not None and continues else nullcontext():
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         return predicting_states(hidden, completion_length)
 
     model.forward = types.MethodType(forward, model)
 
 
 def let_generate(model: Any) -> None:
-    """Let a sharded (FSDP2) model generate: `generate` encodes pictures outside of the forward that gathers weights."""
+    """Let a sharded (FSDP2) model generate: `generate` encodes pictures outside the forward that gathers weights."""
     if isinstance(model, nn.Module) and isinstance(model, FSDPModule) and "generate" not in vars(model):
         register_fsdp_forward_method(model, "generate")

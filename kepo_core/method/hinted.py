@@ -1,8 +1,8 @@
-"""Exploration with a real student: what `exploration.explore` calls, over TRL's generation back ends.
+"""Exploration with a real student: the callables of `exploration.explore`, on TRL's generation back ends.
 
-A group may be spread over processes. The one that holds its first row takes care of it; hints and accepted draws
-are then shared, and every process replaces the rows it holds. All processes make the same sequence of calls (with
-a dummy row where they have nothing to ask), so nothing hangs when only some of them explore.
+A group may be spread over processes. The process that holds its first row explores it; hints and accepted draws are
+then shared, and every process replaces the rows it holds. All processes make the same sequence of calls (with a dummy
+row if they have none), so nothing hangs if only some of them explore.
 """
 
 import random
@@ -24,9 +24,9 @@ from kepo_core.method.vision import MODEL_FIELDS, PER_TOKEN, as_tensor, count_ti
 
 
 def read_completions(trainer: Any, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Completion]:
-    """Decode one completion per dataset row, and read it as the task does; there may be none."""
+    """Decode one completion per dataset row, and read it with the task; empty if ``ids`` is."""
     if not ids:
-        return []  # a tokenizer makes one empty text of no completions
+        return []  # a tokenizer would return one empty text
     texts = trainer.processing_class.batch_decode(list(ids), skip_special_tokens=True)
     read = []
     for row, tokens, text in zip(rows, ids, texts, strict=True):
@@ -59,13 +59,13 @@ def explore_groups(
         prompts: their plain prompts x, pictures filled in.
         own: this process's rollouts.
         scored: the rewards of all processes' rollouts, (all rows, reward functions).
-        seed: names this generation batch; hints depend on it.
+        seed: seed of this generation batch; hints depend on it.
 
     Returns:
-        What became of all groups that explored, over all processes, in their order, and the tokens of all their draws.
+        The results of all groups that explored, over all processes, in order, and the number of tokens in their draws.
 
     Raises:
-        ValueError: ``hint_source`` is "other" and this process has one group alone.
+        ValueError: ``hint_source`` is "other" and this process has only one group.
     """
     accelerator, size = trainer.accelerator, trainer.num_generations
     failing = exploration.failing_groups(trainer.signal("exploration_reward", scored).tolist(), size)
@@ -76,7 +76,7 @@ def explore_groups(
     alone = any((first + (row + size) % len(rows)) // size == group for group, row in by_group.items())
     if trainer.args.hint_source == "other" and alone:
         raise ValueError(
-            "hint_source is 'other' but a process holds one prompt only, expected two or more: raise the batch size"
+            "hint_source is 'other' but a process holds only one prompt, expected two or more: raise the batch size"
         )
     sampler = _Sampler(trainer, rows, prompts, own, by_group, f"{seed}/{accelerator.process_index}")
     results = exploration.explore(
@@ -111,7 +111,9 @@ class _Sampler:
         trainer = self.trainer
         if not trainer.asks_hints:
             if any(trainer.task.ask(self.rows[self.by_group[group]]) is not None for group in groups):
-                raise ValueError("task.ask returned None for the first row but not for this one, expected the same")
+                raise ValueError(
+                    "task.ask returned None for the first row but not for this one, expected the same for every row"
+                )
             return [""] * len(groups)
         away = 0 if trainer.args.hint_source == "own" else trainer.num_generations  # the next group's row
         rows = [self.rows[(self.by_group[group] + away) % len(self.rows)] for group in groups]
@@ -131,7 +133,7 @@ class _Sampler:
         rows = [self.rows[place] for place in places]
         asked = [hint_aware_prompt(trainer, row, request.hint) for row, request in zip(rows, requests, strict=True)]
         spare = self.prompts[0]
-        if trainer.use_vllm:  # a server answers all processes at once, and each takes out as many as it asked for
+        if trainer.use_vllm:  # a server answers all processes at once: each must send equally many prompts
             asked += [spare] * (largest(trainer.accelerator, len(asked)) - len(asked))
         prompt_ids, images, fields = trainer._tokenize_prompts(asked or [spare])
         ids, _ = trainer._generate_single_turn(prompt_ids, images, fields, 1)
@@ -141,7 +143,7 @@ class _Sampler:
 
     def _scored(self, places: list[int], draws: list[Completion]) -> list[Completion]:
         """The draws with their rewards, as answers to the plain prompts of the rows in ``places``."""
-        # Rewards are gathered: a process with fewer draws scores its first rollout again, and uses nothing of it.
+        # Rewards are gathered: a process with fewer draws scores its first rollout again and drops the result.
         count = largest(self.trainer.accelerator, len(draws))
         spare = count - len(draws)
         where = [*places, *[0] * spare]

@@ -1,4 +1,4 @@
-"""The loss of Eq. 7 inside TRL's: the gated divergence joins the policy term and the KL, from one student forward."""
+"""The loss of Eq. 7 inside TRL's: the gated divergence joins policy term and KL, from one forward pass."""
 
 import math
 from collections.abc import Mapping
@@ -12,17 +12,18 @@ from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import Targets, keep_float32_outputs
 from kepo_core.method.hinted import largest
 from kepo_core.method.served import ServedTeacher
+from kepo_core.method.shared_prompts import SharingTrainer, is_sharded
+from kepo_core.method.shared_scoring import Shared, shared_rows
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.top_k import TopTargets, gather_targets
-from kepo_core.method.vision import VisionTrainer
 from kepo_core.method.vllm_rollouts import most_difference
 
 
 class _Forward:
-    """Stands in for the model in TRL's loss: passes the targets on and keeps what came out."""
+    """Replaces the model in TRL's loss: passes further arguments to it and keeps its output."""
 
-    def __init__(self, model: Any, targets: Targets | TopTargets | None) -> None:
-        self._model, self._extra = model, {} if targets is None else {"distill": targets}
+    def __init__(self, model: Any, **extra: Any) -> None:
+        self._model, self._extra = model, {name: value for name, value in extra.items() if value is not None}
         self.output: Any = None
 
     def __call__(self, **kwargs: Any) -> Any:
@@ -30,14 +31,14 @@ class _Forward:
         return self.output
 
 
-class GatedLossTrainer(VisionTrainer):
+class GatedLossTrainer(SharingTrainer):
     """GRPOTrainer whose batches may carry a gate.
 
-    What it reads in a batch beside TRL's entries (all optional, (B, …) on this process):
+    It reads these entries of a batch besides TRL's (all optional, (B, …) on this process):
 
-    - ``kepo_gate``: (B,) booleans, I[r_i ≥ τ] of Eq. 7; without it there is no distillation.
-    - ``kepo_gated_tokens``: how many tokens passed, over the generation batch and all processes.
-    - ``kepo_top_ids``, ``kepo_top_log_probs``: what a served teacher has said of the rows, see `top_k.gather_targets`.
+    - ``kepo_gate``: (B,) booleans, I[r_i ≥ τ] of Eq. 7; without it nothing is distilled.
+    - ``kepo_gated_tokens``: number of gated tokens in the generation batch, over all processes.
+    - ``kepo_top_ids``, ``kepo_top_log_probs``: a served teacher's answers, see `top_k.gather_targets`.
     - ``kepo_replaced_entropy``: (B, 2), summed entropy and tokens of the original that an injected row replaced.
     """
 
@@ -45,14 +46,14 @@ class GatedLossTrainer(VisionTrainer):
     teacher: Teacher | ServedTeacher | None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The accelerator of transformers, before TRL shares out the reference by it."""
+        """The accelerator of transformers, before TRL shards the reference with it."""
         super().create_accelerator_and_postprocess()
         keep_float32_outputs(self.accelerator)
 
     def _targets(self, inputs: dict[str, Any]) -> Targets | TopTargets | None:
-        """The teacher's view of the gated rows of a micro-batch; None where there is nothing to ask for.
+        """The teacher's targets for the gated rows of a micro-batch; None without gated rows.
 
-        It is kept with the buffered rollouts for as long as ``num_iterations`` uses them.
+        They are kept with the buffered rollouts while ``num_iterations`` reuses them.
         """
         if "kepo_gate" not in inputs or not self.model.training:
             return None
@@ -60,19 +61,31 @@ class GatedLossTrainer(VisionTrainer):
             return inputs["kepo_targets"]  # type: ignore[no-any-return]
         mask = inputs["completion_mask"] * inputs["kepo_gate"].unsqueeze(1)
         rows = mask.any(1).nonzero().flatten().tolist()
-        # With several processes always: where the head is sharded, all have to gather it.
+        # With several processes always, because all must gather a sharded head.
         targets = self._ask(inputs, mask, rows) if rows or self.accelerator.num_processes > 1 else None
         if self.num_iterations > 1:
             inputs["kepo_targets"] = targets
         return targets
 
+    def _shared(self, inputs: dict[str, Any]) -> Shared | None:
+        """The batch's distinct prompts, if the student may read each one only once; else None.
+
+        It may not where the divergence adds nothing and the step must equal GRPOTrainer's bit for bit; under gradient
+        checkpointing, where gradients do not reach a cache; if the model is sharded; or if old log-probabilities,
+        computed row by row, enter the ratio.
+        """
+        apart = is_sharded(self.model) or "old_per_token_logps" in inputs
+        if apart or self.args.gradient_checkpointing or not self.args.distill_coef:
+            return None
+        return shared_rows(inputs, range(len(inputs["prompt_ids"])))
+
     def _ask(self, inputs: dict[str, Any], mask: Tensor, rows: list[int]) -> Targets | TopTargets:
         assert self.teacher is not None
-        if isinstance(self.teacher, ServedTeacher):  # it was asked about the generation batch as a whole
+        if isinstance(self.teacher, ServedTeacher):  # it has scored the whole generation batch already
             top = inputs["kepo_top_ids"], inputs["kepo_top_log_probs"]
             return gather_targets(*top, mask, self.teacher.top_k, self.args.distill_beta)
-        # A sharded teacher needs every process, equally often: one without gated rows asks about its first and uses
-        # nothing.
+        # A sharded teacher needs every process equally often: one without gated rows passes its first row and drops
+        # the result.
         asked = rows or [0]
         passes = largest(self.accelerator, math.ceil(len(asked) / self.teacher.batch_size))
         hidden = self.teacher.hidden_states(inputs, asked, passes)
@@ -86,19 +99,20 @@ class GatedLossTrainer(VisionTrainer):
         )
 
     def _denominator(self, inputs: Mapping[str, Any], scale: float) -> Tensor | float:
-        """What this micro-batch's divergences are divided by, so that those of an optimiser step add up."""
+        """The divisor of this micro-batch's divergences, with which the terms of an optimiser step add up."""
         if self.args.distill_normalizer == "sequences":
             return float(inputs["completion_ids"].shape[0] * scale)
         name = "num_items_in_batch" if self.args.distill_normalizer == "tokens" else "kepo_gated_tokens"
-        # These count over the generation batch and all processes, whose gradients are averaged.
+        # They count over the generation batch and all processes, whose gradients are averaged.
         count: Tensor = inputs[name]
         windows = float(self.args.steps_per_generation * self.accelerator.num_processes)
         return count * scale / windows
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """GRPO's loss plus distill_coef times the gated divergence, from one forward of the student (Eq. 7)."""
+        """GRPO's loss plus distill_coef times the gated divergence, from one forward pass of the student (Eq. 7)."""
         training = self.model.training
-        forward = _Forward(model, self._targets(inputs))
+        targets = self._targets(inputs)
+        forward = _Forward(model, distill=targets, shared=None if targets is None else self._shared(inputs))
         loss: Tensor = super()._compute_loss(forward, inputs)
         scale = self.current_gradient_accumulation_steps if training else 1
         terms = {"policy": loss.detach() * scale, "distill": loss.new_zeros(()), "kl": loss.new_zeros(())}
@@ -107,7 +121,7 @@ class GatedLossTrainer(VisionTrainer):
         if self.beta:
             terms["kl"] = self._kl(forward.output.log_probs[:, -width:].detach(), mask, inputs)
             terms["policy"] = terms["policy"] - self.beta * terms["kl"]
-        # Entropy, divergence and vLLM's difference, each with the tokens that it is summed over.
+        # Sums of entropy, divergence and vLLM's difference, each followed by its number of tokens.
         sums = loss.new_zeros(6, dtype=torch.float32)
         if getattr(forward.output, "divergence", None) is not None:
             divergence_BT, gate = forward.output.divergence, inputs["kepo_gate"]
@@ -123,17 +137,17 @@ class GatedLossTrainer(VisionTrainer):
         sums[:2] = torch.stack([(forward.output.entropy[:, -width:].detach() * own_BT).sum(), own_BT.sum()])
         if replaced is not None:
             sums[:2] += replaced.sum(0)
-        if "sampling_per_token_logps" in inputs:  # of the rows that were drawn from the plain prompt
+        if "sampling_per_token_logps" in inputs:  # only rows that were sampled from the plain prompt count
             now_BT = inputs.get("old_per_token_logps", forward.output.log_probs[:, -width:].detach())
             off_BT = (now_BT - inputs["sampling_per_token_logps"]).abs()
             sums[4:] = torch.stack([torch.where(own_BT.bool(), off_BT, 0.0).sum(), own_BT.sum()])
         if not training:
-            del terms["distill"]  # evaluation asks no teacher
+            del terms["distill"]  # evaluation does not use the teacher
         self._log_loss("train" if training else "eval", terms, sums)
         return loss
 
     def _kl(self, logps_BT: Tensor, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """The KL to the reference as TRL's loss has it, in the mean of its loss type, before β."""
+        """The KL to the reference as in TRL's loss, averaged as its loss type does, before β."""
         ratio: Tensor | float = 1.0
         if self.args.use_bias_correction_kl:
             old_BT = inputs.get("old_per_token_logps")
@@ -146,7 +160,11 @@ class GatedLossTrainer(VisionTrainer):
         return objective.aggregate(kl_BT, mask, self.loss_type, tokens=tokens, longest=self.max_completion_length)
 
     def _log_loss(self, mode: str, terms: Mapping[str, Tensor], sums: Tensor) -> None:
-        """Average the terms over processes, log them, and stop at the first that is not a number."""
+        """Average the terms over processes and log them.
+
+        Raises:
+            FloatingPointError: a term is not finite.
+        """
         packed = torch.cat([torch.stack(list(terms.values())), sums])
         values = self.accelerator.reduce(packed, reduction="sum").tolist()
         means = {name: value / self.accelerator.num_processes for name, value in zip(terms, values, strict=False)}
@@ -155,10 +173,10 @@ class GatedLossTrainer(VisionTrainer):
                 step = self.state.global_step + 1
                 raise FloatingPointError(f"the {name} loss is {value} at step {step}, expected a finite number")
         logged = {f"kepo/loss_{name}": value for name, value in means.items()}
-        # The sums since the last optimiser step.
+        # Sums since the last optimiser step.
         window = self._window.setdefault(mode, [0.0] * len(sums))
         window[:] = [total + value for total, value in zip(window, values[len(terms) :], strict=True)]
-        if self.accelerator.sync_gradients:  # the micro-batches of an optimiser step are one mean, not one each
+        if self.accelerator.sync_gradients:  # one mean per optimiser step, not one per micro-batch
             entropy, tokens, divergence, gated, off, drawn = self._window.pop(mode)
             logged["kepo/entropy"] = entropy / tokens if tokens else math.nan
             logged["kepo/divergence"] = divergence / gated if gated else math.nan
@@ -170,11 +188,11 @@ class GatedLossTrainer(VisionTrainer):
             self._metrics[mode][name].append(value)
 
     def _stop_if_apart(self, difference: float) -> None:
-        """Raise ``FloatingPointError`` where vLLM draws from another distribution than the trainer scores."""
+        """Raise ``FloatingPointError`` if vLLM samples from another distribution than the trainer scores."""
         most = most_difference(self.args)
-        if not difference <= most:  # NaN is no agreement
+        if not difference <= most:  # NaN must raise, too
             raise FloatingPointError(
-                f"vLLM's log-probabilities are {difference:.2f} away from the trainer's on average at step "
-                f"{self.state.global_step + 1}, expected at most {most:.2f}: it has other weights, another precision "
+                f"vLLM's log-probabilities differ from the trainer's by {difference:.2f} on average at step "
+                f"{self.state.global_step + 1}, expected at most {most:.2f}: vLLM has other weights, another precision "
                 "or other pictures than the student. Compare its model and dtype, or set use_vllm to False"
             )

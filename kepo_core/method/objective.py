@@ -1,11 +1,11 @@
 """Eq. 3, 4, 6 and 7, one pure function each.
 
-Shapes are suffixes: ``_B`` sequences (groups × G, a group's members side by side), ``_T`` completion tokens,
+Suffixes give shapes: ``_B`` sequences (groups × G, the members of a group adjacent), ``_T`` completion tokens,
 ``_V`` vocabulary. ``mask_BT`` is 1 on the tokens of a completion (its end-of-sequence token included) and 0 on
-padding. Log-probabilities are natural logarithms. Which arguments receive gradient is said in each function. The
-policy term, with Eq. 5, is TRL's; tests/reference.py has it as pure functions, which training is held against.
+padding. Log-probabilities are natural logarithms. Each function says which arguments receive gradient. The policy
+term (Eq. 5) is TRL's; tests/reference.py restates it as pure functions and tests training against them.
 
-Example: two groups of two; the gate of Eq. 7 at τ = 1, and the advantages of Eq. 6.
+Example with two groups of two: the gate of Eq. 7 at τ = 1, and the advantages of Eq. 6.
 
 ```python
 >>> import torch
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from kepo_core.method.options import NORMALIZERS as NORMALIZERS
 
-#: What ``scale_rewards`` may be: Eq. 6, divided by a standard deviation (TRL's), or Eq. 4.
+#: Values of ``scale_rewards``: Eq. 6; Eq. 6 divided by a standard deviation, of the group or the batch; Eq. 4.
 ADVANTAGES = ("none", "group", "batch", "rloo")
-#: TRL's loss types, and those among them that divide by a count of tokens.
+#: TRL's loss types, and the subset that divides by a number of tokens.
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 TOKEN_NORMALIZED = ("dapo", "bnpo", "cispo", "vespo")
 
@@ -39,7 +39,7 @@ def _check(name: str, choice: str, choices: tuple[str, ...]) -> None:
 
 
 def sequence_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The mean over the masked tokens of each sequence, (B,); 0 where a sequence has none."""
+    """The mean over the tokens of each sequence where the mask is 1, (B,); 0 for a sequence without any."""
     masked = torch.where(mask_BT.bool(), values_BT, 0.0)
     return masked.sum(-1) / mask_BT.sum(-1).clamp(min=1)
 
@@ -47,9 +47,9 @@ def sequence_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def importance_ratio(logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor, level: str = "token") -> Tensor:
     """Eq. 3: w = π_θ(y|x) / π_θ_old(y|x).
 
-    level: "token" gives one ratio per token, (B, T); "sequence" one per sequence, (B, 1), the geometric mean of
-        its tokens' ratios (as TRL and GSPO have it: the plain product of Eq. 3 would leave every clip range
-        within a few tokens). Both are 1 when on-policy. ``old_logps_BT`` is detached.
+    level: "token" gives one ratio per token, (B, T); "sequence" one per sequence, (B, 1): the geometric mean of its
+        tokens' ratios, as in TRL and GSPO (the plain product of Eq. 3 leaves any clip range within a few tokens).
+        Both are 1 when on-policy. ``old_logps_BT`` is detached.
     """
     _check("level", level, ("token", "sequence"))
     log_ratio_BT = logps_BT - old_logps_BT.detach()
@@ -61,7 +61,7 @@ def importance_ratio(logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor, le
 def advantages(rewards_B: Tensor, group_size: int) -> Tensor:
     """Eq. 6: Â_i = r_i − mean_j r_j over the rewards of a group, (B,), without gradient.
 
-    A reward that is NaN belongs to a sequence that no function scores: it is left out of the mean, and its Â is 0.
+    NaN marks a sequence that no reward function scores: the mean ignores it, and its Â is 0.
 
     Raises:
         ValueError: the rewards do not fill whole groups of at least two.
@@ -75,21 +75,21 @@ def advantages(rewards_B: Tensor, group_size: int) -> Tensor:
 
 
 def leave_one_out(rewards_B: Tensor, group_size: int) -> Tensor:
-    """Eq. 4: Â_i = r_i − mean_{j≠i} r_j = n/(n−1) times `advantages`, n being a group's rewards that are not NaN."""
+    """Eq. 4: Â_i = r_i − mean_{j≠i} r_j = n/(n−1) times `advantages`, with n the group's rewards that are not NaN."""
     centred = advantages(rewards_B, group_size).view(-1, group_size)
     scored = (~rewards_B.view(-1, group_size).isnan()).sum(1, keepdim=True)
     return (centred * scored / (scored - 1).clamp(min=1)).view(-1)
 
 
 def without_equal_groups(advantages_B: Tensor, rewards_B: Tensor, group_size: int) -> Tensor:
-    """Advantages whose mean over all sequences is the mean over groups whose rewards are not all equal, (B,).
+    """Advantages rescaled as if groups whose rewards are all equal were dropped, (B,).
 
-    Groups of one reward have advantages of 0 and only dilute the mean: Â is multiplied by groups / differing groups, or
-    left alone where none differs. This is what DAPO (arXiv 2503.14476) drops in its dynamic sampling; other prompts are
-    not drawn in their place, so that all methods see the same ones. ``rewards_B`` fills whole groups of ``group_size``.
+    Such groups have advantages of 0 and dilute the mean: Â is multiplied by groups / groups with differing rewards, or
+    unchanged if no group has them. DAPO's dynamic sampling (arXiv 2503.14476) drops the same groups; here no other
+    prompts replace them: all methods see the same ones. ``rewards_B`` must fill whole groups of ``group_size``.
     """
     groups = rewards_B.view(-1, group_size)
-    # Sequences without a reward (NaN) differ from nothing.
+    # Sequences without a reward (NaN) do not count as different.
     differing = (groups.nan_to_num(nan=-math.inf).amax(1) > groups.nan_to_num(nan=math.inf).amin(1)).sum()
     return advantages_B * (len(groups) / differing) if differing else advantages_B
 
@@ -98,9 +98,9 @@ def kl_to_reference(logps_BT: Tensor, ref_logps_BT: Tensor, ratio: Tensor | floa
     """The estimate of D_KL(π_θ‖π_ref) of Eq. 2 and 7 at each sampled token, (B, T): w · (exp(d) − d − 1).
 
     d = log π_ref − log π_θ; exp(d) − d − 1 (k3) is never negative, and 0 where the two agree.
-    ratio: w = π_θ/π_old of Eq. 3 as `importance_ratio` gives it, with its gradient. It makes the value unbiased
-        under samples from π_old, and the gradient that of D_KL(π_θ‖π_ref), on-policy too, where w is 1. Without it
-        (1.0) the gradient on-policy is that of D_KL(π_ref‖π_θ), another divergence.
+    ratio: w = π_θ/π_old of Eq. 3 from `importance_ratio`, with its gradient. It makes the value unbiased under samples
+        from π_old, and the gradient that of D_KL(π_θ‖π_ref), also on-policy, where w is 1. Without it (1.0), the
+        on-policy gradient is that of another divergence, D_KL(π_ref‖π_θ).
     ``ref_logps_BT`` is detached.
     """
     d = ref_logps_BT.detach() - logps_BT
@@ -108,9 +108,9 @@ def kl_to_reference(logps_BT: Tensor, ref_logps_BT: Tensor, ratio: Tensor | floa
 
 
 def gate(rewards_B: Tensor, tau: float, compare: str = "ge") -> Tensor:
-    """I[r_i ≥ τ] of Eq. 7 ("ge"), or I[r_i > τ] as the sentence below it says ("gt"): booleans, (B,).
+    """I[r_i ≥ τ] of Eq. 7 ("ge"), or I[r_i > τ] as in the paper's text below it ("gt"): booleans, (B,).
 
-    "lt" is the opposite gate, I[r_i < τ]: guidance where the student fails (as KDRL argues).
+    "lt" is the opposite gate, I[r_i < τ]: guidance where the student fails (as in KDRL).
     """
     _check("compare", compare, ("ge", "gt", "lt"))
     return {"ge": rewards_B >= tau, "gt": rewards_B > tau, "lt": rewards_B < tau}[compare]
@@ -119,11 +119,11 @@ def gate(rewards_B: Tensor, tau: float, compare: str = "ge") -> Tensor:
 def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
     """D(π_T‖π_θ) at each token from both models' full logits, (…, V) → (…).
 
-    beta: 0, forward KL(π_T‖π_θ), the formula as written; 1, reverse KL(π_θ‖π_T); between them the generalised
+    beta: 0, forward KL(π_T‖π_θ), the paper's formula; 1, reverse KL(π_θ‖π_T); in between, the generalised
         Jensen-Shannon divergence β·KL(π_T‖m) + (1−β)·KL(π_θ‖m) with m = β·π_T + (1−β)·π_θ.
     temperature: divides both models' logits.
     The teacher is detached. Training uses TRL's chunked kernel of the same function, which never holds a
-    (B, T, V) tensor; this one is its reference in tests and serves small vocabularies.
+    (B, T, V) tensor; this function is its reference in tests, and fits small vocabularies.
     """
     log_s = (student_logits / temperature).log_softmax(-1)
     log_t = (teacher_logits.detach() / temperature).log_softmax(-1)
@@ -138,11 +138,11 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0
 
 
 def top_k_buckets(logits: Tensor, ids: Tensor) -> Tensor:
-    """A distribution over V tokens seen as one over the k in ``ids`` and a bucket of all others.
+    """A distribution over V tokens, reduced to the k tokens in ``ids`` and one bucket for all others.
 
-    logits: (…, V); ids: (…, k), different ones at each place.
-    Returns the logits of the buckets, (…, k+1): those of ``ids``, then log Σ exp of the rest, which cannot cancel as
-    log(1 − Σ p) would. (…, V), in the order of ``ids``, where nothing is left over.
+    logits: (…, V); ids: (…, k), distinct at each position.
+    Returns the logits of the buckets, (…, k+1): those of ``ids``, then log Σ exp of the rest (log(1 − Σ p) would cancel
+    numerically). If k = V there is no rest: (…, V), in the order of ``ids``.
     """
     top = logits.gather(-1, ids)
     if ids.shape[-1] == logits.shape[-1]:
@@ -154,10 +154,11 @@ def top_k_buckets(logits: Tensor, ids: Tensor) -> Tensor:
 def top_k_divergence(student_logits: Tensor, ids: Tensor, teacher_buckets: Tensor, beta: float = 0.0) -> Tensor:
     """D(π_T‖π_θ) at each token over the teacher's top-k tokens and one bucket for the rest, (…).
 
-    Both distributions are summed over the same parts of the vocabulary, so this is never more than `divergence` (the
-    data-processing inequality), grows as parts are divided, and equals it at k = V, in value and gradient.
-    student_logits: (…, V); ids: (…, k), the teacher's likeliest tokens.
-    teacher_buckets: (…, k+1) its log-probabilities of them and of all others together, or (…, V) where k = V; detached.
+    Both distributions are summed over the same buckets: the value is at most `divergence` (data-processing
+    inequality), grows as buckets are split, and equals it at k = V, in value and gradient.
+    student_logits: (…, V); ids: (…, k), the teacher's most likely tokens.
+    teacher_buckets: (…, k+1), the teacher's log-probabilities of these tokens and of the rest, or (…, V) if k = V;
+        detached.
     """
     return divergence(top_k_buckets(student_logits, ids), teacher_buckets, beta)
 
@@ -169,12 +170,12 @@ def distillation_term(
     normalizer: str = "sequences",
     denominator: Tensor | float | None = None,
 ) -> Tensor:
-    """Σ_i I[r_i ≥ τ] D_i of Eq. 7, normalised: a scalar, exactly 0 when the gate is closed for all.
+    """Σ_i I[r_i ≥ τ] D_i of Eq. 7, normalised: a scalar, exactly 0 if no sequence passes the gate.
 
-    normalizer: "sequences", each gated sequence's token mean, divided by all sequences; "tokens", the sum over
+    normalizer: "sequences", the sum of gated sequences' token means, divided by all sequences; "tokens", the sum over
         gated tokens, divided by all tokens; "gated_tokens", the same sum divided by the gated tokens.
-    denominator: what to divide by, where the batch is only a part of the optimiser step; by default the batch's
-        own sequences, tokens or gated tokens.
+    denominator: the divisor, if the batch is only a part of the optimiser step; by default the number of sequences,
+        tokens or gated tokens in this batch.
     """
     _check("normalizer", normalizer, NORMALIZERS)
     gated_BT = mask_BT * gate_B.unsqueeze(-1).to(mask_BT.dtype)
@@ -192,13 +193,13 @@ def distillation_term(
 def aggregate(
     values_BT: Tensor, mask_BT: Tensor, loss_type: str, *, tokens: Tensor | float = 1.0, longest: int = 1
 ) -> Tensor:
-    """The mean of per-token values that a loss type of TRL takes: a scalar.
+    """Per-token values averaged as a loss type of TRL does: a scalar.
 
-    loss_type: "grpo", "sapo": over the tokens of a sequence, then over sequences, as in GRPO; "luspo": their sum, then
-        the mean over sequences; "dr_grpo": the sum over all, divided by sequences × ``longest``; "bnpo": over the
-        tokens of this batch; "dapo", "cispo", "vespo": the sum over all, divided by ``tokens``.
-    tokens: those of the optimiser step, as one of its batches counts them.
-    longest: the longest completion allowed, in tokens.
+    loss_type: "grpo", "sapo": mean over the tokens of a sequence, then over sequences; "luspo": sum over the tokens of
+        a sequence, then mean over sequences; "dr_grpo": sum over all tokens, divided by sequences × ``longest``;
+        "bnpo": mean over the tokens of this batch; "dapo", "cispo", "vespo": sum over them, divided by ``tokens``.
+    tokens: the mean number of tokens per batch, over all batches that are averaged.
+    longest: the maximum completion length in tokens.
     """
     _check("loss_type", loss_type, LOSS_TYPES)
     if loss_type in ("grpo", "sapo"):
@@ -214,7 +215,7 @@ def aggregate(
 def hint_importance_weights(logps_BT: Tensor, hinted_logps_BT: Tensor) -> Tensor:
     """The off-policy correction of injected tokens, (B, T), without gradient: min(1, π_old(y|x) / π_old(y|x, h, y*)).
 
-    An accepted trajectory was drawn from the hint-aware prompt and is learnt under the plain one. Truncation at 1
-    keeps it from ever counting for more than a trajectory of the student's own (cf. Guide, arXiv 2506.13923).
+    An accepted trajectory is sampled from the hint-aware prompt and trained under the plain one. Truncation at 1
+    limits its weight to that of the student's own trajectories (cf. Guide, arXiv 2506.13923).
     """
     return (logps_BT.detach() - hinted_logps_BT.detach()).exp().clamp(max=1.0)

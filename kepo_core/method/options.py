@@ -1,7 +1,7 @@
 """The method's parameters, each declared once; `KEPOConfig` and the study's ``Params`` take them from here.
 
 A declaration is a dataclass field: its type, ``Annotated`` with a `Range` where it is a number, and `option` with its
-default, its meaning and its choices. `check_options` holds any dataclass to its declarations.
+default, its meaning and its choices. `check_options` checks any dataclass against its declarations.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 from kepo_core.errors import ParamError
 
-#: What the sum of gated divergences is divided by.
+#: Which count the sum of gated divergences is divided by.
 NORMALIZERS = ("sequences", "tokens", "gated_tokens")
 
 #: What a value of each type is called.
@@ -45,7 +45,7 @@ Natural = Annotated[int, Range(0)]
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
-    """Declare a parameter: its default, one line on what it does, and the values it takes if these are few."""
+    """Declare a parameter: its default, one line on what it does, and its values if they are few."""
     return dataclasses.field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
 
 
@@ -56,27 +56,27 @@ class MethodOptions:
     distill: bool = option(True, "add the gated divergence from the teacher to the loss (Eq. 7)")
     tau: float = option(1.0, "the gate's threshold τ, in the units of gate_reward (accuracy: 0 to 1; total: 0 to 2)")
     gate_reward: str = option(
-        "", "the reward that the gate reads: a reward function's name, or total; empty: the first, accuracy"
+        "", "the reward that the gate compares with τ: a reward function's name, or total; empty: the first, accuracy"
     )
     gate_compare: str = option(
         "ge",
         "the gate is open where reward ≥ τ (ge), > τ (gt) or, as a control, < τ (lt)",
         choices=("ge", "gt", "lt"),
     )
-    distill_beta: Share = option(0.0, "0: forward KL(π_T‖π_θ); 1: reverse KL; between: generalised JSD")
+    distill_beta: Share = option(0.0, "the divergence: 0 is forward KL(π_T‖π_θ), 1 reverse KL, between generalised JSD")
     distill_coef: NotNegative = option(1.0, "weight of the divergence in the loss")
-    distill_temperature: Positive = option(1.0, "divides both models' logits in the divergence")
+    distill_temperature: Positive = option(1.0, "temperature that divides both models' logits in the divergence")
     distill_normalizer: str = option(
-        "sequences", "what the sum of gated divergences is divided by", choices=NORMALIZERS
+        "sequences", "the sum of gated divergences is divided by the number of these", choices=NORMALIZERS
     )
-    explore: bool = option(True, "where a whole group fails, draw again with the teacher's hint")
+    explore: bool = option(True, "if all rollouts of a prompt fail, retry with the teacher's hint")
     exploration_reward: str = option(
-        "", "the reward that triggers exploration (none above 0) and accepts draws (> 0); named as gate_reward"
+        "", "rollouts fail if this reward is not above 0, retries are accepted if it is; named as gate_reward"
     )
-    rejection_budget: Count = option(5, "B: rounds of hint-aware draws per failing group")
-    injected_per_group: Count = option(1, "m: draws per round, and accepted draws that replace originals, at most")
+    rejection_budget: Count = option(5, "B: rounds of retries with a hint per failed group, at most")
+    injected_per_group: Count = option(1, "m: retries per round, and accepted retries that replace originals, at most")
     on_exhausted: str = option(
-        "keep", "a group whose budget ran out without an accepted draw stays, or is dropped", choices=("keep", "drop")
+        "keep", "what to do with a group that has no accepted retry after B rounds", choices=("keep", "drop")
     )
     hint_source: str = option(
         "own",
@@ -84,12 +84,12 @@ class MethodOptions:
         choices=("own", "other"),
     )
     hint_importance: str = option(
-        "none", "off-policy weight of injected sequences in the loss", choices=("none", "truncated")
+        "none", "importance weight of injected (off-policy) sequences in the loss", choices=("none", "truncated")
     )
-    hint_max_tokens: Count = option(32, "longest hint, in tokens")
+    hint_max_tokens: Count = option(32, "maximum length of a hint, in tokens")
     zero_variance: str = option(
         "keep",
-        "groups whose rewards are all equal count in the policy term's mean, or are dropped from it",
+        "keep groups whose rewards are all equal in the policy term's mean, or drop them from it",
         choices=("keep", "drop"),
     )
 
@@ -120,10 +120,10 @@ def kind_of(owner: type, name: str) -> tuple[type, Range | None]:
 
 
 def check_option(owner: type, name: str, value: Any) -> Any:
-    """``value`` as the parameter ``name`` of ``owner`` takes it: no bool is a number, and whole numbers widen.
+    """``value`` in the type of the parameter ``name`` of ``owner``: a bool is not a number, whole numbers widen.
 
     Raises:
-        ParamError: it does not fit; names the parameter and what was expected.
+        ParamError: it has another type or is out of range; names the parameter and what was expected.
     """
     kind, allowed = kind_of(owner, name)
     number: Any
@@ -145,6 +145,6 @@ def check_option(owner: type, name: str, value: Any) -> Any:
 
 
 def check_options(owner: type, values: Any) -> None:
-    """Hold the attributes of ``values`` to what ``owner`` declares; raises `ParamError` for the first misfit."""
+    """Check the attributes of ``values`` against what ``owner`` declares; `ParamError` for the first wrong one."""
     for name in declared(owner):
         object.__setattr__(values, name, check_option(owner, name, getattr(values, name)))

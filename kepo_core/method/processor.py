@@ -1,9 +1,9 @@
-"""A processor of Qwen's image-text models for images only, for machines without a working torchvision.
+"""An image-only processor for Qwen's image-text models, for machines without a working torchvision.
 
-``Qwen3VLProcessor`` and its elders need torchvision for their *video* half. Where torchvision is missing, or does not
-match torch and breaks on import, this subclass does the image half, which Qwen2-VL, Qwen2.5-VL and Qwen3-VL share (an
-image is one placeholder token per merged patch), with the PIL backend. It is not registered with
-``AutoProcessor`` (which would return a bare tokenizer without a word): load it by its own class.
+``Qwen3VLProcessor`` and its predecessors need torchvision for their *video* half. If torchvision is missing, or does
+not match torch and fails on import, this subclass does the image half with the PIL backend. Qwen2-VL, Qwen2.5-VL and
+Qwen3-VL share that half (an image is one placeholder token per merged patch). It is not registered with
+``AutoProcessor`` (which silently returns a bare tokenizer): load it by its own class.
 """
 
 import importlib
@@ -20,7 +20,7 @@ IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|
 
 
 class ImageOnlyQwenProcessor(Qwen3VLProcessor):
-    """Image processor + tokenizer + chat template; videos are refused by having no processor for them."""
+    """Image processor + tokenizer + chat template; without a video processor, videos are refused."""
 
     def __init__(
         self,
@@ -40,12 +40,12 @@ class ImageOnlyQwenProcessor(Qwen3VLProcessor):
 
 
 def image_only_processor(kind: str, source: str, **where: Any) -> ImageOnlyQwenProcessor | None:
-    """The processor of a checkpoint that ``AutoProcessor`` cannot read, as torchvision does not work; else None.
+    """The processor of a checkpoint that ``AutoProcessor`` cannot read without torchvision; None if it can.
 
     Args:
         kind: the checkpoint's ``model_type``.
         source: its folder or hub name.
-        **where: as for ``from_pretrained``, like ``revision``.
+        **where: as for ``from_pretrained``, for example ``revision``.
     """
     if kind not in QWEN or _torchvision_works():
         return None
@@ -55,7 +55,7 @@ def image_only_processor(kind: str, source: str, **where: Any) -> ImageOnlyQwenP
 
 
 def _torchvision_works() -> bool:
-    try:  # found is not enough: a build for another torch breaks only when imported
+    try:  # finding it is not enough: a build for another torch fails only on import
         importlib.import_module("torchvision")
     except (ImportError, RuntimeError):
         return False

@@ -1,4 +1,4 @@
-"""A generation batch from the student's rollouts to what is trained on, and the record of it."""
+"""The state of a generation batch, from the student's own rollouts to the final ones, and its record."""
 
 import math
 import re
@@ -23,9 +23,9 @@ class Generation:
 
     Attributes:
         rows: the dataset rows, one per rollout.
-        first: the place of the first of them among the rows of all processes.
+        first: the global index of the first row.
         own: the student's own rollouts.
-        final: what is trained on, after injection.
+        final: the rollouts that are trained on, after injection.
         explored, draw_tokens: see `hinted.explore_groups`.
         injected: rows whose original was replaced.
         scored: the rewards of ``own``, (all rows, reward functions).
@@ -54,9 +54,9 @@ def record(
 
     Args:
         trainer: a KEPOTrainer.
-        rewards: of what is trained on, (all rows, reward functions).
-        advantages, gate, keep: of this process's rows, (B,) or for advantages (B, T).
-        log_ratio: by injected row, see `Rollout`.
+        rewards: of the rollouts that are trained on, (all rows, reward functions).
+        advantages, gate, keep: for this process's rows, (B,); advantages may be (B, T).
+        log_ratio: injected row → ``hint_log_ratio`` of `Rollout`.
     """
     before, replaced = rewards if now.scored is None else now.scored, set(now.injected)
     rollouts = [
@@ -83,7 +83,7 @@ def record(
 
 
 def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before: Tensor) -> dict[str, float]:
-    """The ``kepo/`` metrics of one generation batch over all processes; NaN where there is nothing to average.
+    """The ``kepo/`` metrics of one generation batch over all processes; NaN for a mean of nothing.
 
     Args:
         trainer, now: as for `record`.
@@ -108,7 +108,7 @@ def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before:
         "kepo/all_fail_rate": len(failing_groups(signal, size)) * size / len(signal),
         "kepo/draw_tokens": float(now.draw_tokens),
     }
-    if not trainer.args.distill:  # without guidance there is no gate
+    if not trainer.args.distill:  # without distillation nothing is gated
         del metrics["kepo/gate_rate"]
     if trainer.task is not None:
         metrics |= trainer.task.metrics([rollout.facts for rollout in own])
@@ -116,7 +116,7 @@ def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean of those that are not NaN."""
+    """The mean of the values that are not NaN; NaN if all are."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 

@@ -1,10 +1,10 @@
-"""Checkpoints from which training goes on as if it had never stopped.
+"""Exact resume: training continues from a checkpoint as if it had never stopped.
 
-transformers keeps weights, optimiser, schedule, step and random generators. What it and TRL leave out, and what is
-kept here: the rollouts of a generation window that is not used up, the place inside that window, metrics that are
-not logged yet, and how often the sampler has shuffled. A checkpoint is written beside its place and moved there
-whole, so that whatever is called ``checkpoint-N`` can be resumed from, wherever the process was killed. What a disk
-does to it afterwards is found by the checksums in it; then the one before is taken.
+transformers saves weights, optimiser, schedule, step and random generators. This module adds what it and TRL omit:
+the rollouts of an unfinished generation window, the position inside that window, metrics that are not logged yet, and
+how often the sampler has shuffled. A checkpoint is written under another name and then renamed: anything called
+``checkpoint-N`` is complete, wherever the process was killed. Checksums in it detect later damage; resume then takes
+the checkpoint before it.
 """
 
 import hashlib
@@ -24,39 +24,39 @@ from kepo_core.errors import ParamError
 from kepo_core.files import read_json, write_json
 from kepo_core.method.rollouts import forget_rollouts
 
-#: Entries of a buffered batch that are computed again from the others.
+#: Entries of a buffered batch that can be recomputed from the others.
 _DERIVED = ("kepo_targets",)
 _PARTIAL = ".partial"
-#: The file of a checkpoint that holds the SHA-256 of all others, by their paths in it.
+#: The file in a checkpoint with the SHA-256 of all other files: relative path → checksum.
 _CHECKSUMS = "checksums.json"
 
 
 class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followed by the type checker
     """GRPOTrainer whose ``train(resume_from_checkpoint=…)`` is exact on the CPU.
 
-    Only the tables of ``log_completions`` restart empty: completions that were not written yet are not kept.
+    Only the tables of ``log_completions`` restart empty: a checkpoint does not hold completions not yet written.
     """
 
     #: (step, number within the step) of the newest generation batch.
     _generation_of_step: tuple[int, int] = (-1, 0)
-    #: Sums since the last optimiser step, by mode.
+    #: Sums since the last optimiser step: mode → sums.
     _window: dict[str, list[float]]
     _resumed_from: str | None = None
     _verified: str | None = None
 
     def last_checkpoint(self) -> str | None:
-        """`last_checkpoint` of ``output_dir``; all processes ask, and the first looks."""
+        """`last_checkpoint` of ``output_dir``. All processes must call it; the first reads the disk."""
         found = [last_checkpoint(Path(self.args.output_dir)) if self.accelerator.is_main_process else None]
         self._verified = broadcast_object_list(found)[0]
         return self._verified
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in transformers; ``True`` takes the newest checkpoint of ``output_dir``, or starts where there is none.
+        """As in transformers; ``True`` resumes from the newest checkpoint of ``output_dir``, or starts without one.
 
-        Rollouts that an earlier training left of steps that are trained now are removed.
+        Rollouts of an earlier training are removed for the steps that are trained now.
 
         Raises:
-            ValueError: the checkpoint is damaged; the sentence names the file. ``True`` takes the one before it.
+            ValueError: the given checkpoint is damaged; the message names the file. ``True`` skips damaged ones.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.last_checkpoint()
@@ -69,9 +69,9 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """No step from a checkpoint with all steps behind it: the loop of transformers takes one before it looks.
+        """Train no step from a finished checkpoint: transformers' loop trains one before it checks.
 
-        By then everything is prepared as for training, shared out over processes if need be, and can be saved.
+        At this point everything is prepared (and sharded, if configured) as for training, and can be saved.
         """
         if self.state.max_steps <= self.state.global_step:
             self.control.should_training_stop = True
@@ -79,11 +79,11 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The checkpoint of transformers and the loop's own state, complete or not there at all."""
+        """Save transformers' checkpoint and the loop's own state, atomically."""
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         partial, main = folder / _PARTIAL, self.args.should_save
         if main:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(partial)
         try:
@@ -125,14 +125,14 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         }
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The random generators, and with them the loop: transformers asks when everything else is in place."""
+        """Restore the random generators, and the loop's state: transformers calls this last."""
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
         path = Path(checkpoint) / f"loop_{self.accelerator.process_index}.pt"
         if not path.is_file():
             raise ValueError(
-                f"{path} does not exist, expected a checkpoint of this trainer, written by as many processes as now"
+                f"{path} does not exist, expected a checkpoint of this trainer, written by the same number of processes"
             )
         device = self.accelerator.device  # "cpu:0" with several processes, which torch.load does not know
         state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
@@ -144,7 +144,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         self._tr_loss, self._globalstep_last_logged = state["loss"], state["loss_since"]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """TRL's sampler, which shuffles every epoch from one generator: past epochs are shuffled once more."""
+        """TRL's sampler, which shuffles every epoch from one generator: repeat the shuffles of past epochs."""
         sampler = super()._get_train_sampler(dataset)
         if self._resumed_from and getattr(sampler, "shuffle", False):
             for _ in range(int(_trainer_state(self._resumed_from).epoch + 1e-6)):
@@ -153,10 +153,10 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in ``folder``; None where there is none.
+    """The newest intact checkpoint in ``folder``; None without one.
 
-    Damaged ones that are newer are renamed, so that the next ones do not push out whole ones, and named on standard
-    error; so are those of another trainer.
+    Newer checkpoints that are damaged, or another trainer's, are renamed (they must not count as checkpoints to keep),
+    with a message on standard error.
     """
     while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
         path = Path(newest)
@@ -166,14 +166,14 @@ def last_checkpoint(folder: Path) -> str | None:
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         before = get_last_checkpoint(str(folder))
-        instead = f"goes on from {Path(before).name}" if before else "starts anew, as there is no other"
-        print(f"kepo: {path} is damaged ({reason}): it is called {aside.name} now, and training {instead}",
+        instead = f"resumes from {Path(before).name}" if before else "starts over, as there is no other checkpoint"
+        print(f"kepo: {path} is damaged ({reason}): renamed to {aside.name}; training {instead}",
               file=sys.stderr, flush=True)  # fmt: skip
     return None
 
 
 def damage(checkpoint: Path) -> str:
-    """What of a checkpoint is not as it was written, in words; "" where all of it is."""
+    """Which file of a checkpoint differs from what was written, in words; "" if none does."""
     if not (checkpoint / _CHECKSUMS).is_file():
         return f"{_CHECKSUMS} does not exist, expected a checkpoint of this trainer"
     try:
@@ -185,14 +185,14 @@ def damage(checkpoint: Path) -> str:
         return f"{_CHECKSUMS} lists no file"
     for name in sorted(written | found):
         if found.get(name) != written.get(name):
-            return f"{name} is {'missing' if name not in found else 'not as it was written'}"
+            return f"{name} {'is missing' if name not in found else 'has changed since it was written'}"
     return ""
 
 
 def _checksums(checkpoint: Path) -> dict[str, str]:
     sums = {}
     for path in sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != _CHECKSUMS):
-        if path.name.startswith("."):  # a file manager's, or of a network's disk
+        if path.name.startswith("."):  # written by a file manager or a network file system
             continue
         with path.open("rb") as file:
             sums[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -200,7 +200,7 @@ def _checksums(checkpoint: Path) -> dict[str, str]:
 
 
 def trained_steps(checkpoint: str) -> int:
-    """The optimiser steps behind a checkpoint."""
+    """How many optimiser steps a checkpoint has been trained for."""
     return int(_trainer_state(checkpoint).global_step)
 
 

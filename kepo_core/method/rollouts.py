@@ -1,7 +1,7 @@
-"""What happened in training, row by row and in numbers: the rollouts file and the ``kepo/`` metrics.
+"""The record of training: the rollouts file, row by row, and the ``kepo/`` metrics.
 
-All rates are of the student's own rollouts *before* injection, unless the glossary says otherwise: rewards that
-TRL logs itself (``reward``, ``rewards/*``) are taken after it and flatter the policy.
+All rates are of the student's own rollouts *before* injection, unless the glossary says otherwise. The rewards that
+TRL logs (``reward``, ``rewards/*``) are measured after injection and flatter the policy.
 """
 
 import math
@@ -14,41 +14,42 @@ import pandas as pd
 
 from kepo_core.files import in_place_of
 
-#: Every metric that KEPOTrainer logs beside TRL's own and the task's, and what it is.
+#: Metric name → definition, for all that KEPOTrainer logs besides TRL's metrics and the task's.
 GLOSSARY: dict[str, str] = {
     "kepo/reward": "mean reward of the student's own rollouts, before injection: TRL's weighted sum of all reward "
     "functions",
-    "kepo/rewards/NAME": "mean of the reward function NAME over them, where it applies",
-    "kepo/length": "their mean length in tokens, end-of-text token included",
-    "kepo/entropy": "mean entropy (nats) of the next-token distribution over all their tokens; replaced originals are "
-    "measured when they are replaced, all others in the loss's forward pass; dropped rows are left out",
+    "kepo/rewards/NAME": "mean of the reward function NAME over the student's own rollouts to which it applies",
+    "kepo/length": "mean length of the student's own rollouts in tokens, end-of-text token included",
+    "kepo/entropy": "mean entropy (nats) of the next-token distribution over all tokens of the student's own rollouts; "
+    "replaced originals are measured when they are replaced, all others in the loss's forward pass; dropped rows do "
+    "not count",
     "kepo/all_fail_rate": "share of groups in which no rollout has an exploration_reward above 0 (rewards "
     "that do not apply are ignored)",
-    "kepo/explored_groups": "groups that explored in this generation batch",
-    "kepo/unparsable_hints": "groups among them for which no hint could be read; they keep their originals",
-    "kepo/rescued_groups": "groups among them with at least one accepted draw",
-    "kepo/draws": "hint-aware draws made for them",
-    "kepo/draw_tokens": "tokens in these draws, which the length and token counts of TRL leave out",
-    "kepo/accepted": "draws that were accepted and injected",
-    "kepo/gate_rate": "share of the sequences that are trained on (after injection) that pass the gate (with distill)",
+    "kepo/explored_groups": "number of groups that explored in this generation batch",
+    "kepo/unparsable_hints": "number of explored groups for which no hint could be read; they keep their originals",
+    "kepo/rescued_groups": "number of explored groups with at least one accepted draw",
+    "kepo/draws": "number of hint-aware draws",
+    "kepo/draw_tokens": "number of tokens in hint-aware draws; TRL's length and token counts do not include them",
+    "kepo/accepted": "number of draws that were accepted and injected",
+    "kepo/gate_rate": "share of the training sequences (after injection) that pass the gate (with distill)",
     "kepo/injected_log_ratio": "mean over injected trajectories of the mean over their tokens of "
-    "log π(y|x,h,a) − log π(y|x), both by the student that drew them: how far the hint pulled them off-policy",
+    "log π(y|x,h,a) − log π(y|x), both by the student that sampled them: how far the hint pulled them off-policy",
     "kepo/injected_mentions_hint": 'share of injected trajectories that say "hint", "hints", "hinted" or '
     '"ground truth"',
-    "kepo/loss_policy": "the policy term of the loss: −w·Â in the mean of loss_type (by default over the tokens of a "
-    "sequence, then over sequences), with TRL's entropy bonus and auxiliary loss where they are on; about 0 when "
-    "on-policy, as advantages sum to 0 in a group, while its gradient is not",
+    "kepo/loss_policy": "the policy term of the loss: −w·Â, averaged by loss_type (by default over the tokens of a "
+    "sequence, then over sequences), with TRL's entropy bonus and auxiliary loss if they are on; about 0 when "
+    "on-policy, because advantages sum to 0 in a group (its gradient is not 0)",
     "kepo/loss_distill": "the gated divergence, normalised by distill_normalizer, before distill_coef",
-    "kepo/loss_kl": "the KL to the reference as it is trained (the estimate times the ratio, unless "
-    "use_bias_correction_kl is off), in the same mean, before beta",
+    "kepo/loss_kl": "the KL to the reference in the loss (the estimate times the ratio, unless "
+    "use_bias_correction_kl is off), averaged by loss_type, before beta",
     "kepo/divergence": "mean D(π_T‖π_θ) per gated token; with a served teacher, over its top-k tokens and "
     "one bucket for the rest",
     "kepo/vllm_difference": "mean |log π_vLLM − log π_θ| per token of the student's own rollouts (with use_vllm); "
-    "training stops where it exceeds 0.2",
-    "kepo/unmoved_weights": "share of the weights with a gradient that an optimiser step leaves as they were, rounded "
-    "away, in a sample of them",
-    "kepo/unasked": "sequences past the gate that a served teacher was not asked about, as their text would be cut "
-    "into other tokens than the student wrote; they are not guided",
+    "training stops if it exceeds 0.2",
+    "kepo/unmoved_weights": "share of the weights with a gradient that an optimiser step leaves unchanged because "
+    "rounding removes the update (from a sample of the weights)",
+    "kepo/unasked": "number of sequences past the gate that a served teacher cannot score, because the text would be "
+    "tokenized differently from what the student wrote; they are not guided",
 }
 
 ROLLOUTS_DIR = "rollouts"
@@ -58,10 +59,10 @@ ROLLOUTS_DIR = "rollouts"
 class Rollout:
     """One row of the rollouts file: a completion that was trained on, or an original that was replaced.
 
-    ``step`` is the optimiser step that first uses it (1, 2, …), ``generation`` counts generation batches of that
-    step, ``row`` is its place in the generation batch over all processes and ``group`` = row // G. ``facts`` are what
-    the task reads in it, a column each; ``rewards`` what the reward functions gave it, a column ``rewards/NAME``
-    each (NaN: the function does not apply); ``reward`` is their weighted sum and ``advantage`` Â (NaN for replaced
+    ``step`` is the optimiser step that first uses it (1, 2, …), ``generation`` numbers the generation batches of that
+    step, ``row`` is its index in the generation batch over all processes, and ``group`` = row // G. ``facts`` are the
+    results of the task's ``read``, a column each; ``rewards`` those of the reward functions, a column ``rewards/NAME``
+    each (NaN: the function does not apply); ``reward`` is their weighted sum, and ``advantage`` is Â (NaN for replaced
     originals, which are not trained on). ``hint``, ``exploration`` (a GroupOutcome, or "") and ``draws`` belong to the
     group. ``hint_log_ratio`` is the token mean of log π(y|x,h,a) − log π(y|x), NaN unless injected.
     """
@@ -88,7 +89,7 @@ class Rollout:
     hint_log_ratio: float = math.nan
 
     def columns(self) -> dict[str, Any]:
-        """The row as the file has it. Raises ``ValueError`` where the task reads what another column is called."""
+        """The row of the file: column → value. Raises ``ValueError`` if a fact has the name of another column."""
         facts = {name: str(value) if isinstance(value, str) else value for name, value in self.facts.items()}
         rewards = {f"rewards/{name}": value for name, value in self.rewards.items()}
         spread: dict[str, dict[str, Any]] = {"facts": facts, "rewards": rewards}
@@ -105,8 +106,8 @@ class Rollout:
 class Completion:
     """One decoded completion.
 
-    ``finished`` is whether it ended by itself, ``facts`` what its task reads in it. A hint-aware draw is scored when it
-    is drawn: ``rewards`` holds one number per reward function, ``extras`` what these logged about it for TRL's table of
+    ``finished`` is whether it ended by itself, ``facts`` the result of the task's ``read``. Only hint-aware draws carry
+    scores: ``rewards`` holds one number per reward function, ``extras`` the values that these logged for TRL's table of
     completions.
     """
 
@@ -131,14 +132,14 @@ def write_rollouts(output_dir: str | Path, rollouts: Sequence[Rollout]) -> Path:
 
 
 def forget_rollouts(output_dir: str | Path, step: int) -> None:
-    """Remove what an earlier training wrote of the steps after ``step``: they are about to be trained again."""
+    """Remove the rollouts that an earlier training wrote for steps after ``step``, which will be trained again."""
     for shard in (Path(output_dir) / ROLLOUTS_DIR).glob("step_*.parquet"):
         if int(shard.stem.split("_")[1]) > step:
             shard.unlink()
 
 
 def collect_rollouts(output_dir: str | Path) -> pd.DataFrame:
-    """All rollouts of a training run in the order they were made; an empty frame with their own columns if none."""
+    """All rollouts of a training run, in order; an empty table with the same columns if it has none."""
     shards = sorted((Path(output_dir) / ROLLOUTS_DIR).glob("step_*.parquet"))
     if not shards:
         return pd.DataFrame(columns=[f.name for f in fields(Rollout) if f.name not in ("facts", "rewards")])

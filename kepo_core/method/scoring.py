@@ -1,11 +1,11 @@
 """One matrix of rewards, by TRL's `_calculate_rewards`, for the trigger, acceptance, the gate, advantages and logs.
 
-A reward may be None: the function does not apply to that completion (NaN in the matrix). It opens no gate, whatever τ
-and ``gate_compare`` are, and accepts no draw. A group has failed where one of its rewards is known and none is above 0.
-Sums, means and advantages are of what is known.
+A reward may be None: the function does not apply to that completion (NaN in the matrix). It passes no gate, whatever τ
+and ``gate_compare`` are, and accepts no draw. A group fails if at least one of its rewards is a number and none is
+above 0. Sums, means and advantages ignore NaN.
 
-A completion is scored once. Rollouts of a batch that may explore are scored before exploration, hint-aware draws when
-they are drawn, and TRL then gets the rewards of what it trains on without a second call.
+Each completion is scored once: rollouts before exploration (if the batch may explore), hint-aware draws when they are
+sampled. TRL then gets the rewards of the final rollouts without a second call.
 """
 
 import difflib
@@ -24,10 +24,13 @@ from kepo_core.method.task import Prompt, Row
 
 
 def checked_reward(reward: Any) -> Any:
-    """A reward function that may return finite numbers and None alone: TRL would take NaN for None, not applicable.
+    """``reward``, wrapped to return only finite numbers and None: TRL would treat NaN as None, not applicable.
 
-    Reward models, and their names, are returned as they are; ``ValueError`` for what is no reward. The function raises:
-        ValueError: anything else came back; names the function and the first completion it failed for.
+    Reward models and their names are returned unchanged.
+
+    Raises:
+        ValueError: ``reward`` is not a reward. The wrapped function raises it for any other return value, and names
+            the function and the first such completion.
     """
     if isinstance(reward, str | nn.Module):
         return reward
@@ -35,10 +38,10 @@ def checked_reward(reward: Any) -> Any:
         raise ValueError(f"a reward is the class {reward.__name__}, expected an instance of it: {reward.__name__}(...)")
     if not callable(reward):
         raise ValueError(
-            f"a reward is {reward!r}, expected a function (or a partial one, a method, an object that is called), a "
-            "reward model or its name, or a list of these"
+            f"a reward is {reward!r}, expected a function (or another callable), a reward model or its name, or a list "
+            "of these"
         )
-    name = getattr(reward, "__name__", "") or get_callable_name(reward)  # a partial one may be given a name of its own
+    name = getattr(reward, "__name__", "") or get_callable_name(reward)  # a functools.partial may have been named
 
     async def checked_async(**kwargs: Any) -> list[float | None]:
         return _numbers(name, await reward(**kwargs))
@@ -52,7 +55,7 @@ def checked_reward(reward: Any) -> Any:
 
 
 def _numbers(name: str, values: Any) -> list[float | None]:
-    """What a reward function returned, as numbers; TRL checks how many there are."""
+    """The values that a reward function returned, as numbers; TRL checks their count."""
     values = list(values) if isinstance(values, Iterable) else [values]
     for row, value in enumerate(values):
         if value is not None and not (hasattr(value, "__float__") and math.isfinite(value)):
@@ -64,16 +67,16 @@ def _numbers(name: str, values: Any) -> list[float | None]:
 
 
 class ScoringTrainer(GatedLossTrainer):
-    """GRPOTrainer that can score completions before TRL asks for their rewards, and knows rewards by name."""
+    """GRPOTrainer that can score completions before TRL requests their rewards, and finds rewards by name."""
 
-    _scored: Tensor | None = None  # what TRL is going to ask for, (rows of all processes, reward functions)
+    _scored: Tensor | None = None  # what TRL will request next, (rows of all processes, reward functions)
     _rewards: Tensor  # the rewards last returned to TRL
-    # What reward functions have logged and TRL has not shown yet.
+    # Logged by reward functions, not yet shown by TRL.
     _pending_extra_logs: dict[str, list[Any]]
     _pending_metrics: dict[str, list[float]]
 
     def _find_rewards(self) -> None:
-        """Find the columns that ``gate_reward`` and ``exploration_reward`` name, once the functions are known."""
+        """Find the columns of ``gate_reward`` and ``exploration_reward``; TRL must have named the functions before."""
         self._columns = {
             name: find_reward(name, getattr(self.args, name), self.reward_func_names)
             for name in ("gate_reward", "exploration_reward")
@@ -90,16 +93,16 @@ class ScoringTrainer(GatedLossTrainer):
         return self.total(rewards) if column is None else rewards[:, column]
 
     def score(self, rows: Sequence[Row], prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
-        """TRL's rewards of completions of the plain prompts, (rows of all processes, reward functions)."""
+        """TRL's rewards for completions of the plain prompts, (rows of all processes, reward functions)."""
         said = [as_trl(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         return self._finite(super()._calculate_rewards(rows, prompts, said, [c.ids for c in completions]))
 
     def score_apart(
         self, rows: Sequence[Row], prompts: Sequence[Prompt], completions: Sequence[Completion]
     ) -> tuple[Tensor, dict[str, list[Any]]]:
-        """`score` of completions that may never be trained on, and what functions logged of them, by column.
+        """`score` for completions that may never be trained on, and the columns that reward functions logged.
 
-        These logs do not enter TRL's tables, and metrics are dropped.
+        These columns do not enter TRL's tables, and logged metrics are dropped.
         """
         kept = self._pending_extra_logs, self._pending_metrics
         self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
@@ -109,7 +112,7 @@ class ScoringTrainer(GatedLossTrainer):
             self._pending_extra_logs, self._pending_metrics = kept
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """TRL's gathered rewards; those that are known already are not asked for again."""
+        """TRL's gathered rewards; completions that have been scored are not scored again."""
         if self._scored is None:
             self._rewards = self._finite(super()._calculate_rewards(inputs, prompts, completions, completion_ids_list))
         else:
@@ -117,7 +120,7 @@ class ScoringTrainer(GatedLossTrainer):
         return self._rewards
 
     def _finite(self, rewards: Tensor) -> Tensor:
-        """``rewards``, which may be NaN (not applicable); a reward model's infinite one is refused."""
+        """``rewards``, which may be NaN (not applicable); ``ValueError`` for an infinite one, from a reward model."""
         if rewards.isinf().any():
             row, function = rewards.isinf().nonzero()[0].tolist()
             raise ValueError(
@@ -128,12 +131,12 @@ class ScoringTrainer(GatedLossTrainer):
 
 
 def as_trl(prompt: Prompt, completion: Completion) -> Any:
-    """A completion as TRL hands it to reward functions: text after text, a message after messages."""
+    """A completion in the form that TRL passes to reward functions: text for a text prompt, a message for a chat."""
     return completion.text if isinstance(prompt, str) else [{"role": "assistant", "content": completion.text}]
 
 
 def find_reward(parameter: str, name: str, known: Sequence[str]) -> int | None:
-    """The column of the reward called ``name`` (``_reward`` at its end may be left out); None for the weighted sum.
+    """The column of the reward ``name`` (a final ``_reward`` may be omitted); None for "total", the weighted sum.
 
     Raises:
         ValueError: no reward has that name (the message suggests the nearest), or several do.
@@ -159,5 +162,5 @@ def find_reward(parameter: str, name: str, known: Sequence[str]) -> int | None:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """``names``, those that several rewards have with a number of their own."""
+    """``names``; those that occur several times get a number each."""
     return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names, 1)]

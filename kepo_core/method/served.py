@@ -1,9 +1,9 @@
-"""π_T on other machines: hints and its likeliest next tokens, over the OpenAI-compatible API of vLLM.
+"""π_T on another machine: hints and top-k log-probabilities, over the OpenAI-compatible API of vLLM.
 
 A hint is an ordinary chat completion with the picture. Log-probabilities are vLLM's ``prompt_logprobs`` of a chat
-whose last message, the student's completion, is left open (``continue_final_message``). As a chat goes out as text
-and is cut into tokens once more by the server, the tokens that come back (``return_token_ids``) are compared with the
-student's own, prompt and picture included, one by one: nothing is learnt from others.
+whose last message, the student's completion, is left open (``continue_final_message``). The server gets text and
+tokenizes it again; the tokens that it used (``return_token_ids``) are compared with the student's own, one by one,
+prompt and picture included. The student never learns from other tokens.
 """
 
 import hashlib
@@ -24,18 +24,18 @@ from kepo_core.method.chat_client import ChatClient, TeacherServerError
 from kepo_core.method.task import Prompt, with_images
 from kepo_core.method.teacher import markup_of, parse_hint, tokenizer_of
 
-#: How far a log-probability may lie above 0, and their mass above 1: servers compute in bfloat16.
+#: How far a log-probability may exceed 0, and the total probability 1: servers compute in bfloat16.
 TOLERANCE = 1e-3
-#: Floor for the tail mass, so that its log is finite.
+#: Minimum probability of the rest, which keeps its log finite.
 _LEAST_REST = 1e-8
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What log-probabilities are asked for: messages with their pictures, and the tokens the student saw and wrote.
+    """A completion to score: messages with their pictures, and the tokens that the student read and wrote.
 
-    ``prompt_ids`` hold every token of the pictures, too; ``name`` is what error messages call it, and ``template`` the
-    further arguments of the chat template.
+    ``prompt_ids`` include every image token; ``name`` identifies it in error messages; ``template`` holds further
+    arguments of the chat template.
     """
 
     name: str
@@ -46,18 +46,18 @@ class Completion:
 
 
 class ServedTeacher:
-    """π_T on another machine: served by vLLM, with what the trainer asks of a `Teacher`. Prompts are chats.
+    """π_T on another machine, served by vLLM. Use it instead of a `Teacher`. Prompts must be chats.
 
     Args:
-        client: where the API begins, like ``http://HOST:8000/v1``, or a `ChatClient` of one's own.
-        model: the name under which it serves the teacher.
+        client: base address of the API, for example ``http://HOST:8000/v1``, or a `ChatClient`.
+        model: the name under which the server offers the teacher.
         processor: the student's processor or tokenizer; its vocabulary and chat template must be the teacher's, which
             `score` checks.
-        top_k: how many of the likeliest next tokens are asked for; vLLM gives up to 20 unless it was started with
-            ``--max-logprobs``.
-        hints: the folder in which hints are kept from run to run; None: they are asked for again.
+        top_k: number of log-probabilities per token requested from the server; vLLM returns up to 20 by default
+            (``--max-logprobs`` raises that).
+        hints: folder in which hints are kept from run to run; None: hints are requested again.
 
-    Example (nothing is asked before training):
+    Example (no request is sent before training):
 
     ```python
     >>> from kepo_core import ServedTeacher
@@ -69,7 +69,7 @@ class ServedTeacher:
     ```
     """
 
-    #: No process waits for another one when it asks.
+    #: Each process may call it by itself.
     collective = False
 
     def __init__(
@@ -80,40 +80,40 @@ class ServedTeacher:
         self._model, self._hints = model, hints
         self._tokenizer = tokenizer_of(processor)
         self._markup = markup_of(self._tokenizer)
-        self._vocabulary = math.inf  # known from the student
+        self._vocabulary = math.inf  # `check_fits` sets it from the student
 
     def check_fits(self, student: Any, processor: Any, inputs: Collection[str] = ()) -> None:
-        """Raise ``ValueError`` unless the student has ``top_k`` tokens; its tokens are compared at every answer."""
+        """Raise ``ValueError`` if ``top_k`` exceeds the student's vocabulary; `score` compares tokens, one by one."""
         self._vocabulary = student.get_output_embeddings().weight.shape[0]
         if self.top_k > self._vocabulary:
             raise ValueError(f"top_k is {self.top_k}, expected at most the student's {self._vocabulary} tokens")
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Raise ``ValueError`` for a prompt that is no chat."""
+        """Raise ``ValueError`` for a prompt that is not a chat."""
         chat(prompt)
 
     def prepare(self, accelerator: Any, *, deepspeed: bool = False, fsdp: bool = False) -> None:
-        """Nothing: the model is elsewhere."""
+        """Do nothing: the server holds the model."""
 
     # Hints ------------------------------------------------------------------------------------------------------
 
     def write_hints(
         self, prompts: Sequence[Prompt], *, max_tokens: int, seed: int = 0, template: Mapping[str, Any] | None = None
     ) -> list[str | None]:
-        """The likeliest hint for each prompt (greedy); None where none can be read.
+        """Greedily decoded hints (Eq. 8), one for each prompt; None where no hint can be read.
 
-        Greedy decoding makes a hint depend on nothing but model, prompt, picture, length and template. So the large
-        teacher writes it once for all epochs, resumed runs, seeds and rows of a study. Where an answer has none, it is
-        asked again, as the server may be put right.
+        With greedy decoding a hint depends only on model, prompt, picture, maximum length and template: the server
+        writes it once for all epochs, resumed runs, seeds and rows of a study. An answer without a hint is requested
+        again next time, because the server may have been fixed.
 
         Args:
             prompts: messages whose image parts hold their pictures.
-            max_tokens: the longest hint, tags included.
-            seed: ignored, as decoding is greedy.
+            max_tokens: maximum length in tokens, tags included.
+            seed: ignored, because decoding is greedy.
             template: further arguments of the chat template.
 
         Raises:
-            TeacherServerError: as `ChatClient.ask_all` says.
+            TeacherServerError: as in `ChatClient.ask_all`.
         """
         bodies = [self._body(chat(prompt), max_tokens, template or {}) for prompt in prompts]
         keys = [hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() for body in bodies]
@@ -130,7 +130,7 @@ class ServedTeacher:
         return [hints[key] for key in keys]
 
     def try_hint(self, prompt: Prompt, max_tokens: int) -> str:
-        """What the teacher answers to one prompt, hint or not; nothing is kept."""
+        """The teacher's answer to one prompt, with or without a hint; it is not kept."""
         bodies = [self._body(chat(prompt), max_tokens, {})]
         (text,) = self._client.ask_all(bodies, lambda _, answer: self._said(answer))
         return text
@@ -138,7 +138,7 @@ class ServedTeacher:
     def _body(
         self, messages: list[dict[str, Any]], max_tokens: int, template: Mapping[str, Any], **vllm: Any
     ) -> dict[str, Any]:
-        """A greedy request, with everything that its answer depends on; ``vllm`` is what OpenAI's API does not have."""
+        """A greedy request, with everything that its answer depends on; ``vllm``: arguments that OpenAI's API lacks."""
         further = vllm | ({"chat_template_kwargs": dict(template)} if template else {})
         return {
             "model": self._model,
@@ -153,7 +153,7 @@ class ServedTeacher:
             return str(answer.choices[0].message.content or "")  # null: it wrote nothing
         except (AttributeError, IndexError, TypeError) as error:
             raise TeacherServerError(
-                f"the teacher at {self._client.url} answers without a message, expected a chat completion"
+                f"the teacher at {self._client.url} sent an answer without a message, expected a chat completion"
             ) from error
 
     def _kept(self, key: str) -> str | None:
@@ -164,7 +164,7 @@ class ServedTeacher:
     def _keep(self, key: str, text: str) -> None:
         if self._hints is not None:
             self._hints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._hints / f"{key}.txt", text)  # several processes may ask for one hint
+            write_atomically(self._hints / f"{key}.txt", text)  # several processes may request the same hint
 
     # Log-probabilities ------------------------------------------------------------------------------------------
 
@@ -175,18 +175,18 @@ class ServedTeacher:
         mask_BT: Tensor,
         template: Mapping[str, Any] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """What `top_k.gather_targets` takes, for the rows of a GRPOTrainer batch; nothing else is asked for.
+        """Score the guided rows of a GRPOTrainer batch, for `top_k.gather_targets`.
 
         Args:
             rows: B dataset rows with ``prompt`` and their pictures.
-            inputs: with ``prompt_ids``, ``prompt_mask`` and ``completion_ids``, B rows each.
+            inputs: ``prompt_ids``, ``prompt_mask`` and ``completion_ids``, B rows each.
             mask_BT: 1 on the tokens to be guided.
             template: further arguments of the chat template.
 
         Returns:
-            B tensors of ids and B of log-probabilities (on the CPU; of no tokens where nothing was asked for), and
-            (B,) booleans: those with tokens in the mask that cannot be asked for, as their text would be cut into
-            other tokens.
+            B tensors of ids and B of log-probabilities (on the CPU; empty for rows that were not scored), and (B,)
+            booleans: rows with tokens in the mask that cannot be scored, because their text would be tokenized
+            differently.
         """
         wanted = mask_BT.any(1).nonzero().flatten().tolist()
         asked = {}
@@ -207,10 +207,10 @@ class ServedTeacher:
         return list(ids), list(log_probs), torch.tensor(left_out, device=mask_BT.device)
 
     def is_canonical(self, one: Completion) -> bool:
-        """Whether the text of prompt and completion is cut into the very tokens that the student wrote.
+        """Whether tokenizing the text of prompt and completion gives exactly the tokens that the student wrote.
 
-        Sampling can put a word together from other pieces than a tokenizer would; a server that takes text cannot
-        be asked about those.
+        Sampling can build a word from other tokens than the tokenizer uses. A server that takes text cannot score
+        those.
         """
         tokenizer = self._tokenizer
         arguments = {"tokenize": False, "add_generation_prompt": True, **one.template}
@@ -222,13 +222,13 @@ class ServedTeacher:
         return str(self._tokenizer.decode(one.completion_ids, skip_special_tokens=False))
 
     def score(self, completions: Sequence[Completion]) -> list[tuple[Tensor, Tensor]]:
-        """The teacher's likeliest tokens at each place of each completion: ids (t, k), log-probabilities (t, k+1).
+        """The teacher's top-k tokens at each token of each completion: ids (t, k), log-probabilities (t, k+1).
 
-        The last column is the mass of all others; it is missing where k is the student's whole vocabulary.
+        The last column is the log-probability of all other tokens; it is missing if k is the student's vocabulary size.
 
         Raises:
-            TeacherServerError: tokens are not the student's, log-probabilities are missing or impossible, or as
-                `ChatClient.ask_all` says.
+            TeacherServerError: tokens are not the student's, log-probabilities are missing or impossible, or as in
+                `ChatClient.ask_all`.
         """
         bodies = [self._score_body(one) for one in completions]
         return self._client.ask_all(bodies, lambda index, answer: self._read(completions[index], answer))
@@ -257,46 +257,46 @@ class ServedTeacher:
         return ids, log_probs.float()
 
     def _compare(self, one: Completion, theirs: Any, told: Any) -> None:
-        """Raise unless the server's tokens are prompt and completion, each with its log-probabilities."""
+        """Raise unless the server's tokens equal prompt and completion, and each has log-probabilities."""
         where = f"the teacher at {self._client.url}, completion {one.name}"
         if not isinstance(theirs, list) or not isinstance(told, list) or len(told) != len(theirs):
             raise TeacherServerError(
-                f"{where}: no prompt_token_ids with as many prompt_logprobs, expected a vLLM of 0.10.2 or later"
+                f"{where}: no prompt_token_ids with one prompt_logprobs each, expected vLLM 0.10.2 or later"
             )
         ours = one.prompt_ids + one.completion_ids
         if theirs != ours:
             place = next(place for place, (a, b) in enumerate(zip_longest(theirs, ours)) if a != b)
             there, here = (self._tokenizer.convert_ids_to_tokens(ids[place : place + 1]) for ids in (theirs, ours))
             raise TeacherServerError(
-                f"{where}: token {place} is {there} there and {here} here (the prompt has {len(one.prompt_ids)}), of "
-                f"{len(theirs)} and {len(ours)}, expected the same: a context too short (--max-model-len), or another "
-                "tokenizer, chat template or image size"
+                f"{where}: token {place} is {there} on the server but {here} here (the prompt has "
+                f"{len(one.prompt_ids)} tokens), of {len(theirs)} and {len(ours)}, expected the same: raise "
+                "--max-model-len, or serve a teacher with the student's tokenizer, chat template and image size"
             )
 
     def _likeliest(self, one: Completion, place: int, told: Any) -> list[tuple[int, float]]:
-        """The k likeliest tokens at one place of a completion, with their log-probabilities."""
+        """The top-k tokens at one token of a completion, with their log-probabilities."""
         where = f"the teacher at {self._client.url}, completion {one.name}, token {place}"
         own = one.completion_ids[place]
         try:
             values = {int(token): float(entry["logprob"]) for token, entry in told.items()}
-        except (AttributeError, KeyError, TypeError, ValueError):  # none at all, or null in place of NaN
+        except (AttributeError, KeyError, TypeError, ValueError):  # missing, or null instead of NaN
             values = {}
         if len(values) < self.top_k or own not in values or not 0 <= min(values) <= max(values) < self._vocabulary:
             raise TeacherServerError(
-                f"{where}: {len(values)} log-probabilities came back, expected those of the {self.top_k} likeliest "
-                f"tokens and of the student's own, {own}, all below {self._vocabulary}"
+                f"{where}: {len(values)} log-probabilities came back, expected those of the top {self.top_k} "
+                f"tokens and of the student's own, {own}, all ids below {self._vocabulary}"
             )
         possible = all(-math.inf < value <= TOLERANCE for value in values.values())
         if not possible or math.fsum(map(math.exp, values.values())) > 1 + TOLERANCE:
             raise TeacherServerError(
                 f"{where}: log-probabilities from {min(values.values())} to {max(values.values())} came back, expected "
-                "finite ones whose probabilities sum to at most 1"
+                "finite values whose probabilities sum to at most 1"
             )
         return sorted(values.items(), key=lambda item: (-item[1], item[0]))[: self.top_k]
 
 
 def chat(prompt: Prompt) -> list[dict[str, Any]]:
-    """``prompt``, which must be a chat: the server cuts it into tokens by its chat template."""
+    """``prompt``, if it is a chat, which the server renders by its chat template; ``ValueError`` if it is text."""
     if isinstance(prompt, str):
         raise ValueError("a prompt is text, expected chat messages: a served teacher takes chats only")
     return prompt

@@ -1,6 +1,6 @@
-"""What KEPO has to know of a task: how a hint is requested and given, and what of a completion is recorded.
+"""A task says how a hint is requested and given, and which facts about a completion are recorded.
 
-Rewards are not part of it: they are TRL's reward functions, given to the trainer.
+Rewards are not part of it: they are TRL's reward functions, passed to the trainer.
 """
 
 import re
@@ -8,7 +8,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-#: A dataset row, and a prompt as TRL has it: text, or chat messages.
+#: A dataset row, and a prompt as in TRL: text, or chat messages.
 Row = Mapping[str, Any]
 Prompt = str | list[dict[str, Any]]
 
@@ -16,13 +16,13 @@ _THOUGHT = re.compile(r"<think>(?:(?!</think>).)*(?:</think>|\Z)", re.DOTALL)
 
 
 class Task(Protocol):
-    """The protocol. Subclass it and write `ask` and `tell`; `read` and `metrics` record nothing unless overridden.
+    """How hints are requested and given. Subclass it and write `ask` and `tell`; `read` and `metrics` are optional.
 
-    Prompts are of the kind of the dataset's ``prompt`` column (text or messages). Pictures are not their business:
-    image parts stay unfilled, and the trainer puts the row's own pictures into them.
+    `ask` and `tell` return the type of the dataset's ``prompt`` column (text or messages). They leave image parts
+    empty; the trainer fills in the row's pictures.
 
     Attributes:
-        columns: the dataset columns that its methods read, ``prompt`` apart.
+        columns: the dataset columns that its methods read, except ``prompt``.
 
     Example:
     ```python
@@ -44,48 +44,48 @@ class Task(Protocol):
     columns: tuple[str, ...] = ()
 
     def ask(self, row: Row) -> Prompt | None:
-        """The teacher's prompt for h ~ π_T(·|x, y) (Eq. 8); None where `tell` needs no hint, and no teacher is asked.
+        """The teacher's prompt for h ~ π_T(·|x, y) (Eq. 8); None for every row if `tell` needs no hint.
 
-        The hint is what the teacher then writes inside ``<hint>...</hint>`` (the last of them, see `parse_hint`).
+        The hint is the text that the teacher writes inside ``<hint>...</hint>`` (the last pair, see `parse_hint`).
         """
         ...
 
     def tell(self, row: Row, hint: str) -> Prompt:
-        """The student's prompt for y_h ~ π_θ(·|x, h, y) (Eq. 9); ``hint`` is "" where `ask` gave None."""
+        """The student's prompt for y_h ~ π_θ(·|x, h, y) (Eq. 9); ``hint`` is "" if `ask` returned None."""
         ...
 
     def read(self, row: Row, text: str, finished: bool) -> Mapping[str, Any]:
-        """What the rollouts file says of one completion, by column; the same columns for every completion.
+        """Columns for the rollouts file: column name → value for this completion; the same names every time.
 
         Args:
             row: its dataset row.
             text: the completion, without special tokens.
-            finished: False if it was cut off at the token limit.
+            finished: False if the token limit cut it off.
         """
         return {}
 
     def metrics(self, facts: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
-        """What is logged of a generation batch, by metric name.
+        """Metrics to log for a generation batch: metric name → value.
 
         Args:
-            facts: what `read` said of the student's own rollouts, over all processes, before injection.
+            facts: the results of `read` for the student's own rollouts, over all processes, before injection.
         """
         return {}
 
 
 class Templates(Task):
-    r"""A task given by two format strings over the columns of a row.
+    r"""A task from two format strings, filled with the columns of a row.
 
-    The filled string is added to the row's prompt as a paragraph of its own: to the text, or to the last user message
-    of a conversation. A string that names ``{prompt}`` takes its place instead.
+    The filled string is appended to the row's prompt as a paragraph: to the text, or to the last user message of a
+    conversation. A string that contains ``{prompt}`` replaces the prompt.
 
     Args:
-        asking: what the teacher is asked for a hint with (Eq. 8). It should ask for ``<hint>...</hint>``.
-        telling: what the student is told with a hint (Eq. 9); it names ``{hint}``.
+        asking: the teacher's request for a hint (Eq. 8). It should ask for ``<hint>...</hint>``.
+        telling: what the student reads with a hint (Eq. 9); it must contain ``{hint}``.
 
     Raises:
-        ValueError: a string that is not a format string over plain column names, ``{hint}`` missing in ``telling`` or
-            named in ``asking``.
+        ValueError: a string is not a format string over plain column names, ``telling`` lacks ``{hint}``, or
+            ``asking`` contains it.
 
     Example:
     ```python
@@ -104,23 +104,23 @@ class Templates(Task):
     def __init__(self, asking: str, telling: str) -> None:
         asked, told = _names("asking", asking), _names("telling", telling)
         if "hint" in asked:
-            raise ValueError("asking names {hint}, expected it in telling alone: asking is the request for the hint")
+            raise ValueError("asking names {hint}, expected it only in telling: asking is the request for the hint")
         if "hint" not in told:
             raise ValueError(f"telling is {telling!r}, expected {{hint}} in it: the student would not see the hint")
         self._asking, self._telling = asking, telling
         self.columns = tuple(sorted((asked | told) - {"prompt", "hint"}))
 
     def ask(self, row: Row) -> Prompt:
-        """The prompt with ``asking``."""
+        """The row's prompt with ``asking``."""
         return _extended(row["prompt"], self._asking, row)
 
     def tell(self, row: Row, hint: str) -> Prompt:
-        """The prompt with ``telling``."""
+        """The row's prompt with ``telling``."""
         return _extended(row["prompt"], self._telling, {**row, "hint": hint})
 
 
 def _names(argument: str, template: str) -> set[str]:
-    """The names in a format string; ValueError unless each is a plain one."""
+    """The names in a format string; ValueError unless each is a plain name."""
     try:
         parts = [(name, spec) for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -134,11 +134,11 @@ def _names(argument: str, template: str) -> set[str]:
 
 
 def _filled(template: str, values: Mapping[str, Any]) -> str:
-    """``template`` with ``values``; ValueError for a column that a row lacks, or that does not fit its format."""
+    """``template`` with ``values``; ValueError for a column that the row lacks, or that does not fit its format."""
     empty = [name for name in _names("template", template) if values.get(name) is None]
     if empty:
         raise ValueError(
-            f"a row has no {sorted(empty)[0]}, which the template {template!r} names: fill the column, or remove the "
+            f"a row has no {sorted(empty)[0]}, which the template {template!r} uses: fill the column, or remove the "
             f"row (its prompt: {values['prompt'][:80]!r})"
         )
     try:
@@ -148,7 +148,7 @@ def _filled(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _extended(prompt: Prompt, template: str, values: Mapping[str, Any]) -> Prompt:
-    """``prompt`` with the filled ``template`` behind its text, or around it where it names ``{prompt}``."""
+    """``prompt`` with the filled ``template`` after its text, or around it if it contains ``{prompt}``."""
     replaces = "prompt" in _names("template", template)
 
     def new(text: str) -> str:
@@ -168,7 +168,7 @@ def _extended_content(content: Any, new: Any, replaces: bool) -> Any:
     if isinstance(content, str):
         return new(content)
     texts = [i for i, part in enumerate(content) if part["type"] == "text"]
-    if replaces:  # one text behind the pictures
+    if replaces:  # one text after the pictures
         kept = [part for part in content if part["type"] != "text"]
         return [*kept, {"type": "text", "text": new("\n\n".join(content[i]["text"] for i in texts))}]
     if not texts:
@@ -179,23 +179,23 @@ def _extended_content(content: Any, new: Any, replaces: bool) -> Any:
 
 
 def outside_thoughts(text: str) -> str:
-    """``text`` without its reasoning: what stands in ``<think>…</think>``, also where either tag is missing.
+    """``text`` without its reasoning, the part inside ``<think>…</think>``.
 
-    An unclosed ``<think>`` reaches to the end; before a ``</think>`` that was never opened all is reasoning (some chat
-    templates open the tag in the prompt).
+    An unclosed ``<think>`` reaches to the end. Everything before an unopened ``</think>`` is reasoning, because some
+    chat templates open the tag in the prompt.
     """
     return _THOUGHT.sub(" ", text).rpartition("</think>")[2]
 
 
 def images_of(row: Row) -> list[Any]:
-    """A row's pictures, from ``images`` or ``image``, as TRL reads them; there may be none."""
+    """A row's pictures, from ``images`` or ``image``, as TRL reads them; may be empty."""
     if "images" in row:
         return list(row["images"] or [])
     return [] if row.get("image") is None else [row["image"]]
 
 
 def with_images(prompt: Prompt | None, row: Row) -> Prompt:
-    """A prompt with the row's pictures in its image parts (in front of the text where it has no parts)."""
+    """A prompt with the row's pictures in its image parts (before the text if it has no parts)."""
     from trl.data_utils import prepare_multimodal_messages  # takes seconds, and only training with pictures needs it
 
     images = images_of(row)
@@ -208,7 +208,7 @@ def with_images(prompt: Prompt | None, row: Row) -> Prompt:
 
 
 def images_in(prompt: Prompt) -> list[Any]:
-    """The pictures that a prompt's messages hold, in their order."""
+    """The pictures in a prompt's messages, in order."""
     if isinstance(prompt, str):
         return []
     contents = [message.get("content") for message in prompt]

@@ -1,4 +1,4 @@
-"""π_T in process: it writes hints, and gives its hidden states for the completions that pass the gate."""
+"""The teacher π_T in this process: it writes hints, and computes hidden states for completions past the gate."""
 
 import inspect
 import re
@@ -11,16 +11,18 @@ from torch import Tensor
 from transformers import GenerationConfig, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
+from kepo_core.method.shared_prompts import is_sharded
+from kepo_core.method.shared_scoring import select_rows, shared_rows
 from kepo_core.method.task import Prompt, images_in, outside_thoughts
-from kepo_core.method.vision import FURTHER, MODEL_FIELDS, PER_TOKEN, aligned, beside_tokens
 
-_HINT = re.compile(r"<hint>((?:(?!<hint>).)*?)</hint>", re.DOTALL)  # of nested ones the innermost
+_HINT = re.compile(r"<hint>((?:(?!<hint>).)*?)</hint>", re.DOTALL)  # the innermost, if they are nested
 _STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
 _MARKUP = re.compile(r"<\S+>")
-#: What must be equal for one model's image tensors to be readable by another.
+#: Words that an instruction puts between the tags (``inside <hint> and </hint>``, ``<hint>your hint here</hint>``).
+_SPOKEN_OF = {"and", "or", "to", "then", "opening", "closing", "your", "the", "hint", "here", "text", "tag", "tags"}
+#: Settings that must be equal for one model to read the image tensors of another.
 _IMAGE_FIELDS = (
     "model_input_names",
     "patch_size",
@@ -34,20 +36,21 @@ _IMAGE_FIELDS = (
 
 
 def parse_hint(text: str, markup: Sequence[str] = ()) -> str | None:
-    """The last whole ``<hint>…</hint>`` that has a letter or a digit; None if there is none.
+    """The last complete ``<hint>…</hint>`` with a word of its own; None without one.
 
-    Reasoning is cut out first (`outside_thoughts`). What precedes the last one may be the instruction, restated
-    (``inside <hint>...</hint> tags: <hint>look left</hint>``), or a hint that was thought better of.
+    Reasoning is removed first (`outside_thoughts`). Earlier pairs of tags may quote the instruction
+    (``inside <hint>...</hint> tags: <hint>look left</hint>``), or hold a hint that the teacher then replaced. Later
+    pairs may quote it, too (``between <hint> and </hint>``): words of the instruction do not make a hint.
 
-    Special tokens are neutralised: every string of ``markup`` and every tag that structures the prompts is cut
-    out, so that a hint can neither end the user's turn, nor claim an image, nor pass for the prompt's own tags.
+    Every string of ``markup`` (special tokens) and every tag that structures the prompts is removed: a hint cannot
+    end the user's turn, refer to an image, or imitate the prompt's tags.
     """
     hints = [_neutral(hint, markup) for hint in _HINT.findall(outside_thoughts(text))]
-    return next((hint for hint in reversed(hints) if any(letter.isalnum() for letter in hint)), None)
+    return next((hint for hint in reversed(hints) if {*re.findall(r"[^\W_]+", hint.lower())} - _SPOKEN_OF), None)
 
 
 def _neutral(hint: str, markup: Sequence[str]) -> str:
-    """``hint`` without markup, cut out again and again, as cutting can join two halves into a new one."""
+    """``hint`` without markup. Removal is repeated, because it can join two halves into a new tag."""
     before = ""
     while hint != before:
         before = hint
@@ -62,21 +65,21 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def markup_of(tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens of a tokenizer, and added ones that look like tags, for `parse_hint`."""
+    """A tokenizer's special tokens, and its added tokens that look like tags, for `parse_hint`."""
     added = [text for text in tokenizer.get_added_vocab() if _MARKUP.fullmatch(text)]
     return tuple(sorted({*tokenizer.all_special_tokens, *added}))
 
 
 class Teacher:
-    """π_T: a fixed language model, with or without vision, in this process.
+    """π_T: a frozen language model, with or without vision, in this process.
 
     Args:
-        model: a Hugging Face causal language model or image-text model; its parameters are frozen here.
-        processor: its processor or, for a text model, its tokenizer; with a chat template where prompts are chats.
-        batch_size: most rows in one of its forward passes or generations.
+        model: a Hugging Face causal language model or image-text model; this class freezes its parameters.
+        processor: its processor or, for a text model, its tokenizer; chat prompts require a chat template.
+        batch_size: maximum number of rows in one forward pass or generation.
 
     Raises:
-        ValueError: logits that are more than states times the head, or a quantised head.
+        ValueError: the model scales or soft-caps its logits, or its head is quantised.
 
     Example:
     ```python
@@ -93,14 +96,14 @@ class Teacher:
     ```
     """
 
-    #: All processes have to ask at the same time: it may be sharded over them.
+    #: All processes must call it together, because it may be sharded over them.
     collective = True
 
     def __init__(self, model: Any, processor: Any, batch_size: int = 64) -> None:
         check_plain_head(model, "teacher")
         if not (weight := model.get_output_embeddings().weight).is_floating_point():
             raise ValueError(
-                f"the teacher's head is quantised ({weight.dtype}), expected floating point: the divergence reads it"
+                f"the teacher's head is quantised ({weight.dtype}), expected floating point: the divergence uses it"
             )
         self.processor = processor
         self.batch_size = batch_size
@@ -110,13 +113,13 @@ class Teacher:
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token  # as TRL does for the student
         self._markup = markup_of(self._tokenizer)
-        self._padded_apart = False  # from the student's embedding
+        self._padded_apart = False  # its head has another number of rows than the student's
         add_hidden_state_output(self._model)
         let_generate(self._model)
 
     @property
     def model(self) -> Any:
-        """π_T itself, frozen, as it was given."""
+        """π_T itself, the model that was passed, frozen."""
         return self._model
 
     @property
@@ -127,64 +130,64 @@ class Teacher:
     def check_fits(self, student: Any, processor: Any, inputs: Collection[str] = ()) -> None:
         """Raise unless the student's tokens and image tensors mean the same to this teacher.
 
-        Heads may be padded to different sizes, as real checkpoints are: the divergence is over the rows that both have.
+        Heads may be padded to different sizes, as in published checkpoints: the divergence uses the rows of both.
 
         Args:
-            student, processor: its model, and its processor or tokenizer.
-            inputs: what the processor makes for the model beside the tokens, by name.
+            student, processor: the student's model, and its processor or tokenizer.
+            inputs: names of the model inputs that the processor makes besides the tokens.
 
         Raises:
-            ValueError: the vocabularies or the cutting of images into patches differ, a head lacks tokens, or the
-                teacher does not take an input.
+            ValueError: the vocabularies or the image preprocessing differ, a head has too few rows, or the teacher
+                does not take an input.
         """
         mine, theirs = self._tokenizer.get_vocab(), tokenizer_of(processor).get_vocab()
         if mine != theirs:
             differing = sorted(set(mine.items()) ^ set(theirs.items()))[0][0]
             raise ValueError(
                 f"teacher and student have different vocabularies ({len(mine)} and {len(theirs)} entries, "
-                f"{differing!r} for one), expected the same tokenizer: distillation compares them token by token"
+                f"for example {differing!r}), expected the same tokenizer: distillation compares them token by token"
             )
         sizes = self.head.weight.shape[0], student.get_output_embeddings().weight.shape[0]
         if min(sizes) <= (last := max(mine.values())):
             raise ValueError(
                 f"the teacher's head has {sizes[0]} rows and the student's {sizes[1]}, expected more than {last}, the "
-                "last token's id"
+                "highest token id"
             )
         self._padded_apart = sizes[0] != sizes[1]
         halves = [getattr(p, "image_processor", None) for p in (self.processor, processor)]
         if halves[1] is not None and halves[0] is None:
-            raise ValueError("the student sees pictures and the teacher none, expected an image-text teacher")
+            raise ValueError("the student sees pictures but the teacher does not, expected an image-text teacher")
         for name in _IMAGE_FIELDS:
             values = [getattr(half, name, None) for half in halves]
             if values[0] != values[1]:
                 raise ValueError(
                     f"the teacher's {name} is {values[0]} and the student's {values[1]}, expected the same: "
-                    "the teacher reads the images as they were prepared for the student"
+                    "the teacher gets the images that were prepared for the student"
                 )
         if unknown := sorted(set(inputs) - inspect.signature(type(self._model).forward).parameters.keys()):
             raise ValueError(
                 f"the student's processor makes {unknown[0]}, which the teacher ({type(self._model).__name__}) "
-                "does not take, expected a teacher of the student's family: it sees what was prepared for the student"
+                "does not take, expected a teacher of the student's family: it gets the student's inputs"
             )
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Raise ``ValueError`` where a hint cannot be asked for with prompts like this one."""
+        """Raise ``ValueError`` if the teacher cannot be prompted in this form (text or chat)."""
         if not isinstance(prompt, str) and getattr(self.processor, "chat_template", None) is None:
             raise ValueError("the teacher's tokenizer has no chat template, expected one: the prompts are chats")
 
     def prepare(self, accelerator: Any, *, deepspeed: bool = False, fsdp: bool = False) -> None:
-        """Put the model where the student is, sharded if the student is; a quantised one is whole on every process."""
+        """Put the model on the student's devices, sharded if the student is; a quantised one stays whole everywhere."""
         if getattr(self._model, "is_quantized", False):
             return
         if deepspeed:
             if self._padded_apart:
                 raise ValueError(
-                    "the teacher's head has another number of rows than the student's, expected as many under "
-                    "DeepSpeed, which shards them: use FSDP2 or whole copies"
+                    "the teacher's head has another number of rows than the student's, expected the same number with "
+                    "DeepSpeed, which shards both: use FSDP2 or DDP"
                 )
             self._wrapped = prepare_deepspeed(self._model, accelerator)
         elif fsdp:
-            # Layer by layer, as accelerate does the student: TRL's prepare_fsdp gathers all of it on every GPU at once.
+            # Layer by layer, as accelerate shards the student: TRL's prepare_fsdp gathers the whole model on every GPU.
             plugin = accelerator.state.fsdp_plugin
             students = plugin.transformer_cls_names_to_wrap  # overwritten by the names of the teacher's layers
             self._wrapped = fsdp2_prepare_model(accelerator, self._model).eval()
@@ -200,8 +203,8 @@ class Teacher:
 
         Args:
             prompts: text, or messages whose image parts hold their pictures.
-            max_tokens: the longest hint, tags included.
-            seed: all that the hints depend on besides prompts and weights; the caller's generators are left alone.
+            max_tokens: maximum length in tokens, tags included.
+            seed: seed of the sampling; the caller's random generators keep their state.
             template: further arguments of the chat template.
         """
         devices = [self._model.device] if self._model.device.type == "cuda" else []
@@ -214,7 +217,7 @@ class Teacher:
         return hints
 
     def _generate(self, prompts: Sequence[Prompt], max_tokens: int, template: Mapping[str, Any]) -> list[str]:
-        """The texts that follow the prompts; those with pictures and those without are two batches."""
+        """The generated texts; prompts with and without pictures form two batches."""
         texts = [""] * len(prompts)
         for pictured in (True, False):
             rows = [row for row, prompt in enumerate(prompts) if bool(images_in(prompt)) == pictured]
@@ -225,18 +228,20 @@ class Teacher:
         return texts
 
     def _inputs(self, prompts: Sequence[Prompt], template: Mapping[str, Any]) -> Any:
-        """The model's inputs for prompts that all have pictures, or all have none."""
-        padding = {"padding": True, "return_tensors": "pt"}
+        """The model's inputs for prompts that all have pictures, or that all lack them."""
+        side = {"padding_side": "left"}
         if isinstance(prompts[0], str):
-            return self.processor(text=list(prompts), padding_side="left", **padding)
+            return self.processor(text=list(prompts), padding=True, return_tensors="pt", **side)
         vision = isinstance(self.processor, ProcessorMixin)
         return self.processor.apply_chat_template(
             [prepare_multimodal_messages(prompt) if vision else prompt for prompt in prompts],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            **{"processor_kwargs" if vision else "tokenizer_kwargs": {"padding_side": "left"}},
-            **padding,
+            return_tensors="pt",
+            **{"processor_kwargs": {"padding": True, **side}}
+            if vision
+            else {"padding": True, "tokenizer_kwargs": side},
             **template,
         )
 
@@ -245,7 +250,7 @@ class Teacher:
         tokenizer, own = self._tokenizer, self._model.generation_config
         declared = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         image_token = getattr(self._model.config, "image_token_id", None)
-        # `generate` fills what an argument leaves open from the model's own configuration, which may carry penalties.
+        # `generate` takes unset arguments from the model's own configuration, which may carry penalties.
         self._model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -270,39 +275,21 @@ class Teacher:
         The context is what the student saw: the plain prompt x with the row's own image.
 
         Args:
-            inputs: with ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, and the image
-                fields with ``num_images`` where there are images.
+            inputs: ``prompt_ids``, ``prompt_mask``, ``completion_ids``, ``completion_mask``, and, with images, the
+                image fields and ``num_images``.
             rows: which rows, at least one.
-            passes: how many forward passes are made at least, as many as by any other process: where the model is
-                sharded, each needs all of them. Those without rows of their own read the first again, for nothing.
+            passes: minimum number of forward passes. All processes must make equally many where the model is sharded;
+                passes without rows of their own repeat the first row, and their result is dropped.
         """
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         batches += [rows[:1]] * (passes - len(batches))
-        width = inputs["completion_ids"].shape[1]
-        states = [self._wrapped(**select_rows(inputs, batch), completion_length=width) for batch in batches]
+        width, apart = inputs["completion_ids"].shape[1], is_sharded(self._model)
+        states = [
+            self._wrapped(
+                **select_rows(inputs, batch),
+                completion_length=width,
+                shared=None if apart else shared_rows(inputs, batch),
+            )
+            for batch in batches
+        ]
         return torch.cat(states)[: len(rows)]
-
-
-def select_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Model inputs (prompt and completion joined) of some rows of a GRPOTrainer batch, each with its own images."""
-    fields = {name: inputs[name] for name in (*MODEL_FIELDS, "num_images", "num_tiles") if inputs.get(name) is not None}
-    split = split_pixel_values_by_grid(fields)
-    sizes = inputs["prompt_ids"].shape[1], inputs["completion_ids"].shape[1]
-    further = {name.removeprefix(FURTHER): inputs[name] for name in inputs if name.startswith(FURTHER)}
-    split |= beside_tokens(further, *sizes)
-    chosen = {
-        name: value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
-        for name, value in split.items()
-    }
-    merged: dict[str, Any] = unsplit_pixel_values_by_grid(chosen)
-    counts = merged.pop("num_images", None)
-    merged.pop("num_tiles", None)  # like num_images TRL's own, not the model's
-    if counts is not None and not any(counts):  # rows of text among rows with pictures
-        merged = {name: value for name, value in merged.items() if name.endswith(PER_TOKEN)}
-    device = inputs["prompt_ids"].device
-    merged = {name: torch.cat(v).to(device) if isinstance(v, list) else v for name, v in merged.items()}
-    index = list(rows)
-    merged = aligned(merged, sum(sizes))
-    for joined, parts in (("input_ids", "ids"), ("attention_mask", "mask")):
-        merged[joined] = torch.cat([inputs[f"prompt_{parts}"], inputs[f"completion_{parts}"]], dim=1)[index]
-    return merged

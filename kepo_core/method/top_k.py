@@ -1,4 +1,4 @@
-"""The divergence from a teacher of whom only the likeliest next tokens are known, from the student's hidden states."""
+"""The divergence from a served teacher, from its top-k log-probabilities and the student's hidden states."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,19 +10,19 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from kepo_core.method import objective
 from kepo_core.method.trl_hooks import addmm_fp32, compute_dtype, project
 
-#: Tokens whose logits exist at a time: 300 MiB in float32 with a vocabulary of 152,000.
+#: Number of tokens whose logits are in memory at a time: 300 MiB in float32 with a vocabulary of 152,000.
 CHUNK = 512
 
 
 class TopTargets:
-    """What a served teacher thinks of N completion tokens of a batch.
+    """A served teacher's top-k log-probabilities at N completion tokens of a batch.
 
-    No dataclass: FSDP2 looks into these for what it casts to the compute precision.
+    This is not a dataclass, because FSDP2 casts tensors inside dataclasses to the compute precision.
 
     Attributes:
         positions: (N,) which tokens, as flat indices into (B, T).
-        ids: (N, k) its likeliest next tokens at each.
-        log_probs: (N, k+1) their log-probabilities, and that of all others together; (N, V) where k = V.
+        ids: (N, k) the teacher's most likely next tokens.
+        log_probs: (N, k+1) their log-probabilities, and that of all others together; (N, V) if k = V.
         completion_length: T.
         beta: see `objective.divergence`.
     """
@@ -38,10 +38,10 @@ def gather_targets(
     """The targets of a batch from those of its rows.
 
     Args:
-        ids: B tensors (t, k), t being the tokens of a row; of rows that ``mask_BT`` leaves out, anything.
+        ids: B tensors (t, k), t being the number of guided tokens of a row; rows without any are ignored.
         log_probs: B tensors (t, k+1) or (t, V).
         mask_BT: 1 on the tokens to be guided.
-        top_k: k, for a batch of no such row.
+        top_k: k, which a batch without guided tokens needs.
     """
     rows = mask_BT.any(1).nonzero().flatten().tolist()
     none = torch.empty(0, top_k, dtype=torch.long), torch.empty(0, top_k + 1)
@@ -57,8 +57,8 @@ def gather_targets(
 class TopKDivergence(torch.autograd.Function):
     """`objective.top_k_divergence` from hidden states and head, (N, H) → (N,), without (N, V) logits.
 
-    They are computed in chunks of `CHUNK` tokens, and again in the backward pass. The gradient flows to the student's
-    hidden states, weight and bias.
+    Logits are computed in chunks of `CHUNK` tokens, and again in the backward pass. The gradient flows to the
+    student's hidden states, weight and bias.
     """
 
     @staticmethod
@@ -77,10 +77,10 @@ class TopKDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of each token's divergence reaches k logits by themselves and all others through one bucket."""
+        """Each token's gradient reaches its top-k logits directly, and all other logits through one bucket."""
         hidden, weight, bias, ids, log_probs = ctx.saved_tensors
-        with maybe_gather_lm_head_ctx(weight, bias):  # before it, ZeRO-3's head has no shape
-            # Summed up in float32, whatever the dtype of what they are gradients of.
+        with maybe_gather_lm_head_ctx(weight, bias):  # outside it, ZeRO-3's head has no shape
+            # Summed in float32, whatever dtype the tensors have.
             sums = [
                 torch.zeros(of.shape, dtype=torch.float32, device=of.device) if needed else None
                 for of, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
@@ -92,7 +92,7 @@ class TopKDivergence(torch.autograd.Function):
                     divergence = objective.divergence(buckets, log_probs[chunk], ctx.beta)
                 (grad,) = torch.autograd.grad(divergence, buckets, grads[0][chunk].float())
                 k = ids.shape[1]
-                if buckets.shape[1] > k:  # what reaches the rest is shared out by the student's probabilities within it
+                if buckets.shape[1] > k:  # split the bucket's gradient by the student's probabilities within it
                     logits.sub_(buckets[:, k:].detach()).exp_().mul_(grad[:, k:])
                 grad_logits = logits.scatter_(1, ids[chunk], grad[:, :k])
                 if sums[2] is not None:
@@ -102,7 +102,7 @@ class TopKDivergence(torch.autograd.Function):
                     addmm_fp32(sums[0][chunk], grad_logits, weight.to(ctx.dtype))
                 if sums[1] is not None:
                     addmm_fp32(sums[1], grad_logits.t(), hidden[chunk].to(ctx.dtype))
-        # Autograd casts each to the dtype of what it is the gradient of.
+        # Autograd casts each gradient to its tensor's dtype.
         return (*sums, None, None, None)
 
 
@@ -111,7 +111,7 @@ def _chunks(count: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(n, V) in float32, computed as TRL's kernel of the full divergence does."""
+    """(n, V) in float32, computed as in TRL's kernel of the full divergence."""
     logits = torch.empty(len(hidden), weight.shape[0], dtype=torch.float32, device=hidden.device)
     project(logits, hidden.to(dtype), weight, bias, 0, weight.shape[0], dtype)
     return logits

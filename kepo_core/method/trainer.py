@@ -1,10 +1,10 @@
 """KEPOTrainer: TRL's GRPOTrainer with quality-gated distillation and knowledge-enhanced exploration.
 
-Everything that is not KEPO (generation back ends, distribution, PEFT, checkpoints, the clipped policy term) is
-TRL's. Four of its hooks are extended: `_generate` (exploration replaces rollouts before anything is computed from
-them, so that student, reference and teacher all score injected ones under the plain prompt x), the two steps
-around rewards and advantages, and `_compute_loss` (the divergence, from the same forward). With ``distill`` and
-``explore`` off nothing that reaches the weights or TRL's metrics differs from GRPOTrainer by a bit.
+Everything else (generation back ends, distributed training, PEFT, checkpoints, the clipped policy term) is TRL's.
+KEPO extends four of TRL's hooks: `_generate` (exploration replaces rollouts before anything is computed from them:
+student, reference and teacher score injected ones under the plain prompt x), the two steps that compute rewards and
+advantages, and `_compute_loss` (the divergence, from the same forward pass). With ``distill`` and ``explore`` off,
+weights and TRL's metrics are bit for bit those of GRPOTrainer.
 """
 
 import math
@@ -36,25 +36,24 @@ __all__ = ["KEPOConfig", "KEPOTrainer"]
 
 
 class KEPOTrainer(ScoringTrainer):
-    """GRPO with the two parts of KEPO, each of which can be switched off. It takes GRPOTrainer's place.
+    """GRPO with quality-gated distillation and knowledge-enhanced exploration. Use it instead of GRPOTrainer.
 
     Args:
-        model: the student, as for GRPOTrainer: a model, or its name or path; text alone or with vision.
-        reward_funcs: TRL's rewards: functions, coroutines, reward models. The gate and exploration read those that
-            ``gate_reward`` and ``exploration_reward`` of ``args`` name (by default the first).
-        args: a `KEPOConfig`. By default one with ``distill`` on if there is a teacher, and ``explore`` on if there is a
-            task as well.
-        train_dataset: TRL's rows: ``prompt`` (x, plain), ``image`` or ``images`` where there are any, and what reward
-            functions and ``task`` read.
+        model: the student, as for GRPOTrainer: a text or vision-language model, or its name or path.
+        reward_funcs: TRL's rewards: functions, coroutines, reward models. ``args.gate_reward`` and
+            ``args.exploration_reward`` name those that the gate and exploration read (default: the first).
+        args: a `KEPOConfig`. By default, ``distill`` is on with a teacher, and ``explore`` with a teacher and a task.
+        train_dataset: rows as for GRPOTrainer: ``prompt`` (x, plain), optionally ``image`` or ``images``, and the
+            columns that reward functions and ``task`` read.
         eval_dataset: as for GRPOTrainer. Evaluation never explores.
-        teacher: π_T, in process or served; needed to distil and for hints.
-        task: how hints are requested and given; needed to explore. What it reads in a completion goes into the rollouts
-            file, and reward functions then get completions as plain text, reasoning included.
+        teacher: π_T, in this process or served; required to distil and for hints.
+        task: how hints are requested and given; required to explore. What its `Task.read` returns goes into the
+            rollouts file. With a task, reward functions get completions as plain text, reasoning included.
         **kwargs: as for GRPOTrainer (``processing_class``, ``callbacks``, ``peft_config``, …).
 
     Raises:
         ValueError: a missing teacher, task or column, an unknown reward name, too few rows, a task that does not fit
-            the rows or a teacher that does not fit the student; one sentence, before anything is computed.
+            the rows or a teacher that does not fit the student; raised before anything is computed.
 
     Example:
     ```python
@@ -85,7 +84,7 @@ class KEPOTrainer(ScoringTrainer):
     ```
     """
 
-    _last_loaded_step: int  # whose weights vLLM has
+    _last_loaded_step: int  # the step whose weights vLLM has
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "kepo"]
     _name = "KEPO"
@@ -120,13 +119,13 @@ class KEPOTrainer(ScoringTrainer):
             reward_funcs = [checked_reward(reward) for reward in given]
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = _processor_of(model, args)
-        with making_engine(args, trained=True):
+        with making_engine(args):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         if self.use_vllm:
             self.vllm_generation: Any = CheckedVLLM(self.vllm_generation, self.processing_class)
         self._find_rewards()
         if args.scale_rewards == "rloo":
-            self.scale_rewards = "none"  # TRL computes Eq. 6, of which Eq. 4 is made
+            self.scale_rewards = "none"  # TRL computes Eq. 6, which is rescaled to Eq. 4
         self._generation, self._window = Generation([], 0), {}
         self.add_callback(RoundingWatch(self))
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -135,7 +134,7 @@ class KEPOTrainer(ScoringTrainer):
         if teacher is None:
             return
         if isinstance(teacher, Teacher) and teacher.model is student:
-            raise ValueError("teacher and student are one model, expected two: the teacher is frozen (load it twice)")
+            raise ValueError("teacher and student are one model, expected two: load it twice (the teacher is frozen)")
         teacher.check_fits(student, self.processing_class, inputs)
         if args.distill:
             check_plain_head(student, "student")
@@ -145,7 +144,7 @@ class KEPOTrainer(ScoringTrainer):
     # Rollouts ---------------------------------------------------------------------------------------------------
 
     def _generate(self, prompts: list[Any]) -> Any:
-        """TRL's rollouts (whose lengths it logs here), then exploration where a whole group failed."""
+        """TRL's rollouts (it logs their lengths here), then exploration for groups that failed."""
         ids_of_prompts, ids, mask, completions, sampling_logps, *rest = super()._generate(prompts)
         now = self._generation
         if self.model.training:
@@ -156,17 +155,17 @@ class KEPOTrainer(ScoringTrainer):
         for row in now.injected:
             ids[row] = now.final[row].ids
             if sampling_logps is not None:
-                # Drawn from another prompt: NaN exempts a token from the sampler correction (its ratio is 1).
+                # Sampled from another prompt: NaN exempts a token from the sampler correction (its ratio is 1).
                 sampling_logps[row] = [math.nan] * len(ids[row])
         if self.task is not None and not self.tools:
-            # As text, also where a tokenizer would have parsed the reasoning out of the message.
+            # As text, even if the tokenizer parses the reasoning out of the message.
             read = now.final or hinted.read_completions(self, now.rows, ids)
             completions = [as_trl(prompt, completion) for prompt, completion in zip(prompts, read, strict=True)]
         return ids_of_prompts, ids, mask, completions, sampling_logps, *rest
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's generation back end, refused if it gives a completion of no tokens."""
-        let_generate(self.accelerator.unwrap_model(self.model_wrapped))  # accelerate shares it out when training begins
+        """TRL's generation back end; raises ``ValueError`` for a completion without tokens."""
+        let_generate(self.accelerator.unwrap_model(self.model_wrapped))  # accelerate shards it when training begins
         ids, logps = super()._generate_single_turn(*args, **kwargs)
         empty = [row for row, tokens in enumerate(ids) if not tokens]
         if empty:
@@ -177,7 +176,7 @@ class KEPOTrainer(ScoringTrainer):
         return ids, logps
 
     def current_vllm(self) -> CheckedVLLM | None:
-        """With ``use_vllm`` what draws the rollouts, with the student's present weights; all processes call it."""
+        """The vLLM engine with the student's current weights; None without ``use_vllm``. All processes must call it."""
         if not self.use_vllm:
             return None
         if self.state.global_step != self._last_loaded_step:
@@ -186,11 +185,11 @@ class KEPOTrainer(ScoringTrainer):
         return self.vllm_generation  # type: ignore[no-any-return]
 
     def _seed(self) -> str:
-        """Names this generation batch: what is drawn for it besides tokens depends on nothing else."""
+        """The seed of this generation batch, for every random choice except tokens."""
         return f"{self.args.seed}/{self._generation_of_step[0]}/{self._generation_of_step[1]}"
 
     def _explore(self, now: Generation, prompts: Sequence[Prompt]) -> None:
-        """Score the student's own rollouts, explore, and put accepted draws in the place of originals."""
+        """Score the student's own rollouts, explore, and replace originals by accepted draws."""
         now.scored = self.score(now.rows, prompts, now.own)
         now.explored, now.draw_tokens = hinted.explore_groups(
             self, now.rows, prompts, now.own, now.scored, self._seed()
@@ -206,7 +205,7 @@ class KEPOTrainer(ScoringTrainer):
         self._scored = self.accelerator.gather(local)
 
     def _inject(self, now: Generation) -> None:
-        """Put accepted draws in the place of distinct originals, drawn by the run's seed (line 15 of Algorithm 1)."""
+        """Replace distinct originals, chosen at random by the run's seed, by accepted draws (Algorithm 1, line 15)."""
         for result in now.explored:
             group = result.group
             rng = random.Random(f"{self._seed()}/leave/{group}")
@@ -218,9 +217,9 @@ class KEPOTrainer(ScoringTrainer):
                     now.injected.append(row)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch, with Eq. 4's advantages if asked for, the gate, and what the loss has to know of injection."""
+        """TRL's batch, plus the gate, Eq. 4's advantages if configured, and the loss's entries on injected rows."""
         training = self.model.training
-        if training:  # evaluation draws none of what is named by it
+        if training:  # evaluation neither explores nor writes rollouts
             step = self.state.global_step + 1
             repeated = self._generation_of_step[0] == step
             self._generation_of_step = (step, self._generation_of_step[1] + 1 if repeated else 0)
@@ -253,16 +252,16 @@ class KEPOTrainer(ScoringTrainer):
         return output
 
     def _correct_table(self, advantages: Tensor) -> None:
-        """Put the advantages that are trained with into TRL's table of completions, in the place of its own."""
+        """Replace TRL's advantages in its table of completions by those that training uses."""
         table, trained = self._logs["advantages"], self.accelerator.gather(advantages).tolist()
         for _ in range(min(len(trained), len(table))):
             table.pop()
         table.extend(trained)
 
     def _ask_served(self, now: Generation, output: dict[str, Any], gate: Tensor) -> Tensor:
-        """The rows to be guided, (B,): those past the gate, but for those that a served teacher cannot be asked about.
+        """The rows to be guided, (B,): those past the gate, except those that a served teacher cannot score.
 
-        A served teacher is asked here, about all rows of the generation batch at once; ``output`` gets its answers.
+        A served teacher scores all rows of the generation batch here; its answers go into ``output``.
         """
         if not isinstance(self.teacher, ServedTeacher):
             return gate
@@ -275,7 +274,7 @@ class KEPOTrainer(ScoringTrainer):
         return gate & ~left_out
 
     def _kept(self, now: Generation) -> Tensor:
-        """Which rows stay in the loss: all, but for exhausted groups under ``on_exhausted="drop"``, (B,)."""
+        """Which rows stay in the loss, (B,): all, except exhausted groups under ``on_exhausted="drop"``."""
         dropped = {
             e.group for e in now.explored if self.args.on_exhausted == "drop" and e.outcome is GroupOutcome.EXHAUSTED
         }
@@ -285,14 +284,14 @@ class KEPOTrainer(ScoringTrainer):
     def _measure_injected(self, now: Generation, output: dict[str, Any]) -> dict[int, float]:
         """How far hints pulled the injected rows off-policy: token means of log π(y|x,h,a) − log π(y|x), by row.
 
-        In the same forward pass the replaced originals' entropies are measured; ``output`` gets them, and the
-        off-policy weights in its advantages under ``hint_importance="truncated"``.
+        The same forward pass measures the entropies of replaced originals, which go into ``output``. Under
+        ``hint_importance="truncated"``, the advantages in ``output`` are multiplied by the off-policy weights.
         """
         count = hinted.largest(self.accelerator, len(now.injected))
         if not count:
             return {}
         hints = {e.group: e.hint for e in now.explored}
-        rows = now.injected + [0] * (count - len(now.injected))  # every process makes as many forward passes
+        rows = now.injected + [0] * (count - len(now.injected))  # every process must make equally many forward passes
         plain = [with_images(now.rows[row]["prompt"], now.rows[row]) for row in rows]
         aware = [
             hinted.hint_aware_prompt(self, now.rows[row], hints.get((now.first + row) // self.num_generations) or "")
@@ -320,19 +319,19 @@ class KEPOTrainer(ScoringTrainer):
 
 
 def _processor_of(model: Any, args: KEPOConfig) -> Any:
-    """The model's processor where GRPOTrainer, which asks ``AutoProcessor``, would find a bare tokenizer; else None."""
+    """The processor of a model for which ``AutoProcessor``, GRPOTrainer's way, gives a bare tokenizer; else None."""
     where = {k: v for k, v in (args.model_init_kwargs or {}).items() if k == "revision"}
     if isinstance(model, str):
         try:
             kind = AutoConfig.from_pretrained(model, **where).model_type
-        except (OSError, ValueError):  # of an adapter alone, for example: GRPOTrainer knows what to do, or to say
+        except (OSError, ValueError):  # an adapter without its model, for example: GRPOTrainer handles it or raises
             return None
         return image_only_processor(kind, model, **where)
     return image_only_processor(model.config.model_type, get_config_model_id(model.config))
 
 
 def _default_config(model: Any, teacher: Any, task: Task | None) -> KEPOConfig:
-    """The configuration of a trainer that is given none: TRL's own folder, and the parts that can work."""
+    """The default configuration: TRL's default folder, and the parts whose teacher and task are given."""
     name = model if isinstance(model, str) else get_config_model_id(model.config)
     return KEPOConfig(
         f"{name.split('/')[-1]}-KEPO", distill=teacher is not None, explore=teacher is not None and task is not None

@@ -1,8 +1,8 @@
-"""Fixes for GRPOTrainer's handling of pictures; what cannot be fixed is refused.
+"""Fixes for GRPOTrainer's handling of pictures; cases that cannot be fixed are refused.
 
-Nothing here changes a batch that GRPOTrainer gets right. It passes `MODEL_FIELDS` on to the model by name and drops, or
-fails over, whatever else a processor makes (LLaVA-OneVision's ``batch_num_images``, VideoLLaMA 3's
-``image_merge_sizes``). Such further inputs are carried here, row by row, to every forward of student and teacher.
+Batches that GRPOTrainer handles correctly are unchanged. GRPOTrainer passes `MODEL_FIELDS` to the model by name, and
+drops or fails on any other output of a processor (LLaVA-OneVision's ``batch_num_images``, VideoLLaMA 3's
+``image_merge_sizes``). This module carries such inputs, row by row, to every forward pass of student and teacher.
 """
 
 import inspect
@@ -14,11 +14,12 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.nn.functional import pad
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from kepo_core.method.resume import ResumableTrainer
 from kepo_core.method.task import Row, images_of, with_images
 
-#: What a batch of GRPOTrainer holds for the model beside the ids, one entry per row (after splitting by images).
+#: Model inputs in a batch of GRPOTrainer besides the ids, one entry per row (after splitting by images).
 MODEL_FIELDS = (
     "pixel_values",
     "image_grid_thw",
@@ -29,21 +30,23 @@ MODEL_FIELDS = (
     "token_type_ids",
     "mm_token_type_ids",
 )
-#: What stands before the name of any other input in a batch, where it is a list of one tensor per row.
+#: Prefix of any other input's name in a batch, which holds a list with one tensor per row.
 FURTHER = "kepo_input/"
-#: How the names of inputs end that have an entry per token, 0 on text; in a batch these are of the unpadded prompt.
+#: Suffix of inputs with one entry per token, 0 on text; in a batch they cover the unpadded prompt.
 PER_TOKEN = "token_type_ids"
+#: Inputs that every row has.
+PER_PROMPT = ("input_ids", "attention_mask")
 _ARGUMENTS = (*MODEL_FIELDS, "batch_size", "compute_entropy", "compute_aux_loss", "num_images", "num_tiles")
 
 
 class VisionTrainer(ResumableTrainer):
-    """GRPOTrainer for rows with one picture, several, none, or a mixture, as far as the model allows it."""
+    """GRPOTrainer for rows with one picture, several, none, or a mixture, as far as the model supports it."""
 
-    #: Inputs, by name and row, that the model takes beside TRL's when it is called next.
+    #: Further inputs for the model's next call: name → one tensor per row.
     _further: dict[str, list[Tensor]] | None = None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's, with further model inputs; a batch without any picture is text, whatever its columns say."""
+        """TRL's batch with further model inputs; a batch without pictures is text, even if it has a picture column."""
         has_column = "image" in inputs[0] or "images" in inputs[0]
         if has_column and not any(images_of(row) for row in inputs):
             inputs = [{**row, "images": []} for row in inputs]
@@ -53,10 +56,10 @@ class VisionTrainer(ResumableTrainer):
         return output | {FURTHER + name: rows for name, rows in further.items()}
 
     def picture_inputs(self, row: Row | None) -> set[str]:
-        """What the processor makes of a row's pictures and tokens, by name; nothing where the row has no pictures.
+        """Names of the model inputs that the processor makes from a row's pictures; empty for a row without pictures.
 
         Raises:
-            ValueError: as `check_inputs`, before anything is computed.
+            ValueError: as in `check_inputs`, before anything is computed.
         """
         if row is None or not images_of(row) or isinstance(row["prompt"], str):
             return set()
@@ -64,10 +67,10 @@ class VisionTrainer(ResumableTrainer):
         return set(fields)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, dict[str, Any]]:
-        """TRL's; rows without pictures have an empty list of them, as processors expect, not None.
+        """As TRL's, but rows without pictures get an empty list, which processors expect, instead of None.
 
         Raises:
-            ValueError: rows whose pictures GRPOTrainer would mix up, or an input that the model does not take.
+            ValueError: GRPOTrainer would mix up the rows' pictures, or the model does not take an input.
         """
         ids, images, fields = super()._tokenize_prompts(prompts)
         if images is None:
@@ -82,7 +85,7 @@ class VisionTrainer(ResumableTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any
     ) -> Any:
-        """TRL's, with further inputs, token types beside their tokens, and no pictures where rows have none."""
+        """As TRL's, with further inputs and aligned token types; rows without pictures get no picture inputs."""
         counts: list[int] = kwargs.get("num_images") or []
         known = {name: value for name, value in kwargs.items() if name in _ARGUMENTS}
         if self._further or not all(counts):
@@ -95,16 +98,16 @@ class VisionTrainer(ResumableTrainer):
         )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's, with the batch's further inputs."""
+        """TRL's loss, with the batch's further inputs."""
         self._further = {name.removeprefix(FURTHER): inputs[name] for name in inputs if name.startswith(FURTHER)}
         loss: Tensor = super()._compute_loss(model, inputs)
         return loss
 
 
 class _Fed:
-    """Stands in for the model in TRL's forward: gives it, call by call, further inputs of the rows that come next.
+    """Replaces the model in TRL's forward pass: adds, call by call, the further inputs of the next rows.
 
-    Where none of these rows has a picture, inputs of pictures are left out: models fail over empty ones.
+    If none of these rows has a picture, it drops picture inputs: models fail on empty ones.
     """
 
     def __init__(self, model: Any, further: Mapping[str, Sequence[Tensor]], counts: Sequence[int]) -> None:
@@ -122,10 +125,10 @@ class _Fed:
 
 
 def beside_tokens(further: Mapping[str, Sequence[Tensor]], prompt: int, completion: int) -> dict[str, Sequence[Tensor]]:
-    """``further``, by row, where entries per token of a prompt stand beside its tokens in a padded batch.
+    """``further``, row by row, with per-token entries padded to match the tokens of a padded batch.
 
     Args:
-        prompt, completion: tokens that prompts are padded to on the left and completions on the right.
+        prompt, completion: padded lengths in tokens: prompts are padded on the left, completions on the right.
     """
     return {
         name: [pad(row, (prompt - row.shape[1], completion)) for row in rows] if name.endswith(PER_TOKEN) else rows
@@ -134,7 +137,7 @@ def beside_tokens(further: Mapping[str, Sequence[Tensor]], prompt: int, completi
 
 
 def as_tensor(value: Any) -> Tensor:
-    """A processor's output as a tensor, as GRPOTrainer makes one for generation."""
+    """A processor's output as a tensor, converted as in GRPOTrainer's generation."""
     return value if isinstance(value, Tensor) else torch.tensor(np.array(value))
 
 
@@ -152,12 +155,12 @@ def further_inputs(
 
 
 def by_row(name: str, value: Tensor, images: Sequence[Sequence[Any]], image_processor: Any) -> list[Tensor]:
-    """A model input called ``name`` row by row: it has an entry per row, per row with pictures, or per picture.
+    """The model input ``name``, row by row: it has one entry per row, per row with pictures, or per picture.
 
-    Where two of these are as many, the pictures of one row decide, processed alone.
+    If the number of entries fits two of these, one row's pictures are processed separately to decide.
 
     Raises:
-        ValueError: it has another number of entries, or it cannot be said which they are.
+        ValueError: the number of entries fits none of these, or the choice is ambiguous.
     """
     counts = [len(pictures) for pictures in images]
     kinds = [counts, [int(count > 0) for count in counts], [1] * len(counts)]
@@ -169,13 +172,31 @@ def by_row(name: str, value: Tensor, images: Sequence[Sequence[Any]], image_proc
     if not kinds or any(sizes != kinds[0] for sizes in kinds):
         raise ValueError(
             f"the processor makes {len(value)} entries of {name} for {len(counts)} rows with {sum(counts)} pictures, "
-            "expected one for each row or picture, and to see which: rows could get what belongs to others"
+            "expected one per row or one per picture, unambiguously: rows could get the inputs of others"
         )
     return list(value.split(kinds[0]))
 
 
+def choose_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of model inputs, each with its own pictures; picture inputs are dropped if all these rows are text.
+
+    Args:
+        inputs: tensors, or lists by row; with pictures also ``num_images`` and ``num_tiles`` by row.
+    """
+    chosen = {
+        name: value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
+        for name, value in split_pixel_values_by_grid(inputs).items()
+    }
+    merged: dict[str, Any] = unsplit_pixel_values_by_grid(chosen)
+    counts = merged.pop("num_images", None)
+    merged.pop("num_tiles", None)  # TRL's own, like num_images: not a model input
+    if counts is not None and not any(counts):  # rows of text among rows with pictures
+        merged = {name: value for name, value in merged.items() if name.endswith((*PER_PROMPT, PER_TOKEN))}
+    return {name: torch.cat(value) if isinstance(value, list) else value for name, value in merged.items()}
+
+
 def _is_tiled(fields: Mapping[str, Any], pictures: int) -> bool:
-    """Whether ``pixel_values`` holds the tiles that pictures are cut into, as GRPOTrainer decides it."""
+    """Whether ``pixel_values`` holds tiles of pictures, decided as in GRPOTrainer."""
     pixels = fields.get("pixel_values", ())
     return "spatial_shapes" in fields or (len(pixels) not in (0, pictures) and np.ndim(pixels[0]) == 3)
 
@@ -195,62 +216,64 @@ def check_inputs(
     image_processor: Any,
     model: Any,
 ) -> None:
-    """Raise ``ValueError`` for a processor whose output, ``fields``, cannot all be given to ``model``, by name."""
+    """Raise ``ValueError`` unless ``model`` takes every output of the processor in ``fields``, by name."""
     student = model.get_base_model() if is_peft_model(model) else model
     kind = type(student).__name__
     if unknown := sorted(fields.keys() - inspect.signature(type(student).forward).parameters):
-        raise ValueError(f"the processor makes {unknown[0]}, which {kind} does not take: expected the model's own one")
+        raise ValueError(
+            f"the processor makes {unknown[0]}, which {kind} does not take, expected the model's own processor"
+        )
     if fields and "pixel_values" not in fields and not all(name.endswith(PER_TOKEN) for name in fields):
         raise ValueError(
-            f"the processor makes {', '.join(fields)} and no pixel_values: GRPOTrainer cannot train {kind} on pictures"
+            f"the processor makes {', '.join(fields)} but no pixel_values: GRPOTrainer cannot train {kind} on pictures"
         )
     lengths = [len(row) for row in ids]
     for name in fields.keys() - {*MODEL_FIELDS}:
         entries = [len(row) if getattr(row, "shape", True) and hasattr(row, "__len__") else 0 for row in fields[name]]
         if not name.endswith(PER_TOKEN) and entries in (lengths, [max(lengths)] * len(ids)):
             raise ValueError(
-                f"the processor makes {name}, an entry per token of the prompt: how it goes on over a completion is "
-                f"not known, so that {kind} cannot be trained on pictures here"
+                f"the processor makes {name}, an entry per token of the prompt, and its values for completions are "
+                f"unknown: {kind} cannot be trained on pictures here"
             )
     if "spatial_shapes" not in fields and _is_tiled(fields, sum(map(len, images))):
         first = next(row for row in images if row)
         if "num_patches" not in image_processor(images=list(first), crop_to_patches=True):
             raise ValueError(
-                f"the processor of {kind} cuts pictures into tiles and does not give their num_patches: GRPOTrainer "
-                "cannot tell which belong to which row"
+                f"the processor of {kind} cuts pictures into tiles but does not return num_patches: GRPOTrainer cannot "
+                "assign tiles to rows"
             )
 
 
 def check_pictured(counts: Sequence[int], size: int) -> None:
-    """Raise ``ValueError`` for a forward pass of ``size`` rows without a picture: other processes would wait for it."""
+    """Raise ``ValueError`` if a forward pass of ``size`` rows has no picture: the other processes would hang."""
     if not all(any(counts[start : start + size]) for start in range(0, len(counts), size)):
         raise ValueError(
-            f"{size} rows without a picture came together in one process of several, expected a picture in each batch: "
+            f"a batch of {size} rows on one of several processes has no picture, expected at least one in each batch: "
             "raise the batch size, or train rows with and without pictures on one GPU"
         )
 
 
 def check_counts(counts: list[int], fields: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for rows that cannot be told apart by the tensors that their processor makes.
+    """Raise ``ValueError`` if GRPOTrainer would assign the processor's outputs to the wrong rows.
 
     Args:
-        counts: pictures of each row.
-        fields: what the processor made of all rows.
+        counts: number of pictures of each row.
+        fields: the processor's output for all rows.
     """
-    # One entry per row (SmolVLM), which GRPOTrainer takes for one per picture where there are as many of both.
+    # SmolVLM has one entry per row. GRPOTrainer takes it for one per picture if rows and pictures are equal in number.
     by_row = "pixel_attention_mask" in fields and "spatial_shapes" not in fields
     if by_row and sum(counts) == len(counts) and set(counts) != {1}:
         raise ValueError(
             f"{len(counts)} rows have {sum(counts)} pictures in all but not one each ({', '.join(map(str, counts))}), "
-            "expected another mixture: GRPOTrainer would give rows the pictures of others with this model"
+            "expected one picture per row with this model: GRPOTrainer would give rows the pictures of others"
         )
 
 
 def aligned(fields: Mapping[str, Any], width: int) -> dict[str, Any]:
     """``fields`` with token types cut on the left to ``width`` tokens.
 
-    GRPOTrainer cuts a rendered prompt into tokens a second time to get them, and a tokenizer that begins every text
-    with a token of its own (Gemma's) then writes it twice: each type would stand one place behind its token.
+    GRPOTrainer gets token types by tokenizing a rendered prompt a second time. A tokenizer that puts a special token
+    before every text (Gemma's) then adds it twice, and shifts each type by one position.
     """
     return {
         name: value[:, -width:] if name.endswith(PER_TOKEN) and value is not None else value

@@ -1,8 +1,8 @@
-"""Rollouts by vLLM from the very prompts that the trainer scores, and a guard over both.
+"""Rollouts by vLLM from exactly the prompts that the trainer scores, with checks of both.
 
-TRL gives vLLM token ids in which a picture's placeholder is repeated already, once per image token, and the picture
-beside them. Colocated vLLM repeats the first of them once more, and draws from a prompt that nobody wrote. Here it
-gets one placeholder per picture, and what it has made of them is compared with what was sent, token by token.
+TRL sends vLLM the picture and token ids in which its placeholder is already repeated, once per image token. Colocated
+vLLM expands the first placeholder again, and samples from a wrong prompt. Here it gets one placeholder per picture,
+and the expanded prompt that it used is compared with the trainer's, token by token.
 """
 
 import math
@@ -18,15 +18,15 @@ from requests import RequestException
 from transformers import AutoConfig
 from trl.generation import vllm_generation
 
-#: Versions that have been run with this package (tests/real_vllm) or are TRL's own; the last one is not included.
+#: vLLM versions that were run with this package (tests/real_vllm) or that TRL supports: from the first, below the last.
 VERSIONS = ((0, 30), (0, 33))
-#: The mean |Δ log p| between vLLM and the trainer over the tokens of an optimiser step at which training stops. On the
-#: embedded models it is below 0.001, in 32 and in 16 bits, and 1.2 and more with corrupted prompts. Large models in
-#: bfloat16 are some hundredths apart.
+#: Training stops if the mean |Δ log p| (nats) between vLLM and the trainer over a step's tokens exceeds this. With the
+#: embedded models it is below 0.001, in 32 and in 16 bits, and at least 1.2 with corrupted prompts. Large models in
+#: bfloat16 differ by some hundredths.
 MOST_DIFFERENCE = 0.2
 
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: What reshapes the distribution by no bound, and the values that do not.
+#: Settings that change log-probabilities without a bound, and their neutral values.
 _UNBOUNDED: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1),
     "min_p": (None, 0.0),
@@ -39,8 +39,9 @@ _UNBOUNDED: dict[str, tuple[Any, ...]] = {
 def most_difference(args: Any) -> float:
     """`MOST_DIFFERENCE` for the sampling that a ``GRPOConfig`` asks for.
 
-    vLLM's log-probabilities are those of what it draws from. A nucleus of mass ``top_p`` raises each of them by up to
-    −log ``top_p``; by how much ``top_k``, ``min_p``, penalties or a grammar do is not bounded, and nothing is judged.
+    vLLM returns the log-probabilities of the distribution it samples from. A nucleus of mass ``top_p`` raises each by
+    up to −log ``top_p``, which is added. The effect of ``top_k``, ``min_p``, penalties or a grammar has no bound: the
+    limit is then infinite.
     """
     if any(getattr(args, name) not in neutral for name, neutral in _UNBOUNDED.items()):
         return math.inf
@@ -48,12 +49,12 @@ def most_difference(args: Any) -> float:
 
 
 def one_placeholder_each(ids: Sequence[int], pictures: int, image_token: int, row: int) -> list[int]:
-    """``ids`` with as many image tokens as there are pictures, where each picture's are.
+    """``ids`` with each picture's run of image tokens reduced to one.
 
     Raises:
-        ValueError: the image tokens stand in several runs, and not in one per picture.
+        ValueError: the image tokens form several runs, but not one per picture.
 
-    Example, of image token 9 and two pictures:
+    Example with image token 9 and two pictures:
 
     ```python
     >>> from kepo_core.method.vllm_rollouts import one_placeholder_each
@@ -76,19 +77,18 @@ def one_placeholder_each(ids: Sequence[int], pictures: int, image_token: int, ro
 
 
 @contextmanager
-def making_engine(args: Any, *, trained: bool) -> Iterator[None]:
-    """While TRL makes its engine for a ``GRPOConfig``: it computes in the precision that the trainer computes in.
+def making_engine(args: Any) -> Iterator[None]:
+    """A context in which TRL creates its vLLM engine with the precision of the trainer, from a ``GRPOConfig``.
 
-    On a CPU one that gets ``trained`` weights computes as the checkpoint says, which has to be in float16: others are
-    packed there when they are read, and cannot be exchanged. What TRL puts into the environment for the engine goes
-    again: later trainers would be distributed ones.
+    Afterwards the environment variables that TRL sets for the engine are removed: later trainers would take them for a
+    distributed run.
     """
     if not args.use_vllm:
         yield
         return
     before, made = {name: os.environ.get(name) for name in _RENDEZVOUS}, getattr(vllm_generation, "LLM", None)
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    if made and (torch.cuda.is_available() or not trained):
+    if made:
         vllm_generation.LLM = partial(made, dtype=precision)
     try:
         yield
@@ -100,29 +100,29 @@ def making_engine(args: Any, *, trained: bool) -> Iterator[None]:
 
 
 def check_used(sent: Sequence[Sequence[int]], used: Sequence[Sequence[int]]) -> None:
-    """Raise ``ValueError`` unless vLLM drew from the prompts that the trainer scores, naming row and token."""
+    """Raise ``ValueError`` unless vLLM sampled from the prompts that the trainer scores, naming row and token."""
     for row, (ours, theirs) in enumerate(zip(sent, used, strict=True)):
         if list(ours) == list(theirs):
             continue
         token = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
         place = min(len(ours), len(theirs)) if token is None else token
         raise ValueError(
-            f"vLLM drew from another prompt than the trainer scores: row {row} differs from token {place} on "
-            f"({len(theirs)} tokens there, {len(ours)} here). Its processor treats pictures otherwise than the "
-            "student's: set use_vllm to False"
+            f"vLLM sampled from another prompt than the trainer scores: row {row} differs from token {place} on "
+            f"({len(theirs)} tokens in vLLM, {len(ours)} in the trainer). Its processor handles pictures differently "
+            "from the student's: set use_vllm to False"
         )
 
 
 class CheckedVLLM:
-    """TRL's VLLMGeneration with right prompts. It answers to everything that TRL asks of one."""
+    """TRL's VLLMGeneration with correct prompts. All other attributes are those of the wrapped object."""
 
     def __init__(self, inner: Any, processor: Any) -> None:
         self._inner, self._image_token = inner, getattr(processor, "image_token_id", None)
         self._tokenizer = getattr(processor, "tokenizer", processor)
-        self._most = inner.max_model_length  # tokens of a prompt and its completion
+        self._most = inner.max_model_length  # maximum tokens of a prompt and its completion
         self._place = inner._place_features
         inner._place_features = self._place_features
-        if self._image_token is not None:  # as transformers' generation is told: it would stand for no picture
+        if self._image_token is not None:  # as in transformers' generation: a generated one would lack its picture
             inner.generation_kwargs = {"logit_bias": {self._image_token: -100.0}, **inner.generation_kwargs}
         if inner.mode == "server" and inner.accelerator.is_main_process:
             _name_tokens(inner.vllm_client)
@@ -134,7 +134,7 @@ class CheckedVLLM:
 
     @contextmanager
     def sampling(self, temperature: float, max_tokens: int, stop_tokens: Sequence[int]) -> Iterator[None]:
-        """Plain sampling for a while, for an evaluation: all tokens count, no penalty, greedy at ``temperature`` 0."""
+        """A context for evaluation: sampling without truncation or penalties, greedy at ``temperature`` 0."""
         inner, bias = self._inner, self._inner.generation_kwargs.get("logit_bias")
         plain = {
             "temperature": temperature,
@@ -154,9 +154,22 @@ class CheckedVLLM:
             vars(inner).update(own)
 
     def sync_weights(self) -> None:
-        """TRL's; a server that is gone is named."""
-        with self._in_our_words():
-            self._inner.sync_weights()
+        """Send the student's weights to vLLM.
+
+        Raises:
+            ConnectionError: the server does not answer.
+            ValueError: vLLM has packed its weights for this CPU and takes no new ones.
+        """
+        try:
+            with self._in_our_words():
+                self._inner.sync_weights()
+        except AttributeError as error:
+            if torch.cuda.is_available():
+                raise
+            raise ValueError(
+                "vLLM has packed its weights for this CPU and takes no new ones: train on a GPU, set use_vllm to "
+                "False, or build the environment with make test-vllm"
+            ) from error
 
     def generate(
         self,
@@ -165,15 +178,15 @@ class CheckedVLLM:
         num_generations: int,
         profiler: Any = None,
     ) -> Any:
-        """As VLLMGeneration.generate, from ``prompts`` whose pictures are expanded.
+        """As VLLMGeneration.generate; the image placeholders in ``prompts`` are expanded.
 
         Raises:
-            ValueError: vLLM has used other prompts, or a prompt leaves no room for a completion.
+            ValueError: vLLM used other prompts, or a prompt leaves no room for a completion.
             ConnectionError: the server does not answer.
         """
         self._check_room(prompts)
         sent = prompts
-        # No pictures are None to TRL, which looks for the first of an empty list.
+        # For TRL, no pictures are None: it reads the first entry of any list.
         images = None if images is None else [pictures or None for pictures in images]
         if self._inner.mode == "colocate" and images is not None:
             assert self._image_token is not None
@@ -197,20 +210,20 @@ class CheckedVLLM:
                 )
 
     def _place_features(self, features: Any, prompt_ids: list[int]) -> Any:
-        """TRL's places of a server's pictures in the prompt, if these are as large there as here."""
+        """TRL's positions of a server's pictures in the prompt; ``ValueError`` if their sizes differ there and here."""
         placed = self._place(features, prompt_ids)
         if placed is not None:
             theirs = [each.get("length") for each in features["mm_placeholders"]["image"]]
             ours = [each["length"] for each in placed["mm_placeholders"]["image"]]
             if theirs != ours:
                 raise ValueError(
-                    f"the vLLM server makes {theirs} tokens of a prompt's pictures, the trainer {ours}: serve the "
+                    f"the vLLM server makes {theirs} tokens from a prompt's pictures, the trainer {ours}: serve the "
                     "student with the processor that it is trained with"
                 )
         return placed
 
     def _check_server(self) -> None:
-        """Raise ``ValueError`` unless the server has the student's tokens, and note how long its context is."""
+        """Raise ``ValueError`` unless the server tokenizes as the student does; store its context length."""
         client, text = self._inner.vllm_client, "A) 12.5 mm <think>höher</think> 是"
         self._most = client.session.get(f"{client.base_url}/v1/models").json()["data"][0].get("max_model_len")
         asked = {"model": client.model, "prompt": text, "add_special_tokens": False}
@@ -225,10 +238,10 @@ class CheckedVLLM:
         self._check_size(client.get_server_info()["model_config"]["model"])
 
     def _check_size(self, served: str) -> None:
-        """Raise ``ValueError`` where the model ``served``, if it is known here, has other sizes than the student."""
+        """Raise ``ValueError`` if the sizes of the model ``served``, if known here, differ from the student's."""
         try:
             theirs = AutoConfig.from_pretrained(served).get_text_config()
-        except (OSError, ValueError):  # on the server's disk alone
+        except (OSError, ValueError):  # only on the server's disk
             return
         ours = self._inner.model.config.get_text_config()
         for size in ("hidden_size", "num_hidden_layers", "intermediate_size"):
@@ -240,25 +253,24 @@ class CheckedVLLM:
 
     @contextmanager
     def _in_our_words(self) -> Iterator[None]:
-        """What TRL's client meets at a server, as one sentence that names it."""
+        """A context that turns errors of TRL's client into one sentence that names the server."""
         try:
             yield
         except RequestException as error:
             raise ConnectionError(
-                f"the vLLM server at {self._inner.server_base_url} does not answer ({type(error).__name__}): start it "
-                "again"
+                f"the vLLM server at {self._inner.server_base_url} does not answer ({type(error).__name__}): restart it"
             ) from error
-        except Exception as error:  # TRL raises it bare
+        except Exception as error:  # TRL raises bare Exceptions
             if not str(error).startswith("Request failed"):
                 raise
             raise ValueError(
-                f"the vLLM server at {self._inner.server_base_url} refuses what it is asked, expected one that serves "
-                f"the student: {str(error)[:300]}"
+                f"the vLLM server at {self._inner.server_base_url} rejects the request, expected a server of the "
+                f"student: {str(error)[:300]}"
             ) from error
 
 
 def _name_tokens(client: Any) -> None:
-    """Let TRL's client read the log-probabilities of vLLM 0.32, which tells a token's id in another field."""
+    """Let TRL's client read the log-probabilities of vLLM 0.32, which has token ids in another field."""
     post = client._post
 
     def named(url: str, **kwargs: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What readers see: figures, cards, reports, the index."""
+"""Output for readers: figures, rollout cards, reports, the index."""

@@ -1,6 +1,6 @@
-"""A completed run as a folder that the Hugging Face Hub takes as it is: weights, processor, model card, parameters.
+"""A completed run as a folder ready for the Hugging Face Hub: weights, processor, model card, parameters.
 
-Nothing is uploaded. The folder holds no pickle, and no path or address of the machine that trained.
+Nothing is uploaded. The folder contains no pickle, and no path or address of the training machine.
 """
 
 import html
@@ -26,7 +26,7 @@ from kepo_core.runs.run import Run
 from kepo_core.runs.shelf import read_answers
 from kepo_core.task.prompts import NON_THINKING, THINKING
 
-#: What of a saved model's folder is taken: training_args.bin, a pickle, is not.
+#: Files of a saved model that are copied; training_args.bin, a pickle, is not.
 _TAKEN = (".safetensors", ".json", ".jinja", ".txt", ".model")
 _COMPARED = {"ge": "at least", "gt": "above", "lt": "below"}
 _TOLD = {
@@ -45,12 +45,12 @@ def export(run: Run, folder: Path) -> Path:
         ParamError: the run has not completed or has no trained model, or the folder exists.
     """
     if run.state != "completed":
-        raise ParamError(f"{run.path} is {run.state}, expected a completed run: its results are not there yet")
+        raise ParamError(f"{run.path} is {run.state}, expected a completed run")
     weights = sorted((run.path / "model").glob("*.safetensors"))
     if not weights:
         raise ParamError(f"{run.path} has no trained model (model/*.safetensors), expected a run that trains one")
     if folder.exists():
-        raise ParamError(f"{folder} exists already, and nothing is overwritten: name another folder")
+        raise ParamError(f"{folder} exists already and is not overwritten: name another folder")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -72,10 +72,10 @@ def export(run: Run, folder: Path) -> Path:
 
 
 def _name_processor(folder: Path) -> None:
-    """Let ``AutoProcessor`` find the processor of a saved model where this package's image-only one made it.
+    """Let ``AutoProcessor`` load the processor of a saved model that this package's image-only processor wrote.
 
-    Its class becomes that of the model's family in transformers, whose video half is made from the image half's
-    settings in ``preprocessor_config.json``.
+    The class becomes transformers' own for the model's family; its video half takes the image settings from
+    ``preprocessor_config.json``.
     """
     kind = read_json(folder / "config.json")["model_type"]
     for name in ("processor_config.json", "tokenizer_config.json"):
@@ -88,7 +88,7 @@ def _name_processor(folder: Path) -> None:
 
 
 def portable(params: Params) -> Params:
-    """``params`` for another machine: absolute paths keep their last part, addresses of servers their form."""
+    """``params`` for another machine: placeholders replace the folders of absolute paths, and server addresses."""
     changes: dict[str, Any] = {
         name: f"PATH/TO/{Path(value).name}" if not address else "http://HOST:8000/v1"
         for name, value in params.to_dict().items()
@@ -98,7 +98,7 @@ def portable(params: Params) -> Params:
 
 
 def model_card(run: Run) -> str:
-    """The run's README.md for the Hub: metadata; method, data, results with intervals, and how to repeat it."""
+    """The run's README.md for the Hub: metadata, method, data, results with intervals, and the command to repeat it."""
     params, made, answers = run.params, run.provenance, read_answers(run)
     code, counts = made["code"], run.headline or {}
     drawn = [name for name in ("accuracy", "training") if (run.path / f"figures/{name}.png").is_file()]
@@ -129,7 +129,7 @@ def model_card(run: Run) -> str:
         commit=code.get("commit") or "unknown",
         uncommitted=code.get("uncommitted", ""),
         notebook=notebook.name if notebook.is_absolute() else notebook.as_posix(),
-        machine=", ".join(made.get("hardware", {}).get("gpus", [])) or "on CPU cores alone",
+        machine=", ".join(made.get("hardware", {}).get("gpus", [])) or "CPU only",
         versions=made["versions"],
         licence=_licence(params),
     )
@@ -156,11 +156,11 @@ def describe(params: Params) -> str:
 
 
 def result_table(run: Run, answers: dict[str, list[Answer]]) -> tuple[pd.DataFrame, str]:
-    """Accuracies before and after with their change, a row per modality and average, and a caution for the reader."""
+    """Accuracies before and after training and their change (a row per modality and average); a caution, or ""."""
     images = read_images(run.path / "items.csv")
     first, *_, last = [*answers, *answers]
     known = images if all(answer.question_id in images for answer in answers[last]) else None
-    caution = "" if known else " Which questions share a picture is not known, so intervals may be too narrow."
+    caution = "" if known else " It is unknown which questions share a picture, so intervals may be too narrow."
     table = format_table(accuracy_table(answers, known, run.params.train_modality)).T
     if first != last:
         changes = paired_differences(answers[first], answers[last], known, run.params.train_modality)
@@ -171,7 +171,7 @@ def result_table(run: Run, answers: dict[str, list[Answer]]) -> tuple[pd.DataFra
 
 
 def _metadata(run: Run, asked: list[Answer]) -> str:
-    """The card's YAML head, by the Hub's own library."""
+    """The card's YAML head, written by huggingface_hub."""
     params, table = run.params, accuracy_table({"model": asked}, None, run.params.train_modality)
     means = {str(row): float(table[row]["accuracy"].iloc[0]) for row in table.columns.unique(level=0)}
     results = [
@@ -206,7 +206,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _named(name: str) -> str:
-    """A model as strangers may know it: its name on the Hub or in this package, or the last part of a path."""
+    """A model's public name: on the Hub or in this package, or the last part of a path."""
     return f"`{name if _on_hub(name) or name.startswith('embedded:') else Path(name).name}`"
 
 
@@ -215,7 +215,7 @@ def _data_name(params: Params) -> str:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A table of texts in Markdown, the index first; nothing in a cell is markup."""
+    """A table of texts in Markdown, the index first; cells are escaped."""
     lines = [("", *table.columns), ("---",) * (1 + table.shape[1]), *table.itertuples(name=None)]
     return "\n".join(
         f"| {' | '.join(html.escape(str(cell)).replace('|', '&#124;') for cell in line)} |" for line in lines

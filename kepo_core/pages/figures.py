@@ -1,7 +1,7 @@
-"""Tables → axes. Nothing here reads a file or computes a statistic; every function draws on the axes it is given.
+"""Tables → axes. Nothing here reads a file or computes a statistic; every function draws on the axes it gets.
 
-Colours are Okabe and Ito's eight, which stay apart under every common colour blindness; a line is told from its
-neighbour by its marker or dash as well.
+Colours are Okabe and Ito's eight, which are distinct under every common colour blindness. Lines also differ by marker
+or dash.
 """
 
 import textwrap
@@ -31,7 +31,7 @@ COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, BLACK, SKY, GREY)
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (4, 1, 1, 1)))
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 
-#: Letters that can be read at half the width of 11 inches.
+#: Text stays readable when a figure of 11 inches is shown at half its width.
 _STYLE = {
     "axes.grid": True,
     "grid.color": "#E5E5E5",
@@ -44,20 +44,20 @@ _STYLE = {
     "ytick.labelsize": 11,
     "legend.fontsize": 11,
     "figure.dpi": 100,
-    "text.parse_math": False,  # names of categories are data: a dollar sign in them starts no formula
+    "text.parse_math": False,  # names of categories are data: a dollar sign in them does not start a formula
 }
 
 
 def use_style() -> None:
-    """The look of all figures, called once by a notebook."""
+    """Set the style of all figures; a notebook calls this once."""
     sns.set_theme(context="notebook", style="ticks", palette=list(COLOURS), rc=_STYLE)
 
 
 def show(figure: Figure, *, alt: str, folder: Path | None = None, name: str = "") -> None:
-    """Display a figure with ``alt`` for those who cannot see it, and close it.
+    """Display a figure with ``alt`` as its alternative text, and close it.
 
-    With a ``folder`` (which is made) it is kept there as ``name.png`` and ``name.svg``, the text in both; the same
-    figure gives the same bytes.
+    With a ``folder`` (made if needed) the figure is also saved as ``name.png`` and ``name.svg``, with ``alt`` in their
+    metadata; the same figure gives the same bytes.
     """
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def show(figure: Figure, *, alt: str, folder: Path | None = None, name: str = ""
 
 
 def line(ax: Axes, k: int, x: Any, y: Any, band: tuple[Any, Any] | None = None, **style: Any) -> None:
-    """The ``k``-th line of a figure, told from others by colour and dash, over a band between two edges."""
+    """The ``k``-th line of a figure, with its own colour and dash, and optionally a band between two edges."""
     colour, dash = COLOURS[k % len(COLOURS)], DASHES[(k + k // len(COLOURS)) % len(DASHES)]
     if band is not None:
         ax.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
@@ -78,9 +78,9 @@ def line(ax: Axes, k: int, x: Any, y: Any, band: tuple[Any, Any] | None = None, 
 
 
 def points(ax: Axes, k: int, at: Any, table: Any, label: str, *, upright: bool = False) -> None:
-    """The ``k``-th set of points of a figure, at the places ``at`` of the axis that has names.
+    """The ``k``-th set of points of a figure, at the places ``at`` of the axis with names.
 
-    ``table`` begins with three columns of shares, values and the ends of their intervals; they are drawn in per cent.
+    The first three columns of ``table`` are values and the two ends of their intervals, as shares; drawn in per cent.
     """
     value, low, high = 100 * table.iloc[:, :3].to_numpy(float).T
     x, y, ends = (at, value, "yerr") if upright else (value, at, "xerr")
@@ -89,13 +89,13 @@ def points(ax: Axes, k: int, at: Any, table: Any, label: str, *, upright: bool =
 
 
 def marker(k: int) -> dict[str, Any]:
-    """How the ``k``-th set of points of a figure is drawn."""
+    """Colour and marker of the ``k``-th set of points of a figure."""
     colour, marker = COLOURS[k % len(COLOURS)], MARKERS[(k + k // len(COLOURS)) % len(MARKERS)]
     return {"linestyle": "none", "color": colour, "marker": marker, "markersize": 6}
 
 
 def nothing(ax: Axes, why: str) -> None:
-    """Say in empty axes why they are empty."""
+    """Write the reason ``why`` into empty axes."""
     ax.text(0.5, 0.5, why, transform=ax.transAxes, ha="center", va="center", color="#666666")
 
 
@@ -105,7 +105,7 @@ def legend_over(ax: Axes, columns: int, **options: Any) -> None:
 
 
 def legend_above(axes: Any) -> None:
-    """One legend for panels that share their lines, above them all."""
+    """One legend above all panels, for panels that share their lines."""
     flat = _flat(axes)
     named = {label: drawn for ax in flat for drawn, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if named:
@@ -123,12 +123,11 @@ def curves(
     """Metrics over training steps.
 
     Args:
-        metrics: a row per logged step with the column ``step``; a metric may be missing in some rows, or altogether
-            when the method does not have it; it is left out of the figure then, as is one that is 0 throughout
-            unless it is a rate.
+        metrics: a row per logged step with the column ``step``; a metric may be missing in some rows. A metric that
+            the method does not have is not drawn, nor one that is always 0, unless it is a rate.
         names: metric → label.
-        smooth: each thick line is a centred running mean over so many logged steps; the raw values stay, faint.
-        rate: the metrics lie in [0, 1], which the axis then shows.
+        smooth: each thick line is a centred running mean over ``smooth`` logged steps; raw values are drawn faint.
+        rate: the metrics lie in [0, 1], and so does the axis.
     """
     drawn = [metric for metric in names if _has(metrics, metric, rate)]
     for k, metric in enumerate(drawn):
@@ -147,7 +146,7 @@ def curves(
 
 
 def _has(metrics: pd.DataFrame, metric: str, rate: bool) -> bool:
-    """Whether there is something to draw: a rate of 0 says something, a term of the loss that is always 0 is off."""
+    """Whether there is something to draw: a rate of 0 is a result, a loss term that is always 0 is switched off."""
     return metric in metrics and bool(metrics[metric].notna().any() and (rate or metrics[metric].any()))
 
 
@@ -173,14 +172,14 @@ PANELS: tuple[tuple[str, Mapping[str, str], bool], ...] = (
 
 
 def training_panels(metrics: pd.DataFrame, axes: Any) -> None:
-    """PANELS over training on four axes (in any array), from ``diagnosis.training_table``."""
+    """Draw PANELS over training steps on four axes (an array of any shape), from ``diagnosis.training_table``."""
     smooth = max(1, len(metrics) // 12)
     for (title, names, rate), ax in zip(PANELS, _flat(axes), strict=True):
         curves(metrics, names, ax, smooth=smooth, title=title, rate=rate)
 
 
 def accuracy_curves(table: pd.DataFrame, axes: Any, *, in_domain: str, ylabel: str = "accuracy (%), 95 % band") -> None:
-    """Accuracy over training, in domain and out of it on two axes, from ``arms.arm_courses``: bands where known."""
+    """Accuracy over training, in and out of domain on two axes, with bands if known, from ``arms.arm_courses``."""
     for part, ax in zip((in_domain, AVG_OOD), _flat(axes), strict=True):
         own = table[table["part"] == part].replace([-np.inf, np.inf], np.nan)
         for k, (arm, rows) in enumerate(own.groupby("arm", sort=False)):
@@ -196,7 +195,7 @@ def accuracy_curves(table: pd.DataFrame, axes: Any, *, in_domain: str, ylabel: s
 def accuracies(table: pd.DataFrame, ax: Axes, *, in_domain: str) -> Axes:
     """Accuracy with its interval per modality, one colour and marker per model, from ``statistics.accuracy_table``.
 
-    The modality that was trained on has an asterisk. The averages stand apart on the right.
+    The training modality has an asterisk. The averages are set apart on the right.
     """
     columns = list(table.columns.unique(level=0))
     shifts = np.linspace(-0.3, 0.3, 2 * len(table) + 1)[1::2]
@@ -212,7 +211,7 @@ def accuracies(table: pd.DataFrame, ax: Axes, *, in_domain: str) -> Axes:
 
 
 def _places(names: Sequence[Any]) -> NDArray[np.floating[Any]]:
-    """One after the other, averages a little apart."""
+    """Positions of names along an axis, averages a little apart."""
     return np.array([i + (0.6 if name in (AVG, AVG_OOD) else 0.0) for i, name in enumerate(names)])
 
 
@@ -223,8 +222,8 @@ def _starred(names: Iterable[Any], in_domain: str) -> list[str]:
 def differences(table: pd.DataFrame, ax: Axes, *, in_domain: str) -> Axes:
     """Paired differences with their intervals, from ``statistics.paired_differences``; 0 is no change.
 
-    The modality that was trained on has an asterisk. A change whose interval leaves out 0 is drawn filled and
-    coloured: blue for a gain, red for a loss.
+    The training modality has an asterisk. A change whose interval excludes 0 is filled and coloured: blue for a gain,
+    red for a loss.
     """
     places = _places(list(table.index))
     for place, (_, row) in zip(places, table.iterrows(), strict=True):
@@ -253,7 +252,7 @@ def count_map(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def stacked_shares(table: pd.DataFrame, columns: Sequence[str], ax: Axes, *, title: str = "") -> Axes:
-    """Percentages that add up to a whole, one bar per row of ``table``, each part with its name where there is room."""
+    """Percentages that add up to 100, one bar per row of ``table``; parts of 7 % or more carry their number."""
     colours = sns.color_palette("Blues", len(columns) + 1)[1:]
     table[list(columns)].plot.barh(stacked=True, ax=ax, color=colours, edgecolor="white", width=0.8)
     containers: Any = ax.containers
@@ -285,7 +284,7 @@ def picture_sizes(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def prompt_histogram(lengths: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
-    """How many tokens prompts have, from `survey.prompt_lengths` per kind of prompt."""
+    """Prompt lengths in tokens, from `survey.prompt_lengths` for each kind of prompt."""
     tokens = {name: table["tokens"] for name, table in lengths.items()}
     longest = max(int(counts.max()) for counts in tokens.values())
     shortest = min(int(counts.min()) for counts in tokens.values())
@@ -307,7 +306,7 @@ def picture(question: Question, ax: Axes, *, width: int = 28) -> Axes:
         for letter, text in zip(LETTERS, question.options, strict=False)
     ]
     lines = [part for text in (question.question, *options) for part in textwrap.wrap(text, width) or [""]]
-    # Question texts are data: a dollar sign in them starts no formula.
+    # Question texts are data: a dollar sign in them does not start a formula.
     style: Any = {"ha": "center", "va": "top", "fontsize": 10, "parse_math": False}
     ax.text(0.5, -0.05, "\n".join(lines), transform=ax.transAxes, **style)
     ax.set_axis_off()
@@ -315,7 +314,7 @@ def picture(question: Question, ax: Axes, *, width: int = 28) -> Axes:
 
 
 def picture_sheet(questions: Sequence[Question], axes: Any) -> None:
-    """Questions one by one on an array of axes, row by row; spare axes are hidden."""
+    """One question per axes of an array, row by row; unused axes are hidden."""
     flat = _flat(axes)
     for ax in flat[len(questions) :]:
         ax.set_visible(False)

@@ -1,6 +1,6 @@
-"""Some rollouts to look at: picture, question, completions, and what became of each, as HTML (``cards.html.j2``).
+"""Sample rollouts as HTML cards (``cards.html.j2``): picture, question, completions and the outcome of each.
 
-Everything a model or a data file wrote is escaped. Each mark is a word as well as a colour.
+Texts of models and data files are escaped. Each mark is a word as well as a colour.
 """
 
 import base64
@@ -28,14 +28,14 @@ def show_rollouts(
     seed: int = 0,
     facts: Mapping[str, Facts] | None = None,
 ) -> HTML:
-    """``n`` groups of rollouts as cards: those that were rescued by a hint, mixed ones and the others in turn.
+    """``n`` groups of rollouts as cards: in turn one rescued by a hint, one with mixed outcomes, and another one.
 
     Args:
         rollouts: rows of ``method.rollouts.Rollout``, as ``collect_rollouts`` reads them.
         questions: the training questions; a rollout's ``id`` is that of its question.
-        n: how many groups, or fewer when there are not so many.
-        seed: which ones.
-        facts: what is true of the pictures (``phantom.load_facts``), where it is known.
+        n: number of groups; fewer if ``rollouts`` has fewer.
+        seed: of the choice of groups.
+        facts: true facts of the pictures (``phantom.load_facts``), if known.
 
     Raises ``KeyError`` when a rollout's question is not among ``questions``.
     """
@@ -45,7 +45,7 @@ def show_rollouts(
 def cards(
     groups: Sequence[pd.DataFrame], questions: Sequence[Question], facts: Mapping[str, Facts] | None = None
 ) -> HTML:
-    """A card per group: its question, what the teacher said, and a line per rollout. See `show_rollouts`."""
+    """A card per group: its question, the teacher's hint, and a line per rollout. See `show_rollouts`."""
     by_id = {question.id: question for question in questions}
     return HTML(
         shell.render("cards.html.j2", cards=[_card(g, by_id[str(g["id"].iloc[0])], facts or {}) for g in groups])
@@ -53,7 +53,7 @@ def cards(
 
 
 def groups_of(rollouts: pd.DataFrame) -> list[pd.DataFrame]:
-    """The groups among the rows of ``Rollout``, in the order of training; replaced originals belong to theirs."""
+    """The rows of ``Rollout`` by group, in the order of training; a group includes its replaced originals."""
     return [group for _, group in rollouts.groupby(["step", "generation", "group"], sort=True)]
 
 
@@ -75,7 +75,7 @@ def _choose(groups: list[pd.DataFrame], n: int, seed: int) -> list[pd.DataFrame]
 
 
 def _card(group: pd.DataFrame, question: Question, facts: Mapping[str, Facts]) -> dict[str, Any]:
-    """What the template shows of a group; trained rollouts first."""
+    """The template's values for a group; trained rollouts first."""
     true = facts.get(image_key(question))
     return {
         "question": question,

@@ -10,20 +10,20 @@ from kepo_core.runs.summary import Summary, summarize
 
 _TITLE = "Runs"
 _COLUMNS = ("run", "begun (UTC)", "state", "method", "seed", "parameters", "trained on", AVG_OOD, AVG, "minutes")
-#: By which a page of ours is known.
+#: Marks a page that this module wrote.
 _MARK = f"<main>\n<h1>{_TITLE}</h1>"
 
 
 def write_index(results: Path) -> Path:
     """Write ``index.html`` into the folder of run folders, the newest run first. 200 runs take a tenth of a second.
 
-    Raises `ParamError` if ``results`` is no folder, or holds an ``index.html`` that is somebody else's.
+    Raises `ParamError` if ``results`` is not a folder, or contains an ``index.html`` that this function did not write.
     """
     if not results.is_dir():
-        raise ParamError(f"results_dir {results} is no folder, expected the one that holds run folders")
+        raise ParamError(f"results_dir {results} is not a folder, expected the folder with the run folders")
     path = results / "index.html"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        raise ParamError(f"{path} was not written by `kepo report` and is not overwritten: move it away")
+        raise ParamError(f"{path} was not written by `kepo report` and is not overwritten: move it elsewhere")
     folders = (folder for folder in results.iterdir() if (folder / "status.json").is_file())
     page = shell.render(
         "index.html.j2",

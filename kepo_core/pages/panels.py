@@ -1,6 +1,6 @@
-"""Figures over the runs of a study, and of one training step. As in ``figures``: tables → axes, nothing is computed.
+"""Figures of a study's runs, and of one training step. As in ``figures``: tables → axes, no statistics.
 
-Means over runs are drawn with the range from the lowest to the highest run, unless an interval is given.
+Means over runs have a band from the lowest to the highest run, unless an interval is given.
 """
 
 import textwrap
@@ -33,7 +33,7 @@ from kepo_core.pages.figures import (
     points,
 )
 
-#: How an answer ended, from right to unreadable: colours that stay apart, with hatches where they are close in grey.
+#: Outcome of an answer, from right to unreadable → colour and hatch; colours that look alike in grey have hatches.
 OUTCOMES: dict[AnswerOutcome, tuple[str, str]] = {
     AnswerOutcome.CORRECT: (GREEN, ""),
     AnswerOutcome.WRONG: (ORANGE, ""),
@@ -44,7 +44,7 @@ OUTCOMES: dict[AnswerOutcome, tuple[str, str]] = {
 
 
 def released_curves(table: pd.DataFrame, axes: Any, *, in_domain: str = "MRI") -> None:
-    """The released runs' accuracies over training, in and out of domain, from ``methods.released_curves``."""
+    """Accuracies of the released runs over training, in and out of domain, from ``methods.released_curves``."""
     part = table["modality"].where(table["modality"] == in_domain, AVG_OOD)
     shares = table.assign(part=part, arm=table["run"], value=table["accuracy_percent"] / 100, low=np.nan, high=np.nan)
     means = shares.groupby(["part", "arm", "step"], sort=False)[["value", "low", "high"]].mean().reset_index()
@@ -52,7 +52,7 @@ def released_curves(table: pd.DataFrame, axes: Any, *, in_domain: str = "MRI") -
 
 
 def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str, in_domain: str) -> Axes:
-    """A line per arm: its difference from another in domain and out of it, from ``arms.arm_differences``."""
+    """A line per arm: its difference from ``compared_with`` in and out of domain, from ``arms.arm_differences``."""
     arms, parts = list(table["arm"].unique()), [p for p in (in_domain, AVG_OOD) if (table["part"] == p).any()]
     for k, part in enumerate(parts):
         own = table[table["part"] == part].set_index("arm").reindex(arms)
@@ -65,7 +65,7 @@ def gains(table: pd.DataFrame, ax: Axes, *, compared_with: str, in_domain: str) 
 
 
 def _beside(rows: int, k: int, sets: int) -> NDArray[np.floating[Any]]:
-    """Places of the ``k``-th of several sets of points that share their rows."""
+    """Positions of the ``k``-th of several sets of points that share their rows."""
     return np.arange(rows) + 0.16 * (2 * k - sets + 1)
 
 
@@ -73,9 +73,8 @@ def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, axes: Any, *, in_doma
     """A line per method on two axes: our accuracies with their intervals, and the paper's Table 1, which has none.
 
     ``table`` is ``statistics.accuracy_table``'s or ``arms.by_part``'s, ``paper`` the part "paper" of
-    ``methods.beside_paper``'s. What is compared is the order of methods within each side: the two sides ask different
-    questions of different models. The paper trained on MRI: where ``in_domain`` is another, its accuracies there are no
-    others' counterpart.
+    ``methods.beside_paper``'s. Compare the order of methods within each side, not levels: models and questions differ.
+    The paper trained on MRI: with another ``in_domain``, its in-domain accuracies are not drawn.
     """
     left, right = axes
     rows = range(len(table))
@@ -99,10 +98,10 @@ def metric_over_runs(
 
     Args:
         runs: method → the training table (``diagnosis.training_table``) of each run; methods without the metric are
-            left out.
+            skipped.
         metric: its name.
         title: above the axes.
-        smooth: a centred running mean over so many logged steps, of every run.
+        smooth: each run is smoothed by a centred running mean over ``smooth`` logged steps.
     """
     for k, (method, tables) in enumerate(runs.items()):
         lines = [
@@ -122,7 +121,7 @@ def metric_over_runs(
 
 
 def outcomes_over_training(rollouts: pd.DataFrame, ax: Axes, *, title: str = "", smooth: int = 1) -> Axes:
-    """How the student's own rollouts ended over training, as shares that add up to 100 %, without injected ones."""
+    """Outcomes of the student's own rollouts over training (no injected ones), as shares that add up to 100 %."""
     own = rollouts[~rollouts["injected"]]
     shares = 100 * own.groupby("step")["outcome"].value_counts(normalize=True).unstack(fill_value=0)
     shares = shares.rolling(smooth, center=True, min_periods=1).mean()
@@ -138,9 +137,9 @@ def outcomes_over_training(rollouts: pd.DataFrame, ax: Axes, *, title: str = "",
 
 
 def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str) -> Axes:
-    """What training changed per method and modality, in points, from ``arms.arm_changes``: blue rose, red fell.
+    """Change by training per method and modality, in points, from ``arms.arm_changes``: blue is a gain, red a loss.
 
-    Each cell says how much, ± half its 95 % interval; in brackets where the interval holds 0.
+    Each cell has the change ± half its 95 % interval; in brackets if the interval includes 0.
     """
     own = table[~table["part"].isin([AVG, AVG_OOD])]
     arms, modalities = own["arm"].unique(), own["part"].unique()
@@ -167,11 +166,11 @@ def change_map(table: pd.DataFrame, ax: Axes, *, in_domain: str) -> Axes:
 
 
 def step_map(rollouts: pd.DataFrame, ax: Axes) -> Axes:
-    """How one step works, drawn from its rollouts: a row per group, a cell per rollout that is trained on.
+    """One training step: a row per group, a cell per rollout in the loss.
 
-    The fill is the answer's outcome, the number its advantage; a thick blue frame marks the open gate (the teacher
-    guides it); ▲ was drawn with a hint and took the place of a failed one. The text on the right says what became of a
-    group where all had failed.
+    The fill is the answer's outcome, the number its advantage. A thick blue frame marks an open gate (the teacher
+    guides the rollout). ▲ marks a rollout that was sampled with a hint and replaced a failed one. The text on the right
+    is the result of exploration in a group where all failed.
     """
     trained = rollouts[~rollouts["replaced"]]
     groups = sorted(trained["group"].unique())

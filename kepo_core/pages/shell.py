@@ -1,4 +1,4 @@
-"""The pages' templates, filled in. What a template is given is escaped unless the template itself says ``safe``."""
+"""Fills the pages' templates. Values are escaped unless the template marks them ``safe``."""
 
 import base64
 import hashlib
@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def _sha256(text: str) -> str:
-    """As a content security policy names a script."""
+    """The hash by which a content security policy names a script."""
     return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
@@ -29,6 +29,6 @@ def render(template: str, **values: Any) -> str:
 
 
 def source(template: str) -> str:
-    """Its text, for nbconvert, which renders with an environment of its own."""
+    """The text of ``template``, for nbconvert, which renders with its own environment."""
     assert _TEMPLATES.loader is not None
     return _TEMPLATES.loader.get_source(_TEMPLATES, template)[0]

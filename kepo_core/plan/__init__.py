@@ -1,1 +1,1 @@
-"""What a run would take on a GPU; the command alone imports it."""
+"""The GPU memory that a run needs; only ``kepo plan`` imports this package."""

@@ -1,6 +1,6 @@
-"""What memory depends on in a model, read from its configuration alone: no weight is loaded, or made.
+"""The sizes of a model that memory depends on, from its configuration: no weights are loaded or created.
 
-Parameters are counted on a model whose tensors have shapes and no contents, so that any architecture is counted right.
+Parameters are counted on a model of meta tensors (shapes without contents), which works for any architecture.
 """
 
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from kepo_core.errors import ParamError
 from kepo_core.experiment.models import read_config, resolve
 
-#: Configurations of two of the paper's models, for where the hub cannot be reached.
+#: Configurations of two of the paper's models, for machines that cannot reach the hub.
 SHIPPED = Path(__file__).parent / "shapes"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of an image-text model. Counts are of parameters, those of the language model per layer where so named.
+    """Sizes of an image-text model.
 
     Attributes:
-        language: of the decoder, its embedding included.
-        vision: of everything but decoder and head.
-        head: of the output embedding, 0 where it is the input embedding's own (tied).
-        linear: in matrices of linear layers other than the head, which is what bitsandbytes quantises.
-        adapted: inputs plus outputs of all linear layers of the decoder: LoRA of rank r has r × as many parameters.
+        language: parameters of the decoder, its embedding included.
+        vision: parameters of everything except decoder and head.
+        head: parameters of the output embedding; 0 if it is tied to the input embedding.
+        linear: parameters of the linear layers' matrices, without the head; bitsandbytes quantises these.
+        adapted: inputs plus outputs of all linear layers of the decoder; LoRA of rank r has r times as many parameters.
         vocabulary, hidden, layers, heads, kv_heads, head_size, mlp: of the language model.
         vision_hidden, vision_layers, vision_heads, vision_mlp, mergers: of the vision tower.
         patch, merge: side of a patch in pixels, and of a token in patches.
-        pixels: what a patch consists of, in numbers.
+        pixels: how many numbers a patch has.
     """
 
     language: int
@@ -62,12 +62,12 @@ class Architecture:
 
     @property
     def queries(self) -> int:
-        """Q, the size of all query heads together."""
+        """Q, the total size of all query heads."""
         return self.heads * self.head_size
 
     @property
     def keys(self) -> int:
-        """K, the size of all key heads together."""
+        """K, the total size of all key heads."""
         return self.kv_heads * self.head_size
 
     @property
@@ -77,12 +77,12 @@ class Architecture:
 
 
 def load_config(name: str, parameter: str = "student") -> tuple[Any, str]:
-    """The configuration of a model by embedded name, folder or hub name, and where it came from, in words.
+    """The configuration of a model by embedded name, folder or hub name, and its origin in words.
 
-    A hub name is looked up on this machine, then among the shapes that come with the package, then on the hub.
+    A hub name is looked up in this machine's cache, then among this package's shapes, then on the hub.
 
     Raises:
-        ParamError: there is none, or it cannot be fetched.
+        ParamError: the configuration does not exist or cannot be fetched.
     """
     source = resolve(name, parameter)
     if Path(source).is_dir():
@@ -92,21 +92,21 @@ def load_config(name: str, parameter: str = "student") -> tuple[Any, str]:
     except (OSError, ValueError):
         shipped = SHIPPED / f"{source.rpartition('/')[2]}.json"
     if source.startswith("Qwen/") and shipped.is_file():
-        return AutoConfig.from_pretrained(shipped), "shapes that come with this package, as it is not on this machine"
+        return AutoConfig.from_pretrained(shipped), "this package's shapes (not in the hub's cache on this machine)"
     try:
         return AutoConfig.from_pretrained(source), "the hub"
     except (OSError, ValueError) as error:
         raise ParamError(
             f"{parameter} is {name!r}, whose configuration is not on this machine and cannot be fetched: name a folder "
-            "that holds its config.json, which is all a plan needs"
+            "with its config.json (a plan needs no weights)"
         ) from error
 
 
 def architecture(config: Any) -> Architecture:
-    """Counts and sizes of the image-text model that ``config`` describes.
+    """Sizes of the image-text model that ``config`` describes.
 
     Raises:
-        ParamError: it describes another kind of model.
+        ParamError: the model takes no images.
     """
     if getattr(config, "vision_config", None) is None:
         raise ParamError(f"a model of type {config.model_type} takes no images, expected an image-text model")

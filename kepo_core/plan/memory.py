@@ -1,45 +1,47 @@
-"""What a step of training takes on one GPU, in bytes: one pure function per item, each with its formula.
+"""The memory of a training step on one GPU, in bytes: one pure function per item, each with its formula.
 
-Notation: H hidden size, M mlp, Q and K all query and all key heads together, V vocabulary, L layers, n tokens, S the
-longest sequence; P parameters; c bytes of a number that is computed with (4, or 2 under bf16), r those of the states
-that run from layer to layer (4 where weights are float32 masters, c under LoRA, whose base is kept in c).
-What is said of layers was counted on Qwen3-VL (it is what PyTorch keeps, to the byte); other families differ somewhat.
+Notation: H hidden size, M mlp, Q and K the total sizes of query and key heads, V vocabulary, L layers, n tokens, S the
+longest sequence, P parameters; c bytes per number in computations (4, or 2 under bf16), r bytes per number in the
+states between layers (4 with float32 master weights; c under LoRA, whose base weights are kept in c).
+Every row counts with its own prompt: a run needs less if the rows of a group share one (`method.shared_prompts`,
+`method.shared_scoring`). Numbers for layers were counted on Qwen3-VL (PyTorch keeps exactly these bytes); other
+families differ somewhat.
 """
 
 from dataclasses import dataclass
 
 from kepo_core.plan.architecture import Architecture
 
-#: Bytes that a decoder layer keeps for the backward pass, per token, as multiples of H, M, Q and K.
+#: (trained weights, c) → bytes that a decoder layer keeps per token for the backward pass, per unit of H, M, Q and K.
 _LAYER = {
     ("all", 4): (24, 16, 24, 8),
     ("all", 2): (26, 8, 14, 6),
     ("lora", 4): (16, 16, 20, 4),
     ("lora", 2): (18, 8, 14, 4),
 }
-#: And one of the vision tower, per patch, of its hidden size and mlp.
+#: c → the same for a layer of the vision tower, per patch, per unit of its hidden size and mlp.
 _VISION_LAYER = {4: (44, 8), 2: (22, 4)}
-#: TRL's kernels hold tiles of at most so many tokens by so many words of the vocabulary.
+#: Maximum tile of TRL's kernels: tokens × entries of the vocabulary.
 TILE_TOKENS, TILE_WORDS = 4096, 32768
-#: Most teacher rows in one forward pass (``Teacher.batch_size``).
+#: Maximum rows in one forward pass of the teacher (``Teacher.batch_size``).
 TEACHER_ROWS = 64
-#: Bytes of a weight in a quantised linear layer, with what is kept to read it (4 bits: NF4, scales quantised again).
+#: Bytes per weight of a quantised linear layer, scales included (4 bits: NF4 with double quantisation).
 QUANTIZED = {"8bit": 1.0, "4bit": 0.516}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one process.
+    """Batch sizes of one process.
 
     Attributes:
         rows: sequences in one forward pass, prompts × G.
-        windows: forward passes per optimiser step; so many times ``rows`` are generated at once.
-        prompt: tokens of the longest prompt, the picture's included.
+        windows: forward passes per optimiser step; ``windows`` × ``rows`` completions are generated at once.
+        prompt: tokens of the longest prompt, its picture included.
         completion: tokens of the longest completion.
         patches: patches of a row's picture.
         compute: c.
-        lora_rank: 0 where all weights are trained.
-        checkpointing: whether layers keep their inputs alone.
+        lora_rank: rank of the adapters; 0 if all weights are trained.
+        checkpointing: whether layers keep only their inputs (activation checkpointing).
     """
 
     rows: int
@@ -53,12 +55,12 @@ class Batch:
 
     @property
     def length(self) -> int:
-        """S, tokens of a whole sequence."""
+        """S, tokens of prompt and completion."""
         return self.prompt + self.completion
 
     @property
     def residual(self) -> int:
-        """Bytes r of a number between two layers."""
+        """r, bytes per number in the states between layers."""
         return self.compute if self.lora_rank else 4
 
 
@@ -68,43 +70,43 @@ def trained(a: Architecture, batch: Batch) -> int:
 
 
 def student_weights(a: Architecture, batch: Batch) -> int:
-    """4 P (float32 masters); under LoRA c P for what the adapters stand on, and 4 bytes for each of theirs."""
+    """4 P (float32 master weights); under LoRA c P for the base weights and 4 bytes per adapter weight."""
     own = a.parameters * (batch.compute if batch.lora_rank else 4)
     return own + (4 * trained(a, batch) if batch.lora_rank else 0)
 
 
 def teacher_weights(a: Architecture, compute: int, quantization: str = "none") -> float:
-    """P c; where linear layers are quantised (all but the head), 1 or about 0.52 bytes for each of their weights."""
+    """P c; if quantised, 1 or about 0.52 bytes for each weight of a linear layer other than the head."""
     if quantization == "none":
         return a.parameters * compute
     return a.linear * QUANTIZED[quantization] + (a.parameters - a.linear) * compute
 
 
 def compute_copy(a: Architecture, batch: Batch) -> int:
-    """2 P under bf16: autocast keeps a copy of every float32 weight that it multiplies with, until the pass ends."""
+    """2 P under bf16: until the pass ends, autocast keeps a copy of every float32 weight in a matrix product."""
     if batch.residual == batch.compute:
         return 0
     return 2 * (a.linear + a.vocabulary * a.hidden)
 
 
 def layer(a: Architecture, batch: Batch) -> int:
-    """What a decoder layer keeps of one token: Σ of `_LAYER`, 8 bytes a head, c S for the mask, 7 c a rank of LoRA."""
+    """Bytes a decoder layer keeps per token: the sum of `_LAYER`, 8 per head, c S for the mask, 7 c per LoRA rank."""
     h, m, q, k = _LAYER["lora" if batch.lora_rank else "all", batch.compute]
     numbers = h * a.hidden + m * a.mlp + q * a.queries + k * a.keys + 8 * a.heads
     return numbers + batch.compute * (batch.length + 7 * batch.lora_rank)
 
 
 def vision_layer(a: Architecture, batch: Batch) -> int:
-    """What one layer of the vision tower keeps of one patch; nothing under LoRA, which leaves the tower alone."""
+    """Bytes a layer of the vision tower keeps per patch; 0 under LoRA, which does not train the tower."""
     h, m = _VISION_LAYER[batch.compute]
     return 0 if batch.lora_rank else h * a.vision_hidden + m * a.vision_mlp + 4 * a.vision_heads
 
 
 def activations(a: Architecture, batch: Batch) -> tuple[int, int]:
-    """(decoder's, vision tower's): what the forward pass keeps for the backward pass.
+    """(decoder, vision tower): bytes that the forward pass keeps for the backward pass.
 
-    n L × layer; with checkpointing n L × r H. At its ends 4 r H a token (last states and their norm), and in the tower
-    the pictures (4 bytes a number) and 4 c + 4 times its hidden size a patch for every merger.
+    Decoder: n L × `layer`, or with checkpointing n L × r H, plus 4 r H per token (last states and their norm). Tower:
+    its layers, the pictures (4 bytes per number), and for every merger (4 c + 4) × its hidden size per patch.
     """
     tokens, patches = batch.rows * batch.length, batch.rows * batch.patches
     per_token = batch.residual * a.hidden if batch.checkpointing else layer(a, batch)
@@ -117,22 +119,22 @@ def activations(a: Architecture, batch: Batch) -> tuple[int, int]:
 
 
 def recomputed(a: Architecture, batch: Batch) -> int:
-    """One decoder layer gone back through: 3 c M + 2 r H of gradients a token, and all it keeps if it is recomputed."""
+    """The backward pass of one decoder layer: 3 c M + 2 r H of gradients per token; if recomputed, plus `layer`."""
     per_token = 3 * batch.compute * a.mlp + 2 * batch.residual * a.hidden
     return batch.rows * batch.length * (per_token + (layer(a, batch) if batch.checkpointing else 0))
 
 
 def scores(a: Architecture, batch: Batch, teacher_hidden: int = 0, scored: int = 0) -> tuple[int, int]:
-    """(kept, passing): of log-probabilities and entropies of n tokens, and of the divergence of n_D.
+    """(kept, temporary): bytes for log-probabilities and entropies of n tokens, and for the divergence of n_D tokens.
 
-    Kept: the states, n r H and n_D r H, and the teacher's, n_D c H_T. Passing, in the backward pass: the gradients of
-    these states, (4 + r) H, and of the head, 4 V H for each of the two (none under LoRA), and tiles of
-    min(n, 4096) × 32768, for the log-probabilities one of c and for the divergence two of float32.
+    Kept: the states, n r H and n_D r H, and the teacher's, n_D c H_T. Temporary, in the backward pass: the gradients
+    of these states, (4 + r) H, and of the head, 4 V H for each of the two (none under LoRA), and tiles of
+    min(n, 4096) × 32768: one in c for the log-probabilities, two in float32 for the divergence.
 
     Args:
-        a, batch: the student's.
-        teacher_hidden: H_T; 0 where nothing is distilled.
-        scored: n, where it is not all tokens of the completions, which n_D always is.
+        a, batch: of the student.
+        teacher_hidden: H_T; 0 without distillation.
+        scored: n; 0: all tokens of the completions (n_D is always all).
     """
     n, n_d = scored or batch.rows * batch.completion, batch.rows * batch.completion if teacher_hidden else 0
     kept = (n + n_d) * batch.residual * a.hidden + n_d * batch.compute * teacher_hidden
@@ -142,11 +144,11 @@ def scores(a: Architecture, batch: Batch, teacher_hidden: int = 0, scored: int =
 
 
 def update(a: Architecture, batch: Batch, teacher_hidden: int, gradients: float, copy: float) -> float:
-    """The largest moment of a forward and backward pass.
+    """The peak of a forward and backward pass, in bytes.
 
-    Either at the head (all activations, scores, the head's gradients) or in the last layer that is gone back through
-    (the vision tower's activations, and gradients of all weights); with several windows gradients are always there.
-    Where the output embedding is the input's, its gradient as the one and as the other, 4 V H each, are added up last.
+    It is either at the head (all activations, scores, the head's gradients) or at the end of the backward pass (the
+    vision tower's activations, and gradients of all weights). With several windows, gradients are always present. If
+    the embeddings are tied, the gradients of both uses, 4 V H each, are added last.
     """
     decoder, vision = activations(a, batch)
     kept, passing = scores(a, batch, teacher_hidden)
@@ -158,10 +160,10 @@ def update(a: Architecture, batch: Batch, teacher_hidden: int, gradients: float,
 
 
 def forward_only(a: Architecture, tokens: int, patches: int, compute: int, residual: int) -> int:
-    """A forward pass without gradients: pictures and their features, and one layer at work, of either part.
+    """A forward pass without gradients: pictures and their features, and one active layer of decoder or tower.
 
-    4 bytes a number of the pictures and c H for each merged token of every merger; the larger of (max(3 M, 6 Q) c +
-    (4 r + 8) H) a token in the decoder, and max(10 hidden sizes, 3 mlps) c a patch in the tower.
+    4 bytes per number of the pictures and c H per merged token of every merger, plus the larger of (max(3 M, 6 Q) c +
+    (4 r + 8) H) per token in the decoder, and max(10 hidden size, 3 mlp) c per patch in the tower.
     """
     features = patches * 4 * a.pixels + patches // a.merge**2 * a.mergers * compute * a.hidden
     decoder = tokens * (max(3 * a.mlp, 6 * a.queries) * compute + (4 * residual + 8) * a.hidden)
@@ -169,10 +171,10 @@ def forward_only(a: Architecture, tokens: int, patches: int, compute: int, resid
 
 
 def rollouts(a: Architecture, batch: Batch, rows: int, new_tokens: int) -> int:
-    """Generation of ``rows`` completions: the prompt's forward pass, or its end, whichever is larger.
+    """Generation of ``rows`` completions: the prompt's forward pass or the last token, whichever needs more.
 
-    Keys and values take L (r + c) K a token (keys are rotated, by cosines as wide as the states); at the end one layer
-    more of them, spread to all heads, (r + 2 c) Q + r K a token, and 16 V a row for the next token's logits.
+    Keys and values take L (r + c) K per token (rotated keys have r bytes per number); at the end one more layer of
+    them, repeated for all heads, (r + 2 c) Q + r K per token, and 16 V per row for the next token's logits.
     """
     c, r = batch.compute, batch.residual
     per_token, patches = a.layers * (r + c) * a.keys, rows * batch.patches
@@ -183,7 +185,7 @@ def rollouts(a: Architecture, batch: Batch, rows: int, new_tokens: int) -> int:
 
 
 def teacher_forward(a: Architecture, batch: Batch) -> int:
-    """Reading the gated rows, at most 64 at a time, and the states that predict completions, c H a token, twice."""
+    """Reading the gated rows, at most 64 at a time, and two copies of the states that predict tokens, c H per token."""
     rows = min(batch.rows, TEACHER_ROWS)
     working = forward_only(a, rows * batch.length, rows * batch.patches, batch.compute, batch.compute)
     return working + 2 * batch.rows * batch.completion * batch.compute * a.hidden

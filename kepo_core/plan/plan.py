@@ -1,7 +1,7 @@
-"""``kepo plan``: what a run would take on each GPU, before anything is loaded, and what to change if it does not fit.
+"""``kepo plan``: the memory of a run on each GPU, before anything is loaded, and what to change if it does not fit.
 
-Every item is a formula of `memory`; here they are added up for each way of running, for a GPU's memory is a sum of what
-is always held and of the largest moment of a step. `tests/bench/planned.py` sets them against measured peaks.
+Every item is a formula of `memory`. This module adds them up for each way of running: the memory needed is everything
+held throughout, plus the largest moment of a step. `tests/bench/planned.py` compares the plan with measured peaks.
 """
 
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ from kepo_core.plan import memory
 from kepo_core.plan.architecture import Architecture, architecture, load_config
 
 GIB = 2**30
-#: Assumed beside what is counted: CUDA's context and libraries, and blocks of the allocator that lie fallow.
+#: Assumed overhead: CUDA's context and libraries, and the share lost to fragmentation of the allocator.
 CONTEXT, FALLOW = 1.0 * GIB, 0.06
-#: Tokens of a prompt's text, with the embedded models' tokenizer (fixed sentences are single tokens) or with another.
+#: Embedded model or not → tokens of a prompt's text (the embedded tokenizer has single tokens for fixed sentences).
 TEXT_TOKENS = {True: 72, False: 288}
-#: Parameters that ZeRO-3 keeps gathered at a time (its stage3_max_live_parameters).
+#: Maximum number of parameters that ZeRO-3 keeps gathered (its stage3_max_live_parameters).
 ZERO3_LIVE = 1_000_000_000
-#: Ways of running → where weights, gradients and optimizer are.
+#: Way of running → how weights, gradients and optimizer are distributed.
 WAYS = {"one process": "", "replicated": "DDP", "FSDP2": "sharded", "ZeRO-3": "sharded"}
-#: The items of a step, of which the largest counts.
+#: The moments of a step; the largest counts.
 MOMENTS = ("rollouts", "hints", "teacher's forward pass", "reference's forward pass", "update", "evaluation")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is planned: parameters, both models (None: no teacher here), tokens of a prompt's text, bytes of a GPU."""
+    """The run to plan: parameters, both models (None: no teacher here), tokens of a prompt's text, bytes of a GPU."""
 
     params: Params
     student: Architecture
@@ -38,12 +38,12 @@ class Setting:
 
     @property
     def gpus(self) -> int:
-        """A process has one to itself."""
+        """Number of GPUs: one per process."""
         return self.params.processes
 
     @property
     def ways(self) -> list[str]:
-        """The ways of running that so many GPUs allow; DeepSpeed takes no quantised models."""
+        """The ways of running that this number of GPUs allows; DeepSpeed does not support quantised models."""
         if self.gpus == 1:
             return ["one process"]
         quantised = self.teacher and self.params.teacher_quantization != "none"
@@ -51,12 +51,12 @@ class Setting:
 
     @property
     def side(self) -> int:
-        """Pixels of a picture's side; PhantomVQA's 64 and, of others that are not resized, 384 are assumed."""
+        """A picture's side in pixels; without ``image_size``, 64 for PhantomVQA, and 384 is assumed for other data."""
         return self.params.image_size or (64 if self.params.data_root == "phantom" else 384)
 
     @property
     def batch(self) -> memory.Batch:
-        """The tensors of one process."""
+        """The batch sizes of one process."""
         p = self.params
         windows = p.prompts_per_step // (p.prompts_per_device * p.processes)
         patches = (self.side // self.student.patch) ** 2
@@ -73,16 +73,18 @@ class Setting:
 
 
 def read(params: Params, prompt_tokens: int | None = None, gpu: float = 80e9) -> tuple[Setting, list[str]]:
-    """The setting of ``params`` and where both models' shapes came from, a line each; configurations alone are read.
+    """The setting of ``params``, and a line per model with its size and origin. Only configurations are read.
 
-    There is a GPU of ``gpu`` bytes for each of ``params.processes``. ``prompt_tokens`` are those of a prompt's text,
-    without its picture; None: `TEXT_TOKENS`.
+    Args:
+        params: of the run; each of ``params.processes`` has a GPU.
+        prompt_tokens: tokens of a prompt's text, without its picture; None: `TEXT_TOKENS`.
+        gpu: memory of one GPU in bytes.
 
     Raises:
-        ParamError: a configuration cannot be had, or the method is no training by KEPO.
+        ParamError: a configuration is not available, or the method is not KEPO or GRPO.
     """
     if params.method != "kepo":
-        raise ParamError(f"method is {params.method}, expected kepo (or GRPO, its parts off): others are not planned")
+        raise ParamError(f"method is {params.method}, expected kepo (or GRPO, its parts off), the only ones planned")
     wanted = {"student": params.student}
     if needs_teacher(params) and not params.teacher_url:
         wanted["teacher"] = params.teacher
@@ -99,11 +101,11 @@ def read(params: Params, prompt_tokens: int | None = None, gpu: float = 80e9) ->
 
 
 def held(setting: Setting, way: str) -> dict[str, float]:
-    """Bytes that are held all the time, by item; shards are 1/N of the whole.
+    """Bytes held throughout, by item; a shard is 1/N of the whole.
 
-    Optimizer: 8 bytes (AdamW's two moments) a trained weight. ZeRO-3 keeps a bf16 copy beside its float32 masters. A
-    reference (β > 0) is a second student in float32; LoRA needs none. A quantised teacher is never sharded. A colocated
-    vLLM takes its share of the GPU, and draws the rollouts in it.
+    Optimizer: 8 bytes per trained weight (AdamW's two moments). ZeRO-3 keeps a bf16 copy besides its float32 master
+    weights. A reference (β > 0) is a second student in float32; LoRA needs none. A quantised teacher is never sharded.
+    Colocated vLLM takes its share of the GPU and generates the rollouts in it.
     """
     p, a, t, batch = setting.params, setting.student, setting.teacher, setting.batch
     share = setting.gpus if WAYS[way] == "sharded" else 1
@@ -127,9 +129,9 @@ def held(setting: Setting, way: str) -> dict[str, float]:
 
 
 def gathered(setting: Setting, way: str, model: Architecture, compute: int) -> float:
-    """Bytes of a sharded model's weights that are whole for a moment.
+    """Bytes of a sharded model's weights that are gathered at a time.
 
-    FSDP2: two layers, and what is in no layer (embedding, head, tower). ZeRO-3: at most a billion weights.
+    FSDP2: two layers, and everything outside layers (embedding, head, tower). ZeRO-3: at most a billion weights.
     """
     if way == "FSDP2":
         return compute * (model.parameters - (model.layers - 2) * model.layer)
@@ -137,14 +139,14 @@ def gathered(setting: Setting, way: str, model: Architecture, compute: int) -> f
 
 
 def moments(setting: Setting, way: str) -> dict[str, float]:
-    """Bytes of each moment of a step that is large, by `MOMENTS`; all rows are taken to pass the gate."""
+    """Bytes of each of the `MOMENTS` of a step, assuming that all rows pass the gate."""
     p, a, t, batch = setting.params, setting.student, setting.teacher, setting.batch
     sharded = WAYS[way] == "sharded"
-    # FSDP2 shares out gradients with the last window of a step alone: until then each GPU has all of its own.
+    # FSDP2 shards gradients only in the last window of a step: until then each GPU holds all of its own.
     shared_out = sharded and not (way == "FSDP2" and batch.windows > 1)
     gradients = 4.0 * memory.trained(a, batch) / (setting.gpus if shared_out else 1)
     copy = gathered(setting, way, a, batch.compute) if sharded else memory.compute_copy(a, batch)
-    whole = batch.compute * a.parameters if way == "ZeRO-3" else copy  # which gathers all of it to generate
+    whole = batch.compute * a.parameters if way == "ZeRO-3" else copy  # ZeRO-3 gathers all weights to generate
     rows = batch.rows * batch.windows
     teacher_hidden = t.hidden if t and p.distill else 0
     found = {
@@ -161,22 +163,22 @@ def moments(setting: Setting, way: str) -> dict[str, float]:
             found["teacher's forward pass"] = memory.teacher_forward(t, batch) + teacher_copy
     if p.of_trl("beta") and not p.lora_rank:
         working = memory.forward_only(a, batch.rows * batch.length, batch.rows * batch.patches, batch.compute, 4)
-        # TRL shares a reference out in one piece under FSDP2: all of it is gathered.
+        # Under FSDP2, TRL wraps the reference as one unit: all of it is gathered.
         found["reference's forward pass"] = working + (batch.compute * a.parameters if way == "FSDP2" else copy)
     by_vllm = ("rollouts", "evaluation") if p.of_trl("use_vllm") else ()
     return {name: found[name] for name in MOMENTS if name in found and name not in by_vllm}
 
 
 def total(setting: Setting, way: str) -> float:
-    """Bytes on each GPU: all that is held, the largest moment, and overhead (`CONTEXT`, and `FALLOW` of the rest)."""
+    """Bytes on each GPU: everything held, the largest moment, and overhead (`CONTEXT`, and `FALLOW` of the rest)."""
     counted = sum(held(setting, way).values()) + max(moments(setting, way).values())
     return counted * (1 + FALLOW) + CONTEXT
 
 
 def evaluating(setting: Setting) -> float:
-    """Bytes on a GPU while a process of `launch.evaluate` evaluates there, before and after training; else 0.
+    """Bytes on a GPU while `launch.evaluate` evaluates there, before and after training; 0 if it is not used.
 
-    It has the whole student in float32, whatever the precision of training, or vLLM's share.
+    The evaluation holds the whole student in float32, whatever the precision of training, or vLLM's share.
     """
     p, a = setting.params, setting.student
     if p.of_trl("use_vllm"):
@@ -189,19 +191,19 @@ def evaluating(setting: Setting) -> float:
 
 
 def loading(setting: Setting, way: str) -> float:
-    """Bytes on each GPU while ZeRO-3 cuts its part out of the teacher: DeepSpeed puts all of it there first; else 0."""
+    """Bytes on each GPU while ZeRO-3 shards the teacher, which DeepSpeed first loads whole; 0 for other ways."""
     if way != "ZeRO-3" or not setting.teacher:
         return 0.0
     return memory.teacher_weights(setting.teacher, setting.batch.compute, "none") * (1 + FALLOW) + CONTEXT
 
 
 def fits(setting: Setting, way: str) -> bool:
-    """Whether a GPU holds the run at its largest, what evaluates before and after, and what loading takes."""
+    """Whether the peaks of the run, of evaluation before and after, and of loading fit on a GPU."""
     return max(total(setting, way), evaluating(setting), loading(setting, way)) <= setting.gpu
 
 
 def changes(setting: Setting) -> dict[str, Setting]:
-    """Single changes that may save memory, by what to do; smaller batches need not, as gradients then wait."""
+    """Single changes that may save memory: what to do → setting. Smaller batches may not: gradients are then kept."""
     p, found = setting.params, {}
     if not p.of_trl("activation_checkpointing"):
         found["activation_checkpointing True"] = p.replace(activation_checkpointing=True)
@@ -218,7 +220,7 @@ def changes(setting: Setting) -> dict[str, Setting]:
     )
     made = {name: _with(setting, params=params) for name, params in found.items()}
     if setting.teacher:
-        made["a teacher that is served elsewhere"] = _with(setting, teacher=None)
+        made["teacher on another machine"] = _with(setting, teacher=None)
     return made
 
 
@@ -228,32 +230,32 @@ def _with(setting: Setting, **changed: object) -> Setting:
 
 
 def as_text(setting: Setting, told: list[str]) -> tuple[str, bool]:
-    """(the plan in words and GiB, whether it fits in one of the ways)."""
+    """(the plan as text, in GiB; whether it fits in at least one way of running)."""
     p, batch, ways, gpu = setting.params, setting.batch, setting.ways, setting.gpu
     lines = [
         f"{setting.gpus} × {gpu / GIB:.1f} GiB; nothing is loaded", *told,
-        f"each process: {p.prompts_per_device} prompts × {p.group_size} completions in a forward pass, {batch.windows} "
-        f"forward passes a step; prompts of {batch.prompt} tokens (assumed: {setting.text_tokens} of text, pictures of "
-        f"{setting.side} pixels), completions of {batch.completion}",
+        f"each process: {p.prompts_per_device} prompts × {p.group_size} completions per forward pass, {batch.windows} "
+        f"forward passes per step; prompts of {batch.prompt} tokens (assumed: {setting.text_tokens} of text, pictures "
+        f"of {setting.side} pixels), completions of {batch.completion} tokens",
         "",
         _row("GiB on each GPU", ways),
-        "held all the time",
+        "held throughout",
     ]  # fmt: skip
     parts, peaks = ({way: kind(setting, way) for way in ways} for kind in (held, moments))
-    lines += [*_rows(parts), "the largest of these moments of a step", *_rows(peaks)]
+    lines += [*_rows(parts), "moments of a step (the largest counts)", *_rows(peaks)]
     totals = {way: total(setting, way) for way in ways}
     first = evaluating(setting)
     fitting = {way: fits(setting, way) for way in ways}
     taken = {way: loading(setting, way) for way in ways}
     lines += [
-        _row(f"assumed: {CONTEXT / GIB:.0f} GiB of CUDA, {FALLOW:.0%} fallow", [
+        _row(f"assumed {CONTEXT / GIB:.0f} GiB CUDA, {FALLOW:.0%} fragmentation", [
             f"{(totals[w] - sum(parts[w].values()) - max(peaks[w].values())) / GIB:.2f}" for w in ways]),
         _row("total", [f"{value / GIB:.2f}" for value in totals.values()]),
         *[_row("evaluation before and after", [f"{first / GIB:.2f}"] * len(ways))] * (first > 0),
-        *[_row("while its part is cut out of the teacher", [f"{v / GIB:.2f}" if v else "–" for v in taken.values()])]
+        *[_row("while the teacher is sharded", [f"{v / GIB:.2f}" if v else "–" for v in taken.values()])]
         * any(taken.values()),
         _row("", [_verdict(fit) for fit in fitting.values()]),
-        "", "with one thing changed, the total:",
+        "", "total after a single change:",
     ]  # fmt: skip
     best = min(totals, key=lambda way: totals[way])
     saving = {name: other for name, other in changes(setting).items() if total(other, best) < totals[best]}
@@ -285,10 +287,10 @@ def gpu_bytes(text: str) -> float:
     """``80GB`` (10⁹ bytes), ``80GiB`` (2³⁰) or ``80`` (GB) as bytes.
 
     Raises:
-        ParamError: it is none of them.
+        ParamError: ``text`` has another form.
     """
     for unit, size in (("GiB", GIB), ("GB", 10**9), ("", 10**9)):
         number = text.removesuffix(unit).strip()
         if text.endswith(unit) and number.replace(".", "", 1).isdecimal() and float(number) > 0:
             return float(number) * size
-    raise ParamError(f"--gpu is {text!r}, expected the memory of one GPU, such as 80GB or 79.6GiB")
+    raise ParamError(f"--gpu is {text!r}, expected the memory of one GPU, for example 80GB or 79.6GiB")

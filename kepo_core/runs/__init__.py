@@ -1,1 +1,1 @@
-"""Run folders: how they are made, resumed, found and summarised."""
+"""Run folders: make, resume, find and summarise them."""

@@ -1,8 +1,8 @@
-"""Accuracy while it trains: some test questions are put to the student every ``curve_steps`` optimiser steps.
+"""Accuracy during training: every ``curve_steps`` optimiser steps, the student answers some of the test questions.
 
-The answers of a step are written when the step ends, whole or not at all, before the step's checkpoint; a run that goes
-on from a checkpoint has all steps up to it and makes the later ones again. Asking draws nothing from the random states
-that training draws from, and so changes no bit of it.
+The answers of a step are written at its end, whole or not at all, before the step's checkpoint. A run that is resumed
+from a checkpoint has all answers up to it and makes the later ones again. Asking leaves the random states of training
+unchanged, so training is identical to the bit.
 """
 
 import re
@@ -19,20 +19,20 @@ from kepo_core.files import in_place_of
 
 
 def asked(tests: Mapping[str, Sequence[Question]], n: int) -> list[Question]:
-    """The first ``n`` test questions of every modality, a random sample, as their order is drawn."""
+    """The first ``n`` test questions of every modality: a random sample, because their order is random."""
     return [question for questions in tests.values() for question in questions[:n]]
 
 
 class CurveWriter(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
-    """Asks every ``every`` steps, but not at the last, after which all test questions are asked anyway."""
+    """Asks every ``every`` steps, but not after the last step: all test questions are asked then."""
 
     def __init__(self, ask: Callable[[], list[Answer]], folder: Path, every: int) -> None:
         self._ask, self._folder, self._every = ask, folder, every
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask the student as it is after this optimiser step.
+        """Ask the student after this optimiser step.
 
-        Of several processes all ask, for each may hold but a part of the student, and the first writes.
+        All processes ask, because each may hold only a part of the student; the first process writes.
         """
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
             answers = to_table({state.global_step: self._ask()}, "step")
@@ -44,7 +44,7 @@ class CurveWriter(TrainerCallback):  # type: ignore[misc]  # transformers is not
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Drop what was asked behind optimiser step ``step``."""
+    """Delete the answers of optimiser steps after ``step``."""
     for number, path in _written(folder).items():
         if number > step:
             path.unlink()
@@ -58,9 +58,9 @@ def collect(
     before: Sequence[Answer],
     after: Sequence[Answer],
 ) -> dict[int, list[Answer]]:
-    """Step → answers to ``questions``: the untrained student's at 0, those on the way, the trained one's at ``steps``.
+    """Step → answers to ``questions``: the untrained student's at 0, the trained one's at ``steps``, others in between.
 
-    ``before`` and ``after`` may answer more questions. Raises ``ValueError`` if a step on the way is missing.
+    ``before`` and ``after`` may answer more questions. Raises ``ValueError`` if the answers of a step are missing.
     """
     found, expected = _written(folder), list(range(every, steps, every))
     if missing := [step for step in expected if step not in found]:

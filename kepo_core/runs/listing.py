@@ -1,4 +1,4 @@
-"""The runs of a results folder, for reading: listed, found by name, shown, compared."""
+"""List, find by name, show and compare the runs of a results folder."""
 
 import difflib
 import re
@@ -21,17 +21,17 @@ from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
 from kepo_core.runs.summary import Summary, summarize
 
-#: A folder's name as `Run.allocate` makes it; its group is the parameters' hash.
+#: A folder's name as `Run.allocate` makes it; the regular expression's group is the parameters' hash.
 NAME = re.compile(r"\d{8}T\d{6}Z-.+-([0-9a-f]{8})(?:-\d+)?")
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether the folder is one of a run, or was meant to be one."""
+    """Whether the folder is a run folder, also an incomplete one."""
     return bool(NAME.fullmatch(path.name)) or (path / "status.json").is_file()
 
 
 def folders(results: Path) -> list[Path]:
-    """The folders of a results folder in the order of their names, but for hidden ones, ``reference``, ``studies``."""
+    """The folders of a results folder, sorted by name, without hidden ones, ``reference`` and ``studies``."""
     there = sorted(results.iterdir()) if results.is_dir() else []
     return [
         path
@@ -41,9 +41,9 @@ def folders(results: Path) -> list[Path]:
 
 
 def find(name: str, results: Path) -> Path:
-    """The run folder that ``name`` means: a folder's name in ``results``, the beginning or end of one, or a path.
+    """The run folder with this ``name``: a folder's name in ``results``, the beginning or end of one, or a path.
 
-    The parameters' hash is such an end. Raises `ParamError` naming the candidates unless it is exactly one.
+    The parameters' hash is such an end. Raises `ParamError` naming the candidates unless exactly one folder fits.
     """
     there = {path.name: path for path in folders(results) if is_run_folder(path)}
     if name in there:
@@ -57,11 +57,11 @@ def find(name: str, results: Path) -> Path:
         return there[fitting[0]]
     if fitting:
         more = f" and {len(fitting) - 5} older ones" if fitting[5:] else ""
-        raise ParamError(f"{name} is the beginning or end of several runs: {', '.join(fitting[-5:])}{more}; say which")
+        raise ParamError(f"{name} fits several runs: {', '.join(fitting[-5:])}{more}: write more of the name")
     near = difflib.get_close_matches(name, there, n=3, cutoff=0.3) or list(there)[-3:]
-    like = f", such as {', '.join(near)}" if near else ", which holds none"
-    where = f"{shown(results)}{like}, its beginning or end"
-    raise ParamError(f"no run is called {name!r}, expected a folder of {where}")
+    like = f", for example {', '.join(near)}" if near else ", which has none"
+    where = f"{shown(results)}{like}"
+    raise ParamError(f"no run is called {name!r}, expected the name, its beginning or its end, of a folder in {where}")
 
 
 # Listed ----------------------------------------------------------------------------------------------------------
@@ -70,10 +70,10 @@ def find(name: str, results: Path) -> Path:
 def overview(
     results: Path, state: str | None = None, method: str | None = None, values: Mapping[str, Any] | None = None
 ) -> list[Summary]:
-    """The runs that fit, newest first.
+    """The runs that fit all filters, newest first.
 
-    ``method`` is the one in the folder's name, ``values`` are resolved parameters. Folders that cannot be read fit
-    every method and value, so that none is overlooked.
+    ``method`` is the one in the folder's name, ``values`` are resolved parameters. Unreadable folders fit every method
+    and value, so they are always listed.
     """
     runs = [summarize(path) for path in folders(results) if is_run_folder(path)]
     fitting = [run for run in runs if state in (None, run.state) and _fits(run, method, values or {})]
@@ -86,12 +86,12 @@ def _fits(run: Summary, method: str | None, values: Mapping[str, Any]) -> bool:
 
 
 def _value(run: Summary, name: str) -> Any:
-    """A parameter of a run; of a field of TRL's that it does not set, TRL's default."""
+    """A parameter of a run; TRL's default for a field of TRL's that the run does not set."""
     return run.params[name] if name in run.params else params_trl.default(name)
 
 
 def as_row(run: Summary) -> dict[str, Any]:
-    """A run for programs: accuracies in [0, 1], before and after training, ``None`` where unknown."""
+    """A run for JSON: accuracies in [0, 1], before and after training; ``None`` if unknown."""
     trained_on = run.params.get("train_modality")
     row = {"id": run.name, "state": run.state, "started": run.started, "method": run.method, "seed": run.seed,
            "steps": run.steps, "in_domain": trained_on}  # fmt: skip
@@ -101,7 +101,7 @@ def as_row(run: Summary) -> dict[str, Any]:
 
 
 def as_text(runs: Sequence[Summary]) -> str:
-    """`overview`, of one run at least, as a table with accuracies in per cent; under it, why runs failed."""
+    """`overview` (at least one run) as a table with accuracies in per cent, followed by the errors of failed runs."""
     width = max(len(run.name) for run in runs)
     columns = {
         "run": [run.name.ljust(width) for run in runs],
@@ -114,7 +114,7 @@ def as_text(runs: Sequence[Summary]) -> str:
         "min": [_or_dash(run.minutes, ".1f") for run in runs],
     }
     if all(f"-{run.method}-" in run.name for run in runs if run.method):
-        del columns["method"]  # the names say it
+        del columns["method"]  # it is in the names
     problems = [f"{run.name}: {run.error}" for run in runs if run.error]
     return "\n".join([pd.DataFrame(columns).to_string(index=False), *([""] if problems else []), *problems])
 
@@ -132,7 +132,7 @@ def _change(run: Summary, name: str) -> str:
 
 
 def show(path: Path) -> str:
-    """All about one run. Raises `ParamError` if its folder cannot be read."""
+    """A description of one run. Raises `ParamError` if its folder cannot be read."""
     run = Run.open(path)
     status, found = run.status, run.provenance
     defaults = Params().to_dict()
@@ -152,7 +152,7 @@ def show(path: Path) -> str:
 
 
 def _sizes(folder: Path) -> dict[str, str]:
-    """What lies in a folder, with sizes; what lies deeper is added up."""
+    """The files of a folder with their sizes; a subfolder has the sum of its files."""
     sizes = {}
     for path in sorted(folder.iterdir()):
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
@@ -162,27 +162,27 @@ def _sizes(folder: Path) -> dict[str, str]:
 
 
 def next_step(run: Run) -> str:
-    """What to do with a run, in words."""
+    """The next step for a run, as a sentence."""
     state = run.state
     if state == "completed":
         return "nothing, it has completed"
     if state == "running":
-        return f"wait: {run.worker} is at work"
+        return f"wait: {run.worker} is making it"
     if run.status["owner"] == "notebook":
-        return "start it again: a run that a notebook made by itself is not resumed"
+        return "start it again: only runs of `kepo run` can be resumed"
     if not run.can_be_resumed:
-        return "start it again with what fits: what it was given was refused"
-    first = "put params.yaml back, which was edited since it began; then " if run.is_edited else ""
+        return "start it again with other parameters or data: its own were refused"
+    first = "undo the edits of params.yaml; then " if run.is_edited else ""
     return f"{first}kepo resume {shlex.quote(shown(run.path))}"
 
 
 def repeat(run: Run) -> str:
-    """The command that makes such a run again."""
+    """The command that repeats the run."""
     notebook = run.provenance.get("notebook", "NOTEBOOK")
     try:
         cell = tagged_cell(at_root(notebook)) if at_root(notebook).is_file() else {}
     except ParamError as error:
-        return f"no command, as {error}"
+        return f"no command: {error}"
     return shlex.join(["kepo", "run", notebook, *run.params.to_arguments(cell)])
 
 
@@ -203,12 +203,12 @@ def _lines(entries: Mapping[str, str]) -> str:
 
 
 def comparison(paths: Sequence[Path]) -> str:
-    """Runs side by side: parameters, origins, and what they answered to the same questions, against the first.
+    """Runs side by side: parameters, origins, and accuracies on the same questions, against the first run.
 
-    Raises `ParamError` for fewer than two, and for a folder that cannot be read.
+    Raises `ParamError` for fewer than two runs, and for a folder that cannot be read.
     """
     if len(paths) < 2:
-        raise ParamError("one run alone cannot be compared, expected at least two")
+        raise ParamError("a single run cannot be compared, expected at least two")
     runs = {f"[{number}]": Run.open(path) for number, path in enumerate(paths, start=1)}
     parts = ["\n".join(f"{label} {run.path.name}  {run.state}" for label, run in runs.items())]
     params = {label: {n: v for n, v in run.params.to_dict().items() if n not in PLACES} for label, run in runs.items()}
@@ -220,9 +220,9 @@ def comparison(paths: Sequence[Path]) -> str:
 
 
 def comparable_answers(runs: Mapping[str, Run]) -> tuple[dict[str, list[Answer]], list[str]]:
-    """The answers of those completed runs that were asked what the first was, and sentences on the others.
+    """The answers of the completed runs with the first one's questions, and a sentence on each of the other runs.
 
-    Questions are the same if their ids are and the data's hash is: other data can have the same ids.
+    Questions are the same if their ids and the data's hash are: other data can have the same ids.
     """
     answers: dict[str, list[Answer]] = {}
     reasons, asked = [], None
@@ -240,33 +240,33 @@ def comparable_answers(runs: Mapping[str, Run]) -> tuple[dict[str, list[Answer]]
         if questions == asked:
             answers[label] = given
         else:
-            reasons.append(f"{label} was asked other questions than {next(iter(answers))}: accuracies do not compare")
+            reasons.append(f"{label} has other questions than {next(iter(answers))}: its accuracies are not compared")
     return answers, reasons
 
 
 def _accuracies(answers: Mapping[str, list[Answer]], runs: Mapping[str, Run]) -> list[str]:
-    """Tables, turned so that runs are columns, which stay narrow."""
+    """Tables with a column per run, which stay narrow."""
     first = next(iter(answers))
     in_domain = runs[first].params.train_modality
     images = read_images(runs[first].path / "items.csv")
     known = images if all(answer.question_id in images for answer in answers[first]) else None
     accuracies = format_table(accuracy_table(answers, known, in_domain)).T
     differences = compare(answers, first, known, in_domain).T
-    caution = "" if known else "; which questions share a picture is not known, so intervals may be too narrow"
+    caution = "" if known else "; it is unknown which questions share a picture, so intervals may be too narrow"
     return [
         f"accuracy in per cent with 95 % intervals{caution}\n{accuracies.to_string()}",
-        f"less that of {first}, in points, paired by question ({in_domain}: in-domain)\n{differences.to_string()}",
+        f"difference from {first} in points, paired by question ({in_domain}: in-domain)\n{differences.to_string()}",
     ]
 
 
 def _origin(run: Run) -> dict[str, str]:
-    """What of a run's provenance can change a number."""
+    """The parts of a run's provenance that can change a number."""
     names = ("code", "notebook", "notebook_sha256", "versions", "data", "hardware")
     return _flat({name: run.provenance[name] for name in names if name in run.provenance})
 
 
 def _differing(what: str, columns: Mapping[str, Mapping[str, object]]) -> str:
-    """A table of the entries that are not the same in all columns, long ones cut."""
+    """A table of the entries that differ between columns, cut to 40 characters."""
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = {name: {label: str(column.get(name, "–"))[:40] for label, column in columns.items()}
             for name in names if len({str(column.get(name, "–")) for column in columns.values()}) > 1}  # fmt: skip

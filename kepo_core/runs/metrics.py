@@ -1,4 +1,4 @@
-"""What the trainer logs, as files: ``metrics.jsonl`` for what is computed, ``timings.jsonl`` for how long it took."""
+"""The trainer's log as files: ``metrics.jsonl`` has computed values, ``timings.jsonl`` has times."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from kepo_core.runs.run import Run
 
 
 def is_timing(name: str) -> bool:
-    """Whether a logged value depends on the clock; all others are identical between identical runs."""
+    """Whether a logged value depends on the clock; all other values are identical between identical runs."""
     return name.startswith("profiling/") or name.rsplit("/", 1)[-1] == "step_time"
 
 
@@ -19,9 +19,9 @@ _FILES = ("metrics.jsonl", "timings.jsonl")
 
 
 def forget_after(run: Run, step: int) -> None:
-    """Drop what was logged behind optimiser step ``step``: a resumed run computes it again.
+    """Delete the log lines of optimiser steps after ``step``: a resumed run computes them again.
 
-    A last line that a killed process left unfinished goes as well.
+    An unfinished last line of a killed process is deleted, too.
     """
     for name in _FILES:
         path = run.path / name
@@ -32,14 +32,14 @@ def forget_after(run: Run, step: int) -> None:
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
-    """Writes each dictionary of logged numbers as one line with its step; the main process alone writes."""
+    """Writes each dictionary of logged numbers as one line with its step; only the main process writes."""
 
     def __init__(self, run: Run) -> None:
         self._metrics, self._timings = (run.path / name for name in _FILES)
         self._start = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Let the clock of a resumed run go on where it stopped."""
+        """Continue the clock of a resumed run where it stopped."""
         lines = self._timings.read_text(encoding="utf-8").splitlines() if self._timings.exists() else []
         self._start = time.perf_counter() - (json.loads(lines[-1])["seconds"] if lines else 0.0)
 
@@ -51,10 +51,9 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers is n
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line to each file, if there is anything to write; a number that is not finite becomes null.
+        """Append one line to each file that has new values; a number that is not finite becomes null.
 
-        The trainer's summary at the end is passed over: it is about this process's steps alone, so that of a resumed
-        run it would say something else.
+        The trainer's summary at the end is skipped: it covers only this process's steps, so a resumed run would differ.
         """
         if not state.is_world_process_zero or not logs or "train_loss" in logs:
             return

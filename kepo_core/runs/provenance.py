@@ -1,4 +1,4 @@
-"""Where a run came from: code, versions, hardware, seeds. No machine paths and no host names."""
+"""Origin of a run: code, versions, hardware, seeds. No machine paths and no host names."""
 
 import hashlib
 import importlib.metadata
@@ -31,7 +31,7 @@ PACKAGES = (
 
 
 def collect(params: Params) -> dict[str, Any]:
-    """What is known when the folder is made. Hardware follows from the process that computes, data when it is read."""
+    """The provenance known when the folder is made. Hardware and data are added later, by the process that computes."""
     return {
         "params_hash": params.hash,
         "code": {**code(project_root()), "package": package_digest()},
@@ -41,7 +41,7 @@ def collect(params: Params) -> dict[str, Any]:
 
 
 def code(root: Path) -> dict[str, str]:
-    """The commit, and a hash of what differs from it (tracked changes, new files); "" and a note where git fails."""
+    """The commit and a hash of uncommitted changes and new files ("" if none); a note if git fails."""
     commit = ""
     try:
         commit = _git(root, "rev-parse", "HEAD").decode().strip()
@@ -58,9 +58,9 @@ def code(root: Path) -> dict[str, str]:
 
 @cache
 def package_digest() -> str:
-    """What of this package can change a number: its modules, tables and models, as 16 hexadecimal digits.
+    """A hash of the package's files that can change a number (modules, tables, models): 16 hexadecimal digits.
 
-    Unlike the commit it stays the same when a text or a test changes.
+    Unlike the commit it does not change with texts or tests.
     """
     digest, package = hashlib.sha256(), Path(kepo_core.__file__).parent
     for file in sorted(
@@ -71,7 +71,7 @@ def package_digest() -> str:
 
 
 def notebook_code(path: Path) -> list[str]:
-    """The code cells of a notebook. Raises `ParamError` for a file that is none."""
+    """The code cells of a notebook. Raises `ParamError` for a file that is not a notebook."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -80,12 +80,12 @@ def notebook_code(path: Path) -> list[str]:
 
 
 def notebook_digest(path: Path) -> str:
-    """The code of a notebook, without its texts and outputs, as 16 hexadecimal digits."""
+    """A hash of a notebook's code, without texts and outputs: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(notebook_code(path)).encode()).hexdigest()[:16]
 
 
 def hardware() -> dict[str, Any]:
-    """The machine that computes; what torch sees of it only where this process has loaded torch."""
+    """The machine of this process; threads and GPUs only if the process has loaded torch."""
     found: dict[str, Any] = {
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
@@ -104,14 +104,14 @@ def _version(package: str) -> str:
 
 
 class GitError(RuntimeError):
-    """Git says nothing of the code; the sentence is why, without the machine's paths."""
+    """Git does not describe the code; the message is the reason, without machine paths."""
 
 
 def _git(root: Path, *args: str) -> bytes:
     """Git's output, also in a folder of another owner (a container, a shared disk): its code runs here anyway.
 
-    What the environment says of another repository (in a hook, or where dotfiles are kept) does not count. Raises
-    `GitError` where git or the repository is missing, or git refuses.
+    ``GIT_*`` variables of the environment, which may name another repository, are ignored. Raises `GitError` if git or
+    the repository is missing, or git refuses.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     git = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false"]
@@ -119,9 +119,9 @@ def _git(root: Path, *args: str) -> bytes:
         return subprocess.run([*git, *args], cwd=root, capture_output=True, check=True,
                               env={**environment, "LC_ALL": "C"}).stdout  # fmt: skip
     except OSError as error:
-        raise GitError(f"git cannot be run, so that the code's commit is not known ({error.strerror})") from error
+        raise GitError(f"git cannot be run, so the code's commit is unknown ({error.strerror})") from error
     except subprocess.CalledProcessError as error:
-        said = (error.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"])[0]
+        said = (error.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[0]
         if "not a git repository" in said:
             raise GitError("the code did not run from a git checkout") from error
-        raise GitError(f"git does not tell what code ran: {said.replace(str(root), '.')}") from error
+        raise GitError(f"git cannot name the code that ran: {said.replace(str(root), '.')}") from error

@@ -1,20 +1,21 @@
-"""Run folders: one folder holds everything about one run, and its name says when, what and with which parameters.
+"""Run folders: one folder has everything about one run; its name has the time, the method and the parameters' hash.
 
-Life of a folder. `Run.allocate` makes it (never over another one) with ``params.yaml``, ``provenance.json`` and a
-``status.json`` that says ``running``. The notebook adds tables and figures and ends with `Run.finish`, which
-stores the headline numbers. The last thing written is always ``status.json``:
+Life of a folder. `Run.allocate` makes it (never over an existing one) with ``params.yaml``, ``provenance.json`` and a
+``status.json`` with state ``running``. The notebook adds tables and figures and ends with `Run.finish`, which stores
+the headline numbers. The last file written is always ``status.json``:
 
 - under ``kepo run`` the command owns the status: it renders the report first, then writes ``completed``, ``failed``
-  (with the error's sentence) or ``interrupted``;
+  (with the error's message) or ``interrupted``;
 - in a bare papermill or Jupyter run the notebook owns it: `Run.finish` writes ``completed``, and a cell that raises
-  writes ``failed`` (a later `Run.finish` of the mended notebook overrules it). A kernel cannot save its own notebook,
-  so there is no ``notebook.ipynb`` and no ``report.html`` then.
+  writes ``failed`` (a later `Run.finish` of the corrected notebook replaces it). A kernel cannot save its own notebook,
+  so such a run has no ``notebook.ipynb`` and no ``report.html``.
 
-Whoever makes a run holds a lock on its ``.lock`` until the last status is written. The lock frees itself when the
-process ends, however it ends: a status that stays ``running`` while nobody holds the lock means that the run was
-killed. Other machines see the lock on every disk that shares locks, such as NFS, or Lustre mounted with ``flock``.
+The process that makes a run holds a lock on its ``.lock`` until the last status is written. The lock ends with the
+process, however it ends: a status ``running`` without a lock means that the run was killed. Other machines see the lock
+on every disk that shares locks, for example NFS, or Lustre mounted with ``flock``.
 """
 
+import json
 import os
 import shutil
 import time
@@ -28,7 +29,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from kepo_core.errors import DataError, ParamError
-from kepo_core.files import in_place_of, read_json, write_atomically, write_json
+from kepo_core.files import in_place_of, is_locked, json_line, locked, read_json, write_atomically, write_json
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import PLACES, Params, at_root
 from kepo_core.params_io import read_yaml, short_hash
@@ -37,34 +38,15 @@ from kepo_core.runs import provenance
 Owner = Literal["kepo run", "notebook"]
 State = Literal["running", "completed", "failed", "interrupted"]
 
-#: Errors whose sentence says that what a run was given does not fit.
+#: Errors of a run's parameters or data.
 INPUT_ERRORS = (ParamError.__name__, DataError.__name__)
-#: The file in a run's folder that its process has locked.
+#: The file in a run's folder that its process locks.
 _LOCK = ".lock"
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process makes the run in ``folder`` now: on this machine, or on another that shares the disk."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, which has no shared locks
-        return _is_locked(folder)
-    try:
-        with (folder / _LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: readers do not take one another for the run
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        _locked(folder).release()
-    except Timeout:
-        return True
-    return False
+    """Whether a process is making the run in ``folder`` now, on this machine or on another that shares the disk."""
+    return is_locked(folder / _LOCK)
 
 
 @dataclass(frozen=True)
@@ -80,15 +62,15 @@ class Run:
 
     @classmethod
     def allocate(cls, params: Params, *, owner: Owner = "notebook", method: str = "") -> Self:
-        """Make a new folder for ``params``: ``params.run_dir`` where it is set, else a named one in ``results_dir``.
+        """Make a new folder for ``params``: ``params.run_dir`` if it is set, otherwise a named one in ``results_dir``.
 
-        ``method`` is what the run is called, in the folder's name too; empty: ``params.method_name``. Raises
-        `ParamError` if ``run_dir`` exists already, or if nothing can be written there; then nothing is left.
+        ``method`` is the run's name for its method, also in the folder's name; empty: ``params.method_name``. Raises
+        `ParamError` if ``run_dir`` exists already, or if nothing can be written there; no folder is left then.
         """
         started, method = time.gmtime(), method or params.method_name
         path = _make_new(params, method, started)
         try:
-            run = cls(path, params, _locked(path))
+            run = cls(path, params, locked(path / _LOCK))
             write_atomically(path / "params.yaml", params.to_yaml())
             write_json(path / "provenance.json", {"method": method, **provenance.collect(params)})
             run._write_status("running", owner=owner, pid=os.getpid(), started=_utc(started))
@@ -101,23 +83,23 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """An existing folder, for reading. Raises `ParamError` if it is not one of a run."""
+        """An existing folder, for reading. Raises `ParamError` if it is not a run folder."""
         path = at_root(path)
         if not (path / "status.json").is_file():
-            raise ParamError(f"run_dir {path} is no run folder: it has no status.json")
+            raise ParamError(f"run_dir {path} is not a run folder: it has no status.json")
         return cls(path, Params.of_run(path / "params.yaml"))
 
     @classmethod
     def reopen(cls, path: str | Path) -> Self:
-        """A run that ended early, set running again by the ``kepo`` command.
+        """Resume a run that ended early: set its status to ``running`` for the ``kepo`` command.
 
-        Raises `ParamError` if it has completed, if a process is at work on it, or if its parameters were edited.
+        Raises `ParamError` if it has completed, if a process is making it, or if its parameters were edited.
         """
         run = cls.open(path)
         try:
-            run = replace(run, lock=_locked(run.path))
+            run = replace(run, lock=locked(run.path / _LOCK))
         except Timeout as error:
-            raise ParamError(f"run_dir {path} is at work in {run.worker}, expected a run that has ended") from error
+            raise ParamError(f"run_dir {path} is made by {run.worker} now, expected a run that has ended") from error
         try:
             run._check_resumable()
             status = run.status
@@ -127,25 +109,25 @@ class Run:
             run.release()
             raise
         made_by = run.provenance["code"]
-        if made_by.get("package") != provenance.package_digest():  # it is a run of neither code alone
+        if made_by.get("package") != provenance.package_digest():  # two versions of the code made it
             run.remember(code={**made_by, "package": f"{made_by.get('package')} and {provenance.package_digest()}"})
         return run
 
     def _check_resumable(self) -> None:
         """Raise `ParamError` for a run that has completed, or whose parameters were edited."""
         if self.status["state"] == "completed":
-            raise ParamError(f"run_dir {self.path} holds a completed run, and no run is ever overwritten")
+            raise ParamError(f"run_dir {self.path} is a completed run, and no run is ever overwritten")
         if self.is_edited:
             raise ParamError(
-                f"params.yaml in {self.path} was edited since the run began: put it back, or start a new run with "
+                f"params.yaml in {self.path} was edited since the run began: undo the edits, or start a new run with "
                 f"kepo run {self.provenance.get('notebook', 'NOTEBOOK')} -f {self.path}/params.yaml"
             )
 
     @classmethod
     def for_notebook(cls, params: Params, method: str = "") -> Self:
-        """The folder of the notebook that calls this: the one that ``kepo run`` made, else a new one called ``method``.
+        """The run folder of the calling notebook: the one that ``kepo run`` made, or a new one named by ``method``.
 
-        Call it after data and models are loaded and checked, so that a bad path leaves no folder behind.
+        Call it after data and models are loaded and checked: then a bad path leaves no folder behind.
         """
         if not params.run_dir or not at_root(params.run_dir).exists():
             run = cls.allocate(params, method=method)
@@ -153,12 +135,12 @@ class Run:
         else:
             run = cls.open(params.run_dir)
             if run.status["state"] != "running":
-                raise ParamError(f"run_dir {params.run_dir} holds a finished run, and no run is ever overwritten")
+                raise ParamError(f"run_dir {params.run_dir} is a finished run, and no run is ever overwritten")
             asked, given = ({**each.to_dict(), "run_dir": ""} for each in (run.params, params))
             if changed := [name for name in asked | given if asked.get(name) != given.get(name)]:
                 raise ParamError(
                     f"{changed[0]} is {given.get(changed[0])!r} in the notebook but {asked.get(changed[0])!r} in its "
-                    "run folder: a cell after the parameters cell sets it"
+                    "run folder: remove the cell after the parameters cell that sets it"
                 )
         run.remember(hardware=provenance.hardware())
         return run
@@ -172,21 +154,21 @@ class Run:
 
     @property
     def method(self) -> str:
-        """What the run is called, as in its folder's name."""
+        """The run's method, as in its folder's name."""
         return str(self.provenance.get("method") or self.params.method_name)
 
     @property
     def training_dir(self) -> Path:
-        """Where the trainer works; its rollouts come from here however the run ends."""
+        """The trainer's folder; the rollouts are collected from here however the run ends."""
         return self.path / "training"
 
     @property
     def evaluation_dir(self) -> Path:
-        """Where answers are kept as they come, until the run has completed."""
+        """The folder of partial answers, until the run has completed."""
         return self.path / "evaluation"
 
     def write_table(self, table: str, frame: pd.DataFrame) -> Path:
-        """Write ``<table>.parquet`` at once."""
+        """Write ``<table>.parquet``, whole or not at all."""
         path = self.path / f"{table}.parquet"
         with in_place_of(path) as partial:
             frame.to_parquet(partial, index=False)
@@ -201,28 +183,28 @@ class Run:
         kinds = [type(found.get(name)) for name in ("owner", "pid", "started")]
         if found.get("state") not in get_args(State) or kinds != [str, int, str]:
             raise ParamError(
-                f"{path} is no status, expected owner, pid, started and one of {', '.join(get_args(State))}"
+                f"{path} is not a status, expected owner, pid, started and a state: {', '.join(get_args(State))}"
             )
         return found
 
     @property
     def state(self) -> str:
-        """The status's state, or ``killed`` where that says running and nobody is at work."""
+        """The status's state, or ``killed`` if that is ``running`` but no process is making the run."""
         killed = self.status["state"] == "running" and not is_running(self.path)
         state: str = self.status["state"]  # read again: it may have ended in between
         return "killed" if killed and state == "running" else state
 
     @property
     def worker(self) -> str:
-        """Who makes it, in words, for a run that is at work."""
+        """The process that makes the run, in words."""
         return f"process {self.status['pid']}"
 
     @property
     def can_be_resumed(self) -> bool:
         """Whether `kepo resume` may complete it.
 
-        Not where the parameters or data that it began with were refused: they stay as they are. What a run that was
-        resumed once was refused for has changed since, outside of it, and can be mended.
+        It may not if the run's parameters or data were refused at its first start: they do not change. If a resumed run
+        is refused, something outside of it has changed and can be repaired.
         """
         status = self.status
         refused = str(status.get("error", "")).startswith(tuple(f"{name}: " for name in INPUT_ERRORS))
@@ -230,16 +212,16 @@ class Run:
 
     @property
     def minutes(self) -> float:
-        """From start to end, or until now, by the clock and with all pauses."""
+        """Minutes from start to end, or until now, by the clock and including pauses."""
         status = self.status
         ended = datetime.fromisoformat(status["finished"]) if "finished" in status else datetime.now(UTC)
         return (ended - datetime.fromisoformat(status["started"])).total_seconds() / 60
 
     @property
     def is_edited(self) -> bool:
-        """Whether ``params.yaml`` no longer holds the parameters that the run began with.
+        """Whether ``params.yaml`` has other parameters than those that the run began with.
 
-        Its values count as they stand there, too: a package that has got new parameters since edits nothing.
+        New parameters of a newer package do not count as edits.
         """
         written = read_yaml(self.path / "params.yaml")
         as_written = short_hash({name: value for name, value in written.items() if name not in PLACES})
@@ -247,29 +229,41 @@ class Run:
 
     @property
     def headline(self) -> dict[str, Any] | None:
-        """What `finish` stored, or ``None`` before it."""
+        """The headline that `finish` stored, or ``None`` before it."""
         path = self.path / "headline.json"
         if not path.is_file():
             return None
         return read_json(path)
 
     def finish(self, headline: Mapping[str, Any]) -> None:
-        """The notebook's last act: store its headline numbers; in a bare run this also completes the status."""
+        """Store the headline numbers at the end of the notebook; in a bare run this also completes the status.
+
+        Raises `ParamError` for numbers of another run, which a live notebook has if some of its cells were skipped.
+        """
+        if self.status["state"] == "completed":
+            if json.loads(json_line(headline)) != self.headline:
+                raise ParamError(f"{self.path.name} has completed with other numbers, and no run is ever overwritten")
+            return
+        if any(name.endswith(" after") for name in headline) and not (self.path / "predictions.parquet").is_file():
+            raise ParamError(
+                f"the headline has accuracies, but {self.path.name} has no predictions.parquet yet: execute the cells "
+                "that evaluate its students"
+            )
         write_json(self.path / "headline.json", dict(headline))
         if self.status["owner"] == "notebook":
             self.conclude("completed")
 
     def fail(self, error: BaseException | str) -> None:
-        """Write the status of a failed run, with the error as one sentence."""
+        """Write the status of a failed run, with the error on one line."""
         self.conclude("failed", error=error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
     def conclude(
         self, state: State, error: str = "", render: Callable[[State, str], object] = lambda state, error: None
     ) -> None:
-        """Gather what training wrote batch by batch into ``rollouts.parquet``, then write the last status.
+        """Collect the rollouts of training in ``rollouts.parquet``, then write the last status.
 
-        ``render`` is called in between, with the state and the error that the status is going to have. A completed run
-        loses its checkpoints and half-done evaluations after that: if it is killed before, it can be resumed.
+        ``render`` is called in between with the final state and error. A completed run's checkpoints and partial
+        evaluations are deleted last: if the process is killed before, the run can be resumed.
         """
         try:
             rollouts = collect_rollouts(self.training_dir)
@@ -277,7 +271,7 @@ class Run:
                 self.write_table("rollouts", rollouts)
         except (OSError, ValueError) as problem:  # a process that was killed can leave half a file
             state = "failed" if state == "completed" else state
-            error = f"{error}; " * bool(error) + f"the rollouts could not be gathered: {problem}"
+            error = f"{error}; " * bool(error) + f"the rollouts could not be collected: {problem}"
         render(state, error)
         kept = {name: value for name, value in self.status.items() if name in ("owner", "pid", "started", "resumed")}
         ended = {"headline": self.headline or {}, "finished": _utc(time.gmtime())}
@@ -290,7 +284,7 @@ class Run:
         self.release()
 
     def release(self) -> None:
-        """Let go of the folder: whoever made the run is not at work on it any more."""
+        """Release the lock: this process has stopped making the run."""
         if self.lock is not None:
             self.lock.release()
 
@@ -303,7 +297,7 @@ class Run:
 
 
 def _make_new(params: Params, method: str, started: time.struct_time) -> Path:
-    """A folder that did not exist before: ``run_dir``, or a named one; a second of the same second gets a suffix."""
+    """Make a folder: ``run_dir``, or a named one, with a numbered suffix if the name is taken in this second."""
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', started)}-{method}-{params.hash}"
     first = at_root(params.run_dir or f"{params.results_dir}/{name}")
     numbered = (first.with_name(f"{name}-{number}") for number in range(2, 1000) if not params.run_dir)
@@ -322,13 +316,6 @@ def _make_new(params: Params, method: str, started: time.struct_time) -> Path:
     raise ParamError(f"results_dir {first.parent} holds a thousand runs named {name}")
 
 
-def _locked(folder: Path) -> FileLock:
-    """The lock of a run's folder, taken; ``Timeout`` if another process has it."""
-    lock = FileLock(folder / _LOCK, thread_local=False)
-    lock.acquire(timeout=1)  # longer than `is_running` has it
-    return lock
-
-
 def _utc(moment: time.struct_time) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)
 
@@ -345,7 +332,7 @@ def _mark_failing_cells(run: Run) -> None:
 
     def after_cell(result: Any) -> None:
         error = result.error_before_exec or result.error_in_exec
-        if error and run.status["state"] != "completed":  # as by a scratch cell below the last one
+        if error and run.status["state"] != "completed":  # a scratch cell below the last one may raise
             run.fail(error)
 
     register: Callable[[str, Callable[[Any], None]], None] = shell.events.register

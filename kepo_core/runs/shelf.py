@@ -1,4 +1,4 @@
-"""The shelf: what the runs of a results folder have computed already, found by parameters, code and data."""
+"""Reuse of runs: find the runs of a results folder by parameters, code and data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from kepo_core.runs.run import Run
 
 @dataclass(frozen=True)
 class Origin:
-    """What makes a run beside its parameters: this package, the notebook's code, and the data."""
+    """What a run's results depend on besides parameters: this package, the notebook's code, and the data."""
 
     package: str
     notebook: str
@@ -25,28 +25,28 @@ class Origin:
 
 
 def origin(notebook: Path, data: Mapping[str, Any]) -> Origin:
-    """Of runs that ``notebook`` would make now on ``data`` (`StudyData.identity`)."""
+    """The origin of runs that ``notebook`` would make now on ``data`` (`StudyData.identity`)."""
     return Origin(provenance.package_digest(), provenance.notebook_digest(notebook), data)
 
 
 def completed(params: Params, origin: Origin) -> Run | None:
-    """The newest run of ``params`` and ``origin`` that has completed."""
+    """The newest completed run of ``params`` and ``origin``."""
     return _newest(params, origin, lambda run: run.state == "completed" and "data" in run.provenance)
 
 
 def broken_off(params: Params, origin: Origin) -> Run | None:
-    """The newest run of these that was interrupted or killed, and so can be resumed."""
+    """The newest run of ``params`` and ``origin`` that was interrupted or killed, and can be resumed."""
     left = ("interrupted", "killed")
     return _newest(params, origin, lambda run: run.state in left and run.status["owner"] == "kepo run")
 
 
 def at_work(params: Params, origin: Origin) -> Run | None:
-    """A run of these that another process computes right now."""
+    """A run of ``params`` and ``origin`` that another process is making now."""
     return _newest(params, origin, lambda run: run.state == "running")
 
 
 def failed(run: Run) -> str:
-    """Why a run failed; "" if it did not, or if its folder has gone."""
+    """Why a run failed; "" if it did not fail, or if its folder was deleted."""
     try:
         status = run.status
     except ParamError:
@@ -55,10 +55,10 @@ def failed(run: Run) -> str:
 
 
 def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run | None:
-    """Names begin with the time, so the last of those that end in the parameters' hash is the newest.
+    """The newest run that fits: names begin with the time, so it is the last one with the parameters' hash.
 
-    A run that stopped before it read its data has not recorded any, and goes with all. Folders that cannot be read
-    (deleted at this moment, for example) are skipped; `kepo runs list` shows them.
+    A run that stopped before it read its data has not recorded them, and fits any data. Unreadable folders (deleted
+    at this moment, for example) are skipped; `kepo runs list` shows them.
     """
     for path in sorted(at_root(params.results_dir).glob(f"*-{params.hash}*"), reverse=True):
         try:
@@ -73,11 +73,11 @@ def _newest(params: Params, origin: Origin, fits: Callable[[Run], bool]) -> Run 
 
 
 def read_answers(run: Run) -> dict[str, list[Answer]]:
-    """A run's ``predictions.parquet``: model → its answers, in order; the last model is the one that came of it."""
+    """A run's ``predictions.parquet``: model → its answers, in order; the last model is the trained one, if any."""
     return from_table(pd.read_parquet(run.path / "predictions.parquet"))
 
 
 def read_curve(run: Run) -> dict[int, list[Answer]]:
-    """A run's ``curve.parquet``: optimiser step → the answers after it; empty where ``curve_steps`` asked for none."""
+    """A run's ``curve.parquet``: optimiser step → the answers after it; empty without ``curve_steps``."""
     path = run.path / "curve.parquet"
     return from_table(pd.read_parquet(path), "step") if path.exists() else {}

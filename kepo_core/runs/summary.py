@@ -1,6 +1,6 @@
-"""A run in a few words, for `kepo runs list` and the index: state, method, parameters, accuracies.
+"""Summary of a run for `kepo runs list` and the index: state, method, parameters, accuracies.
 
-It reads quickly (a fraction of a millisecond a folder) and never fails: a list shows broken folders, too.
+Reading takes a fraction of a millisecond per folder and never fails: lists show broken folders, too.
 """
 
 import json
@@ -19,7 +19,7 @@ from kepo_core.runs.run import Run
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One row of a headline: accuracies in [0, 1] and the 95 % interval of their difference, where it has one."""
+    """One row of a headline: accuracies in [0, 1] and the 95 % interval of their difference, if known."""
 
     name: str
     before: float
@@ -47,10 +47,10 @@ class Summary:
     state: str = "unreadable"
     error: str = ""
     started: str = ""
-    minutes: float | None = None  # None where nobody noted the end
+    minutes: float | None = None  # None if the end is unknown
     method: str = ""
     seed: int | None = None
-    steps: int | None = None  # that metrics.jsonl has
+    steps: int | None = None  # in metrics.jsonl
     params_hash: str = ""
     params: Mapping[str, Any] = field(default_factory=dict)
     accuracies: tuple[Accuracy, ...] = ()
@@ -58,18 +58,18 @@ class Summary:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """Parameters that differ from their defaults and are no `PLACES`."""
+        """Parameters that differ from their defaults, without `PLACES`."""
         return _changed(self.params)
 
     def accuracy(self, name: str) -> Accuracy | None:
-        """The accuracy in a modality, or an average; ``None`` where the headline has none."""
+        """The accuracy in a modality, or an average; ``None`` if the headline does not have it."""
         return next((row for row in self.accuracies if row.name == name), None)
 
 
 def summarize(folder: Path) -> Summary:
-    """Read the small files of ``folder``; what cannot be read is said in ``error``."""
+    """Read the small files of ``folder``; ``error`` says what cannot be read."""
     try:
-        run = Run(folder, _defaults())  # its own are read line by line, which takes a fraction of the time
+        run = Run(folder, _defaults())  # its own parameters are read line by line below, which is much faster
         state, status, made = run.state, run.status, run.provenance
         timed = state == "running" or "finished" in status
         headline = status.get("headline") or {}
@@ -94,7 +94,7 @@ def summarize(folder: Path) -> Summary:
 
 
 def accuracies(headline: Mapping[str, Any]) -> tuple[Accuracy, ...]:
-    """The rows of ``diagnosis.headline`` that have an accuracy before and after; none of other headlines."""
+    """The rows of ``diagnosis.headline`` that have an accuracy before and after; none for other headlines."""
     found = []
     for name in [key.removesuffix(" after") for key in headline if key.endswith(" after")]:
         before, after, low, high = (headline.get(f"{name} {part}") for part in ("before", "after", "low", "high"))
@@ -105,16 +105,16 @@ def accuracies(headline: Mapping[str, Any]) -> tuple[Accuracy, ...]:
 
 
 def read_parameters(text: str) -> dict[str, Any]:
-    """Of a run's ``params.yaml``: all of them, with the defaults of those that it lacks.
+    """All parameters of a run's ``params.yaml``, with defaults for missing ones.
 
-    The file has a line for each parameter, written as the default's line is: only lines that differ are parsed.
+    The file has a line per parameter in the format of the defaults' lines: only lines that differ are parsed.
     """
     lines = [line for line in text.splitlines() if line not in _default_lines() and not line.startswith("#")]
     return _defaults().to_dict() | parse_yaml("\n".join(lines), "params.yaml")
 
 
 def changed_parameters(text: str) -> dict[str, Any]:
-    """Of a run's ``params.yaml``: those that differ from the defaults and are no `PLACES`."""
+    """The parameters of a run's ``params.yaml`` that differ from the defaults, without `PLACES`."""
     return _changed(read_parameters(text))
 
 
@@ -135,14 +135,14 @@ def _default_lines() -> frozenset[str]:
 
 def _gone(folder: Path, status: Mapping[str, Any]) -> str:
     resume = f": `kepo resume {shown(folder)}` resumes it" if status["owner"] == "kepo run" else ""
-    return f"its process is gone{resume}"
+    return f"its process was killed{resume}"
 
 
 def _steps(metrics: Path) -> int:
-    """Optimiser steps that ``metrics.jsonl`` has a whole line of; `ParamError` if its last one is no such line."""
+    """The last optimiser step with a whole line in ``metrics.jsonl``; `ParamError` if that line is invalid."""
     if not metrics.is_file():
         return 0
-    whole = metrics.read_bytes().rsplit(b"\n", 2)[:-1]  # what stands behind the last newline is not whole
+    whole = metrics.read_bytes().rsplit(b"\n", 2)[:-1]  # text after the last newline is not a whole line
     try:
         return int(json.loads(whole[-1])["step"]) if whole else 0
     except (ValueError, KeyError, TypeError) as error:

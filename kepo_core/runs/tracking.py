@@ -1,8 +1,8 @@
-"""A run in an experiment tracker (``report_to``): what transformers' own callbacks leave out, and one track for good.
+"""A run in an experiment tracker (``report_to``): a track that survives resuming, and data that transformers omits.
 
-transformers sends every metric and the training arguments. Here the track is given the run folder's name, by which a
-resumed run goes on in it, and is sent the run's parameters, its rollouts and its figures. A tracker is imported where
-it is named, and nowhere else.
+transformers sends every metric and the training arguments. This module names the track after the run folder, so a
+resumed run continues it, and sends the run's parameters, rollouts and figures. A tracker is imported only when it is
+used.
 """
 
 import html
@@ -31,26 +31,26 @@ class Track(Protocol):
     """A run's track in one tracker, made with the run and the tracker's project."""
 
     def begin(self, trainer: Trainer, done: int) -> None:
-        """Before training goes on behind step ``done``: open the track where transformers would begin another."""
+        """Before training continues after step ``done``: open the track where transformers would start another one."""
 
     def parameters(self) -> None:
-        """Once transformers has opened it: the run's parameters."""
+        """Send the run's parameters, after transformers has opened the track."""
 
     def reopen(self) -> None:
-        """After training, which may have been in another process."""
+        """Open the track after training, which may have happened in another process."""
 
     def rollouts(self, frame: pd.DataFrame) -> None:
-        """The rollouts, a row each."""
+        """Send the rollouts, a row each."""
 
     def figure(self, path: Any) -> None:
-        """A picture file."""
+        """Send a picture file."""
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Close the track and wait until everything is sent."""
 
 
 class _TensorBoard:
-    """Event files in the run's own folder; of a resumed run, TensorBoard passes over what is logged once more."""
+    """Event files in the run's folder; for a resumed run, TensorBoard ignores steps that are logged twice."""
 
     def __init__(self, run: Run, project: str) -> None:
         self._run, self._folder = run, str(run.path / "tensorboard")
@@ -88,13 +88,13 @@ class _TensorBoard:
 
 
 def _cells(values: Any) -> str:
-    """A row of a Markdown table; what models wrote is text there, and nothing else."""
+    """A row of a Markdown table; texts of models are escaped."""
     texts = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
     return f"| {' | '.join(' '.join(html.escape(text).replace('|', '&#124;').split()) for text in texts)} |"
 
 
 class _Trackio:
-    """A local database, or a Space where one is named."""
+    """A local database, or a Hugging Face Space if one is named."""
 
     def __init__(self, run: Run, project: str) -> None:
         import trackio
@@ -103,7 +103,7 @@ class _Trackio:
         self._place = {"project": project, "name": run.path.name, "resume": "allow"}
 
     def begin(self, trainer: Trainer, done: int) -> None:
-        """Nothing: transformers goes on in a track of that name."""
+        """Nothing: transformers continues a track of that name."""
 
     def parameters(self) -> None:
         self._trackio.config.update({f"params/{name}": value for name, value in self._run.params.to_dict().items()})
@@ -111,7 +111,9 @@ class _Trackio:
     def reopen(self) -> None:
         tracks = self._trackio.Api().runs(self._place["project"])
         known = next((track.config or {} for track in tracks if track.name == self._run.path.name), {})
-        kept = {name: value for name, value in known.items() if not name.startswith("_")}  # a new one would replace it
+        kept = {
+            name: value for name, value in known.items() if not name.startswith("_")
+        }  # init would replace it by an empty one
         self._trackio.init(**self._place, config=kept, space_id=self._run.params.trl.get("trackio_space_id"))
 
     def rollouts(self, frame: pd.DataFrame) -> None:
@@ -125,7 +127,7 @@ class _Trackio:
 
 
 class _Wandb:
-    """Its files are kept in the run's folder."""
+    """Local files are in the run's folder."""
 
     def __init__(self, run: Run, project: str) -> None:
         import wandb
@@ -142,7 +144,7 @@ class _Wandb:
     def reopen(self) -> None:
         name = self._run.path.name
         if self._wandb.run is None or self._wandb.run.id != name:
-            self._wandb.finish()  # another run's, in a live notebook
+            self._wandb.finish()  # of another run, in a live notebook
             self._wandb.init(project=self._project, id=name, name=name, resume="allow", dir=self._run.path)
 
     def rollouts(self, frame: pd.DataFrame) -> None:
@@ -156,7 +158,7 @@ class _Wandb:
 
 
 class _MLflow:
-    """A run of an experiment that is called as the project."""
+    """A run of an MLflow experiment with the project's name."""
 
     def __init__(self, run: Run, project: str) -> None:
         import mlflow
@@ -187,7 +189,7 @@ class _MLflow:
         self._mlflow.end_run()
 
 
-#: The trackers that a run may be reported to, under transformers' names.
+#: Supported trackers, under transformers' names.
 _TRACKS: dict[str, Callable[[Run, str], Track]] = {
     "tensorboard": _TensorBoard,
     "trackio": _Trackio,
@@ -201,7 +203,7 @@ def _named(params: Params) -> str:
 
 
 def check(params: Params) -> None:
-    """Raise `ParamError` for a tracker that is not known, not installed, or that nobody is logged in to."""
+    """Raise `ParamError` for a tracker that is unknown, not installed, or needs a login."""
     name = _named(params)
     if name == "none":
         return
@@ -217,7 +219,7 @@ def check(params: Params) -> None:
 
 
 class _Parameters(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
-    """Sends a run's parameters as soon as transformers' callback, which comes before it, has opened the track."""
+    """Sends a run's parameters; it is called after transformers' callback, which opens the track."""
 
     def __init__(self, track: Track) -> None:
         self._track = track
@@ -227,9 +229,9 @@ class _Parameters(TrainerCallback):  # type: ignore[misc]  # transformers is not
 
 
 def begin(trainer: Trainer, run: Run, done: int) -> None:
-    """Let ``trainer``, on the process that writes, log in the run's track, behind optimiser step ``done``."""
+    """Let ``trainer``, in the process that writes, log to the run's track, after optimiser step ``done``."""
     if (name := _named(run.params)) != "none":
-        # At each step transformers warns of metrics that had nothing to average: they come as None, and stay out.
+        # transformers warns at each step of metrics that are None because there was nothing to average.
         logging.getLogger("transformers.integrations.integration_utils").setLevel(logging.ERROR)
         track = _TRACKS[name](run, trainer.args.project)
         track.begin(trainer, done)
@@ -237,10 +239,10 @@ def begin(trainer: Trainer, run: Run, done: int) -> None:
 
 
 def send(run: Run) -> None:
-    """Send the rollouts and the figures of ``run`` to its tracker; without one nothing happens.
+    """Send the rollouts and figures of ``run`` to its tracker; without a tracker do nothing.
 
-    Where nothing was trained, its parameters are sent here, too.
-    A tracker that fails here does not fail the run, whose folder has all of it: the reason is printed.
+    A run that trains nothing sends its parameters here, too. If the tracker fails, the reason is printed and the run
+    continues: its folder has everything.
     """
     if (name := _named(run.params)) == "none":
         return
@@ -257,4 +259,4 @@ def send(run: Run) -> None:
         track.close()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        print(f"kepo: {name} has not got all rollouts and figures, which are in {run.path} ({reason})", file=sys.stderr)
+        print(f"kepo: {name} misses rollouts or figures ({reason}); all of them are in {run.path}", file=sys.stderr)

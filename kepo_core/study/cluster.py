@@ -1,17 +1,17 @@
-"""Runs on a cluster: each one a job of Slurm, submitted through submitit.
+"""Runs on a cluster: each one is a Slurm job, submitted through submitit.
 
-A cluster file holds what submitit's ``AutoExecutor`` takes, and how many runs are submitted at a time:
+A cluster file has the settings of submitit's ``AutoExecutor``, and the number of runs that are submitted at a time:
 
 ```yaml
 cluster: slurm            # or local: submitit's own processes on this machine
-slots: 8                  # runs at a time, waiting in Slurm's queue or computing
+slots: 8                  # runs at a time, queued or running
 timeout_min: 240
 gpus_per_node: 1
 cpus_per_task: 8
 slurm_partition: gpu
 ```
 
-A job may wait in the queue for hours, so it looks up finished runs when its turn comes (`work`).
+A job may wait in the queue for hours, so it looks up finished runs when it starts (`work`).
 """
 
 import os
@@ -31,12 +31,12 @@ from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
 from kepo_core.study import jobs
 
-_LATE = 10.0  # seconds that a shared disk may take to show a job's result
-_PATIENCE = 45.0  # seconds that cancelled jobs get to end: Slurm kills them after 30
+_LATE = 10.0  # seconds until a job's result shows on a shared disk, at most
+_PATIENCE = 45.0  # seconds to wait for cancelled jobs: Slurm kills them after 30
 
 
 class Cluster:
-    """`jobs.Executor` on the cluster that a file describes; ``slots`` are used instead of the file's, if any."""
+    """`jobs.Executor` on the cluster that a file describes; ``slots``, unless 0, replaces the file's number."""
 
     pause = 2.0
 
@@ -47,12 +47,12 @@ class Cluster:
         given = {"cpus_per_task": 1, **read_yaml(path := resolve(file))}
         for name in ("slots", "timeout_min", "cpus_per_task"):
             if type(given.get(name)) is not int or given[name] < 1:
-                raise ParamError(f"{name} in {path.name} is {given.get(name)!r}, expected a whole number from 1 on")
+                raise ParamError(f"{name} in {path.name} is {given.get(name)!r}, expected a whole number of at least 1")
         if given.get("cluster") not in ("slurm", "local"):
             raise ParamError(f"cluster in {path.name} is {given.get('cluster')!r}, expected slurm or local")
         self.count: int = slots or given["slots"]
         self._threads: int = given["cpus_per_task"]
-        call = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}"  # job numbers come again
+        call = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}"  # job numbers repeat
         self._executor = _executor(given, jobs.jobs_dir(results_dir) / call, path.name)
 
     def start(self, params: Params, origin: shelf.Origin) -> "Submitted":
@@ -61,11 +61,11 @@ class Cluster:
             with submitit.helpers.clean_env():  # the command itself may be part of a Slurm job
                 return Submitted(self._executor.submit(work, params, origin, self._threads))
         except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedSubmissionError) as error:
-            raise ParamError(f"the cluster refused it: {' '.join(str(error).split())}") from error
+            raise ParamError(f"the cluster refused the job: {' '.join(str(error).split())}") from error
 
 
 def _executor(given: dict[str, Any], folder: Path, name: str) -> submitit.AutoExecutor:
-    """Submitit's executor for a cluster file; `ParamError` if it does not take what is given."""
+    """Submitit's executor for a cluster file; `ParamError` if submitit refuses the file's settings."""
     asked = {entry: value for entry, value in given.items() if entry not in ("cluster", "slots")}
     try:
         executor = submitit.AutoExecutor(folder, cluster=given["cluster"])
@@ -73,15 +73,15 @@ def _executor(given: dict[str, Any], folder: Path, name: str) -> submitit.AutoEx
     except RuntimeError as error:
         raise ParamError(f"cluster in {name} is slurm, but Slurm's commands (srun) are not found here") from error
     except (NameError, ValueError, TypeError, AssertionError) as error:
-        raise ParamError(f"{name} does not fit submitit: {str(error).splitlines()[0]}") from error
+        raise ParamError(f"submitit refuses {name}: {str(error).splitlines()[0]}") from error
     return executor
 
 
 def work(params: Params, origin: shelf.Origin, threads: int) -> int:
-    """Make one run on the cluster's node; returns `kepo`'s exit code.
+    """Make one run on a node of the cluster; returns `kepo`'s exit code.
 
-    What others completed or compute by now is left to them. Whatever the cluster sends to end a job (SIGTERM when it is
-    cancelled, SIGUSR2 before its time is up) reaches `kepo` as one SIGTERM, after which its folder can be resumed.
+    A run that another job has completed or is making is skipped. Signals that end a job (SIGTERM when it is cancelled,
+    SIGUSR2 before its time is up) reach `kepo` as one SIGTERM; the run can be resumed afterwards.
     """
     if shelf.completed(params, origin) or shelf.at_work(params, origin):
         return COMPLETED
@@ -101,14 +101,14 @@ def work(params: Params, origin: shelf.Origin, threads: int) -> int:
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        # Slurm sends SIGUSR2 to all processes of a job; what is ignored here is ignored by all below.
+        # Slurm sends SIGUSR2 to all processes of a job; child processes inherit that it is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
     )
-    if stopped:  # while it was started
+    if stopped:  # while it was starting
         process.terminate()
     code = process.wait()
     if stopped:
-        print("kepo: the cluster stopped it; the same command resumes it", flush=True)
+        print("kepo: the cluster stopped the run; the same command resumes it", flush=True)
     return code
 
 
@@ -120,7 +120,7 @@ class Submitted:
         self._ended = 0.0  # when it was first seen to have ended without a result
 
     def poll(self) -> int | None:
-        """Its exit code once it has ended."""
+        """The exit code, or None while the job has not ended."""
         if not self._job.done():
             return None
         if self._job.paths.result_pickle.exists():
@@ -129,7 +129,7 @@ class Submitted:
         return FAILED if time.monotonic() - self._ended >= _LATE else None
 
     def reason(self) -> str:
-        """Why it failed, from its log; Slurm's word where the job left no result."""
+        """Why it failed, from its log; Slurm's state if the job left no result."""
         log = self._job.paths.stdout
         if not self._job.paths.result_pickle.exists():
             return f"its job {self._job.job_id} ended without a result ({self._job.state}), see {log}"
@@ -137,11 +137,11 @@ class Submitted:
         return jobs.reason(code, log.read_text(encoding="utf-8", errors="replace"))
 
     def terminate(self) -> None:
-        """Cancel it."""
+        """Cancel the job."""
         self._job.cancel(check=False)
 
     def wait(self) -> None:
-        """Return when it has ended after `terminate`, or after the time in which Slurm kills it."""
+        """Wait after `terminate` until the job has ended, at most `_PATIENCE` seconds."""
         until = time.monotonic() + _PATIENCE
         while not self._job.done(force_check=True) and time.monotonic() < until:
             time.sleep(0.5)

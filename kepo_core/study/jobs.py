@@ -1,8 +1,8 @@
-"""Many runs, several at a time: each one is `kepo run` in a process of its own, and a completed run is reused.
+"""Many runs, several at a time: each one is `kepo run` in its own process, and completed runs are reused.
 
-One loop, `run_all`, over an executor that starts processes: `LocalExecutor` on this machine, or
-``kepo_core.study.cluster`` on Slurm. A lock in ``results/.jobs`` is held for each run from just before its start to its
-end, so that two studies at once share the work. Nothing needs cleaning up after a kill: locks end with their process.
+One loop, `run_all`, works with an executor that starts processes: `LocalExecutor` on this machine, or
+``kepo_core.study.cluster`` on Slurm. From just before its start to its end, a run holds a lock in ``results/.jobs``:
+two studies at the same time share the work. A kill leaves nothing to clean up: locks end with their process.
 """
 
 import os
@@ -26,17 +26,17 @@ from kepo_core.runs.run import Run
 #: The notebook that trains and evaluates one method.
 NOTEBOOK = "notebooks/03_train_kepo.ipynb"
 
-#: reused: had completed before; elsewhere: another process computes it, and its end is waited for.
+#: reused: it completed earlier; elsewhere: another process makes it, and this one waits for its end.
 State = Literal["waiting", "reused", "running", "completed", "failed", "elsewhere"]
 
 
 def jobs_dir(results_dir: str) -> Path:
-    """Where the locks and logs of a results folder's runs lie."""
+    """The folder with the locks and logs of a results folder's runs."""
     return at_root(results_dir) / ".jobs"
 
 
 class Handle(Protocol):
-    """A started run, with the methods of ``subprocess.Popen`` that are used here, and why its code is not 0."""
+    """A started run: the methods of ``subprocess.Popen`` that are used here, and the reason of a non-zero exit code."""
 
     def poll(self) -> int | None: ...  # noqa: D102
     def terminate(self) -> None: ...  # noqa: D102
@@ -45,7 +45,7 @@ class Handle(Protocol):
 
 
 class Executor(Protocol):
-    """Starts or resumes runs, at most ``count`` at a time, which are polled every ``pause`` seconds."""
+    """Starts or resumes runs, at most ``count`` at a time; they are polled every ``pause`` seconds."""
 
     count: int
     pause: float
@@ -60,8 +60,8 @@ class Job:
     name: str
     params: Params
     state: State = "waiting"
-    note: str = ""  # why it failed, or who is at work on it
-    run: Run | None = None  # the completed one, or the one at work, as soon as it has a folder
+    note: str = ""  # why it failed, or which process makes it
+    run: Run | None = None  # the completed or running one, once it has a folder
     handle: Handle | None = None
     began: float = 0.0  # monotonic seconds
     seconds: float = 0.0  # from start to end
@@ -72,36 +72,36 @@ class Job:
 
     @property
     def passed(self) -> float:
-        """Seconds since it was started here, or that it took; 0 if it never was."""
+        """Seconds since it was started here, or that it took; 0 if it was not started here."""
         return time.monotonic() - self.began if self.state == "running" else self.seconds
 
     def set_state(self, state: State, note: str = "", run: Run | None = None) -> None:
-        """Change the state; a job that is not running here is free for other studies."""
+        """Change the state; unless the job runs here, other studies may take it."""
         self.state, self.note, self.run = state, note, run
         if state != "running":
             self.claim.release()
 
 
-#: Shown all jobs whenever something may have changed.
+#: Called with all jobs whenever something may have changed.
 Show = Callable[[Sequence[Job]], None]
 
 
 def run_all(
     wanted: Mapping[str, Params], data: dict[str, Any], executor: Executor, show: Show = lambda jobs: None
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Every one of ``wanted`` (name → parameters) as a completed run: reused, resumed or started.
+    """Reuse, resume or start every run of ``wanted`` (name → parameters), until all have ended.
 
     Args:
-        wanted: what to run; parameters that two names share are run once.
+        wanted: the runs; names with the same parameters share one run.
         data: `StudyData.identity` of the data that all of them share.
         executor: `LocalExecutor`, or a cluster.
-        show: is shown the jobs.
+        show: called with the jobs when they may have changed.
 
-    Returns the completed runs and, of the others, why they failed; nothing is tried twice. A run that another process
-    computes is waited for, and resumed if it is interrupted there. If this process is interrupted, so are the runs
-    that it started, and the next call resumes them.
+    Returns the completed runs, and for the others why they failed; there are no retries. If another process makes a
+    run, this one waits, and resumes the run if it is interrupted there. If this process is interrupted, so are the
+    runs that it started, and the next call resumes them.
     """
-    origin = shelf.origin(project_root() / NOTEBOOK, data)  # as it is now: files may be edited while runs compute
+    origin = shelf.origin(project_root() / NOTEBOOK, data)  # as it is now: files may be edited while runs are made
     jobs: dict[str, Job] = {}  # by the parameters' hash
     for name, params in wanted.items():
         jobs.setdefault(params.hash, Job(name, params))
@@ -117,14 +117,14 @@ def run_all(
 
 
 def completed(wanted: Mapping[str, Params], data: dict[str, Any]) -> dict[str, Run]:
-    """Those of ``wanted`` that `run_all` would reuse; nothing is run."""
+    """The runs of ``wanted`` that `run_all` would reuse; nothing is run."""
     origin = shelf.origin(project_root() / NOTEBOOK, data)
     found = {name: shelf.completed(params, origin) for name, params in wanted.items()}
     return {name: run for name, run in found.items() if run is not None}
 
 
 def _run(jobs: Sequence[Job], origin: shelf.Origin, executor: Executor, show: Show) -> None:
-    """Until all have ended: poll those that run, and give free slots to those that wait."""
+    """Until all have ended: poll the running jobs, and give free slots to waiting ones."""
     for job in jobs:
         _advance(job, origin)
     while True:
@@ -142,7 +142,7 @@ def _run(jobs: Sequence[Job], origin: shelf.Origin, executor: Executor, show: Sh
 
 
 def _stop(jobs: Sequence[Job]) -> None:
-    """Interrupt what still runs, as this process is interrupted, and wait until the folders say so."""
+    """Interrupt the jobs that still run, because this process is interrupted, and wait until they have ended."""
     handles = [job.handle for job in jobs if job.state == "running" and job.handle]
     for handle in handles:
         handle.terminate()
@@ -153,13 +153,13 @@ def _stop(jobs: Sequence[Job]) -> None:
 
 
 def _advance(job: Job, origin: shelf.Origin, executor: Executor | None = None) -> None:
-    """Look up what others did meanwhile; if the run is left to us and an ``executor`` is given, start it."""
+    """Look up what other processes did meanwhile; if the run is still to be made, start it on ``executor``, if any."""
     mine = False
     try:
         if executor is not None:
-            job.claim.acquire()  # before the look-up: what another study completes in between is found
+            job.claim.acquire()  # before the look-up, which then finds what another study completes in between
             mine = True
-    except Timeout:  # another study of this machine, or of the shared disk, has it
+    except Timeout:  # another study on this machine, or on the shared disk, has it
         pass
     except OSError as problem:
         job.set_state("failed", f"{job.claim.lock_file} cannot be locked: {problem.strerror}")
@@ -167,11 +167,11 @@ def _advance(job: Job, origin: shelf.Origin, executor: Executor | None = None) -
     if run := shelf.completed(job.params, origin):
         job.set_state("reused", run=run)
     elif run := shelf.at_work(job.params, origin):
-        job.set_state("elsewhere", f"{run.worker} is at work on it in {run.path.name}", run)
+        job.set_state("elsewhere", f"{run.worker} is making it in {run.path.name}", run)
     elif job.run is not None and (error := shelf.failed(job.run)):
         job.set_state("failed", f"in another process: {error}")
     elif executor is not None and not mine:
-        job.set_state("elsewhere", "another study is at work on it")
+        job.set_state("elsewhere", "another study is making it")
     elif executor is not None:
         try:
             job.handle = executor.start(job.params, origin)
@@ -182,7 +182,7 @@ def _advance(job: Job, origin: shelf.Origin, executor: Executor | None = None) -
 
 
 def _poll(job: Job, origin: shelf.Origin) -> None:
-    """Find the folder of a job that was started here and, once it has ended, what came of it."""
+    """Find the folder of a job that was started here and, once it has ended, its result."""
     assert job.handle is not None
     job.run = job.run or shelf.at_work(job.params, origin)
     code = job.handle.poll()
@@ -191,15 +191,15 @@ def _poll(job: Job, origin: shelf.Origin) -> None:
     job.seconds = time.monotonic() - job.began
     if run := shelf.completed(job.params, origin):
         job.set_state("completed", run=run)
-    elif run := shelf.at_work(job.params, origin):  # others were faster: a cluster's queue can be long
-        job.set_state("elsewhere", f"{run.worker} is at work on it in {run.path.name}", run)
+    elif run := shelf.at_work(job.params, origin):  # another process was faster: a cluster's queue can be long
+        job.set_state("elsewhere", f"{run.worker} is making it in {run.path.name}", run)
     else:
-        changed = "code, notebook or data were changed before it completed"
+        changed = "code, notebook or data changed before it completed"
         job.set_state("failed", job.handle.reason() if code else changed)
 
 
 def command(params: Params, origin: shelf.Origin) -> list[str]:
-    """The command that makes this run: it resumes an interrupted one, or starts a new one."""
+    """The command for this run: it resumes an interrupted run, or starts a new one."""
     kepo = [sys.executable, "-m", "kepo_core.cli"]
     if interrupted := shelf.broken_off(params, origin):
         return [*kepo, "resume", str(interrupted.path)]
@@ -207,7 +207,7 @@ def command(params: Params, origin: shelf.Origin) -> list[str]:
 
 
 def reason(code: int, output: str) -> str:
-    """Why ``kepo`` ended with ``code``: its own sentence, or the last line that its process wrote."""
+    """Why ``kepo`` ended with ``code``: its own message, or the last line of its output."""
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
     lines = [line for line in output.strip().splitlines() if not line.startswith("submitit ")] or ["it said nothing"]
@@ -220,14 +220,14 @@ def reason(code: int, output: str) -> str:
 
 
 def slots(wanted: int = 0, processes: int = 1) -> list[dict[str, str]]:
-    """The environment of each slot for a run: GPUs of its own, else an equal share of the CPU's cores.
+    """The environment variables of each slot: its own GPUs or, without GPUs, an equal share of the cores.
 
-    ``wanted``: how many, at most as many as there are GPUs or cores for; 0: all of them. ``processes``: of a run, each
-    of which takes a GPU or a core.
+    ``wanted``: number of slots, limited by the GPUs or cores; 0: as many as fit. ``processes``: of a run, each with
+    one GPU or core.
     """
     if wanted < 0:
         raise ParamError(f"slots must be at least 0, got {wanted}")
-    import torch  # takes seconds, and jobs on a cluster's nodes do not need it
+    import torch  # takes seconds, and jobs on a cluster do not need it
 
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     count = min(wanted or cores, max(1, (gpus or cores) // processes))
@@ -239,7 +239,7 @@ def slots(wanted: int = 0, processes: int = 1) -> list[dict[str, str]]:
 
 
 class LocalExecutor:
-    """Runs in the `slots` of this machine; what each one writes is in ``results/.jobs/HASH.log``."""
+    """Runs in the `slots` of this machine; the output of each is in ``results/.jobs/HASH.log``."""
 
     pause = 0.5
 
@@ -257,7 +257,7 @@ class LocalExecutor:
 
 
 class Process(subprocess.Popen[bytes]):
-    """A `command` on this machine, in a session of its own: Ctrl-C reaches it through us, once."""
+    """A `command` on this machine, in its own session: Ctrl-C reaches it once, through this process."""
 
     def __init__(self, arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
         self.log = log

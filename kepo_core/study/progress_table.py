@@ -1,6 +1,6 @@
-"""The progress of many runs: one table, redrawn, in a terminal or a live notebook; a line for each change elsewhere.
+"""The progress of many runs: in a terminal or a live notebook one table, redrawn; elsewhere a line for each change.
 
-Names come from study files and reasons from failing runs, so control characters are taken out of both.
+Names come from study files and reasons from failed runs, so control characters are removed from both.
 """
 
 import sys
@@ -19,7 +19,7 @@ from kepo_core.experiment.live import read_rows, total_steps, watched
 from kepo_core.runs.run import Run
 from kepo_core.study.jobs import Job, State
 
-#: Each state's style; where the terminal is short, the table's first rows are seen.
+#: Each state's style, in the order of the table's rows: a short terminal shows only the first ones.
 _STYLES: dict[State, str] = {
     "running": "bold",
     "elsewhere": "yellow",
@@ -28,12 +28,12 @@ _STYLES: dict[State, str] = {
     "completed": "green",
     "reused": "green",
 }
-_WORDS = {"running": "started", "elsewhere": "waits: ", "failed": "failed: "}
+_WORDS = {"running": "started", "elsewhere": "waiting: ", "failed": "failed: "}
 _EVERY = 1.0  # seconds between two drawings
 
 
 def progress(run: Run) -> str:
-    """How far a run is, from the files that it has written: questions evaluated, or its last step and reward."""
+    """How far a run is, from its files: the number of answers, or the last step with its reward or loss."""
     before, after = (run.evaluation_dir / f"{name}.jsonl" for name in ("untrained", "trained"))
     rows = read_rows(run.path / "metrics.jsonl")
     for which in (after, before):
@@ -47,7 +47,7 @@ def progress(run: Run) -> str:
 
 
 def row(job: Job) -> tuple[str, str, str, str]:
-    """A job's cells: name, state, progress (or why there is none) and time."""
+    """A job's cells: name, state, progress or the reason of its state, and time."""
     told = job.note
     if job.state == "running":
         told = progress(job.run) if job.run else "starting"
@@ -55,10 +55,10 @@ def row(job: Job) -> tuple[str, str, str, str]:
 
 
 def summary(jobs: Sequence[Job], slots: int) -> str:
-    """How many have ended and, once a run has completed here, about how long all others will take.
+    """How many runs have ended and, once one has completed here, an estimate of the time left.
 
-    The estimate is the mean time of the runs completed in this call, times what remains of those that run or wait
-    here, over as many slots as they can fill.
+    The estimate takes the mean time of the runs completed in this call for each run that is running or waiting here,
+    less the time that it has run, and divides the sum by the slots that they fill.
     """
     of = {state: [job for job in jobs if job.state == state] for state in ("reused", "completed", "failed")}
     counts = ", ".join(f"{len(some)} {state}" for state, some in of.items() if some)
@@ -77,12 +77,12 @@ def plain(text: str) -> str:
 
 
 class ProgressTable:
-    """Shows jobs each time it is called with them; used as a context, which leaves the last state on screen.
+    """Shows the jobs that it is called with; a context manager that leaves the last state on screen.
 
     Args:
         slots: runs at a time.
-        redrawn: one table, or a line for each change; by default whatever fits standard output.
-        console: where the table is drawn; by default standard output.
+        redrawn: True: one table; False: a line for each change; None: the one that fits standard output.
+        console: for the table; by default standard output.
     """
 
     def __init__(self, slots: int, redrawn: bool | None = None, console: Console | None = None) -> None:
@@ -101,18 +101,18 @@ class ProgressTable:
         self._screen.stop()
 
     def __call__(self, jobs: Sequence[Job]) -> None:
-        """Show what has changed: states at once, progress every second."""
+        """Show changes: states at once, progress every second."""
         changed = [job for job in jobs if self._shown.get(job.name, ("waiting", "")) != (job.state, job.note)]
         self._shown |= {job.name: (job.state, job.note) for job in changed}
         if not self._redrawn:
             for job in changed:
-                print(_line(job), flush=True)  # not by rich, which makes HTML of it under papermill
+                print(_line(job), flush=True)  # not with rich, which writes HTML under papermill
         elif changed or time.monotonic() - self._drawn > _EVERY:
             self._drawn = time.monotonic()
             self._screen.update(self._table(jobs), refresh=True)
 
     def _table(self, jobs: Sequence[Job]) -> Table:
-        """Those at work first: a live table that is higher than the terminal is cut off there."""
+        """The table, running jobs first: rich cuts a live table off at the terminal's height."""
         table = Table(title=summary(jobs, self._slots), title_justify="left", box=None, pad_edge=False)
         for column in ("run", "state", "progress", "time"):
             table.add_column(column, justify="right" if column == "time" else "left", overflow="fold")

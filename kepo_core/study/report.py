@@ -11,15 +11,15 @@ from kepo_core.pages import report
 from kepo_core.params import from_root, project_root, resolve
 from kepo_core.study import jobs, studies
 
-#: Draws a study; nothing is trained in it where it is told so.
+#: Draws a study; with ``make_runs=False`` it trains nothing.
 NOTEBOOK = "notebooks/05_figures.ipynb"
 
 
 def write_study_report(file: str) -> Path:
-    """Draw the study of ``file`` from its completed runs into ``results/studies/NAME``; the path of ``report.html``.
+    """Draw the study of ``file`` from its completed runs into ``results/studies/NAME``; returns its ``report.html``.
 
-    Figures go into the folder ``figures`` beside it, as PNG and SVG. Nothing is run. Raises `ParamError` where the file
-    does not fit, none of its runs has completed, or the notebook stops.
+    Figures go into the folder ``figures`` beside it, as PNG and SVG. Nothing is run. Raises `ParamError` if the file is
+    invalid, none of its runs has completed, or the notebook fails.
     """
     study = studies.read_study(file)
     runs = jobs.completed(study.runs, experiment.load_data(study.base).identity())
@@ -32,10 +32,10 @@ def write_study_report(file: str) -> Path:
     notebook = study.folder / "notebook.ipynb"
     try:
         given = {"study": from_root(resolve(file)), "make_runs": False}
-        # Here, as it reads the file once more, which may name others from where it is read.
+        # In this folder: the notebook reads the file again, and names in it may be relative to here.
         execution.execute(project_root() / NOTEBOOK, notebook, given, Path.cwd())
     except PapermillExecutionError as error:
-        raise ParamError(f"{NOTEBOOK} stopped: {error.ename}: {error.evalue}; see {from_root(notebook)}") from error
+        raise ParamError(f"{NOTEBOOK} failed: {error.ename}: {error.evalue}; see {from_root(notebook)}") from error
     page = study.folder / "report.html"
     text = report.render(
         notebook,

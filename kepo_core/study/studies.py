@@ -1,11 +1,11 @@
-"""A study file → runs: methods × values × seeds over one parameter file, and the table that says what came of them.
+"""A study file → runs (methods × values × seeds over one parameter file), and tables of their results.
 
 ```yaml
-params: params/phantom.yaml        # optional: what is not set here (without it: the defaults)
+params: params/phantom.yaml        # optional parameter file (without it: the defaults)
 methods: [grpo, kepo-tau1]         # names from the table of methods
-compared_with: grpo                # the one that all others are compared with
+compared_with: grpo                # the arm that all others are compared with
 seeds: [0, 1, 2]
-set: {curve_steps: 10}             # optional: of all runs, over the parameter file
+set: {curve_steps: 10}             # optional: parameters of all runs, over the parameter file
 grid:                              # optional: every combination of these values, for every method
   learning_rate: [0.0001, 0.0003]
 students:                          # optional: several pretrained students, each with its teacher
@@ -28,7 +28,7 @@ from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
 
-#: What decides which questions are asked; all runs of a study share them.
+#: Parameters that decide which questions are asked; all runs of a study share them.
 DATA = ("data_root", "data_columns", "data_seed", "split", "train_modality", "train_items", "eval_items", "eval_split",
         "items_file", "eval_samples")  # fmt: skip
 _NEEDED = {"methods": list, "compared_with": str, "seeds": list}
@@ -37,31 +37,31 @@ _KEYS = {"params": str, **_NEEDED, "set": dict, "grid": dict, "students": list}
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file asks for. An *arm* is a method with one combination of the grid's values."""
+    """A study file's runs. An *arm* is a method with one combination of the grid's values."""
 
-    name: str  # its file's, without the ending
+    name: str  # of its file, without the ending
     base: Params
     compared_with: str
     arms: dict[str, dict[Key, Params]] = field(default_factory=dict)  # name → (student, seed) → parameters
 
     @property
     def runs(self) -> dict[str, Params]:
-        """Every run by its name: all arms of one seed before the next, so that early tables compare."""
+        """Every run by its name: all arms of one seed before the next seed, so early tables compare arms."""
         keys = dict.fromkeys(key for runs in self.arms.values() for key in runs)
         return {self.run_name(arm, key): runs[key] for key in keys for arm, runs in self.arms.items()}
 
     @property
     def folder(self) -> Path:
-        """Where its figures and its page go."""
+        """The folder of its figures and its page."""
         return at_root(self.base.results_dir) / "studies" / self.name
 
     @property
     def processes(self) -> int:
-        """The most that any run trains in."""
+        """The largest number of training processes of its runs."""
         return max(params.processes for params in self.runs.values())
 
     def run_name(self, arm: str, key: Key) -> str:
-        """What a run is called: its arm and seed, and its student where there are several."""
+        """A run's name: its arm and seed, and its student if the study has several."""
         several = len({key[0] for runs in self.arms.values() for key in runs}) > 1
         return f"{arm} seed {key[1]}" + (f" of student {key[0] + 1}" if several else "")
 
@@ -69,7 +69,7 @@ class Study:
 def read_study(file: str | Path) -> Study:
     """Read and check a study file; every run's parameters are validated before anything runs.
 
-    Raises ``ParamError`` naming the file's entry, or the parameter, that does not fit.
+    Raises ``ParamError`` naming the invalid entry of the file, or the invalid parameter.
     """
     path = resolve(file)
     given = read_yaml(path)
@@ -77,7 +77,7 @@ def read_study(file: str | Path) -> Study:
         if name not in given and name in _NEEDED:
             raise ParamError(f"{path.name} has no {name}, expected {', '.join(_NEEDED)}")
         if name in given and (not isinstance(given[name], kind) or not given[name]):
-            raise ParamError(f"{name} in {path.name} is {given[name]!r}, expected a {kind.__name__} that is not empty")
+            raise ParamError(f"{name} in {path.name} is {given[name]!r}, expected a non-empty {kind.__name__}")
     if unknown := sorted(set(given) - set(_KEYS)):
         raise ParamError(f"{unknown[0]} in {path.name} is unknown, expected {', '.join(_KEYS)}")
     base = Params.load(given.get("params"), given.get("set"))
@@ -100,7 +100,7 @@ def _check_lists(file: str, lists: Mapping[str, Any], grid: Mapping[str, Any]) -
 
 
 def _check_names(file: str, everywhere: Mapping[str, Any], grid: Mapping[str, Any], students: Sequence[Any]) -> None:
-    """Nothing is said twice, or where it would have no effect."""
+    """Refuse a parameter that is set twice, or where it has no effect."""
     places = ("seed", "run_dir", "results_dir")
     if fixed := [name for name in everywhere if name in (*KEPO, *places[:2])]:
         raise ParamError(f"set in {file} has {fixed[0]}, which methods and seeds decide: choose a method, or use grid")
@@ -112,7 +112,7 @@ def _check_names(file: str, everywhere: Mapping[str, Any], grid: Mapping[str, An
         if not isinstance(pair, dict) or set(pair) - {"student", "teacher"} or (len(students) > 1 and not pair):
             raise ParamError(f"students in {file}: entry {number} is {pair!r}, expected student and teacher")
         if twice := sorted(set(pair) & set(grid)):
-            raise ParamError(f"{twice[0]} stands under grid and under students in {file}, expected one of them")
+            raise ParamError(f"{twice[0]} is under grid and under students in {file}, expected only one of them")
 
 
 def _arms(
@@ -133,7 +133,7 @@ def _arms(
 
 
 def outcomes(study: Study, runs: Mapping[str, Run]) -> dict[str, dict[Key, Outcome]]:
-    """What the completed ``runs`` (by name) left: arm → run → answers and curve. Arms without any are left out."""
+    """Results of the completed ``runs`` (by name): arm → run → answers and curve. Arms without any are skipped."""
     found: dict[str, dict[Key, Outcome]] = {}
     for arm, keys in study.arms.items():
         for key in keys:
@@ -145,7 +145,7 @@ def outcomes(study: Study, runs: Mapping[str, Run]) -> dict[str, dict[Key, Outco
 
 
 def population(found: Outcomes) -> str:
-    """What the intervals over runs generalise to, as far as runs have completed."""
+    """The population that intervals over the completed runs generalise to."""
     students = {key[0] for keys in found.values() for key in keys}
     if len(students) > 1:
         return f"other students like these {len(students)}"
@@ -153,7 +153,7 @@ def population(found: Outcomes) -> str:
 
 
 def as_text(study: Study, runs: Mapping[str, Run], images: Mapping[str, str]) -> str:
-    """What came of a study's completed runs (by name), for reading: accuracies, differences, the paper's claims."""
+    """Results of a study's completed runs (by name) as text: accuracies, differences, the paper's claims."""
     found, in_domain = outcomes(study, runs), study.base.train_modality
     lines = [
         f"Accuracy in per cent; intervals generalise to {population(found)}.",

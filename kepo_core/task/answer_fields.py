@@ -1,4 +1,4 @@
-"""Where a completion answers, and which option's letters stand there (rules 1 to 4 of ``rewards``)."""
+"""Where a completion answers, and which option letters it names there (rules 1 to 4 of ``rewards``)."""
 
 import functools
 import re
@@ -11,16 +11,17 @@ _FIELD = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _BARE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
 _MARKED = re.compile(r"\s*\(?([A-Za-z])\s*[.):](.*)", re.DOTALL)
 _CAPITAL = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?![A-Za-z0-9'’])")
-# A further letter offered in the text behind a marked one: "… C) …", "… C: …", "… or C".
+# A further letter offered in the text behind a marked one: "… C) …", "… C: …", "… or C", "…, C".
 _OFFERED = re.compile(
-    r"(?<![A-Za-z0-9])(?:([A-Za-z])\)|([A-Z])[.:]\s+\S|(?:or|and|[,/;])\s*\(?([A-Za-z])[\W_]*\Z)", re.DOTALL
+    r"(?<![A-Za-z0-9])(?:([A-Za-z])\)|([A-Z])[.:]\s+\S)|(?:(?<![A-Za-z0-9])(?:or|and)|[,/;])\s*\(?([A-Za-z])[\W_]*\Z",
+    re.DOTALL,
 )
-#: What an option's text is read as where it stands among other words: a word that is no letter.
+#: What replaces an option's text among other words: a word that is not a letter.
 _SOME_TEXT = "text"
 
 
 def answer_fields(text: str) -> list[str]:
-    """What stands in the closed ``<answer>…</answer>`` of ``text``, in the innermost of nested ones."""
+    """The content of each closed ``<answer>…</answer>`` of ``text``; of nested ones, the innermost."""
     return _FIELD.findall(text)
 
 
@@ -45,7 +46,7 @@ def letters_in(field: str, options: Sequence[str]) -> set[str]:
 
 
 def named_by_text(field: str, options: Sequence[str]) -> set[str]:
-    """The letters of the options whose whole text or line the field is."""
+    """The letters of the options whose whole text, or line in the prompt, equals the field."""
 
     def of_text(text: str) -> set[str]:
         said = _parts(text)
@@ -57,18 +58,18 @@ def named_by_text(field: str, options: Sequence[str]) -> set[str]:
 
 
 def without_texts(field: str, options: Sequence[str]) -> str:
-    """``field`` with another word for each option's text in it, so that no letter of these is left."""
+    """``field`` with each option's text replaced by another word, so that none of its letters is left."""
     return any_of(tuple(options)).sub(_SOME_TEXT, field)
 
 
 def _parts(text: str) -> list[str]:
-    """Its words and marks, so that ``C.albicans`` is ``C. albicans``, and ``acyst`` is not ``a cyst``."""
+    """The words and marks of a text, so that ``C.albicans`` is ``C. albicans``, and ``acyst`` is not ``a cyst``."""
     return re.findall(r"\w+|[^\w\s]", same_text(text))
 
 
 @functools.lru_cache(maxsize=4096)
 def any_of(options: tuple[str, ...]) -> re.Pattern[str]:
-    """Any option's text of more than a letter, the longest first, as whole words."""
+    """Matches any option's text of more than one letter as whole words, the longest first."""
     texts = sorted({same_text(option) for option in options}, key=len, reverse=True)
     # Between two words there is white space, beside a mark there may be some.
     spaced = [r"(?:(?<!\w)|(?!\w))\s*".join(map(re.escape, _parts(text))) for text in texts if len(text) > 1]

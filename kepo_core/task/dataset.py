@@ -1,4 +1,4 @@
-"""Questions → the dataset that training reads: prompts as messages, images decoded when a row is asked for."""
+"""Questions → the dataset that training reads: prompts as messages, images decoded when a row is read."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +22,8 @@ def to_dataset(
 
     ``prompt`` (chat messages of the plain prompt x), ``image`` (PIL, as ``pictures`` reads its
     path), ``question``, ``options`` (list of texts), ``answer`` (letter), ``id``, ``modality``; with ``target`` also
-    ``completion``, the chat message to be learned, which it makes of the letter. Prompts and images
-    are made on access: 89,000 rows cost their text and paths only, and the image part of a message stays free of
+    ``completion``, the chat message to learn, which it makes from the letter. Prompts and images
+    are made on access: 89,000 rows cost only their text and paths, and the image part of a message stays free of
     the empty ``text`` field that a stored table would give it. Reading a row raises ``DataError`` for a bad image.
     """
     table = Dataset.from_dict(

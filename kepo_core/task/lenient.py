@@ -1,14 +1,17 @@
-r"""How models of other families write their answers: what ``answer_format: lenient`` reads beside the paper's rule.
+r"""How models of other families write their answers: what ``answer_format: lenient`` also reads.
 
 - Tags in any case and with spaces in them (``<Answer>``, ``</ think >``); full-width letters, colons and brackets.
-- In an answer field: markdown and LaTeX around what is said (``**B) a cyst**``, ``\boxed{B}``, ``\text{B}``), and
-  words before it (``Option B``, ``The answer is B.``).
-- Without an answer field, the first of these that there is: ``\boxed{…}``; all sentences such as ``The answer is B`` or
-  ``The answer is a cyst.``, also behind others on a line; lines that are an answer as a whole, letters or an option's
-  whole text or line (``B``, ``Option B``, ``**B) a cyst**``, ``a cyst``).
+- In an answer field: markdown and LaTeX around the answer (``**B) a cyst**``, ``\boxed{B}``, ``\text{B}``), and words
+  before it (``Option B``, ``The answer is B.``).
+- Without an answer field: all ``\boxed{…}`` and all sentences such as ``The answer is B`` or ``The answer is a cyst.``,
+  anywhere on a line. After the first such sentence, also lines that are an answer as a whole: letters, or an option's
+  whole text or line (``B``, ``Option B``, ``**B) a cyst**``, ``a cyst``). Without boxes and sentences, all such lines.
+- Corrections: letters and options' texts after ``Wait`` and the like (``The answer is A. Wait, B.``) are further
+  answers.
 
-An option's whole text comes first: what stands in it (``Option B``, ``HLA-B*27``, ``$10``) is no word before an answer
-and no ornament. What is found is read as a field of the paper's: several different letters are ambiguous here, too.
+An option's whole text comes first: its parts (``Option B``, ``HLA-B*27``, ``$10``) are neither words before an answer
+nor markup. What is found is read as the paper's answer fields are: several different letters are ambiguous, wherever
+they were found. So an answer that is given and then changed is ambiguous: the parser does not choose between the two.
 """
 
 import functools
@@ -16,6 +19,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from kepo_core.data.records import LETTERS
 from kepo_core.task.answer_fields import any_of, letters_in, named_by_text, without_texts
 
 _TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>", re.IGNORECASE)
@@ -27,9 +31,11 @@ _BEFORE = re.compile(
     rf"(\s*{_WORDS}(?:answer|option|choice)\b\s*(?:is\b|[:=])?)\s*(?:option|choice)?\b\s*:?", re.IGNORECASE
 )
 _SENTENCE = r"\b(?:answer|option|choice)\s*(?:is\b|[:=])(?:\s*:)?"
+_TAKEN_BACK = r"\b(?:wait|actually|correction|hmm+|sorry|instead|rather|scratch that|i mean|on second thoughts?|no,)"
+_CAPITAL = re.compile(r"(?<![A-Za-z0-9])([A-Z])(?![A-Za-z0-9'’])")
 # At a sentence's beginning: "B", "(B) or C", before its end, a mark or a conjunction.
 _LETTERS = re.compile(
-    r"\s*(?:option\s+)?(\(?[A-Z]\b\)?(?:\s*(?:,|/|or\b|and\b)\s*\(?[A-Z]\b\)?)*)"
+    r"\s*(?:option\s+)?(\(?[A-Z]\b\)?(?:\s*(?:[,;/]|or\b|and\b)\s*\(?[A-Z]\b\)?)*)"
     r"\s*(?:\Z|[.,;:!]|(?:because|since|as|for|due|which|based)\b)",
     re.IGNORECASE,
 )
@@ -41,7 +47,7 @@ def normalised(text: str) -> str:
 
 
 def plain(field: str, options: Sequence[str]) -> str:
-    """What a field says, without ornaments and words before it; an option's whole text stays as it is."""
+    """What a field says, without markup and words before it; an option's whole text stays as it is."""
     said = _unadorned(field, options)
     before = _BEFORE.match(said)
     shorter = [said[before.end(1) :], said[before.end() :]] if before else []
@@ -49,15 +55,38 @@ def plain(field: str, options: Sequence[str]) -> str:
     return next((text for text in candidates if named_by_text(text, options)), candidates[-1])
 
 
+def answers(field: str, options: Sequence[str]) -> list[str]:
+    """What an answer field says, and its corrections of that."""
+    said = plain(field, options)
+    return [said, *(_taken_back(field, options) if letters_in(said, options) else [])]
+
+
 def statements(text: str, options: Sequence[str]) -> list[str]:
-    """What ``text``, which has no answer field, answers; empty if it does not."""
-    if boxed := _BOXED.findall(text):
-        return [plain(content, options) for content in boxed]
-    lines = [line for raw in text.splitlines() if (line := _unadorned(raw.replace("<answer>", " "), options))]
-    said = [named for line in lines for rest in _sentences(line, options) for named in _said(rest, options)]
-    if said:
-        return said
-    return [line for raw in lines if _is_answer(line := plain(raw, options), options)]
+    """The answers in ``text``, which has no answer field; empty if there are none."""
+    lines = [raw.replace("<answer>", " ") for raw in text.splitlines()]
+    said: list[str] = []
+    behind: list[str] = []  # the first sentence's beginning
+    for raw in lines:
+        line = _unadorned(raw, options)
+        rests = _sentences(line, options)
+        found = [named for rest in rests for named in _said(rest, options)]
+        if said and _is_answer(whole := plain(line, options), options):
+            found.append(whole)
+        behind += [line] if said else rests if found else []
+        said += found
+    said += _taken_back("\n".join(behind), options)
+    said += [plain(content, options) for content in _BOXED.findall(text)]
+    return said or [line for raw in lines if _is_answer(line := plain(raw, options), options)]
+
+
+def _taken_back(text: str, options: Sequence[str]) -> list[str]:
+    """The letters and options' texts after "wait" and the like, unless these are part of an option's text."""
+    found = next((each for each in _outside(tuple(options), _TAKEN_BACK).finditer(text) if not each[1]), None)
+    if found is None:
+        return []
+    behind = text[found.end() :]
+    letters = set(_CAPITAL.findall(without_texts(behind, options))) & set(LETTERS[: len(options)])
+    return [*any_of(tuple(options)).findall(behind), *sorted(letters)]
 
 
 def _is_answer(line: str, options: Sequence[str]) -> bool:
@@ -68,7 +97,7 @@ def _is_answer(line: str, options: Sequence[str]) -> bool:
 
 
 def _unadorned(text: str, options: Sequence[str]) -> str:
-    """On one line, with single spaces, without markdown and LaTeX but where these stand in an option's text."""
+    """On one line, with single spaces, without markdown and LaTeX, except inside an option's text."""
     for _ in range(2):  # \boxed{\text{B}}
         text = _COMMAND.sub(r"\1", text)
     return " ".join(_outside(tuple(options), _ORNAMENT).sub(r"\1", text).split())
@@ -76,12 +105,12 @@ def _unadorned(text: str, options: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _outside(options: tuple[str, ...], pattern: str) -> re.Pattern[str]:
-    """``pattern``, or in its first group an option's text, so that it is not found in one."""
+    """``pattern``, or in its first group an option's text, so that the pattern is not found inside one."""
     return re.compile(rf"({any_of(options).pattern})|{pattern}", re.IGNORECASE)
 
 
 def _sentences(line: str, options: Sequence[str]) -> list[str]:
-    """What stands behind each "the answer is", up to the next."""
+    """The text after each "the answer is", up to the next."""
     begins = [found for found in _outside(tuple(options), _SENTENCE).finditer(line) if not found[1]]
     ends = [*(found.start() for found in begins[1:]), len(line)]
     rests = [line[found.end() : end].strip() for found, end in zip(begins, ends, strict=False)]
@@ -89,13 +118,13 @@ def _sentences(line: str, options: Sequence[str]) -> list[str]:
 
 
 def _said(rest: str, options: Sequence[str]) -> list[str]:
-    """What a sentence says behind "the answer is": an option's text or line, else the letters that it begins with."""
+    """What a sentence says after "the answer is": an option's text or line, or else the letters that it begins with."""
     if named_by_text(rest, options):
         return [rest]
     texts = any_of(tuple(options))
     text = texts.match(rest)
     named = named_by_text(text[0], options) if text else set()
-    if text and named and rest.startswith(tuple(".,;:!"), text.end()):  # texts and letters behind it contradict it
+    if text and named and rest.startswith(tuple(".,;:!"), text.end()):  # texts and letters after it contradict it
         return [*texts.findall(rest), f"{min(named)}) {rest[text.end() :]}"]
     begins = _LETTERS.match(without_texts(rest, options))
     if begins:

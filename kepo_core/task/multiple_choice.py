@@ -1,4 +1,4 @@
-"""The paper's task as KEPO's trainer takes it: lettered multiple choice, asked and told in Appendix C's words."""
+"""The paper's task for KEPO's trainer: lettered multiple choice, with Appendix C's prompts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ class MultipleChoice(Task):
     """Multiple choice by letter: columns ``question``, ``options`` (texts), ``answer`` (a letter) and ``image``.
 
     Args:
-        context: what the hint-aware prompt gives beside the question: "hint+answer", "hint", "answer" or, for further
-            draws under the plain prompt, "none". Without a hint no teacher is asked.
+        context: what the hint-aware prompt adds to the question: "hint+answer", "hint", "answer", or "none" (retry
+            with the plain prompt). Without a hint, no teacher is asked.
         thinking: whether prompts ask for explicit reasoning. The paper has no hint-aware prompt without it.
         answer_format: what counts as an answer: "paper", or "lenient" (see ``task.lenient``).
 
@@ -60,7 +60,7 @@ class MultipleChoice(Task):
         return reward_functions(self.thinking, self.answer_format)
 
     def ask(self, row: Row) -> Messages | None:
-        """Appendix C's teacher prompt (Eq. 8), where the context has a hint in it."""
+        """Appendix C's teacher prompt (Eq. 8); None if the context has no hint."""
         return hint_messages(row["question"], row["options"], row["answer"]) if needs_hint(self.context) else None
 
     def tell(self, row: Row, hint: str) -> Messages:

@@ -34,19 +34,19 @@ enclose your reasoning process in <think>...</think> tags.
 4. No extra information or text outside of these tags.
 """
 
-# Appendix C shows the last line with both facts; the two other contexts keep the half of it that they give.
+# Appendix C shows the last line with both facts; the two other contexts keep their half of it.
 _CONTEXT_LINE = {
     "hint+answer": "The hint is <hint>{hint}</hint> and the ground truth answer is <answer>{answer}</answer>.",
     "hint": "The hint is <hint>{hint}</hint>.",
     "answer": "The ground truth answer is <answer>{answer}</answer>.",
 }
-#: "none" is no context at all: further draws under the plain prompt.
+#: "none" is no context: retries with the plain prompt.
 TOLD_CONTEXTS = tuple(_CONTEXT_LINE)
 HINT_CONTEXTS = (*TOLD_CONTEXTS, "none")
 
 
 def needs_hint(context: str) -> bool:
-    """Whether the hint-aware prompt of this context tells a hint, for which a teacher is needed."""
+    """Whether the hint-aware prompt of this context contains a hint, for which a teacher is needed."""
     return "hint" in context
 
 
@@ -76,7 +76,7 @@ def hint_aware_messages(
     """The student's prompt for y_h ~ π_θ(·|x, h, y) (Eq. 9).
 
     ``context`` is one of HINT_CONTEXTS; anything else raises ``KeyError``. "none" is the plain prompt x. The
-    replacement is literal, so braces inside a hint stay what they are.
+    replacement is literal, so braces inside a hint stay as they are.
     """
     if context == "none":
         return vqa_messages(question, options, thinking=True)

@@ -4,7 +4,7 @@ The same parser serves training and evaluation. What counts, in full:
 
 *The answer* (accuracy ignores the format)
 
-1. What stands in ``<think>…</think>`` is reasoning, not an answer: it is cut out first. An unclosed ``<think>``
+1. Text in ``<think>…</think>`` is reasoning, not an answer: it is cut out first. An unclosed ``<think>``
    reaches to the end; text before a ``</think>`` that was never opened is reasoning too (some chat templates
    open the tag in the prompt).
 2. Every closed ``<answer>…</answer>`` in the rest is a field; of nested ones the innermost counts.
@@ -14,10 +14,10 @@ The same parser serves training and evaluation. What counts, in full:
    letters (``A or B``) are ambiguous.
 4. An option's whole text names that option (``a cyst``), and so does its line as the prompt prints it
    (``A) I``, ``D) Both A and B``): case, runs of spaces, spaces beside a mark (``C.albicans``) and final full stops
-   do not count. Letters in an option's words name nothing, wherever its text stands in a field: ``C. albicans`` is
-   option A if that is A's text. Where a field may be a letter or a text, it is the letter (``B`` among the blood
+   do not count. Letters in an option's words name nothing, wherever its text is in a field: ``C. albicans`` is
+   option A if that is A's text. If a field may be a letter or a text, it is the letter (``B`` among the blood
    groups); a letter before another option's whole text names both.
-5. All fields name one same letter: that letter was answered; fields without a letter are passed over.
+5. All fields name the same letter: that letter was answered; fields without a letter are ignored.
    Different letters, in one field or in several: AMBIGUOUS. No letter, or one that is not among the
    options: MISSING, or TRUNCATED if the completion hit the token limit before any field was closed.
 
@@ -27,9 +27,9 @@ see `lenient`. It changes what counts as an answer, and so every accuracy; the f
 *The format* (ignores whether the answer is right or even readable)
 
 Thinking: exactly ``<think>…</think>`` then ``<answer>…</answer>``; non-thinking: exactly ``<answer>…</answer>``;
-each tag once and nothing but white space outside. What stands inside a field may be anything.
+each tag once and only white space outside. A field may contain anything.
 
-All of it takes time in proportion to the text.
+The time is linear in the length of the text.
 """
 
 import functools
@@ -75,7 +75,8 @@ def _read(text: str, options: tuple[str, ...], answer_format: str) -> tuple[froz
     rest = outside_thoughts(text)
     found = answer_fields.answer_fields(rest)
     if answer_format == "lenient":
-        found = [lenient.plain(field, options) for field in found] or lenient.statements(rest, options)
+        said = [answer for field in found for answer in lenient.answers(field, options)]
+        found = said or lenient.statements(rest, options)
     return frozenset().union(*(answer_fields.letters_in(field, options) for field in found)), bool(found)
 
 
@@ -95,14 +96,14 @@ def score(
     Args:
         text: the decoded completion.
         answer: the right letter.
-        options: the options' texts in the order of their letters; ``"ABCD"`` stands for four without words.
-        thinking: which of the two formats was asked for.
+        options: the options' texts in the order of their letters; ``"ABCD"`` means four options without texts.
+        thinking: which of the two formats the prompt asks for.
         finished: False if generation stopped at the token limit.
         answer_format: "paper" or "lenient".
 
     Raises:
         ValueError: ``answer`` is not the letter of one of ``options`` (an error of the data, never a reward of 0), or
-            the format is another.
+            ``answer_format`` is unknown.
     """
     letters = LETTERS[: len(options)]
     if len(answer) != 1 or answer not in letters:
@@ -143,7 +144,7 @@ def accuracy_reward(
 ) -> list[float]:
     """1.0 for each right answer, whatever its format (a TRL reward function over dataset columns)."""
     return [
-        # The format asked for and the token limit change other facts about a completion, never its accuracy.
+        # The requested format and the token limit change other facts about a completion, never its accuracy.
         score(completion_text(c), a, o, thinking=True, finished=True, answer_format=answer_format).accuracy
         for c, a, o in zip(completions, answer, options, strict=True)
     ]

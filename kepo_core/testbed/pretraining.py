@@ -11,8 +11,7 @@ The pictures come from random streams of their own, never from the set that
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from kepo_core.data import phantom
 from kepo_core.experiment.models import best_device
+from kepo_core.experiment.threads import one_thread
 from kepo_core.files import in_place_of
 from kepo_core.method.processor import ImageOnlyQwenProcessor
 from kepo_core.testbed.embedded import build_model, build_processor
@@ -231,17 +231,6 @@ def pretrain(
     """
     with one_thread():
         return _pretrain(recipe, seed, log)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums are rounded alike, however many cores there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _pretrain(

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from kepo_core.experiment.models import save_embedded
+from kepo_core.experiment.threads import one_thread
 from kepo_core.testbed.embedded import build_model, build_processor
 from kepo_core.testbed.lessons import BOOKS, Pool, Tasks
-from kepo_core.testbed.pretraining import Kept, Log, Mixture, one_thread, train_language, train_vision
+from kepo_core.testbed.pretraining import Kept, Log, Mixture, train_language, train_vision
 
 VERSION = "4"
 
@@ -42,7 +43,7 @@ class Lessons:
     phases: tuple[tuple[int, Mixture], ...] = (
         (150, {"lookup": 128}),
         (250, {"lookup": 32, "caption": 32, "ticked": 64, "atlas": 32}),
-        (850, {"lookup": 8, "caption": 4, "ticked": 32, "atlas": 24, "plain": 32, "think": 16, "hint": 4, "aware": 4}),
+        (850, {"lookup": 8, "caption": 4, "ticked": 32, "atlas": 24, "plain": 32, "think": 16, "hint": 4, "aware": 12}),
     )
 
     def times(self, length: float) -> "Lessons":

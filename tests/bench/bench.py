@@ -24,8 +24,9 @@ from trl import DistillationConfig, DistillationTrainer, GRPOTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from kepo_core.method import hinted, objective
+from kepo_core.method.shared_scoring import select_rows
 from kepo_core.method.task import with_images
-from kepo_core.method.teacher import Teacher, select_rows
+from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig, KEPOTrainer
 from kepo_core.quiet import quiet_third_parties
 from kepo_core.task.multiple_choice import MultipleChoice

@@ -3,8 +3,9 @@
 ``python tests/bench/planned.py true`` does so at the paper's own shapes, as far as 24 GiB reach; others name cases.
 
 Tiny models of several shapes are trained for a step by KEPOTrainer in this process, and every tensor that comes and
-goes is counted. Two things differ from a GPU: here the kernels score every position and not only completions, and they
-work on their tiles in several tensors; both are counted with the plan's numbers, as `on_this_machine` says.
+goes is counted, with every row reading its own prompt, as is planned. Two things differ from a GPU: here the kernels
+score every position and not only completions, and they work on their tiles in several tensors; both are counted with
+the plan's numbers, as `on_this_machine` says.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from bench import CUDA, LiveBytes, Replay, peak_mib
 from sizes import MIDDLE, SIZES, Shape, Size, build, config_of, dataset_of, processor_of
 
 from kepo_core.experiment.adapters import lora_config
+from kepo_core.method.shared_prompts import SharedPrompts
 from kepo_core.method.task import with_images
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOConfig
@@ -66,7 +68,15 @@ TRUE_CASES: dict[str, tuple[Size, dict[str, Any]]] = {
 class Measured:
     """One case: a trainer, and a batch whose rollouts are all as long as allowed and all pass the gate."""
 
-    def __init__(self, size: Size, folder: Path, checkpointing: bool = False, lora_rank: int = 0, bf16: bool = False):
+    def __init__(
+        self,
+        size: Size,
+        folder: Path,
+        checkpointing: bool = False,
+        lora_rank: int = 0,
+        bf16: bool = False,
+        shared: bool = False,
+    ) -> None:
         self.size, self.rows = size, size.prompts * size.group
         half = torch.bfloat16 if bf16 else torch.float32
         processor = processor_of(size)
@@ -97,6 +107,10 @@ class Measured:
         self.trainer.said = [[*row[:-1], processor.tokenizer.eos_token_id] for row in words]
         self.trainer._step, self.trainer._buffered_inputs = 0, None
         self.batch = self.trainer._prepare_inputs(self.data)
+        if not shared:  # as is planned
+            del self.batch["kepo_prompt"]
+            self.trainer._sharing = SharedPrompts()
+            self.trainer._sharing.refused = "measured without"
         side = size.side // size.patch
         self.planned = memory.Batch(
             rows=self.rows, windows=1, prompt=self.batch["prompt_ids"].shape[1], completion=size.tokens,

@@ -72,7 +72,7 @@ def test_baselines_run_once_and_stand_beside_the_paper(smoke_file: Path, tmp_pat
     assert "huatuo-7b-nothink failed: " in said and "1 of 2 rows failed" in said
     assert "Avg. (OOD)" in said and ">64.0<" in said  # the paper's
     again = execute("zero-shot")
-    assert again.count(" found") == 1 and " started" not in again
+    assert again.count(" reused") == 1 and " started" not in again
     assert len(list(results.glob("*-zero-shot-????????"))) == 1
 
 

@@ -52,6 +52,17 @@ def test_form(path: Path) -> None:
     assert cell_sources(path, "markdown")[0].startswith(f"# {path.name[:2]} · ")
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_a_notebook_takes_from_the_package_is_there(path: Path) -> None:
+    """In cells, too, that are executed in slow tests alone."""
+    tree = ast.parse(re.sub(r"^%.*", "", "\n".join(cell_sources(path)), flags=re.MULTILINE))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "kepo_core" in str(node.module)]
+    exec(compile(ast.Module(imports, []), path.name, "exec"), names := {})  # type: ignore[arg-type]
+    parts = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    used = {(node.value.id, node.attr) for node in parts if node.value.id in names}  # type: ignore[attr-defined]
+    assert imports and [f"{name}.{attribute}" for name, attribute in used if not hasattr(names[name], attribute)] == []
+
+
 #: The parameters that stand in the first cell of these notebooks; all others are given by ``-p`` or ``-f``.
 CELLS = {
     "01": "data_root data_seed split items_file train_modality train_items eval_items image_size image_fit student",

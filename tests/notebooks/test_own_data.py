@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import PIL.Image
 import pytest
+from datasets import ClassLabel, Dataset, Value
 
 from kepo_core.data.ledger import Ledger
 from kepo_core.data.loading import load_questions, open_data
@@ -46,6 +49,31 @@ def test_the_ten_rows_are_read_and_dealt_out_as_the_page_says(project: Path, mon
     ]
     assert [q.modality for q in questions] == ["circle"] * 7 + ["square"] * 3
     assert ledger.read == 10 and not ledger.dropped and not ledger.mended
+
+
+@pytest.mark.parametrize("kind", [Value("int8"), ClassLabel(num_classes=3), ClassLabel(names=["red", "green", "blue"])])
+def test_answers_that_are_numbers_are_changed_as_the_page_says(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEPO_CACHE", str(tmp_path / "cache"))
+    options = ["red", "green", "blue"]
+    made = [{"image": PIL.Image.new("RGB", (8, 8), colour), "question": "Which?", "options": options, "answer": i}
+            for i, colour in enumerate(options)]  # fmt: skip
+    data = Dataset.from_list(made).cast_column("answer", kind)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    exec(blocks("python")[1], {})
+    assert [q.answer for q in load_questions(open_data(tmp_path / "data/saved"))] == ["A", "B", "C"]
+
+
+def test_answers_whose_classes_are_letters_or_options_need_no_change(tmp_path: Path) -> None:
+    options = ["red", "green", "blue"]
+    for names in (options, ["A", "B", "C"]):
+        made = [{"image": PIL.Image.new("RGB", (8, 8), colour), "question": "Which?", "options": options, "answer": i}
+                for i, colour in enumerate(options)]  # fmt: skip
+        folder = tmp_path / names[0]
+        Dataset.from_list(made).cast_column("answer", ClassLabel(names=names)).save_to_disk(str(folder))
+        assert [q.answer for q in load_questions(open_data(folder))] == ["A", "B", "C"]
 
 
 @pytest.mark.slow  # half a minute

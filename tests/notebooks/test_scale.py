@@ -132,7 +132,7 @@ def test_a_worker_that_dies_fails_the_run_with_its_last_words(two: Path, capsys:
     (copy := two.parent / "03.ipynb").write_text(json.dumps(notebook))
     assert main(["run", str(copy), "-f", str(two)]) == 1
     run = made(two)
-    assert run.state == "failed" and "data_root phantom holds other data here" in run.status["error"]
+    assert run.state == "failed" and "data_root phantom has other data here" in run.status["error"]
     assert "TrainingFailed: process " in capsys.readouterr().err
     assert "Traceback" in (run.training_dir / "processes.log").read_text()
 

@@ -1,4 +1,4 @@
-"""The distillation term alone, gate open, is what TRL's DistillationTrainer learns; its kernel is our divergence."""
+"""The distillation term (open gate) has the gradient of TRL's DistillationTrainer; its kernel is our divergence."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from kepo_core.testbed.embedded import build_processor
 
 
 def says(text: str, row: dict[str, Any], before: int, hinted: bool) -> str:
-    """Completions of different lengths, none of them cut off."""
+    """Completions of different lengths, all finished."""
     return right(row) if before % 2 else wrong(row) + " and more" * (before % 3)
 
 

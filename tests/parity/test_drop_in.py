@@ -1,4 +1,4 @@
-"""KEPOTrainer in GRPOTrainer's place, both parts off: whatever TRL takes, bit for bit what TRL makes of it."""
+"""KEPOTrainer with both parts off, used like GRPOTrainer: for all inputs that TRL takes, the same bits."""
 
 import asyncio
 import functools
@@ -47,7 +47,7 @@ def both(
     dataset: Callable[[], Any] = chats,
     **arguments: Any,
 ) -> list[GRPOTrainer]:
-    """The same training by TRL and by KEPOTrainer, as TRL's users write it: the same bits. Returns both trainers."""
+    """Train with TRL and with KEPOTrainer, as TRL's users write it; check for equal bits. Returns both trainers."""
     trainers, results = [], []
     for cls, config, extra in (
         (GRPOTrainer, GRPOConfig, {"loss_type": "grpo", "scale_rewards": "none"}),
@@ -161,7 +161,7 @@ def test_a_reward_model_is_trls_bit_for_bit(tmp_path: Path, student: Path) -> No
     ids=["text", "stream of chats", "stream of text"],
 )  # fmt: skip
 def test_every_kind_of_prompt_is_trls_bit_for_bit(tmp_path: Path, dataset: Any, student: Path) -> None:
-    _, ours = both(tmp_path, student, {"temperature": 3.0}, dataset=dataset)  # so that rollouts of a group differ
+    _, ours = both(tmp_path, student, {"temperature": 3.0}, dataset=dataset)  # rollouts of a group must differ
     assert isinstance(ours.train_dataset, Dataset | IterableDataset)
 
 
@@ -204,7 +204,7 @@ TOOL_TEMPLATE = (
 
 
 def test_an_environment_may_own_the_reward(tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No reward function and no data set at all."""
+    """Without a reward function and without a data set."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     results = []
     for cls, config, extra in (

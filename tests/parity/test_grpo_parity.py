@@ -19,7 +19,7 @@ from kepo_core.testbed.embedded import CHAT_TEMPLATE, VOCAB_SIZE, build_model, b
 
 
 def token_reward(completions: list, completion_ids: list, **_: Any) -> list[float]:
-    """Rewards that differ within every group of a random model, so that there is something to learn."""
+    """Rewards that differ within every group of a random model, which gives it something to learn."""
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
@@ -47,7 +47,7 @@ def settings(output_dir: Path, **overrides: Any) -> dict[str, Any]:
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients that each optimiser step is taken with."""
+    """Keeps the gradients of each optimiser step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -101,7 +101,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def text_world() -> tuple[Any, Any, Dataset]:
-    """A language model without eyes, its tokenizer, and questions without pictures that are scored all the same."""
+    """A text-only language model, its tokenizer, and questions without pictures, scored like the others."""
     tokenizer = build_processor().tokenizer
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def test_parts_off_is_grpo_bit_for_bit(tmp_path: Path, case: str, student_folder
 
 
 def assert_same(expected: dict[str, Any], got: dict[str, Any]) -> None:
-    """Every bit of what `run` keeps, of two trainings that have learnt something."""
+    """All bits that `run` keeps are equal, and both trainings have learned something."""
     assert len(expected["losses"]) == len(got["losses"]) >= 3 and len(expected["gradients"]) >= 3
     assert all(torch.equal(a, b) for a, b in zip(expected["losses"], got["losses"], strict=True))
     for theirs_of_step, ours_of_step in zip(expected["gradients"], got["gradients"], strict=True):
@@ -178,7 +178,7 @@ def assert_same(expected: dict[str, Any], got: dict[str, Any]) -> None:
     assert expected["logs"] == got["logs"]
     for name, weight in expected["weights"].items():
         assert torch.equal(weight, got["weights"][name]), name
-    assert expected["moved"]  # equal because both learnt, not because neither did
+    assert expected["moved"]  # equal because both learned, not because neither did
     assert torch.equal(expected["rng"], got["rng"])
 
 

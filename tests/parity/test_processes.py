@@ -1,4 +1,4 @@
-"""Two CPU processes (DDP, gloo) do what one does, with groups spread over them and only one of them exploring."""
+"""Two CPU processes (DDP, gloo) compute what one computes, with groups spread over both and only one exploring."""
 
 import math
 import os
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def start(script: str, world_size: int, output_dir: Path, *arguments: str) -> None:
-    """Run ``script`` on so many processes, to its end."""
+    """Run ``script`` to its end on the given number of processes."""
     output_dir.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     environment = os.environ | {
@@ -57,7 +57,7 @@ def test_two_processes_equal_one_on_the_same_rollouts(
         same = two["log"][name]
         assert (value is None) == (same is None), name
         if value is not None and not math.isnan(value):
-            # Of its part of the weights a process looks at a sample: of others, where they are shared out.
+            # A process samples only its own part of the weights, which is another one when they are sharded.
             within = 1e-3 if name == "kepo/unmoved_weights" else 1e-6
             assert same == pytest.approx(value, rel=1e-3, abs=within), name
     assert torch.allclose(one["weights"], two["weights"], rtol=1e-5, atol=1e-6)
@@ -67,7 +67,7 @@ def test_two_processes_equal_one_on_the_same_rollouts(
 
 @pytest.mark.slow
 def test_a_sharded_student_in_bf16_logs_what_a_whole_one_does(tmp_path: Path) -> None:
-    """Only its weights and states are rounded, as under DDP: not the log-probabilities that come out of it."""
+    """Only weights and states are rounded, as under DDP; the resulting log-probabilities are not."""
     logged = []
     for name, shard in (("whole", ()), ("shared out", ("shard=accelerate",))):
         found, _ = launch(tmp_path / name, 2, "precision=bf16", *shard)
@@ -96,7 +96,7 @@ def test_a_lora_student_is_asked_on_the_way(tmp_path: Path, shard: tuple[str, ..
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [(), ("shard=1",)], ids=["DDP", "FSDP2"])
 def test_what_two_processes_generate_is_reproducible(tmp_path: Path, shard: tuple[str, ...]) -> None:
-    """Each process draws for itself; the same seed and number of processes give the same rollouts and weights."""
+    """Each process samples by itself; the same seed and number of processes give the same rollouts and weights."""
     runs = []
     for name in ("one", "again"):
         start("two_processes_real.py", 2, tmp_path / name, *shard)
@@ -106,7 +106,7 @@ def test_what_two_processes_generate_is_reproducible(tmp_path: Path, shard: tupl
     assert torch.equal(weights, weights_again)
     assert (rows["exploration"] != "").any()
     halves = rows[~rows["replaced"] & (rows["step"] == 1)]["completion"].to_numpy().reshape(2, -1)
-    assert (halves[0] != halves[1]).any()  # the processes do not say the same
+    assert (halves[0] != halves[1]).any()  # the processes generate different completions
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_what_two_processes_generate_is_reproducible(tmp_path: Path, shard: tupl
 def test_resumed_on_two_processes_is_never_stopped(
     tmp_path: Path, shard: tuple[str, ...], lora: tuple[str, ...]
 ) -> None:
-    """From the middle, and from behind the last step, where nothing is left but to save the student."""
+    """From the middle, and from after the last step, when only the student must be saved."""
     whole = tmp_path / "whole"
     start("two_processes_real.py", 2, whole, *shard, *lora)
     for step in (2, 4):
@@ -130,7 +130,7 @@ def test_resumed_on_two_processes_is_never_stopped(
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the ordinary tests below ask of two processes, in one start of them: it takes longer than all the rest."""
+    """One start of two processes for the ordinary tests below, because starting takes longer than the tests."""
     folder = tmp_path_factory.mktemp("processes") / "two"
     start("two_processes_ordinary.py", 2, folder)
     return folder
@@ -143,8 +143,8 @@ def test_algorithm_1_on_two_processes(two: Path) -> None:
 def test_a_task_of_ones_own_on_two_processes_equals_one(
     two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rewards by name, an asynchronous one among them, while one process alone explores and a group straddles both."""
-    monkeypatch.setattr(ScriptedText, "script", None)  # what `main` puts there is gone after the test
+    """Rewards by name, one of them asynchronous, while only one process explores and a group straddles both."""
+    monkeypatch.setattr(ScriptedText, "script", None)  # removes what `main` sets after the test
     two_processes_text.main(tmp_path, 1)
     (one, rows), (other, rows_of_other) = (
         (torch.load(folder / "result.pt"), collect_rollouts(folder)) for folder in (tmp_path, two / "text")

@@ -31,7 +31,7 @@ def script(text: str, row: dict[str, Any], before: int, hinted: bool) -> str:
 
 
 def sharded(model: Any, folder: Path, world_size: int) -> Any:
-    """``model`` loaded again, each process with its part of every parameter (FSDP2, by transformers itself)."""
+    """``model`` reloaded, each process with its part of every parameter (FSDP2, by transformers itself)."""
     if torch.distributed.get_rank() == 0:
         model.save_pretrained(folder)
     torch.distributed.barrier()
@@ -41,10 +41,10 @@ def sharded(model: Any, folder: Path, world_size: int) -> Any:
 
 
 def shared_out_by_accelerate(precision: str = "no") -> None:
-    """Let accelerate share out models (FSDP2) as params/accelerate/4gpu-fsdp2.yaml says, though there are no GPUs.
+    """Let accelerate shard models (FSDP2) as in params/accelerate/4gpu-fsdp2.yaml, without GPUs.
 
-    Without one it quietly keeps whole models; the sharding itself does as well with gloo. ``precision`` is told to
-    its plugin as accelerate does where there are GPUs.
+    Without a GPU it silently keeps whole models, although the sharding itself works with gloo. ``precision`` is passed
+    to its plugin, as accelerate does with GPUs.
     """
     file = project_root() / "params/accelerate/4gpu-fsdp2.yaml"
     options = yaml.safe_load(file.read_text())["fsdp_config"]
@@ -113,13 +113,13 @@ def main(output_dir: Path, world_size: int, overrides: dict[str, Any]) -> None:
     trainer.train()
     if world_size > 1:
         pairs = list(zip(*gather_object([gated]), strict=True))
-        assert any(bool(a) != bool(b) for a, b in pairs)  # one process had a row to ask the teacher about, one had none
-        assert any(max(a, 1) != max(b, 1) for a, b in pairs)  # and one more forward passes of it to make than the other
+        assert any(bool(a) != bool(b) for a, b in pairs)  # one process had gated rows, the other had none
+        assert any(max(a, 1) != max(b, 1) for a, b in pairs)  # and one needed more forward passes than the other
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == shard
     if way == "accelerate":  # layer by layer, both of them
         pieces = [sum(isinstance(m, FSDPModule) for m in model.modules()) for model in (student, teacher)]
         assert min(pieces) > 4, pieces
-    weights = torch.cat([whole(p).flatten() for p in trainer.model.parameters()])  # every process helps to gather
+    weights = torch.cat([whole(p).flatten() for p in trainer.model.parameters()])  # every process must gather
     if trainer.accelerator.is_main_process:
         log = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("kepo/") or k == "grad_norm"}
         torch.save({"log": log, "weights": weights}, output_dir / "result.pt")

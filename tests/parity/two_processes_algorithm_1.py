@@ -1,4 +1,4 @@
-"""Random scenarios of Algorithm 1 on several processes; of two_processes_ordinary.py. Any disagreement raises."""
+"""Random scenarios of Algorithm 1 on several processes, for two_processes_ordinary.py. Any disagreement raises."""
 
 import random
 from collections import Counter
@@ -19,7 +19,7 @@ def main(output_dir: Path, world_size: int, scenarios: int) -> None:
         want = expected(scenario)
         batch = play(trainer, scenario)
         calls = gather_object([(len(trainer.teacher.asked), len(trainer.calls))])
-        assert set(calls) == {(bool(want.hinted), 1 + len(want.rounds))}  # everybody calls, or nobody
+        assert set(calls) == {(bool(want.hinted), 1 + len(want.rounds))}  # all processes call, or none
         rounds = gather_object([list(drawn(trainer))])
         together = [sorted(draw for part in parts for draw in part) for parts in zip(*rounds, strict=True)]
         assert together == [sorted(each) for each in want.rounds]

@@ -1,4 +1,4 @@
-"""A run of `experiment` that is asked on the way, on several processes; started by test_processes.py."""
+"""A run of `experiment` with evaluations during training, on several processes; started by test_processes.py."""
 
 import sys
 from pathlib import Path

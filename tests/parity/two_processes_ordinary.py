@@ -1,4 +1,4 @@
-"""Algorithm 1, then a task of one's own, on several processes; started by test_processes.py."""
+"""Algorithm 1, then a custom task, on several processes; started by test_processes.py."""
 
 import sys
 from pathlib import Path

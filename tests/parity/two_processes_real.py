@@ -1,4 +1,4 @@
-"""A few steps of a KEPO run that generates for itself, on several processes; started by test_processes.py."""
+"""A few steps of a KEPO run with real generation, on several processes; started by test_processes.py."""
 
 import sys
 from pathlib import Path
@@ -7,15 +7,29 @@ from typing import Any
 import torch
 from kepo_harness import config, make_dataset, sharp_model
 from torch.distributed.tensor import DTensor
+from trl import GRPOTrainer
 from two_processes import sharded, shared_out_by_accelerate, whole
 
 from kepo_core.exit_codes import leave
 from kepo_core.experiment.adapters import lora_config, save_student
+from kepo_core.method.task import with_images
 from kepo_core.method.teacher import Teacher
 from kepo_core.method.trainer import KEPOTrainer
 from kepo_core.params import Params
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.testbed.embedded import build_processor
+
+
+def draw_alike(trainer: Any) -> None:
+    """GRPOTrainer's rollouts, where one process has two prompts that it repeats and the other's are all different."""
+    data, first = trainer.train_dataset, trainer.accelerator.is_main_process
+    rows = [data[i // 2 if first else i] for i in range(4)]
+    batch = trainer._tokenize_prompts([with_images(row["prompt"], row) for row in rows])
+    drawn = []
+    for draw in (GRPOTrainer._generate_single_turn, KEPOTrainer._generate_single_turn):
+        torch.manual_seed(trainer.accelerator.process_index)
+        drawn.append(draw(trainer, *batch, 2)[0])
+    assert drawn[0] == drawn[1] and trainer._sharing.refused == ""
 
 
 def main(output_dir: Path, world_size: int, settings: dict[str, str]) -> None:
@@ -47,6 +61,7 @@ def main(output_dir: Path, world_size: int, settings: dict[str, str]) -> None:
         torch.save(weights, output_dir / "weights.pt")
     if way != "1":
         save_student(trainer, output_dir / "model")
+    draw_alike(trainer)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,4 +1,4 @@
-"""One step of KEPO on riddles, a task of one's own, on several processes; of two_processes_ordinary.py."""
+"""One step of KEPO on riddles, a custom task, on several processes, for two_processes_ordinary.py."""
 
 import asyncio
 from pathlib import Path
@@ -9,7 +9,7 @@ from text_harness import WORDS, ScriptedText, brief, correct, make_trainer
 
 
 def script(riddle: int, before: int, hinted: bool) -> str:
-    """Riddle 0 is never solved, riddle 1 (whose group straddles two processes) with a hint alone, riddle 2 always."""
+    """Riddle 0 is never solved, riddle 1 (whose group straddles two processes) only with a hint, riddle 2 always."""
     if riddle == 2 or (riddle == 1 and hinted):
         return f"a {WORDS[riddle]}"
     return "no idea"

@@ -4,18 +4,14 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from prompts import PROMPTS, as_prompt, difference
-from trl.generation.vllm_generation import VLLMGeneration
 
 from kepo_core.experiment import experiment
 from kepo_core.experiment.evaluation import evaluate
-from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.method import vllm_rollouts
 from kepo_core.method.rollouts import collect_rollouts
 from kepo_core.params import Params
@@ -99,13 +95,13 @@ def test_trls_own_prompts_are_corrupted_and_found_out(trained: Any, monkeypatch:
     trainer = trained[0]
     asked = [as_prompt([80, "What is it?"])] * 4  # a picture that it has not seen yet
     monkeypatch.setattr(vllm_rollouts, "one_placeholder_each", lambda ids, *_: ids)
-    with pytest.raises(ValueError, match=r"row 0 differs from token \d+ on \(\d+ tokens there, \d+ here\)"):
+    with pytest.raises(ValueError, match=r"row 0 differs from token \d+ on \(\d+ tokens in vLLM, \d+ in the trainer\)"):
         difference(trainer, asked)
     monkeypatch.setattr(vllm_rollouts, "check_used", lambda sent, used: None)
     trainer.model.train()
     rows = [trainer.train_dataset[i // 4] for i in range(16)]
     trainer._step = 0
-    with pytest.raises(FloatingPointError, match=r"vLLM's log-probabilities are \d\.\d\d away"):
+    with pytest.raises(FloatingPointError, match=r"vLLM's log-probabilities differ .* by \d\.\d\d"):
         batch = trainer._prepare_inputs(rows)
         trainer.current_gradient_accumulation_steps = 1
         trainer._compute_loss(trainer.model, batch)
@@ -126,21 +122,8 @@ def test_adapters_arrive_merged(small: Callable[..., Params]) -> None:
 
 
 def test_a_bf16_run_stays_close(small: Callable[..., Params]) -> None:
-    """The student under autocast in bfloat16, the engine in the checkpoint's float16."""
+    """The student under autocast and the engine in bfloat16, which gets new weights."""
     _, _, steps = train(small(max_steps=3, precision="bf16"))
     off = [step["kepo/vllm_difference"] for step in steps]
-    print(f"\nbfloat16 beside float16, mean |Δ log p|: {', '.join(f'{each:.5f}' for each in off)}")
+    print(f"\nboth in bfloat16, mean |Δ log p|: {', '.join(f'{each:.5f}' for each in off)}")
     assert len(off) == 3 and 0 < max(off) < vllm_rollouts.MOST_DIFFERENCE / 4
-
-
-def test_both_in_bf16_stay_far_below_the_threshold(
-    small: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One step: a CPU's engine in bfloat16 takes no other weights than its first."""
-    load_model("embedded:student").to(torch.bfloat16).save_pretrained(tmp_path / "student")
-    load_processor("embedded:student").save_pretrained(tmp_path / "student")
-    monkeypatch.setattr(VLLMGeneration, "sync_weights", lambda self: None)
-    _, _, steps = train(small(max_steps=1, precision="bf16", student=str(tmp_path / "student")))
-    off = steps[0]["kepo/vllm_difference"]
-    print(f"\nboth in bfloat16, mean |Δ log p|: {off:.5f}")
-    assert 0 < off < vllm_rollouts.MOST_DIFFERENCE / 4

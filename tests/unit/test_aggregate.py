@@ -67,7 +67,7 @@ def test_a_difference_over_seeds_and_images_at_its_limits() -> None:
     alike = mean_over_runs_and_images([[1, 1, 0]], ["a", "b", "c"], ["MRI", "MRI", "CT"])
     assert (alike.value, alike.low, alike.high) == (0.5, -np.inf, np.inf) and str(alike) == "50.0 (one run)"
     assert str(alone).endswith("] (one run)") and str(copies)[-1] == "]"
-    assert str(Estimate(0.5, 0.5, 0.5, 3, np.nan)) == "50.0 (all runs alike)"
+    assert str(Estimate(0.5, 0.5, 0.5, 3, np.nan)) == "50.0 (all runs equal)"
     with pytest.raises(ValueError, match="with 320 images and 3 tasks"):
         mean_over_runs_and_images(after - before, images, ["MRI"] * 3)
 

@@ -154,7 +154,7 @@ def test_micro_batches_without_a_picture_among_some_with(tmp_path: Path, name: s
 def test_two_processes_would_wait_for_one_another_where_a_batch_has_no_picture(tmp_path: Path) -> None:
     trainer = make(tmp_path, "qwen3-vl", "some", per_device_train_batch_size=2, gradient_accumulation_steps=8)
     check_pictured([1, 0, 0, 1], 2)
-    with pytest.raises(ValueError, match="2 rows without a picture came together in one process of several"):
+    with pytest.raises(ValueError, match="a batch of 2 rows on one of several processes has no picture"):
         check_pictured([1, 1, 0, 0], 2)
     assert trainer.accelerator.num_processes == 1
 
@@ -184,7 +184,7 @@ def test_an_input_is_split_by_pictures_or_by_rows(counts: Any, entries: int, row
 
 @pytest.mark.parametrize(("counts", "entries"), [((1, 2, 1), 7), ((2, 0), 2)])
 def test_an_input_that_cannot_be_split_is_refused_by_name(counts: Any, entries: int) -> None:
-    with pytest.raises(ValueError, match=f"makes {entries} entries of masks for .* rows could get what belongs"):
+    with pytest.raises(ValueError, match=f"makes {entries} entries of masks for .* rows could get the inputs"):
         by_row("masks", torch.arange(entries), images(*counts), lambda images: {})
 
 
@@ -204,12 +204,12 @@ class _Mllama(torch.nn.Module):
     ("fields", "sentence"),
     [
         ({"pixel_values": [1], "crops": [1]}, "makes crops, which _Mllama does not take"),
-        ({"image_pixels": [1]}, "makes image_pixels and no pixel_values: GRPOTrainer cannot train _Mllama"),
+        ({"image_pixels": [1]}, "makes image_pixels but no pixel_values: GRPOTrainer cannot train _Mllama"),
         (
             {"pixel_values": [1], "cross_attention_mask": torch.ones(1, 3, 1, 4)},
             "makes cross_attention_mask, an entry per token of the prompt",
         ),
-        ({"pixel_values": torch.ones(5, 3, 2, 2)}, "_Mllama cuts pictures into tiles and does not give their num_patc"),
+        ({"pixel_values": torch.ones(5, 3, 2, 2)}, "_Mllama cuts pictures into tiles but does not return num_patches"),
         ({"pixel_values": torch.ones(1, 3, 2, 2), "aspect_ratio_ids": torch.ones(1, 3, dtype=int)}, None),
     ],
 )

@@ -122,5 +122,5 @@ def test_courses_are_means_over_modalities_and_runs() -> None:
     assert ood["step"].tolist() == [0, 5] and ood["value"].tolist() == pytest.approx([1 / 4, 3 / 4])
     assert (ood["low"] < ood["value"]).all() and (ood["value"] < ood["high"]).all()
     assert arm_courses({"none": {(0, 0): run()}}, IMAGES, "MRI").empty
-    with pytest.raises(ValueError, match=r"one asked at the steps \[0, 5\], another at \[0, 6\]"):
+    with pytest.raises(ValueError, match=r"one curve has steps \[0, 5\], another \[0, 6\]"):
         arm_courses({"kepo": {(0, 0): run(start, ends[0]), (0, 1): run(start, (6, ends[1][1]))}}, IMAGES, "MRI")

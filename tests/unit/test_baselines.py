@@ -76,7 +76,7 @@ def test_gkd_refuses_a_model_whose_inputs_would_not_all_arrive(tmp_path: Path) -
     rows = [{"prompt": [{"role": "user", "content": "What?"}], "image": Image.new("RGB", (32, 32)), "answer": "A"}] * 4
     dataset = Dataset.from_list(rows)
     trainer = gkd_trainer(student, teacher, processor, dataset, 1.0, 1.0, arguments(tmp_path))
-    with pytest.raises(ValueError, match="makes image_merge_sizes, which DistillationTrainer does not pass on"):
+    with pytest.raises(ValueError, match="makes image_merge_sizes, which DistillationTrainer does not pass"):
         trainer.train()
 
 

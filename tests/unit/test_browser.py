@@ -78,7 +78,7 @@ def test_the_slider_leads_through_the_groups_with_such_a_rollout(run, data, wher
 
 
 def test_a_run_is_browsed_while_it_trains_and_when_it_has_ended(run, data, monkeypatch):
-    with pytest.raises(ParamError, match="has no rollouts to show, expected a run of GRPO or KEPO"):
+    with pytest.raises(ParamError, match="has no rollouts, expected a run of GRPO or KEPO"):
         browse(run, data)
     write_rollouts(run.training_dir, rollouts()[:4])
     assert walk(browse(run, data)) == ["right", "mixed"]
@@ -86,7 +86,7 @@ def test_a_run_is_browsed_while_it_trains_and_when_it_has_ended(run, data, monke
     run.finish({})
     monkeypatch.setattr(browser, "load_data", lambda params: data)
     assert walk(browse(run.path)) == list(GROUPS)
-    with pytest.raises(ParamError, match=r"has a rollout of question q2, expected the data that it was trained on"):
+    with pytest.raises(ParamError, match=r"has question q2, which data lacks"):
         browse(run.path, SimpleNamespace(train=data.train[:2], root=data.root))
 
 

@@ -26,7 +26,7 @@ def questions(names: list[str]) -> list[Question]:
 
 
 def answers(asked: list[Question], right: int) -> list[Answer]:
-    """Of each category, the first ``right`` of its questions are answered well."""
+    """The first ``right`` questions of each category are answered correctly."""
     seen: dict[str, int] = {}
     given = []
     for q in asked:
@@ -70,7 +70,7 @@ def test_a_study_of_one_category_or_of_forty(names: list[str], tmp_path: Path) -
     changed = arms.arm_changes(outcomes, images, trained_on)
     assert changed.loc[changed["arm"] == "grpo", "part"].tolist() == [*categories(names), *averages]
     judged = claims.claims_table(outcomes, images, trained_on)
-    assert judged.empty == (len(names) == 1)  # they are about what was not trained on
+    assert judged.empty == (len(names) == 1)  # they are about categories that were not trained on
 
     figures.use_style()
     axes = Figure(figsize=(11, 9), layout="constrained").subplots(3, 2)
@@ -83,7 +83,7 @@ def test_a_study_of_one_category_or_of_forty(names: list[str], tmp_path: Path) -
     )
     panels.change_map(changed, axes[2, 1], in_domain=trained_on)
     assert len(axes[2, 1].get_xticklabels()) == len(names)
-    axes[0, 0].figure.savefig(tmp_path / "drawn.png")  # a name in dollar signs is no formula
+    axes[0, 0].figure.savefig(tmp_path / "drawn.png")  # a name in dollar signs is not a formula
 
 
 def test_a_fall_is_said_of_any_category_and_never_of_an_average() -> None:

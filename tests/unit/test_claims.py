@@ -47,7 +47,7 @@ def test_the_metrics_by_hand() -> None:
     assert score(outcome, "throughout", order) == pytest.approx([8 / 9, 7 / 9])
     few = Outcome(order, {0: answered([0, 0]), 5: answered([1, 0]), 10: answered([1, 1])})
     assert thirds(few.curve) is None and thirds(curve) == ([1, 2, 3], [4, 5, 6], [7, 8, 9]) and thirds({}) is None
-    with pytest.raises(ValueError, match="a third of training has no step"):
+    with pytest.raises(ValueError, match="a third of training has no evaluated step"):
         score(few, "early", order)
     with pytest.raises(ValueError, match="q2 is not answered"):
         score(outcome, "final", [*order, replace(MADE, question_id="q2")])

@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: p
 
 
 def test_where_nobody_reads_any_more_nothing_is_said() -> None:
-    """As behind ``head``: no traceback, neither where it is written nor at the interpreter's end."""
+    """As in a pipe to ``head``: no traceback, neither on writing nor at the interpreter's end."""
     reads, writes = os.pipe()
     os.close(reads)
     command = [sys.executable, "-m", "kepo_core.cli", "params"]
@@ -226,7 +226,7 @@ def test_an_interrupted_run_says_so(tmp_path, results):
     command = [sys.executable, "-m", "kepo_core.cli", "run", str(notebook), "-p", "results_dir", str(results)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def as_in_a_terminal():  # a job in the background inherits that SIGINT is ignored
+    def as_in_a_terminal():  # a background job inherits an ignored SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with subprocess.Popen(
@@ -261,7 +261,7 @@ def test_params_prints_a_file_that_loads(capsys, tmp_path):
     assert Params.load(file).hash == Params.load("params/paper.yaml").hash
 
 
-# Going on ---------------------------------------------------------------------------------------------------------
+# Resuming ---------------------------------------------------------------------------------------------------------
 
 ONCE = "flag = run.path / 'flag'\nif not flag.exists():\n    flag.touch()\n    raise RuntimeError('out of luck')"
 
@@ -276,7 +276,7 @@ def test_a_run_that_failed_goes_on_with_its_parameters_and_completes(kepo_run, r
     assert after["started"] == before["started"] and len(after["resumed"]) == 1 and "error" not in after
     assert "training at 0.0" in (folder / "report.html").read_text()
     assert main(["resume", str(folder)]) == 2
-    assert "holds a completed run" in capsys.readouterr().err
+    assert "is a completed run" in capsys.readouterr().err
 
 
 def test_a_run_at_work_is_not_resumed(kepo_run, results, capsys):
@@ -286,16 +286,16 @@ def test_a_run_at_work_is_not_resumed(kepo_run, results, capsys):
     (folder / "status.json").write_text(json.dumps({**status, "state": "running", "pid": os.getpid()}))
     with FileLock(folder / ".lock"):
         assert main(["resume", str(folder)]) == 2
-    assert f"is at work in process {os.getpid()}" in capsys.readouterr().err
+    assert f"is made by process {os.getpid()} now" in capsys.readouterr().err
     assert main(["resume", str(folder)]) == 0  # it was killed
 
 
 def test_what_no_command_made_is_not_resumed(tmp_path, results, capsys):
     assert main(["resume", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     run = Run.allocate(Params(results_dir=str(results)))
     assert main(["resume", str(run.path)]) == 2
-    assert "does not say which notebook made it" in capsys.readouterr().err
+    assert "does not name its notebook" in capsys.readouterr().err
     assert run.status["owner"] == "notebook"  # untouched
 
 
@@ -312,7 +312,7 @@ def test_data_that_have_gone_since_leave_the_folder_and_say_so(kepo_run, results
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    """Runs complete without a process: their notebooks are taken for executed."""
+    """Runs complete without a process: their notebooks count as executed."""
 
     def execute(notebook, output, given):
         output.write_bytes(notebook.read_bytes())
@@ -340,9 +340,12 @@ def test_a_runs_page_is_rendered_again_and_is_the_same(no_kernel, kepo_run, resu
 
 def test_what_is_no_run_has_no_report(tmp_path, capsys):
     assert main(["report", "params"]) == 2
-    assert "no run is called 'params', expected a folder of results" in capsys.readouterr().err
+    assert (
+        "no run is called 'params', expected the name, its beginning or its end, of a folder in results"
+        in capsys.readouterr().err
+    )
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     study = tmp_path / "study.yaml"
     study.write_text(
         f"params: params/smoke.yaml\nmethods: [grpo]\ncompared_with: grpo\nseeds: [0]\n"
@@ -353,7 +356,7 @@ def test_what_is_no_run_has_no_report(tmp_path, capsys):
     assert f"none of the 1 runs of {study} has completed" in said and f"`kepo study run {study}` makes them" in said
     assert not (tmp_path / "results").exists()
     assert main(["report", "--index", str(tmp_path / "nowhere")]) == 2
-    assert "is no folder, expected the one that holds run folders" in capsys.readouterr().err
+    assert "is not a folder, expected the folder with the run folders" in capsys.readouterr().err
 
 
 def test_the_index_is_written_alone_and_never_over_somebody_elses(no_kernel, kepo_run, results, capsys):

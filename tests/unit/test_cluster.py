@@ -95,14 +95,17 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("text", "sentence"),
     [
         (LOCAL.replace("local", "pbs"), "cluster in cluster.yaml is 'pbs', expected slurm or local"),
-        (LOCAL.replace("slots: 2", ""), "slots in cluster.yaml is None, expected a whole number from 1 on"),
-        (LOCAL.replace("slots: 2", "slots: 0"), "slots in cluster.yaml is 0, expected a whole number from 1 on"),
+        (LOCAL.replace("slots: 2", ""), "slots in cluster.yaml is None, expected a whole number of at least 1"),
+        (LOCAL.replace("slots: 2", "slots: 0"), "slots in cluster.yaml is 0, expected a whole number of at least 1"),
         (LOCAL.replace("timeout_min: 5", ""), "timeout_min in cluster.yaml is None, expected a whole number"),
-        (LOCAL.replace("min: 5", "min: 1h"), "timeout_min in cluster.yaml is '1h', expected a whole number from 1 on"),
-        (LOCAL + "hours: 3", "cluster.yaml does not fit submitit: Parameter 'hours' need to be prefixed"),
-        (LOCAL + "slurm_partitoin: gpu", "cluster.yaml does not fit submitit: .*'partitoin'"),
-        (LOCAL + "mem_gb: much", 'cluster.yaml does not fit submitit: Parameter "mem_gb" expected type'),
-        (LOCAL + "nodes: 2", "cluster.yaml does not fit submitit: LocalExecutor can use only one node"),
+        (
+            LOCAL.replace("min: 5", "min: 1h"),
+            "timeout_min in cluster.yaml is '1h', expected a whole number of at least 1",
+        ),
+        (LOCAL + "hours: 3", "submitit refuses cluster.yaml: Parameter 'hours' need to be prefixed"),
+        (LOCAL + "slurm_partitoin: gpu", "submitit refuses cluster.yaml: .*'partitoin'"),
+        (LOCAL + "mem_gb: much", 'submitit refuses cluster.yaml: Parameter "mem_gb" expected type'),
+        (LOCAL + "nodes: 2", "submitit refuses cluster.yaml: LocalExecutor can use only one node"),
         (SLURM, r"cluster in cluster.yaml is slurm, but Slurm's commands \(srun\) are not found here"),
     ],
 )
@@ -181,7 +184,7 @@ def test_an_interrupted_study_cancels_its_jobs_and_goes_on_with_them(project: Pa
 def test_what_slurm_refuses_is_said_with_its_words(project: Path, slurm: Path) -> None:
     (slurm / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
     _, failures = jobs.run_all({"one": Params.load()}, DATA, described(project, SLURM))
-    assert failures["one"] == "the cluster refused it: sbatch: error: invalid partition specified: gpu"
+    assert failures["one"] == "the cluster refused the job: sbatch: error: invalid partition specified: gpu"
 
 
 def test_a_job_that_ends_without_a_word_has_failed(project: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +223,8 @@ def test_whatever_ends_a_job_interrupts_its_run(project: Path, sent: signal.Sign
         node.send_signal(sent)
         rest = node.communicate(timeout=20)[0]
     assert lines == ["begins\n", "USR2 is ignored\n"] and node.returncode == INTERRUPTED
-    assert rest == "kepo: stopped\nkepo: the cluster stopped it; the same command resumes it\n"
-    assert jobs.reason(node.returncode, rest).startswith("the cluster stopped it")
+    assert rest == "kepo: stopped\nkepo: the cluster stopped the run; the same command resumes it\n"
+    assert jobs.reason(node.returncode, rest).startswith("the cluster stopped the run")
 
 
 def hears_interrupts() -> None:  # a job in the background inherits that SIGINT is ignored

@@ -64,7 +64,7 @@ def test_every_metric_read_here_is_one_the_trainer_logs():
         ({"kepo_unparsable_hints": 2.5}, "Hints cannot be read: for 100 of 120 groups"),
         ({"kepo_all_fail_rate": 0.95}, "No reward: in the last quarter of training every rollout failed in 95%"),
         ({"frac_reward_zero_std": 0.92}, "equal within groups: in the last quarter of training in 92% of the groups"),
-        ({"frac_reward_zero_std": 0.92, "kepo_entropy": 0.01}, "their entropy is 0.01 nats a token. Look at: accuracy"),
+        ({"frac_reward_zero_std": 0.92, "kepo_entropy": 0.01}, "the entropy is 0.01 nats per token. Look at: accuracy"),
         ({"kepo_accuracy": 0.05, "kepo_format": 1.0}, "learned before the answer: format 100% but accuracy 5%"),
         ({"kepo_gate_rate": 0.0}, "The gate never opened: no sequence reached tau"),
         ({"kepo_accuracy": lambda t: 0.7 if t < 0.5 else 0.5}, "accuracy fell from 70% in its best quarter"),
@@ -72,9 +72,9 @@ def test_every_metric_read_here_is_one_the_trainer_logs():
         ({"grad_norm": lambda t: math.nan if t > 0.5 else 1.0}, "grad_norm is not a finite number at step 22"),
         ({"kepo_loss_distill": lambda t: math.inf if t > 0.5 else 1}, "distill is not a finite number at step 22"),
         ({"kepo_divergence": lambda t: 0.2 if t < 0.7 else 4.0}, "the teacher explodes: kepo/divergence rose from 0.2"),
-        ({"kepo_loss_kl": lambda t: 3 * t}, "from the reference explodes: kepo/loss_kl rose from 0.34 nats a token"),
-        ({"kepo_outcome/truncated": 0.3}, "Completions are cut off: 30% of them at the limit before an answer"),
-        ({"kepo_unmoved_weights": 0.96}, "precision: an optimiser step left 96% of the weights"),
+        ({"kepo_loss_kl": lambda t: 3 * t}, "from the reference explodes: kepo/loss_kl rose from 0.34 nats per token"),
+        ({"kepo_outcome/truncated": 0.3}, "Completions are cut off: 30% of them reach the limit before an answer"),
+        ({"kepo_unmoved_weights": 0.96}, "precision: on average, rounding left 96% of the weights"),
     ],
 )  # fmt: skip
 def test_each_sign_is_told_with_its_numbers_and_alone(changes, words):
@@ -103,7 +103,7 @@ def test_a_task_without_outcomes_is_judged_by_what_trl_counts():
         return signs_of(training_table([{k: v for k, v in row.items() if k != outcome} for row in changed]))
 
     (sign,) = of_other_task(0.8)
-    assert str(sign).startswith("Completions are cut off: 80% of them at the limit in the last quarter of training.")
+    assert str(sign).startswith("Completions are cut off: 80% of them reach the limit in the last quarter of training.")
     assert of_other_task(0.3) == []
 
 

@@ -11,7 +11,7 @@ from kepo_core.data.images import Pictures, load_image
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import write_phantom
 from kepo_core.data.records import AnswerOutcome
-from kepo_core.experiment import evaluation
+from kepo_core.experiment import answering, evaluation
 from kepo_core.experiment.evaluation import evaluate, length_batches, trim
 from kepo_core.task.dataset import to_dataset
 from kepo_core.task.prompts import vqa_messages
@@ -254,6 +254,20 @@ def test_trim_keeps_the_end_and_nothing_behind_it():
     assert (completion, finished) == ([5, 2], False)
 
 
+def test_samples_of_a_question_read_it_once(model, processor, questions, monkeypatch):
+    asked = {"thinking": True, "max_tokens": 6, "batch_size": 8, "temperature": 1.0, "samples": 4}
+    lengths = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    shared = [answer.completion for answer in evaluate(model, processor, questions[:4], **asked)]
+    hook.remove()
+    assert max(rows for rows, tokens in lengths if tokens > 1) == 2 < max(rows for rows, _ in lengths) == 8
+    monkeypatch.setattr(answering.SharedPrompts, "refused", "no", raising=False)
+    monkeypatch.setattr(answering.SharedPrompts, "__init__", lambda self: setattr(self, "_anyone", bool))
+    assert [answer.completion for answer in evaluate(model, processor, questions[:4], **asked)] == shared
+
+
 def test_samples_follow_their_seed_alone(model, processor, questions, tmp_path):
     asked = {"thinking": True, "max_tokens": 6, "batch_size": 4, "temperature": 1.0, "samples": 3}
 
@@ -283,7 +297,7 @@ def test_samples_follow_their_seed_alone(model, processor, questions, tmp_path):
     assert records(0, kept=kept) == first  # samples, too, go on as if never stopped
     with pytest.raises(ValueError, match="temperature: -1"):
         evaluate(model, processor, questions, **SETTINGS, temperature=-1.0)
-    with pytest.raises(ValueError, match="samples: 3 at temperature 0, expected 1, or more with a temperature"):
+    with pytest.raises(ValueError, match="samples: 3 at temperature 0, expected 1, or a temperature above 0"):
         evaluate(model, processor, questions, **SETTINGS, samples=3)
 
 

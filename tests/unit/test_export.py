@@ -93,7 +93,7 @@ def test_the_card_has_method_data_results_and_how_to_repeat_it(tmp_path: Path) -
     found = {r.dataset_config: r.metric_value for r in card.data.eval_results}
     assert found == {"MRI": 0.8, "Avg.": 0.8, "Avg. (OOD)": 0.8}
     assert "GRPO with distillation from a teacher on rollouts whose accuracy reward is at least 1, and further" in text
-    assert "80 questions, greedy answers" in text and "It was trained on MRI alone" in text
+    assert "80 questions, greedy answers" in text and "It was trained on MRI only" in text
     assert "| MRI | 50.0 [23.7, 76.3] | 80.0 [49.0, 94.3] | +30.0 [" in text
     assert "intervals may be too narrow" in text  # there is no items.csv, which says who shares a picture
     assert "PhantomVQA: 7 training questions of MRI" in text and "trained on: 3" in text and "`aa11`" in text
@@ -126,7 +126,7 @@ def test_each_method_is_described(changes: dict[str, Any], words: str) -> None:
 def test_nothing_half_done_is_left_and_nothing_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = made(tmp_path)
     (tmp_path / "there").mkdir()
-    with pytest.raises(ParamError, match="there exists already, and nothing is overwritten"):
+    with pytest.raises(ParamError, match="there exists already and is not overwritten"):
         export(run, tmp_path / "there")
     monkeypatch.setattr("kepo_core.pages.export.model_card", lambda run: (_ for _ in ()).throw(OSError(28, "No space")))
     with pytest.raises(ParamError, match="hub cannot be written: No space"):

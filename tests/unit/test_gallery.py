@@ -98,7 +98,7 @@ def test_what_happened_is_said_in_words(question):
     assert "gate open" not in dropped
     assert "none of them right" in dropped
     unread = show_rollouts(frame(replace(PLAIN, exploration="unparsable")), [question]).data
-    assert "it could not be read" in unread
+    assert "it was not readable" in unread
     assert "hint-aware" not in unread
     assert "hint-aware" not in show_rollouts(frame(PLAIN), [question]).data
 

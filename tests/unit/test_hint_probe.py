@@ -74,7 +74,7 @@ def test_a_probe_measures_every_readable_hint(probed) -> None:
     assert (found["stated"] >= 1).all() and found["tokens"].between(2, params.hint_max_tokens).all()
     again = hint_probe.probe(params, models, asked, None, draws=2)
     assert again["accepted"].equals(found["accepted"]) and again[["stated", "true", "relevant"]].isna().all().all()
-    with pytest.raises(ValueError, match="there is no teacher"):
+    with pytest.raises(ValueError, match="no teacher"):
         hint_probe.probe(params, replace(models, teacher=None), asked)
 
 

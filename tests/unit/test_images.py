@@ -1,4 +1,4 @@
-"""A picture is decoded as a person sees it, whatever format, orientation, transparency or depth it is stored in."""
+"""A picture is decoded as a viewer shows it, whatever its format, orientation, transparency or depth."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 from kepo_core.data.images import load_image
 from kepo_core.errors import DataError
 
-#: How a stored picture is turned to be seen, by EXIF orientation (rows, columns as numpy counts them).
+#: How a viewer rotates a stored picture, by EXIF orientation (rows, columns as numpy counts them).
 SEEN = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -55,7 +55,7 @@ def test_exif_that_cannot_be_read_leaves_the_picture_as_it_is(tmp_path: Path) ->
 
 
 def drawing(colour: tuple[int, int, int], alpha: int = 255) -> Image.Image:
-    """A shape of one colour in the middle of nothing; what is hidden has the colour of the shape."""
+    """A shape of one colour on a transparent background; transparent pixels have the colour of the shape."""
     rgba = np.zeros((6, 6, 4), np.uint8)
     rgba[..., :3] = colour
     rgba[2:4, 2:4, 3] = alpha
@@ -68,7 +68,7 @@ def drawing(colour: tuple[int, int, int], alpha: int = 255) -> Image.Image:
         (drawing((0, 0, 0)), 0, 255),
         (drawing((0, 0, 0)).convert("LA"), 0, 255),
         (drawing((0, 0, 0), 51), 204, 255),
-        (drawing((255, 255, 255)), 255, 0),  # on white it could not be seen
+        (drawing((255, 255, 255)), 255, 0),  # invisible on white
         (drawing((250, 250, 250), 255).convert("LA"), 250, 0),
     ],
 )

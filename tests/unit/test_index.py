@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from kepo_core.files import write_json
+from kepo_core.analysis.statistics import AVG, AVG_OOD
+from kepo_core.files import read_json, write_json
 from kepo_core.pages.index import write_index
 from kepo_core.params import Params
 from kepo_core.runs.run import Run
@@ -49,9 +50,10 @@ def test_a_run_is_told_in_a_line(results):
     (row,) = rows(write_index(results).read_text())
     assert '<a href="./one/report.html">one</a>' in row
     cells = [re.sub(r"<[^>]+>", "|", cell).strip("|") for cell in re.findall(r"<td.*?</td>", row)]
-    assert cells[:4] == ["2026-01-02 03:04", "completed", "kepo-tau0", "3"]
+    assert cells[:4] == ["2026-01-02| 03:04", "completed", "kepo-tau0", "3"]
     params_hash = Params(tau=0.0, seed=3).hash
-    assert cells[4:] == [f"{params_hash}| tau 0.0, seed 3", "MRI: 50.0 → 98.0 %|+48.0 [+10.0, +20.0]", "", "", "3.0"]
+    accuracy = "MRI: |50.0 → 98.0 %|||+48.0 [+10.0, +20.0]"
+    assert cells[4:] == [f"{params_hash}| tau 0.0, seed 3", accuracy, "", "", "3.0"]
     assert 'data-value="0.980000"' in row
 
 
@@ -109,6 +111,22 @@ def test_headlines_of_other_notebooks_have_no_accuracies():
     assert accuracies({"tau": 1, "loss after": 2.0, "MRI after": None, "MRI before": 0.5}) == ()
     (row,) = accuracies({"Avg. before": 0.25, "Avg. after": 0.5})
     assert (row.change, row.difference) == ("25.0 → 50.0 %", "+25.0")
+
+
+def test_it_fits_a_screen_of_1280_pixels(results, opened):
+    long = {"data_root": "/a/very/long/path/without/spaces/to/OmniMedVQA.zip", "train_modality": "Dermoscopy"}
+    for name, state in {"gkd-lambda0.5-nothink": "completed", "kepo-ke-opposite-gate": "failed"}.items():
+        folder = make(results, f"20261201T013902Z-{name}-3dd20188", state=state, **long)
+        whole = {"before": 0.5, "after": 1.0, "low": 0.402, "high": 0.6}
+        headline = {f"{row} {part}": x for row in ("Dermoscopy", AVG, AVG_OOD) for part, x in whole.items()}
+        write_json(folder / "status.json", read_json(folder / "status.json") | {"headline": headline})
+    path = write_index(results)
+    page = re.sub(r"<meta http-equiv[^>]*>", "", path.read_text())  # its policy allows no script but its own
+    measure = """<script>const box = document.querySelector(".scroll"); box.style = "width: 1232px; max-width: none";
+    document.title = `${box.scrollWidth} pixels`;</script>"""
+    path.write_text(page.replace("</body>", f"{measure}</body>"))
+    seen, _ = opened(path)
+    assert "<title>1232 pixels</title>" in seen, "1280 less the margins"
 
 
 def test_two_hundred_runs_are_quick(results):

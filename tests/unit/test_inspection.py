@@ -1,4 +1,4 @@
-"""A picture is what is decoded of it: copies under other names are one in splits, leaks and intervals."""
+"""Pictures are identified by what is decoded: copies under other names are one in splits, leaks and intervals."""
 
 import json
 import os
@@ -10,11 +10,13 @@ import pytest
 from PIL import ExifTags, Image
 
 from kepo_core.data import inspection
+from kepo_core.data.images import load_image
 from kepo_core.data.inspection import TWINS, Inspector, name_once
-from kepo_core.data.ledger import Ledger
+from kepo_core.data.ledger import Ledger, reason_of
 from kepo_core.data.loading import load_questions, open_data
 from kepo_core.data.source import QA_FOLDER
 from kepo_core.data.splits import SPLITS, leaked, split_by_image
+from kepo_core.errors import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ def write(root: Path, images: list[str], modality: str = "MRI") -> None:
 
 
 def world(root: Path, copy, count: int = 30) -> list[str]:
-    """``count`` pictures, each asked about under its own name and under that of a copy; returns the names."""
+    """``count`` pictures, each asked about under its own name and under a copy's name; returns the names."""
     (root / "Images/a").mkdir(parents=True)
     for i in range(count):
         picture(i).save(root / f"Images/a/{i:02}.png")
@@ -85,8 +87,8 @@ def test_copies_under_other_names_count_as_one(tmp_path: Path, copy) -> None:
     questions = load_questions(source)
     blind = split_by_image(questions, 0)
     shown = {q.id: number(q.image) for q in questions}
-    assert {shown[q.id] for q in blind["train"]} & {shown[q.id] for q in blind["test"]}  # what went wrong
-    assert leaked(blind["train"], blind["test"]) == []  # without a word
+    assert {shown[q.id] for q in blind["train"]} & {shown[q.id] for q in blind["test"]}  # the splits leak
+    assert leaked(blind["train"], blind["test"]) == []  # unnoticed
     named = name_once(questions, Inspector(source), ledger)
     parts = split_by_image(named, 0)
     assert not {shown[q.id] for q in parts["train"]} & {shown[q.id] for q in parts["test"]}
@@ -151,6 +153,53 @@ def test_a_picture_is_decoded_once_and_again_when_it_changes(
     (kept,) = (cache / "inspected").iterdir()
     kept.write_text("{ no JSON")
     assert (twins(), len(decoded)) == (2, 13)
+
+
+@pytest.mark.parametrize("replace", ["write", "rename", "link"])
+def test_a_picture_of_the_same_size_and_time_as_the_one_before_is_another(
+    tmp_path: Path, cache: Path, replace: str
+) -> None:
+    """As from archives that set all times to the same, and formats that do not compress."""
+    world(tmp_path / "root", same_bytes, 2)
+    first, other = (tmp_path / f"root/Images/a/0{i}.png" for i in range(2))
+    kept = tmp_path / "kept"
+
+    def save(path: Path, i: int) -> None:
+        picture(i).save(path, "BMP")
+        os.utime(path, (0, 0))
+
+    def names() -> list[str]:
+        source = open_data(tmp_path / "root")
+        return [q.image_name for q in name_once(load_questions(source), Inspector(source), Ledger())][:2]
+
+    save(first, 70), save(other, 71), save(kept, 70)
+    assert len(set(names())) == 2
+    if replace == "write":
+        save(other, 70)
+    elif replace == "rename":
+        kept.rename(other)
+    else:
+        other.unlink()
+        other.hardlink_to(kept)
+    assert len(set(names())) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>404</html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x89PNG"]
+)
+def test_what_is_said_of_a_file_that_is_no_picture_is_the_same_in_every_process(
+    tmp_path: Path, cache: Path, content: bytes
+) -> None:
+    world(tmp_path / "root", same_bytes, 1)
+    spoilt = tmp_path / "root/Images/a/00.png"
+    spoilt.write_bytes(content)
+    problem = Inspector(open_data(tmp_path / "root"))(spoilt).problem
+    assert problem == f"Image {spoilt}: cannot be decoded (no known format), expected a whole image file."
+    with pytest.raises(DataError) as error:
+        load_image(spoilt)
+    assert str(error.value) == problem
+    said = reason_of(ValueError(f"no\n{object()}"))
+    assert said == "no <object object>" and reason_of(MemoryError()) == "MemoryError"
 
 
 def test_without_a_place_to_write_everything_is_decoded_again(tmp_path: Path, cache: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_run_that_was_broken_off_is_gone_on_with(params: Params) -> None:
     _, failures = jobs.run_all({"one": params, "two": params.replace(seed=1)}, DATA, executor)
     assert executor.asked[params.hash] == ["resume", str(stopped.path)]
     assert executor.asked[params.replace(seed=1).hash][0] == "run"
-    assert failures == dict.fromkeys(("one", "two"), "code, notebook or data were changed before it completed")
+    assert failures == dict.fromkeys(("one", "two"), "code, notebook or data changed before it completed")
 
 
 def test_slots_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +328,7 @@ def test_a_run_at_work_elsewhere_is_waited_for(
             shutil.rmtree(theirs.path) if end == "deleted" else theirs.conclude(end, "out of luck")  # type: ignore[arg-type]
 
     jobs.run_all({"theirs": params, "other": other}, DATA, executor, show)
-    waits = ("elsewhere", f"process {os.getpid()} is at work on it in {theirs.path.name}")
+    waits = ("elsewhere", f"process {os.getpid()} is making it in {theirs.path.name}")
     assert [rows[0] for rows in seen[:4]] == [waits] * 4
     assert seen[3][1] == ("failed", "ours")  # the others went on
     assert seen[-1][0] == (state, note)
@@ -358,7 +358,7 @@ def test_two_studies_share_the_work_instead_of_doing_it_twice(params: Params, mo
                 study.wait()
 
         jobs.run_all({"x": params}, DATA, executor, show)
-    assert seen[:5] == [("elsewhere", "another study is at work on it")] * 5
+    assert seen[:5] == [("elsewhere", "another study is making it")] * 5
     assert seen[-1] == ("failed", "ours") and list(executor.asked) == [params.hash]
 
 

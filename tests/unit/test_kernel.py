@@ -1,5 +1,6 @@
 """A live notebook whose cells are executed twice, or in another order: the record stays true, or it is refused."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_the_training_cell_twice(notebook: Callable[..., Notebook], name: str) -
     here = notebook(**METHODS[name])
     trained = here.train()
     metrics = (here.run.path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ParamError, match="trained in this kernel already, and would be once more: execute the cells"):
+    with pytest.raises(ParamError, match="trained in this kernel already: execute the cell"):
         here.train()
     assert (here.run.path / "metrics.jsonl").read_bytes() == metrics
     assert torch.equal(torch.cat([p.detach().flatten() for p in here.models.student.parameters()]), trained)
@@ -105,19 +106,19 @@ def test_the_untrained_student_cannot_be_asked_once_it_is_trained(notebook: Call
     assert here.ask("untrained") == before, "these were kept"
     assert here.ask("trained")
     (here.run.evaluation_dir / "untrained.jsonl").unlink()
-    with pytest.raises(ParamError, match="trained already, and was not asked all questions before"):
+    with pytest.raises(ParamError, match="trained before it had answered all questions"):
         here.ask("untrained")
 
 
 def test_cells_above_executed_again_with_other_values(notebook: Callable[..., Notebook]) -> None:
     here = notebook(**METHODS["sft"])
-    with pytest.raises(ParamError, match=r"^seed is 1 but 0 in .*-sft-.*: execute the cells from"):
+    with pytest.raises(ParamError, match=r"^seed is 1 but 0 in .*-sft-.*: execute the cell that loads"):
         replace(here, params=here.params.replace(seed=1)).train()
     other = here.params.replace(data_seed=1)
-    with pytest.raises(ParamError, match="the data are no longer those that"):
+    with pytest.raises(ParamError, match="the data differ from those of"):
         replace(here, data=experiment.load_data(other)).train()
     here.run.finish({})
-    with pytest.raises(ParamError, match="has completed, and no run is ever overwritten: execute the cells"):
+    with pytest.raises(ParamError, match="has completed, and no run is ever overwritten: execute the cell"):
         here.train()
 
 
@@ -128,7 +129,7 @@ def test_nothing_is_asked_or_trained_under_what_the_record_denies(
     here = notebook(**METHODS["kepo"], method=method)
     denied = {
         "eval_max_tokens is 3 but 4": replace(here, params=here.params.replace(eval_max_tokens=3)),
-        "the data are no longer": replace(here, data=experiment.load_data(here.params.replace(data_seed=1))),
+        "the data differ from": replace(here, data=experiment.load_data(here.params.replace(data_seed=1))),
     }
     for words, other in denied.items():
         with pytest.raises(ParamError, match=words):
@@ -137,6 +138,32 @@ def test_nothing_is_asked_or_trained_under_what_the_record_denies(
             with pytest.raises(ParamError, match=words):
                 experiment.evaluate_run(other.params, other.run, other.data, other.models, student)
     assert not here.run.evaluation_dir.exists() or not list(here.run.evaluation_dir.iterdir())
+
+
+def test_a_cell_that_was_skipped_is_missed(notebook: Callable[..., Notebook], tmp_path: Path) -> None:
+    """As where the cells of an earlier run have left their answers, metrics and headline in the kernel."""
+    here = notebook(**METHODS["kepo"])
+
+    def ask(student: str) -> None:
+        experiment.evaluate_run(here.params, here.run, here.data, here.models, student)
+
+    with pytest.raises(ParamError, match="has trained no student yet: execute the cell that trains it"):
+        ask("trained")
+    here.train()
+    with pytest.raises(ParamError, match="has not evaluated the untrained student: execute the cell"):
+        ask("trained")
+    with pytest.raises(ParamError, match=r"has no predictions\.parquet yet: execute the cells that evaluate"):
+        here.run.finish({"MRI before": 0.5, "MRI after": 0.9})
+    assert here.run.headline is None and here.run.status["state"] == "running"
+
+
+def test_a_completed_run_keeps_its_headline(tmp_path: Path) -> None:
+    run = Run.allocate(Params(results_dir=str(tmp_path)))
+    run.finish({"MRI": 0.5, "worst": math.inf})
+    run.finish({"MRI": 0.5, "worst": math.inf})
+    with pytest.raises(ParamError, match="has completed with other numbers, and no run is ever overwritten"):
+        run.finish({"MRI": 0.9})
+    assert run.headline == {"MRI": 0.5, "worst": None} == run.status["headline"]
 
 
 class Refuses(TrainerCallback):

@@ -75,14 +75,12 @@ def test_a_run_is_found_by_name_part_and_path_and_by_nothing_else(params: Params
     for name in (other.path.name, other.params.hash, str(other.path)):
         assert listing.find(name, results) == other.path
     assert listing.find(one.path.name, results) == one.path  # its name is the beginning of the next one's
-    with pytest.raises(ParamError, match=re.escape(f"several runs: {one.path.name}, {again.path.name}; say which")):
+    with pytest.raises(ParamError, match=re.escape(f"several runs: {one.path.name}, {again.path.name}: write more")):
         listing.find(params.hash, results)
     for name in ("", "nothing-like-it", "nothing-of-a-run", "params"):
-        with pytest.raises(
-            ParamError, match=r"no run is called .* expected a folder of .*, such as 20.*beginning or end"
-        ):
+        with pytest.raises(ParamError, match=r"no run is called .* expected the name, .*, for example 20"):
             listing.find(name, results)
-    with pytest.raises(ParamError, match="which holds none"):
+    with pytest.raises(ParamError, match="which has none"):
         listing.find("x", tmp_path / "nowhere")
 
 
@@ -166,10 +164,10 @@ def test_compare_says_what_differs_and_pairs_the_answers_of_equal_questions(
     assert re.search(r"^tau +1\.0 +0\.0 +1\.0 +1\.0$", said, re.MULTILINE) and "learning_rate" not in said
     assert re.search(r"^MRI +25\.0 \[\S+ \S+\] +75\.0 \[\S+ \S+\]$", said, re.MULTILINE)
     assert re.search(r"^Avg\. +\+50\.0 \[\S+ \S+\]$", said, re.MULTILINE) and "gained" in said
-    assert "[3] was asked other questions than [1]" in said and "[4] has no accuracies to compare: it is inter" in said
+    assert "[3] has other questions than [1]" in said and "[4] has no accuracies to compare: it is inter" in said
     assert "picture is not known" not in said
     (first.path / "items.csv").unlink()
-    assert "which questions share a picture is not known" in kepo("compare", first.path.name, second.path.name)[1]
+    assert "it is unknown which questions share a picture" in kepo("compare", first.path.name, second.path.name)[1]
     assert kepo("compare", first.path.name)[0] == 2
 
 
@@ -214,6 +212,6 @@ def test_a_notebook_whose_cell_cannot_be_read_is_named_and_its_run_stays_resumab
     run = leave(params, state="interrupted")
     run.remember(notebook=str(notebook))
     code, said = kepo("show", run.path.name)
-    assert code == 0 and "no command, as the parameters cell of n.ipynb does more than set names" in said
+    assert code == 0 and "no command: the parameters cell of n.ipynb does more than set names" in said
     assert main(["resume", str(run.path)]) == 2
     assert "the parameters cell of n.ipynb" in capsys.readouterr().err and Run.open(run.path).state == "interrupted"

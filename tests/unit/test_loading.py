@@ -1,4 +1,4 @@
-"""Two layouts, recognised; what is mended and dropped is counted; `kepo data check` says so."""
+"""Two layouts are recognised; mended and dropped rows are counted; `kepo data check` shows them."""
 
 import json
 from pathlib import Path
@@ -98,17 +98,17 @@ def test_a_data_set_is_the_same_however_its_pictures_paths_are_written(medr1: Pa
     ("broken", "reason", "sentence"),
     [
         (["no"], "not an object", "X-Ray_train.json, row 2: a list, expected an object"),
-        (row(solution="<answer> D </answer>"), "the answer is not among the options", "is none of the 3 options"),
+        (row(solution="<answer> D </answer>"), "the answer is not among the options", "names none of the 3 options"),
         (row(solution="B"), "the answer is not among the options", "expected <answer> A </answer>"),
-        (row(problem="What is seen?"), "fewer than two options", "has not two options"),
-        (row(problem="What? A)same, B)Same."), "fewer than two options", "has not two options"),
-        (row(problem="Which? A)a, B)b, D)d"), "an option's letter is out of order", "option 'b, D)d' holds the mark"),
-        (row(problem="Which? A)a, C)c, B)b"), "an option's letter is out of order", "option 'a, C)c' holds the mark"),
-        (row(problem=3.5j.imag), "fewer than two options", "has not two options"),
-        (row(problem=float("nan")), "problem is no text", "problem is nan, expected text"),
-        (row(solution=float("nan")), "solution is no text", "solution is nan, expected text"),
-        (row(solution=True), "solution is no text", "solution is a bool, expected text"),
-        (row(problem=["x"]), "problem is no text", "problem is a list"),
+        (row(problem="What is seen?"), "fewer than two options", "has fewer than A) and B)"),
+        (row(problem="What? A)same, B)Same."), "fewer than two options", "has fewer than A) and B)"),
+        (row(problem="Which? A)a, B)b, D)d"), "an option's letter is out of order", "'b, D)d' contains the mark"),
+        (row(problem="Which? A)a, C)c, B)b"), "an option's letter is out of order", "'a, C)c' contains the mark"),
+        (row(problem=3.5j.imag), "fewer than two options", "has fewer than A) and B)"),
+        (row(problem=float("nan")), "problem is not text", "problem is nan, expected text"),
+        (row(solution=float("nan")), "solution is not text", "solution is nan, expected text"),
+        (row(solution=True), "solution is not text", "solution is a bool, expected text"),
+        (row(problem=["x"]), "problem is not text", "problem is a list"),
         (row("Images/Toy/none.png"), "image missing", "is missing under data_root"),
         (row("Images/../../a.png"), "image path leaves data_root", "leaves data_root"),
         ({"image": "Images/Toy/a.png", "problem": "What? A)a, B)b"}, "no solution", "solution is missing"),
@@ -159,14 +159,14 @@ def test_a_backup_beside_the_files_gives_no_question_twice(medr1: Path) -> None:
 
 @pytest.mark.parametrize("copy", ["CT copy_test.json", "backup_CT_test.json", "CT(Computed Tomography)_test.json"])
 def test_a_copy_of_another_name_gives_no_question_twice(medr1: Path, copy: str) -> None:
-    """But the same question in another split is a leak, which is to be seen."""
+    """But the same question in another split is a leak, and must be reported."""
     write(medr1, "CT_test.json", row())
     write(medr1, copy, row())
     write(medr1, "CT_train.json", row())
     ledger = Ledger(strict=False)
     questions = load_questions(medr1, ledger)
     assert len(questions) == 2 and {split_of(question) for question in questions} == {"train", "test"}
-    assert counted(ledger) == {"a question that another file of its modality and split has, too": 1}
+    assert counted(ledger) == {"a question that is also in another file of its modality and split": 1}
 
 
 @pytest.mark.parametrize("other", [[row()], [row(), row(solution="<answer> A </answer>")], []])
@@ -174,7 +174,7 @@ def test_two_files_of_one_name_and_different_rows_are_refused_before_anything_ru
     write(medr1, "CT_test.json", row(), row())
     (medr1 / "old").mkdir()
     write(medr1 / "old", "CT_test.json", *other)
-    with pytest.raises(DataError, match=r"CT_test\.json and old/CT_test\.json have one name and different rows"):
+    with pytest.raises(DataError, match=r"CT_test\.json and old/CT_test\.json have the same name and different rows"):
         load_questions(medr1, Ledger(strict=False))
 
 
@@ -200,14 +200,14 @@ def test_splits_by_modality_and_by_question_type_are_the_same_questions(medr1: P
         "CT_train:2": ("CT", "", "train"),
         "X-Ray_test:1": ("X-Ray", "Disease Diagnosis", "test"),
     }
-    assert counted(ledger) == {"a question that a modality's file has, too": 2, "unknown modality": 1}
+    assert counted(ledger) == {"a question that is also in a modality's file": 2, "unknown modality": 1}
 
 
 def test_whatever_a_layout_reads_ids_are_unique(medr1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(medr1, "CT_test.json", row())
     twice = load_questions(medr1) * 2
     monkeypatch.setattr(loading, "load_medr1", lambda *_: twice)
-    with pytest.raises(DataError, match="1 ids are given twice, 'CT_test:1' first"):
+    with pytest.raises(DataError, match="1 ids are used twice, 'CT_test:1' first"):
         load_questions(medr1)
 
 
@@ -227,7 +227,7 @@ def test_files_for_validation_are_read_and_others_are_counted(medr1: Path) -> No
     assert {name: len(part) for name, part in parts.items()} == {"train": 5, "validation": 2, "test": 1}
     assert counted(ledger) == {
         "in a file that is neither *_train, *_val nor *_test": 3,
-        "a file beside the questions that holds none": 1,
+        "a file without questions": 1,
     }
 
 
@@ -317,7 +317,7 @@ def test_the_check_counts_what_was_mended_and_dropped(medr1: Path, capsys: pytes
 
 @pytest.fixture
 def spoilt(medr1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ten good rows, and one each of what only decoding, the processor or the tokenizer shows."""
+    """Ten good rows, and one for each fault that only decoding, the processor or the tokenizer shows."""
     monkeypatch.setenv("KEPO_CACHE", str(tmp_path / "cache"))
     (medr1 / QA_FOLDER).mkdir(parents=True)
     for i in range(14):
@@ -394,7 +394,7 @@ def test_the_three_published_files() -> None:
 
 @pytest.mark.skipif(not MEDR1.is_dir(), reason="these files are not part of the package")
 def test_every_published_option_behind_its_letter_is_read_as_that_letter() -> None:
-    """Bacteria (``E. coli``), stains (``H&E``), grades: what offers a letter there is no option."""
+    """Bacteria (``E. coli``), stains (``H&E``), grades: letters there are not options."""
     for question in check(MEDR1).questions:
         text = question.options[question.letters.index(question.answer)]
         for said in (f"{question.answer}) {text}", f"{question.answer}. {text}", f"{question.answer}: {text}"):

@@ -27,7 +27,7 @@ def test_equal_groups_leave_the_mean_of_the_others() -> None:
     assert kept.mean() == pytest.approx(adv[[0, 1, 6, 7]].mean()) and kept.tolist() == (2 * adv).tolist()
     mask = torch.ones(8, 3)
     values = torch.randn(8, 3)
-    loss = reference.kepo_loss(values * kept[:, None], mask)  # what the policy term is over the differing rows alone
+    loss = reference.kepo_loss(values * kept[:, None], mask)  # the policy term over only the differing rows
     assert loss == pytest.approx(reference.kepo_loss((values * adv[:, None])[[0, 1, 6, 7]], mask[:4]))
     equal = T([1.0, 1.0, 0.0, 0.0])
     assert objective.without_equal_groups(objective.advantages(equal, 2), equal, 2).tolist() == [0, 0, 0, 0]
@@ -170,7 +170,7 @@ def test_divergence_by_hand() -> None:
     for beta, expected in ((0.0, forward), (1.0, reverse), (0.5, jsd)):
         assert objective.divergence(student, teacher, beta).item() == pytest.approx(expected, rel=1e-5)
     assert objective.divergence(student, teacher).item() == pytest.approx(forward, rel=1e-5)
-    # a skewed mixture tells β from 1 − β: m = 0.25·p_T + 0.75·p_θ
+    # a skewed mixture distinguishes β from 1 − β: m = 0.25·p_T + 0.75·p_θ
     m = (0.25 * 0.75 + 0.75 * 0.5, 0.25 * 0.25 + 0.75 * 0.5)
     skewed = 0.25 * (0.75 * math.log(0.75 / m[0]) + 0.25 * math.log(0.25 / m[1])) + 0.75 * (
         0.5 * math.log(0.5 / m[0]) + 0.5 * math.log(0.5 / m[1])
@@ -260,7 +260,7 @@ def test_kepo_loss_by_hand() -> None:
     loss = reference.kepo_loss(policy, mask, T(2.0), kl, coef=0.5, beta=0.1)
     assert loss.item() == pytest.approx(-(1.5 + 4.0) / 2 + 0.5 * 2.0 + 0.1 * (0.5 + 1.5) / 2)
     assert reference.kepo_loss(T([[1.0], [3.0]]), mask).item() == pytest.approx(-2.0)  # sequence-level weights
-    assert reference.kepo_loss(torch.zeros(2, 1), mask, T(2.0)).item() == 2.0  # as strong as it is, unless told
+    assert reference.kepo_loss(torch.zeros(2, 1), mask, T(2.0)).item() == 2.0  # the default coefficient is 1
 
 
 def test_signs_descending_the_loss_favours_good_answers_and_approaches_teacher_and_reference() -> None:
@@ -307,7 +307,7 @@ def test_an_unknown_choice_names_the_argument_and_the_choices(name: str, call) -
 
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_the_kl_estimate_times_the_ratio_is_the_kl_in_value_and_gradient(on_policy: bool) -> None:
-    """In expectation over samples from π_old, which a vocabulary of seven lets us sum exactly."""
+    """In expectation over samples from π_old, summed exactly over a vocabulary of seven."""
     g = torch.Generator().manual_seed(0)
     logits, old, reference = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(3))
     logits.requires_grad_()
@@ -326,7 +326,7 @@ def test_the_kl_estimate_times_the_ratio_is_the_kl_in_value_and_gradient(on_poli
     assert torch.allclose(value, kl) and torch.allclose(gradient, wanted)
     plain, other = expectation(False)
     assert not torch.allclose(other, wanted, rtol=0.1)
-    if on_policy:  # right in value, and the gradient of the other direction
+    if on_policy:  # the right value, but the gradient of the other direction
         assert torch.allclose(plain, kl)
         backward = (reference.exp() * (reference - logits.log_softmax(-1))).sum()
         assert torch.allclose(other, torch.autograd.grad(backward, logits)[0])
@@ -362,4 +362,4 @@ def test_rewards_that_do_not_apply_are_left_out_of_advantages() -> None:
     kept = objective.without_equal_groups(objective.advantages(rewards, 3), rewards, 3)
     assert kept.tolist() == [2.0, 0.0, -2.0, 0.0, 0.0, 0.0]  # one group of two differs
     alike = T([2.0, 0.0, 1.0, -1.0, -1.0, math.nan, 1.0, math.nan, 1.0])
-    assert objective.without_equal_groups(torch.ones(9), alike, 3).tolist() == [3.0] * 9  # the first alone
+    assert objective.without_equal_groups(torch.ones(9), alike, 3).tolist() == [3.0] * 9  # only the first differs

@@ -1,4 +1,4 @@
-"""Eq. 2 and 7 as a whole: against a reading in plain Python loops, and against finite differences, over any shape."""
+"""Eq. 2 and 7 as a whole, for any shape: against plain Python loops, and against finite differences."""
 
 import math
 from typing import Any
@@ -45,7 +45,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def by_functions(b: dict[str, Any], student: torch.Tensor) -> torch.Tensor:
-    """The loss as the package's functions give it."""
+    """The loss from the package's functions."""
     logps = student.log_softmax(-1).gather(-1, b["tokens"].unsqueeze(-1)).squeeze(-1)
     ratio = objective.importance_ratio(logps, b["old"], b["mask"], b["level"])
     advantages = reference.advantages(b["rewards"], b["size"], b["kind"])
@@ -99,7 +99,7 @@ def divergence_by_loops(b: dict[str, Any], i: int, t: int) -> float:
 
 
 def by_loops(b: dict[str, Any]) -> float:
-    """The same from the printed equations: no tensor arithmetic, one token after another."""
+    """The same from the printed equations, token by token, without tensor arithmetic."""
     rows, policy, kl, distill, tokens, gated_tokens = len(b["mask"]), 0.0, 0.0, 0.0, 0, 0
     for i in range(rows):
         length = int(b["mask"][i].sum())
@@ -139,7 +139,7 @@ def test_gradients_match_finite_differences_and_reach_the_student_alone(b: dict[
     student = b["student"].requires_grad_()
     by_functions(b, student).backward()
     assert student.grad is not None and all(b[name].grad is None for name in fixed)
-    assert not student.grad[b["mask"] == 0].any()  # what is behind the mask is not learned from
+    assert not student.grad[b["mask"] == 0].any()  # masked tokens have no gradient
     for name in fixed:
         b[name] = b[name].detach()
     b["epsilon"] = 0.2
@@ -152,7 +152,7 @@ def test_gradients_match_finite_differences_and_reach_the_student_alone(b: dict[
 @given(batches(), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
 def test_the_order_of_groups_and_of_members_does_not_matter(b: dict[str, Any], rng: Any) -> None:
-    """Whole groups may move, and members within them: the sum over i does not know their order."""
+    """Groups, and members within a group, may be permuted: the sum over i does not depend on their order."""
     size, rows = b["size"], len(b["mask"])
     order = []
     for group in rng.sample(range(rows // size), rows // size):

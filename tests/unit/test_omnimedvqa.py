@@ -218,7 +218,7 @@ def test_a_row_without_id_is_named_by_its_position(root):
 
 def test_an_id_used_twice_is_refused(root):
     load(root, ROW, name="A.json")
-    with pytest.raises(DataError, match=r"^B\.json, row 1 .*is already that of A\.json, row 1"):
+    with pytest.raises(DataError, match=r"^B\.json, row 1 .*is already used by A\.json, row 1"):
         load(root, ROW, name="B.json")
 
 

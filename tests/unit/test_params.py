@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 import pickle
 import types
 from pathlib import Path
@@ -14,7 +15,7 @@ from kepo_core import params_trl
 from kepo_core.errors import ParamError
 from kepo_core.method.options import declared, kind_of
 from kepo_core.params import Params, check_names, project_root, resolve
-from kepo_core.params_io import tagged_cell
+from kepo_core.params_io import parameter_cells, tagged_cell
 from kepo_core.task.prompts import HINT_CONTEXTS
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,7 @@ def test_yaml_yes_is_no_boolean(write):
     ("text", "match"),
     [
         ("taw: 1\n", "taw in some.yaml is not a parameter; the nearest is tau"),
-        ("tau: 1\ntau: 0\n", "tau stands twice in some.yaml"),
+        ("tau: 1\ntau: 0\n", "tau appears twice in some.yaml"),
         ("- tau\n", "must hold one `name: value` per line"),
         ("tau: [1\n", "some.yaml is not YAML"),
         ("tau: ~\n", "tau in some.yaml has no value"),
@@ -161,7 +162,7 @@ def test_tau_range_follows_the_gate_signal():
 
 
 def test_a_step_needs_as_many_train_items():
-    bad(r"train_items must be at least prompts_per_step \(8\), of which a step is made, got 7", train_items=7)
+    bad(r"train_items must be at least prompts_per_step \(8\), enough for one step, got 7", train_items=7)
     assert Params(train_items=8).train_items == Params(train_items=1, method="none").train_items + 7
 
 
@@ -173,7 +174,7 @@ def test_rules_between_parameters():
     bad(r"prompts_per_step must be a multiple of prompts_per_device × processes \(8 × 1\), got 12", prompts_per_step=12)
     bad(r"prompts_per_device × processes \(2 × 8\), got 8", prompts_per_device=2, processes=8)
     bad("vllm_server_base_url must be set for vllm_mode server", use_vllm=True, vllm_mode="server")
-    bad("use_vllm draws the rollouts of method kepo", use_vllm=True, method="gkd")
+    bad("use_vllm samples rollouts for method kepo", use_vllm=True, method="gkd")
     bad("use_vllm has no engine while method sft", use_vllm=True, method="sft", thinking=False, curve_steps=5)
     bad("max_steps must be at least 1, got 0", max_steps=0)
     bad("eval_samples is 3 but eval_temperature is 0", eval_samples=3)
@@ -210,7 +211,7 @@ def test_choices_are_closed(name):
 def test_supervision_has_no_reasoning_to_teach():
     for changes in ({"method": "sft"}, {"method": "gkd", "gkd_lambda": 0.5}):
         bad("learns from the right answers .* set thinking to False", **changes)
-        Params(**changes, thinking=False)  # exploration is KEPO's alone
+        Params(**changes, thinking=False)  # only KEPO explores
 
 
 def test_an_empty_path_is_refused():
@@ -228,7 +229,7 @@ def test_choices_agree_with_the_modules_that_use_them():
 def test_the_hash_moves_with_what_changes_results_and_only_with_it(name):
     sizes = {"group_size": 4, "prompts_per_device": 2, "prompts_per_step": 12, "injected_per_group": 1}
     base = Params(explore=False, tau=0.0, eval_temperature=1, **sizes)
-    if name.startswith("teacher_") and name != "teacher_quantization":  # a served teacher's: one goes with the other
+    if name.startswith("teacher_") and name != "teacher_quantization":  # a served teacher's: one needs the other
         base = base.replace(teacher_url="http://host/v1", teacher_top_k=5)
     (kind, _), value = kind_of(Params, name), getattr(base, name)
     if kind is bool:
@@ -309,6 +310,8 @@ def test_a_notebook_with_parameters_of_its_own_refuses_others():
     cells = ["", "rows = 'all'\nslots = 0", "# Parameters\nslots = 2\n", "x = len(y)"]
     check_names({"In": cells, "rows": "all", "slots": 2})
     with pytest.raises(ParamError, match=r"slotz in the notebook is not a parameter; the nearest is slots$"):
+        check_names({"In": [*cells, "# Parameters\nslotz = 3"]})
+    with pytest.warns(UserWarning, match=r"^slotz \(is slots meant\?\) is set in a cell of its own and is not taken"):
         check_names({"In": [*cells, "slotz = 3"]})
     with pytest.raises(ParamError, match=r"zzz in the notebook is not a parameter; expected one of rows, slots$"):
         check_names({"In": [*cells, "# Parameters\nzzz = 3"]})
@@ -329,16 +332,42 @@ def test_a_scratch_cell_is_the_users_own_business(place):
 
 
 @pytest.mark.parametrize("source", ["sed = 1", "lerning_rate = 1e-4", "temperatur = 0.5", "epoch = 3"])
-def test_a_parameter_that_is_misspelt_in_a_cell_of_its_own_is_named(source):
+def test_a_misspelt_parameter_is_refused_where_parameters_are_given_and_warned_of_elsewhere(source):
     name, value = source.split(" = ")
-    with pytest.raises(ParamError, match=f"^{name} in the notebook is not a parameter; the nearest is "):
-        Params.from_notebook({"In": ["", "tau = 0", source], "tau": 0, name: float(value)})
+    values = {"tau": 0, name: float(value)}
+    for cells in (["", f"tau = 0\n{source}"], ["", "tau = 0", f"# Parameters\n{source}"]):
+        with pytest.raises(ParamError, match=f"^{name} in the notebook is not a parameter; the nearest is "):
+            Params.from_notebook({"In": cells, **values})
+    for cells in (["", "tau = 0", source], ["", source, "tau = 0"]):
+        with pytest.warns(
+            UserWarning, match=rf"^{name} \(is \w+ meant\?\) is set in a cell of its own and is not taken"
+        ):
+            assert Params.from_notebook({"In": cells, **values}) == Params(tau=0.0)
+
+
+@pytest.mark.parametrize("source", ["beta = 0.5", "k = 3\nbeta = 0.5", "optim = [1, 2]", "num_generations = 4",
+                                    "temperature = 'hot'", "seed = 1\nk = 3\nbeta = 2"])  # fmt: skip
+def test_a_scratch_variable_that_is_called_like_a_field_of_trls_is_none(source):
+    values = parameter_cells([source])
+    with pytest.warns(
+        UserWarning, match=r"^(beta|optim|num_generations|temperature) is set in a cell of its own and is"
+    ):
+        params = Params.from_notebook({"In": ["", "tau = 0\nsplit = 'image'", source], "tau": 0, **values})
+    assert params == Params(tau=0.0, seed=values.get("seed", 0))
+
+
+def test_the_parameters_cell_counts_as_it_was_executed_last():
+    cells = ["", "tau = 0\nseed = 1\nbeta = 0.5", "tau = 0\nseed = 1\ntemperature = 0.5"]
+    values = {"tau": 0, "seed": 1, "beta": 0.5, "temperature": 0.5}
+    with pytest.warns(UserWarning, match="^beta is set"):
+        params = Params.from_notebook({"In": cells, **values})
+    assert params.of_trl("beta") == 0 and params.of_trl("temperature") == 0.5
 
 
 def test_a_misspelling_is_forgiven_once_its_cell_was_mended_and_executed_again():
     cells, values = ["", "tau = 0\nsed = 1", "tau = 0\nseed = 1"], {"tau": 0, "sed": 1, "seed": 1}
     assert Params.from_notebook({"In": cells, **values}).seed == 1
-    with pytest.raises(ParamError, match="sed in the notebook"):  # papermill's cell mends nothing
+    with pytest.raises(ParamError, match="sed in the notebook"):  # papermill's cell does not correct the misspelling
         Params.from_notebook({"In": [*cells[:2], "# Parameters\ntau = 0\nseed = 1"], **values})
     with pytest.raises(ParamError, match="sed in the notebook"):
         Params.from_notebook({"In": [*cells[:2], "seed = 1"], **values})
@@ -385,6 +414,14 @@ def test_a_field_of_trl_that_does_not_fit_is_refused_at_once():
     bad("max_steps must be a whole number, got 'x'", max_steps="x")
 
 
+def test_a_compiler_that_is_asked_for_is_asked_for_by_its_own_run_alone(monkeypatch):
+    """transformers writes it into the environment, which all runs of a study would inherit."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.delenv("ACCELERATE_DYNAMO_MODE", raising=False)
+    Params.load(None, {"torch_compile": True, "torch_compile_mode": "default"})
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "no" and "ACCELERATE_DYNAMO_MODE" not in os.environ
+
+
 def test_trls_defaults_that_a_study_changes_are_fields_of_trl():
     config = params_trl._config()
     assert {field.name for field in dataclasses.fields(config)} >= {*params_trl.DEFAULTS, *params_trl.SET_BY}
@@ -428,8 +465,8 @@ def test_the_nearest_name_is_found_among_all(name, near):
 
 
 def test_a_name_that_went_says_what_to_use():
-    bad("lr_scheduler is not a parameter any more: set lr_scheduler_type", lr_scheduler="cosine")
-    bad("ratio_clip is not a parameter any more: for eq5 set epsilon 1", ratio_clip="eq5")
+    bad(r"lr_scheduler is not a parameter \(it was removed\): set lr_scheduler_type", lr_scheduler="cosine")
+    bad(r"ratio_clip is not a parameter \(it was removed\): for eq5 set epsilon 1", ratio_clip="eq5")
 
 
 def test_fields_of_trl_that_fail_late_or_never_are_refused_at_once():

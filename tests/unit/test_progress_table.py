@@ -51,10 +51,10 @@ def test_a_row_says_what_became_of_a_run(run: Run) -> None:
     assert row(job("a", "running", 61, run=run)) == ("a", "running", "step 30/75, loss 0.10", "01:01")
     assert row(job("a", "completed", 125, run=run)) == ("a", "completed", "", "02:05")
     assert row(job("a", "failed", 5, note="no\x1b[31m luck\n"))[2] == "no [31m luck "
-    assert row(job("\x07a", "elsewhere", note="process 7 is at work on it"))[:3] == (
+    assert row(job("\x07a", "elsewhere", note="process 7 is making it"))[:3] == (
         " a",
         "elsewhere",
-        "process 7 is at work on it",
+        "process 7 is making it",
     )
 
 
@@ -71,7 +71,7 @@ def test_the_time_left_is_told_once_a_run_has_completed_here() -> None:
 
 
 def test_lines_are_written_for_changes_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    one, two, three = job("one"), job("two", "reused"), job("three", "elsewhere", note="process 7 is at work on it")
+    one, two, three = job("one"), job("two", "reused"), job("three", "elsewhere", note="process 7 is making it")
     with ProgressTable(1, redrawn=False) as table:
         table([one, two, three])
         one.state = "running"
@@ -83,7 +83,7 @@ def test_lines_are_written_for_changes_alone(capsys: pytest.CaptureFixture[str])
         table([one, two, three])
     assert [line[10:] for line in capsys.readouterr().out.splitlines()] == [
         f"{'two':<24} reused",
-        f"{'three':<24} waits: process 7 is at work on it",
+        f"{'three':<24} waiting: process 7 is making it",
         f"{'one':<24} started",
         f"{'one':<24} completed after 01:01",
         f"{'three':<24} failed: [red]it broke{'!' * 200}",

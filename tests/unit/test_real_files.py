@@ -1,4 +1,4 @@
-"""The same path over real photographs, where the shared data lies beside the checkout."""
+"""The same path with real photographs, if the shared data is next to the checkout."""
 
 from collections import Counter
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What cannot succeed is refused before a model is asked anything: one sentence in our words, from one place."""
+"""Runs that cannot succeed are refused before any model is called: one sentence in our words, from one place."""
 
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def refused(saved: Path, tmp_path: Path) -> Callable[..., str]:
-    """The sentence with which a run is refused whose model ``role`` was edited by ``edit``."""
+    """The sentence that refuses a run after ``edit`` has changed its model ``role``."""
 
     def refused(role: str, edit: Edit, **changes: Any) -> str:
         folder = tmp_path / "edited"
@@ -91,7 +91,7 @@ def truncated(folder: Path) -> None:
     [
         (lambda folder: (folder / WEIGHTS).unlink(), "whose weights cannot be read: Error no file named model.saf"),
         (truncated, "whose weights cannot be read: Error while deserializing header"),
-        (without_a_tensor, "whose weights lack 1 tensors, model.language_model.layers.0"),
+        (without_a_tensor, "whose weights lack 1 tensors, for example model.language_model.layers.0"),
         (of_another_shape, "whose weights cannot be read: "),
         (lambda folder: (folder / "tokenizer.json").unlink(), "whose processor cannot be read: "),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "whose processor cannot be read: "),
@@ -120,7 +120,7 @@ def test_a_model_that_marks_pictures_otherwise_than_its_processor(refused: Calla
     ("role", "word", "does"),
     [
         ("teacher", "<hint>", "asks for a hint"),
-        ("student", "Look at the left", "tells a hint"),
+        ("student", "Look at the left", "gives a hint"),
         ("student", "<think>", "asks a question"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_chat_template_that_refuses_a_prompt(refused: Callable[..., str], role
     ],
 )
 def test_a_teacher_that_does_not_fit(refused: Callable[..., str], edit: Edit, said: str, processes: int) -> None:
-    """Also where the processes that train are started later, and load it then."""
+    """Also if the training processes start later and load it then."""
     assert said in refused("teacher", edit, processes=processes, prompts_per_device=1)
 
 
@@ -156,7 +156,7 @@ def test_a_head_of_another_size_under_gkd(refused: Callable[..., str]) -> None:
         model.resize_token_embeddings(640)
         save_embedded(model, build_processor(), folder)
 
-    assert "head has 576 rows and the teacher's 640, expected as many for method gkd" in refused(
+    assert "head has 576 rows and the teacher's 640, expected equally many for method gkd" in refused(
         "teacher", padded, method="gkd"
     )
 
@@ -204,7 +204,7 @@ def test_what_trl_cannot_make(refused: Callable[..., str], changes: dict[str, An
 def test_what_a_first_step_finds(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
-    """Where libraries use the parameter: while they draw, in the loss, in the optimiser, in the data loader."""
+    """Wherever libraries use the parameter: in sampling, the loss, the optimiser, the data loader."""
     for name, value in (("BACKEND", "NO"), ("MODE", "default")):  # transformers sets them for the whole process
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
     sentence = refused("student", lambda folder: None, **changes)
@@ -252,8 +252,10 @@ def test_fewer_training_questions_than_a_step_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("WORLD_SIZE", "2"), ("OMPI_COMM_WORLD_SIZE", "4"), ("PMI_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "1")],
-)
+    [("WORLD_SIZE", "2"), ("OMPI_COMM_WORLD_SIZE", "4"), ("PMI_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "1"),
+     ("ACCELERATE_MIXED_PRECISION", "fp16"), ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"), ("ACCELERATE_USE_FSDP", "true"),
+     ("ACCELERATE_USE_DEEPSPEED", "true")],
+)  # fmt: skip
 def test_an_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     for params in (Params(), Params(processes=2, prompts_per_device=4), Params(method="sft", thinking=False)):
@@ -261,10 +263,37 @@ def test_an_environment_of_another_launcher(monkeypatch: pytest.MonkeyPatch, nam
             launch.check(params)
 
 
-@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "1"), ("PMI_SIZE", ""), ("LOCAL_RANK", "-1")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "1"),
+        ("PMI_SIZE", ""),
+        ("LOCAL_RANK", "-1"),
+        ("ACCELERATE_MIXED_PRECISION", "no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO"),
+    ],
+)
 def test_an_environment_of_one_process_is_none(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     launch.check(Params())
+
+
+def test_a_compiler_that_an_earlier_run_of_this_kernel_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers leaves it in the environment, and would also compile the next run."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    launch.check(Params.load(None, {"torch_compile": True}))
+    with pytest.raises(ParamError, match=r"^ACCELERATE_DYNAMO_BACKEND is inductor .* not be what the parameters say"):
+        launch.check(Params())
+
+
+def test_a_temporary_folder_without_room_for_workers_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for them would never end: as in a bare papermill or Jupyter run under a cluster's TMPDIR."""
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "a-folder-of-the-cluster/" * 4)
+    launch.check(Params())
+    with pytest.raises(
+        ParamError, match=r"dataloader_num_workers is 1, but .* is too long for their sockets: set TMPDIR"
+    ):
+        launch.check(Params.load(None, {"dataloader_num_workers": 1}))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +326,7 @@ def test_more_tokens_asked_of_a_served_teacher_than_there_are() -> None:
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As on a read-only home: PhantomVQA, an archive's pictures and a served teacher's hints go there."""
+    """As with a read-only home: PhantomVQA, an archive's pictures and a served teacher's hints are kept there."""
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", Path("/proc/kepo")):
         monkeypatch.setenv("KEPO_CACHE", str(cache))
@@ -306,7 +335,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
             lambda: source.in_cache("OmniMedVQA-0123"),
             lambda: serving.connect(Params(teacher_url="http://localhost:1/v1", teacher_top_k=20), build_processor()),
         ):
-            with pytest.raises(DataError, match=r"cannot be written \(.*\): set KEPO_CACHE to a folder that can be"):
+            with pytest.raises(DataError, match=r"cannot be written \(.*\): set KEPO_CACHE to a writable folder"):
                 use()
 
 

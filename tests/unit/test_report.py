@@ -141,6 +141,7 @@ def test_a_runs_accuracies_stand_on_top(notebook, tmp_path):
     run = Run.allocate(Params(results_dir=str(tmp_path / "results"), seed=3))
     notebook.rename(run.path / "notebook.ipynb")
     numbers = {"MRI before": 0.5, "MRI after": 0.98, "MRI low": 0.4, "MRI high": 0.55, "seed": 3, "CT after": 1.0}
+    (run.path / "predictions.parquet").touch()
     run.finish(numbers)
     page = write_report(run, "completed").read_text()
     table = page.split("<caption>Accuracies")[1].split("</table>")[0]
@@ -193,6 +194,42 @@ def test_the_contents_lead_to_the_cells_that_begin_with_a_heading(tmp_path):
     assert [text for _, text in links] == ["One", "Two &lt;i&gt;"]
     targets = [attributes.get("id") for _, attributes in elements(page)]
     assert all(targets.count(place) == 1 for place, _ in links)
+
+
+def tagged(text, tag):
+    return new_markdown_cell(text, metadata={"tags": [tag]})
+
+
+def test_results_come_before_how_they_were_made(tmp_path):
+    said = [new_output("stream", name="stdout", text="words")]
+    cells = [new_markdown_cell("# Title"), new_markdown_cell("## 1 · Data"), new_code_cell("", outputs=said)]
+    for number, tag in enumerate(["training", "result", "rollouts", "warnings"], start=2):
+        cells += [tagged(f"## {number} · The {tag}\n\ntext", tag), new_code_cell("", outputs=said)]
+    cells += [tagged("## 6 · Not reached", "result"), new_code_cell("")]
+    path = written(tmp_path, cells)
+    page = render(path, "x")
+    titles = ["The warnings", "The result", "The training", "The rollouts", "How it was made", "Title", "Data"]
+    assert re.findall(r'<li><a href="#[^"]+">([^<]+)</a></li>', page) == [*titles, "Not reached"]
+    assert render(path, "x") == page
+
+
+def bar(percent):
+    return f"trained: {percent:3d}%|{'█' * (percent // 5):20}| {percent}/100 [00:01<00:00, 41.30it/s, accuracy 0.81]\n"
+
+
+def test_finished_bars_and_empty_tables_do_not_show(tmp_path):
+    nothing = pd.DataFrame(columns=["claim", "verdict"])
+    texts = [bar(50) + bar(100) + "50% | of all\n", bar(100), "done\n" + bar(40)]
+    outputs = [new_output("stream", name="stdout", text=text) for text in texts[:2]]
+    for table in (nothing, nothing.set_index("claim"), pd.DataFrame({"claim": ["kept"]})):
+        outputs.append(new_output("display_data", data={"text/html": table.to_html(), "text/plain": "a table"}))
+    cells = [new_code_cell("", outputs=outputs)]
+    cells += [new_code_cell("", outputs=[new_output("stream", name="stdout", text=texts[2])])]
+    page = render(written(tmp_path, cells), "x")
+    assert page.count("trained:") == 1 and "40/100" in page, "where work stopped, the bar says how far it was"
+    assert "50% | of all" in page and "done" in page
+    assert page.count("<table") == 1 and "kept" in page
+    assert page.count("<pre>") == 4, "no empty boxes: two cells of code, two outputs"
 
 
 def test_an_interval_stays_on_one_line():

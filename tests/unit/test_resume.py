@@ -136,15 +136,15 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "harm", "said"),
     [
-        ("optimizer.pt", truncate, "optimizer.pt is not as it was written"),
-        ("model.safetensors", flip, "model.safetensors is not as it was written"),
+        ("optimizer.pt", truncate, "optimizer.pt has changed since it was written"),
+        ("model.safetensors", flip, "model.safetensors has changed since it was written"),
         ("loop_0.pt", Path.unlink, "loop_0.pt is missing"),
-        ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json is not as it was written"),
+        ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json has changed since"),
         ("checksums.json", truncate, "checksums.json cannot be read"),
         ("checksums.json", Path.unlink, "checksums.json does not exist, expected a checkpoint of this trainer"),
         ("checksums.json", lambda path: path.write_text("{}"), "checksums.json lists no file"),
         ("checksums.json", lambda path: path.write_text("[]"), "checksums.json holds [], expected a JSON object"),
-        ("loop_1.pt", lambda path: path.write_text(""), "loop_1.pt is not as it was written"),
+        ("loop_1.pt", lambda path: path.write_text(""), "loop_1.pt has changed since"),
     ],
 )
 def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_user_told(
@@ -165,7 +165,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_user_told(
     resumed = make(tmp_path / "run", max_steps=3, save_total_limit=2)
     resumed.train(resume_from_checkpoint=True)
     told = capsys.readouterr().err
-    assert said in told and "it is called damaged-2 now, and training goes on from checkpoint-1" in told
+    assert said in told and "renamed to damaged-2; training resumes from checkpoint-1" in told
     assert_equal(resumed, whole)
     assert {path.name for path in (tmp_path / "run").glob("*-*")} == {"damaged-2", "checkpoint-2", "checkpoint-3"}
 
@@ -179,7 +179,7 @@ def test_where_no_checkpoint_is_whole_training_starts_anew(
         truncate(tmp_path / f"run/checkpoint-{step}/scheduler.pt")
     resumed = make(tmp_path / "run", max_steps=3)
     resumed.train(resume_from_checkpoint=True)
-    assert "training starts anew, as there is no other" in capsys.readouterr().err
+    assert "training starts over, as there is no other checkpoint" in capsys.readouterr().err
     assert_equal(resumed, whole)
 
 
@@ -248,7 +248,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, place: str) -> None
     whole.train()
     assert_equal(resumed, whole)
     pd.testing.assert_frame_equal(collect_rollouts(folder), collect_rollouts(tmp_path / "whole"))
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-5", "checkpoint-6", "rollouts"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "checkpoint-5", "checkpoint-6", "rollouts"]
 
 
 @pytest.mark.parametrize("strategy", ["steps", "best"])

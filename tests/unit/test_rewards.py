@@ -16,7 +16,7 @@ MISSING, AMBIGUOUS, TRUNCATED = AnswerOutcome.MISSING, AnswerOutcome.AMBIGUOUS, 
 
 @pytest.fixture(autouse=True)
 def nothing_read_before() -> None:
-    """What another test's call has cached is read again."""
+    """Clear what another test's call has cached."""
     rewards._read.cache_clear()
     rewards._has_format.cache_clear()
 
@@ -38,7 +38,7 @@ def test_a_field_with_one_letter_is_that_letter(field: str) -> None:
 @pytest.mark.parametrize(
     "field",
     ["A or B", "A and B", "a or b", "a AND b", "A, B", "A/B", "a b", "B) or C)", "B. liver C. lung", "A) or B",
-     "either A or B", "B: yes and C", "A or B or C"],
+     "either A or B", "B: yes and C", "A or B or C", "B) a mass, C", "B. liver; (C)", "B: a mass/A", "B. Wait, C."],
 )  # fmt: skip
 def test_several_letters_in_one_field_are_ambiguous(field: str) -> None:
     for right in "ABC":
@@ -213,7 +213,7 @@ GROUPS = ("AB", "A", "O", "B")
 
 
 def read(field: str, options: tuple[str, ...], answer_format: str = "paper") -> str:
-    """The letter that is read from an answer field, or what else it is."""
+    """The letter that is read from an answer field, or else the outcome."""
     found = score(f"<answer>{field}</answer>", "A", options, thinking=False, finished=True, answer_format=answer_format)
     return found.letter or found.outcome.value
 
@@ -289,6 +289,22 @@ def test_what_other_families_write_is_read_where_the_switch_says_so(text: str) -
         ("The answer is a tear, a cyst or a mass", AMBIGUOUS),
         ("The answer is a tear, or A", AMBIGUOUS),
         ("The answer is a THİNG, or A", MISSING),
+        ("The answer is A. Wait, B.", AMBIGUOUS),
+        ("The answer is B.\n\nWait, it is too dark for that: a mass.", AMBIGUOUS),
+        ("The answer is a tear. Actually, I mean A", AMBIGUOUS),
+        ("Answer: B. No, A is better.", AMBIGUOUS),
+        ("The answer is B. Hmm, B it is.", RIGHT),
+        ("The answer is B. No other option is as dark.", RIGHT),
+        ("Wait, A is too dark. The answer is B.", RIGHT),
+        ("The answer is B, as the mass of A would be seen.", RIGHT),
+        ("<answer>B. Wait, A fits better.</answer>", AMBIGUOUS),
+        ("<answer>a tear, no, a mass</answer>", MISSING),
+        ("The answer is B.\n\nOption A", AMBIGUOUS),
+        ("The answer is B.\n\n**B) a tear**", RIGHT),
+        ("The answer is B; A", AMBIGUOUS),
+        ("A) a cyst\nB) a tear\nC) a mass\nThe answer is B.", RIGHT),
+        ("The answer is B. $\\boxed{A}$", AMBIGUOUS),
+        ("\\boxed{B}: the answer is B", RIGHT),
         ("The answer is a tear. It is dark.", RIGHT),
         ("The answer is a cyst. It is dark. The answer is B.", AMBIGUOUS),
         ("Option: B. Better choice: C) a mass. Answer: B", AMBIGUOUS),
@@ -323,6 +339,14 @@ def test_an_options_text_is_no_word_before_an_answer_and_no_ornament(options, wr
         said = write.format(text)
         found = score(said, "A", options, thinking=True, finished=True, answer_format="lenient")
         assert (found.letter or found.outcome) == letter, said
+
+
+def test_an_option_that_waits_takes_no_answer_back() -> None:
+    options = ("wait and see", "no, never", "B cells", "instead of A")
+    for letter, option in zip("ABCD", options, strict=True):
+        for said in (f"The answer is {option}.", f"The answer is {letter}) {option}", f"<answer>{option}</answer>"):
+            found = score(said, letter, options, thinking=True, finished=True, answer_format="lenient")
+            assert found.outcome is RIGHT, said
 
 
 def test_a_lenient_answer_is_truncated_only_where_none_was_read() -> None:
@@ -363,6 +387,9 @@ def test_lenient_gives_one_of_the_five_outcomes_and_the_papers_format(text: str,
         "\\boxed{",
         "answer is ",
         "answer is A. ",
+        "answer is A. Wait, ",
+        "B\n",
+        "wait ",
         "A, ",
         "< ",
         "(",
@@ -370,7 +397,7 @@ def test_lenient_gives_one_of_the_five_outcomes_and_the_papers_format(text: str,
 )
 @pytest.mark.parametrize("answer_format", ["paper", "lenient"])
 def test_a_text_is_read_in_time_that_grows_as_it_does(piece: str, answer_format: str) -> None:
-    """Quadratic, these took seconds."""
+    """A quadratic parser took seconds for these."""
     for text in (piece * 8000, f"<answer>{piece * 8000}</answer>", piece + " " * 60_000 + piece):
         start = time.process_time()
         score(text, "B", CYSTS, thinking=True, finished=True, answer_format=answer_format)

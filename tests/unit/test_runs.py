@@ -103,12 +103,12 @@ def test_a_named_folder_is_made_once(params, tmp_path):
     with pytest.raises(ParamError, match=r"run_dir .*mine exists already"):
         Run.allocate(named)
     run.finish({"accuracy": 1})
-    with pytest.raises(ParamError, match="holds a finished run"):
+    with pytest.raises(ParamError, match="is a finished run"):
         Run.for_notebook(named)
 
 
 def test_a_folder_that_is_no_run_is_refused(params, tmp_path):
-    with pytest.raises(ParamError, match="is no run folder"):
+    with pytest.raises(ParamError, match="is not a run folder"):
         Run.for_notebook(params.replace(run_dir=str(tmp_path)))
 
 
@@ -148,7 +148,7 @@ def test_a_broken_rollouts_file_is_told_and_the_status_is_written(params):
         path.write_bytes(path.read_bytes()[:50])
         run.conclude(state)
         assert run.status["state"] == {"completed": "failed"}.get(state, state)
-        assert "the rollouts could not be gathered" in run.status["error"]
+        assert "the rollouts could not be collected" in run.status["error"]
 
 
 def test_tables_and_data_have_their_places(params):
@@ -184,15 +184,15 @@ def test_a_checkout_of_another_owner_is_one(checkout, monkeypatch):
 def test_where_git_says_nothing_the_record_says_why(checkout, tmp_path_factory, monkeypatch):
     (checkout / ".git/index").write_bytes(b"no index")
     found = provenance.code(checkout)
-    assert len(found["commit"]) == 40 and "git does not tell what code ran: " in found["note"], "it is not clean"
+    assert len(found["commit"]) == 40 and "git cannot name the code that ran: " in found["note"], "it is not clean"
     bare = tmp_path_factory.mktemp("bare")
     assert provenance.code(bare)["note"] == "the code did not run from a git checkout"
     subprocess.run(["git", "init", "-q"], cwd=bare, check=True)
-    assert "git does not tell what code ran: fatal: " in provenance.code(bare)["note"], "there is no commit"
+    assert "git cannot name the code that ran: fatal: " in provenance.code(bare)["note"], "there is no commit"
     (bare / ".git/config").write_text("[core\n")
     assert str(bare) not in provenance.code(bare)["note"] and "bad config" in provenance.code(bare)["note"]
     monkeypatch.setenv("PATH", str(bare))
-    assert provenance.code(bare)["note"].startswith("git cannot be run, so that the code's commit is not known (No ")
+    assert provenance.code(bare)["note"].startswith("git cannot be run, so the code's commit is unknown (No ")
 
 
 # -- how a run ends

@@ -189,7 +189,7 @@ def _greedy(teacher: Teacher) -> Any:
 @pytest.mark.parametrize("answer", [{"choices": []}, {"choices": [{}]}, {}, [], "<html>", None])
 def test_an_answer_without_a_message_ends_it(server: FakeVLLM, tmp_path: Path, answer: Any) -> None:
     server.bend = lambda _: answer
-    with pytest.raises(TeacherServerError, match=f"{server.url} answers without a message"):
+    with pytest.raises(TeacherServerError, match=f"{server.url} sent an answer without a message"):
         served_teacher(server, tmp_path).write_hints([hint_prompt(make_row(0))], max_tokens=3)
 
 
@@ -265,20 +265,20 @@ def last_place(answer: dict[str, Any], told: Any) -> dict[str, Any]:
     return answer | {"prompt_logprobs": [*answer["prompt_logprobs"][:-1], told]}
 
 
-MISSING = "log-probabilities came back, expected those of the 3 likeliest tokens and of the student's own"
-IMPOSSIBLE = "expected finite ones whose probabilities sum to at most 1"
+MISSING = "log-probabilities came back, expected those of the top 3 tokens and of the student's own"
+IMPOSSIBLE = "expected finite values whose probabilities sum to at most 1"
 SPOILT = [
-    (foreign, rf"token 12: \d {MISSING}, \d+, all below {VOCABULARY}"),
+    (foreign, rf"token 12: \d {MISSING}, \d+, all ids below {VOCABULARY}"),
     (shifted, rf"completion q0, token \d+: \d {MISSING}"),
-    (truncated, r"token 0 is .* there and \['<\|im_start\|>'\] here .*, of 30 and \d+, expected the same"),
-    (without_picture, r"token \d+ is \['<\|vision_end\|>'\] there and \['<\|image_pad\|>'\] here"),
+    (truncated, r"token 0 is .* on the server but \['<\|im_start\|>'\] here .*, of 30 and \d+, expected the same"),
+    (without_picture, r"token \d+ is \['<\|vision_end\|>'\] on the server but \['<\|image_pad\|>'\] here"),
     (lambda a: a | {name: a[name][:-1] for name in ("prompt_token_ids", "prompt_logprobs")},
-     r"token \d+ is \[\] there and \['<\|im_end\|>'\] here"),
+     r"token \d+ is \[\] on the server but \['<\|im_end\|>'\] here"),
     (lambda a: a | {"prompt_token_ids": [*a["prompt_token_ids"][:-1], 7]},
-     r"token \d+ is \['.*'\] there and \['<.*>'\]"),
-    (lambda a: a | {"prompt_logprobs": a["prompt_logprobs"][1:]}, "no prompt_token_ids with as many prompt_logprobs"),
-    (lambda a: {"choices": a["choices"]}, "no prompt_token_ids with as many prompt_logprobs, expected a vLLM"),
-    (lambda a: "<html>", "no prompt_token_ids with as many prompt_logprobs, expected a vLLM"),
+     r"token \d+ is \['.*'\] on the server but \['<.*>'\]"),
+    (lambda a: a | {"prompt_logprobs": a["prompt_logprobs"][1:]}, "no prompt_token_ids with one prompt_logprobs each"),
+    (lambda a: {"choices": a["choices"]}, "no prompt_token_ids with one prompt_logprobs each, expected vLLM"),
+    (lambda a: "<html>", "no prompt_token_ids with one prompt_logprobs each, expected vLLM"),
     (lambda a: last_token(a, first=math.nan), f"token 12: .*nan.* came back, {IMPOSSIBLE}"),
     (lambda a: last_token(a, first=-math.inf), f"token 12: .*-inf.* came back, {IMPOSSIBLE}"),
     (lambda a: last_token(a, first=0.5), f"token 12: .* to 0.5 came back, {IMPOSSIBLE}"),
@@ -496,7 +496,7 @@ def test_a_server_that_does_not_fit_stops_a_run_before_it_begins(embedded: FakeV
         server.bend = lambda answer: answer
         with pytest.raises(ParamError, match=r"^teacher_url: .*HTTP 404.: The model `other/teacher` does not exist"):
             experiment.load_models(given(server, teacher="other/teacher"))
-    with pytest.raises(ParamError, match=r"^teacher_url: .* stays away"):
+    with pytest.raises(ParamError, match=r"^teacher_url: .* does not answer"):
         experiment.load_models(given(server))
     assert set(impatient) == {RETRIES}  # it may be starting still
 
@@ -509,7 +509,7 @@ def test_a_server_that_does_not_fit_stops_a_run_before_it_begins(embedded: FakeV
         ({"teacher_url": "h:80/v1", "teacher_top_k": 5}, "teacher_url must be like http://HOST:8000/v1, got 'h:80/v1'"),
         ({"teacher_url": "http://h/v1?key=1", "teacher_top_k": 5}, "must be like"),
         ({"teacher_url": "http://me:secret@h/v1", "teacher_top_k": 5}, "no name or password: .*KEPO_TEACHER_KEY"),
-        ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "method": "gkd"}, "gkd needs the whole"),
+        ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "method": "gkd"}, "gkd needs the teacher's whole"),
         ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "teacher_quantization": "8bit"}, "the server decides how"),
         ({"teacher_url": "http://h/v1", "teacher_top_k": 5, "distill_temperature": 2.0}, "temperature must be 1"),
     ],
@@ -532,7 +532,7 @@ def test_check_teacher(embedded: FakeVLLM, capsys: pytest.CaptureFixture[str]) -
         assert cli.main(command) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[:2] for line in lines] == [["pass", n] for n in ("hint", "alignment", "picture")]
-        assert "<hint>" in lines[0] and "are the student's; the 20 likeliest hold 0.9" in lines[1]
+        assert "<hint>" in lines[0] and "are the student's; the 20 most likely tokens have 0.9" in lines[1]
         server.bend = lambda answer: shifted(answer) if "prompt_logprobs" in answer else answer
         assert cli.main(command) == 1
         lines = capsys.readouterr().out.splitlines()
@@ -544,7 +544,7 @@ def test_check_teacher(embedded: FakeVLLM, capsys: pytest.CaptureFixture[str]) -
 def test_check_teacher_does_not_ask_on_where_nobody_is(embedded: FakeVLLM, impatient: list[int]) -> None:
     params = Params(teacher_url="http://127.0.0.1:9/v1", teacher_top_k=20)
     text, sound = study_serving.report(params, embedded.processor)
-    assert not sound and text.startswith("FAIL  hint") and "stays away" in text and "\n" not in text
+    assert not sound and text.startswith("FAIL  hint") and "does not answer" in text and "\n" not in text
     assert impatient == [2]
 
 
@@ -560,4 +560,4 @@ def test_check_teacher_finds_a_server_that_does_not_look_at_pictures(embedded: F
     _first: dict[str, Any] = {}
     with serving(Blind(embedded.model, embedded.processor)) as server:
         text, sound = study_serving.report(given(server), embedded.processor)
-    assert not sound and "FAIL  picture" in text and "does not look at it" in text
+    assert not sound and "FAIL  picture" in text and "ignores pictures" in text

@@ -1,4 +1,4 @@
-"""Folders and the untouched archive; what is wrong with them is one sentence, and nothing leaves its root."""
+"""Folders and the untouched archive: every fault is reported in one sentence, and nothing leaves its root."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def picture(ending: str = "png", grey: int = 7) -> bytes:
 
 
 def members(count: int = 3) -> dict[str, bytes]:
-    """The release in small, as the archive holds it: in a folder of its own."""
+    """A small release, as in the archive: in a folder of its own."""
     files = {f"OmniMedVQA/Images/Toy/{i}.{ending}": picture(ending, i)
              for i, ending in zip(range(count), ["png", "tif", "bmp", "jpg"] * count, strict=False)}  # fmt: skip
     rows = [row(i, name.removeprefix("OmniMedVQA/")) for i, name in enumerate(files)]
@@ -66,7 +66,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files_in(folder: Path) -> list[str]:
-    """All but what is known of pictures."""
+    """Everything except the results of inspections."""
     return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.parent.name != "inspected")
 
 
@@ -113,7 +113,7 @@ def test_a_picture_that_cannot_be_unpacked_is_left_out(tmp_path: Path, cache: Pa
     questions, ledger = load_questions(path), Ledger(strict=False)
     assert not Decodable(ledger, Inspector(open_source(path)))(questions[0])
     (sentence,) = ledger.dropped["image cannot be decoded"]
-    assert "a.zip: its member 'OmniMedVQA/Images/Toy/0.png' cannot be unpacked" in sentence
+    assert "a.zip: member 'OmniMedVQA/Images/Toy/0.png' cannot be unpacked" in sentence
     assert not files_in(cache)
 
 
@@ -142,8 +142,8 @@ def climb(path: Path) -> None:
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-200]), "not a whole zip archive"),
         (lambda path: path.write_bytes(b"PK\x03\x04 no archive"), "not a whole zip archive"),
-        (climb, "its member 'OmniMedVQA/../../evil.json' leaves it"),
-        (link, "its member 'OmniMedVQA/Images/Toy/link.png' is a link"),
+        (climb, "member 'OmniMedVQA/../../evil.json' leads outside"),
+        (link, "member 'OmniMedVQA/Images/Toy/link.png' is a link"),
         (lambda path: zipped(path, {"a.txt": b"x"}), "no QA_information/Open-access/*.json in it"),
     ],
 )
@@ -163,7 +163,7 @@ def test_json_cut_in_the_middle_of_an_archive_and_members_too_large_are_named(
     with pytest.raises(DataError, match=r"^Toy.json: not valid JSON"):
         load_questions(zipped(tmp_path / "a.zip", files | {name: files[name][:80]}))
     monkeypatch.setattr(source, "MAX_MEMBER", 100)
-    with pytest.raises(DataError, match=r"b.zip: its member .*Toy.json' unpacks to [\d,]+ bytes, expected at most 100"):
+    with pytest.raises(DataError, match=r"b.zip: member .*Toy.json' unpacks to [\d,]+ bytes, expected at most 100"):
         load_questions(zipped(tmp_path / "b.zip", files))
 
 
@@ -203,7 +203,7 @@ def test_spaces_ampersands_double_dots_and_upper_case_endings_are_names(tmp_path
 
 
 def macos(files: dict[str, bytes]) -> dict[str, bytes]:
-    """What macOS packs: a twin of resource forks before each file."""
+    """As macOS packs them: a file of resource forks before each file."""
     twins = {f"__MACOSX/{name.rpartition('/')[0]}/._{name.rpartition('/')[2]}": b"\0\5\x16\7" for name in files}
     return twins | files | {f"{name.rpartition('/')[0]}/._{name.rpartition('/')[2]}": b"\0\5" for name in files}
 
@@ -218,7 +218,7 @@ def test_archives_of_macos_and_windows_are_read_like_any_other(tmp_path: Path, c
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         for name, content in packed(members()).items():
             info = zipfile.ZipInfo("x")
-            info.filename = name  # as it is written there: ZipFile would put slashes
+            info.filename = name  # with backslashes: ZipFile would write slashes
             archive.writestr(info, content)
     source, ledger = open_source(tmp_path / "b.zip"), Ledger()
     questions = load_questions(source, ledger)
@@ -230,7 +230,7 @@ def test_archives_of_macos_and_windows_are_read_like_any_other(tmp_path: Path, c
 def test_a_member_that_climbs_by_backslashes_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(zipped(tmp_path / "a.zip", members()), "a") as archive:
         archive.writestr("OmniMedVQA\\..\\..\\evil.json", b"[]")
-    with pytest.raises(DataError, match="leaves it, expected paths inside"):
+    with pytest.raises(DataError, match="leads outside, expected paths inside"):
         load_questions(tmp_path / "a.zip")
 
 
@@ -335,8 +335,8 @@ def test_rows_in_other_folders_of_the_release_are_counted(folder: Path) -> None:
     ledger = Ledger(strict=False)
     assert len(load_questions(folder, ledger)) == 4
     assert {reason: len(rows) for reason, rows in ledger.dropped.items()} == {
-        "in another folder than QA_information/Open-access": 3,
-        "a file beside the questions that holds none": 1,
+        "outside of QA_information/Open-access": 3,
+        "a file without questions": 1,
         "restricted: its picture is not part of the release": 1,
     }
 
@@ -351,7 +351,7 @@ def test_files_beside_the_release_that_no_reader_takes_are_counted(folder: Path,
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     ledger = Ledger(strict=False)
     assert len(load_questions(open_data(zipped(tmp_path / "a.zip", files) if packed else folder), ledger)) == 4
-    assert ledger.dropped["a file of a kind that is not read here"] == counted
+    assert ledger.dropped["a file of a kind that is not read"] == counted
 
 
 @pytest.mark.parametrize("name", ["rows.tsv", "rows.xlsx", "rows.json", "rows"])
@@ -368,7 +368,7 @@ def test_a_root_of_a_kind_that_is_not_read_says_which_are(tmp_path: Path, name: 
 
 
 def hub_cache(folder: Path, tmp_path: Path, what: str) -> None:
-    """Put files where the Hub's cache has them: their content elsewhere, called by its hash."""
+    """Store files as the Hub's cache does: links to content elsewhere, named by its hash."""
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     for number, path in enumerate(sorted(path for path in (folder / what).rglob("*") if path.is_file())):
@@ -474,7 +474,7 @@ def test_others_get_the_very_same_items(tmp_path: Path, cache: Path) -> None:
 
 
 def test_items_have_the_names_of_their_pictures_that_the_first_run_gave_them(tmp_path: Path, cache: Path) -> None:
-    """Also where the file that gave a picture its name was not drawn."""
+    """Also if the file that gave a picture its name was not sampled."""
     twins = {f"Images/Toy/{i}.png": picture("png", i // 2) for i in range(60)}
     root = zipped(tmp_path / "a.zip", study_members() | twins)
     data = experiment.load_data(study_params(root))
@@ -488,7 +488,7 @@ def test_items_have_the_names_of_their_pictures_that_the_first_run_gave_them(tmp
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("part,id\ntrain,Toy_0001\ntrain,Toy_0001\neval,Toy_0002\n", "line 3: question Toy_0001 stands there twice"),
+        ("part,id\ntrain,Toy_0001\ntrain,Toy_0001\neval,Toy_0002\n", "line 3: question Toy_0001 appears twice"),
         ("part,id\ntrain,Toy_0050\neval,Toy_0002\n", "line 2: question Toy_0050 is CT, expected train_modality MRI"),
         ("part,id\ntest,Toy_0001\n", "line 2: part 'test' and id 'Toy_0001', expected train or eval"),
         ("part,id\ntrain\n", "line 2: part 'train' and id None"),

@@ -84,7 +84,7 @@ def test_pairs_are_made_by_id_not_by_position():
 
 
 def test_unequal_questions_are_not_compared():
-    with pytest.raises(ValueError, match="1 questions occur on one side only"):
+    with pytest.raises(ValueError, match="1 questions occur on only one side"):
         mcnemar_exact(answers([1, 0]), answers([1, 0, 1]))
     with pytest.raises(ValueError, match="occurs twice"):
         mcnemar_exact(answers([1, 0]) * 2, answers([1, 0]) * 2)
@@ -319,5 +319,5 @@ def test_several_answers_to_a_question_are_one_question():
     compared = mcnemar_exact(varied, after)
     assert (compared.gained, compared.lost) == (len(unsure), 0)
     assert paired_differences(varied, after).loc["MRI", "n"] == 60
-    with pytest.raises(ValueError, match="expected each sample of it once"):
+    with pytest.raises(ValueError, match="expected each of its samples once"):
         mcnemar_exact(varied, [replace(answer, sample=0) for answer in after])

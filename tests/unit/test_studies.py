@@ -53,7 +53,7 @@ def test_methods_times_seeds_times_grid(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         (("seeds: [0, 1]", ""), "study.yaml has no seeds, expected methods"),
-        (("seeds: [0, 1]", "seeds: 3"), "seeds in study.yaml is 3, expected a list that is not empty"),
+        (("seeds: [0, 1]", "seeds: 3"), "seeds in study.yaml is 3, expected a non-empty list"),
         (("seeds: [0, 1]", "seeds: [1, 1]"), r"seeds in study.yaml is \[1, 1\], expected a list of different values"),
         (("seeds: [0, 1]", "seeds: [-1]"), "seed must be at least 0, got -1"),
         (("seeds: [0, 1]", "seeds: [0]\nrepeats: 3"), "repeats in study.yaml is unknown, expected params, methods"),
@@ -61,8 +61,8 @@ def test_methods_times_seeds_times_grid(tmp_path: Path) -> None:
             ("seeds: [0, 1]", "seeds: [0]\ngrid: {eval_samples: [1, 4]}"),
             "grid in study.yaml has eval_samples, which all",
         ),
-        (("methods: [grpo", "methods: [[grpo]"), r"there is no method \"\['grpo'\]\""),
-        (("grpo, kepo", "grop, kepo"), "there is no method 'grop'"),
+        (("methods: [grpo", "methods: [[grpo]"), r"no method is called \"\['grpo'\]\""),
+        (("grpo, kepo", "grop, kepo"), "no method is called 'grop'"),
         (("compared_with: grpo", "compared_with: sft"), "compared_with in study.yaml is 'sft', expected one of grpo"),
         (
             ("seeds: [0, 1]", "seeds: [0]\ngrid: {taw: [1]}"),
@@ -102,7 +102,7 @@ IMAGES = {f"q{i}": f"MRI{i // 2}" if i < 4 else f"CT{i}" for i in range(8)}
         ("grid: {tau: [0, 0.0]}", "tau in study.yaml is [0, 0.0], expected a list of different values"),
         (
             "grid: {teacher: [a, b]}\nstudents: [{student: c, teacher: d}]",
-            "teacher stands under grid and under students",
+            "teacher is under grid and under students",
         ),
         ("students: [{}, {student: c}]", "entry 1 is {}, expected student and teacher"),
     ],
@@ -154,5 +154,5 @@ def test_the_command_runs_what_is_missing_and_prints_what_came_of_all(
     assert len(asked[0][0]) == 4 and asked[0][1].count == 1
     monkeypatch.setattr(jobs, "run_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["study", "run", str(path)]) == cli.INTERRUPTED
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert project_root() == ROOT

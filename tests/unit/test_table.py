@@ -1,5 +1,6 @@
-"""Data of one's own: tables, ``datasets`` folders and Hub names give the same questions, and say what is no use."""
+"""Your own data: tables, ``datasets`` folders and Hub names give the same questions, and name unusable rows."""
 
+import csv
 import io
 import json
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -18,7 +20,8 @@ from kepo_core.data.loading import layout_of, load_questions, open_data
 from kepo_core.data.records import Question
 from kepo_core.data.source import Folder
 from kepo_core.data.splits import image_key, split_as_given, split_by_image
-from kepo_core.data.table import Tables, parse_columns
+from kepo_core.data.table import Tables
+from kepo_core.data.table_files import _Mapped, parse_columns
 from kepo_core.errors import DataError
 
 OPTIONS = ["red", "green", "blue, or so"]
@@ -45,7 +48,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def in_bytes() -> list[dict[str, Any]]:
-    """The same, as ``datasets`` holds pictures."""
+    """The same, with pictures as in ``datasets``."""
     return [row | {"image": {"bytes": png(min(i, 8)), "path": None}} for i, row in enumerate(rows())]
 
 
@@ -104,6 +107,36 @@ EXPECTED = [(f"q{i}", ("birds", "ants")[i % 2], "colour", "Which colour?", tuple
              "test" if i > 6 else "train") for i in range(10)]  # fmt: skip
 
 
+def as_csv(own: Path, mark: str = ",", before: str = "", encoding: str = "utf-8", end: str = "\n") -> None:
+    text = lists_as("|".join).to_csv(index=False, sep=mark)
+    (own / "t.csv").write_bytes((before + text).replace("\n", end).encode(encoding))
+
+
+#: Written by other programs and by spreadsheets in other languages.
+WRITERS |= {
+    "csv in UTF-16": lambda own: as_csv(own, encoding="utf-16"),
+    "csv in UTF-16 without a mark": lambda own: as_csv(own, encoding="utf-16-le"),
+    "csv in UTF-32": lambda own: as_csv(own, encoding="utf-32"),
+    "csv with semicolons": lambda own: as_csv(own, ";"),
+    "csv with semicolons, as Excel is told": lambda own: as_csv(own, ";", "sep=;\n", "utf-8-sig", "\r\n"),
+    "csv with tabs, as Excel writes Unicode": lambda own: as_csv(own, "\t", encoding="utf-16", end="\r\n"),
+    "csv with empty lines first": lambda own: as_csv(own, before="\n\n"),
+    "csv with empty rows first": lambda own: as_csv(own, before=",,,,,,,\n"),
+    "csv with old Macs' lines": lambda own: as_csv(own, end="\r"),
+    "csv with two byte order marks": lambda own: as_csv(own, before="\ufeff\ufeff"),
+    "csv with empty columns": lambda own: lists_as("|".join).assign(x="", y="").rename(
+        columns={"x": "", "y": ""}).to_csv(own / "t.csv"),
+    "csv with arrays": lambda own: lists_as(
+        lambda texts: str(np.array(texts, dtype=object))).to_csv(own / "t.csv", index=False),
+    "csv with letters": lambda own: lists_as(
+        lambda texts: " | ".join(f"{a}) {b}" for a, b in zip("ABC", texts, strict=True))).to_csv(own / "t.csv"),
+    "json lines in UTF-16": lambda own: (own / "t.jsonl").write_text(
+        "\n".join(map(json.dumps, rows())), encoding="utf-16"),
+    "a json list": lambda own: (own / "t.jsonl").write_text(json.dumps(rows())),
+    "an indented json list": lambda own: (own / "t.jsonl").write_text(json.dumps(rows(), indent=1)),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("how", WRITERS)
 def test_the_same_questions_and_pictures_however_they_are_written(own: Path, how: str) -> None:
     WRITERS[how](own)
@@ -143,7 +176,7 @@ def test_only_what_must_be_there_must_be_there(own: Path) -> None:
     )
     questions = load_questions(own)
     assert [(q.id, q.modality, q.question_type, q.split) for q in questions[:1]] == [("t.jsonl:1", "all", "", "")]
-    with pytest.raises(DataError, match=r"split: question t.jsonl:1 .* has no split of its own"):
+    with pytest.raises(DataError, match=r"split: .* t.jsonl:1 has none"):
         split_as_given(questions)
 
 
@@ -165,7 +198,7 @@ def test_what_is_missing_is_named_with_what_was_found(own: Path) -> None:
         open_data(own)
     assert str(error.value) == (
         f"data_root {own}: t.csv has no column image, options, answer; its columns are picture, question, choices. "
-        "Expected image, question, options, answer; columns of other names are told by data_columns: image=NAME, "
+        "Expected image, question, options, answer; set data_columns for columns of other names: image=NAME, "
         "options=NAME, answer=NAME."
     )
     with pytest.raises(
@@ -202,8 +235,8 @@ def test_columns_are_named_for_tables_alone(own: Path) -> None:
         ({"question": " "}, "no question"),
         ({"options": ["one"]}, "a single option"),
         ({"options": [f"no. {n}" for n in range(27)]}, "more options than letters"),
-        ({"options": {"A": "x"}}, "options are no list"),
-        ({"options": [["a"], "b"]}, "option is no text"),
+        ({"options": {"A": "x"}}, "options are not a list"),
+        ({"options": [["a"], "b"]}, "option is not text"),
         ({"answer": 1}, "the answer is a number"),
         ({"answer": 1.0}, "the answer is a number"),
         ({"answer": " 1 ", "options": ["1", "2", "3"]}, "the answer is a number"),
@@ -256,9 +289,9 @@ def test_ids_that_restart_in_each_table_get_its_name_and_no_row_is_lost(own: Pat
     assert [q.id for q in questions] == [*(f"test.jsonl:q{i}" for i in range(4)),
                                          *(f"train.jsonl:q{i}" for i in range(6))]  # fmt: skip
     assert [q.question_type for q in questions] == ["colour"] * 10 and ledger.read == 10
-    assert {why: len(told) for why, told in ledger.dropped.items()} == {"the same row again": 1}
+    assert {why: len(told) for why, told in ledger.dropped.items()} == {"a duplicate row": 1}
     assert {why: len(told) for why, told in ledger.mended.items()} == {
-        "ids restart in each table: its name was put in front": 10
+        "two tables share an id: the table's name was put in front of all ids": 10
     }
     write_parts(own, test=[row | {"id": f"r{row['id']}"} for row in again])
     assert {q.id for q in load_questions(own)} == {*(f"rq{i}" for i in range(4)), *(f"q{i}" for i in range(6))}
@@ -266,7 +299,7 @@ def test_ids_that_restart_in_each_table_get_its_name_and_no_row_is_lost(own: Pat
 
 def test_an_id_of_different_rows_of_one_table_is_refused_by_its_name(own: Path) -> None:
     write_parts(own, train=[*rows()[:5], rows()[5] | {"id": "q1"}])
-    with pytest.raises(DataError, match=r"1 ids stand for different rows of one table \(q1\), expected one row each"):
+    with pytest.raises(DataError, match=r"1 ids are used by different rows of one table \(q1\), expected one row each"):
         load_questions(open_data(own), Ledger(strict=False))
 
 
@@ -284,7 +317,7 @@ def test_a_comma_without_quotation_marks_moves_no_text_into_anothers_place(own: 
 
 
 def test_a_letter_is_that_of_the_option_as_it_was_given(own: Path) -> None:
-    """Also where an empty option before it, or one that says the same, is left out."""
+    """Also if an empty option before it, or one with the same text, is skipped."""
     given = [("|a|b", "C", "B"), ("a|A.|b", "C", "B"), ("x|y|I", "I", "C"), ("a|b", "b", "B")]
     pd.DataFrame(
         [{"image": "pics/0.png", "question": "?", "options": o, "answer": a} for o, a, _ in given]
@@ -292,16 +325,93 @@ def test_a_letter_is_that_of_the_option_as_it_was_given(own: Path) -> None:
     assert [q.answer for q in load_questions(own)] == [right for *_, right in given]
 
 
+def test_options_with_letters_of_their_own_do_not_get_two_and_no_answer_means_another(own: Path) -> None:
+    """A letter may be an option's place or precede its text: if these are two options, it is not an answer."""
+    given = [
+        ("A) x | B) y", "B", ("x", "y"), "B"),
+        ("(A) x | (B) y | (C) z", "(C) z", ("x", "y", "z"), "C"),
+        ("A: x | B: y", "x", ("x", "y"), "A"),
+        ("A. baumannii | B. cereus", "B", ("A. baumannii", "B. cereus"), "B"),
+        ("C. albicans | E. coli | A. fumigatus", "E. coli", ("C. albicans", "E. coli", "A. fumigatus"), "B"),
+        ("B) y | A) x", "B", (), ""),
+        ("C. albicans | E. coli | A. fumigatus", "A", (), ""),
+        ("x | B: a type | y", "b", ("x", "B: a type", "y"), "B"),
+        ("x | y | (B) z", "B", (), ""),
+    ]  # fmt: skip
+    table = [
+        {"image": "pics/0.png", "question": f"{i}?", "options": o, "answer": a} for i, (o, a, *_) in enumerate(given)
+    ]
+    pd.DataFrame(table).to_csv(own / "t.csv", index=False)
+    ledger = Ledger(strict=False)
+    read = {q.question: (q.options, q.answer) for q in load_questions(open_data(own), ledger)}
+    assert read == {
+        f"{i}?": tuple(right) for i, (*_, options, letter) in enumerate(given) if (right := (options, letter))[0]
+    }
+    assert {reason: len(found) for reason, found in ledger.dropped.items()} == {
+        "the answer is one option's letter and another's text": 3
+    }
+    assert len(ledger.mended["options came with letters: these were removed"]) == 3
+
+
+def memory_of_files() -> float:
+    """Megabytes of files mapped into this process's memory."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("ending", ["parquet", "datasets"])
+def test_pictures_in_a_table_are_read_without_keeping_them_in_memory(
+    own: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+
+    given = [row | {"id": str(i), "image": bytes([i % 256, i // 256]) * 15_000}
+             for i, row in enumerate(rows() * 150)]  # fmt: skip
+    data = Dataset.from_list(given)
+    data.to_parquet(str(own / "t.parquet")) if ending == "parquet" else data.save_to_disk(str(own))
+    monkeypatch.setattr(_Mapped, "_MOST", 2**21)
+    source = open_data(own)
+    before = memory_of_files()
+    questions = load_questions(source)
+    assert len(questions) == 1500 and memory_of_files() - before < 20  # of 45
+    assert all(source.content(q.image) == row["image"] for q, row in zip(questions, given, strict=True))
+    assert memory_of_files() - before < 20
+
+
+def test_looking_at_a_picture_in_a_table_does_not_choose_its_column_each_time(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+
+    WRITERS["datasets"](own)
+    source = open_data(own)
+    questions = load_questions(source)
+    calls = []
+    choose = Dataset.select_columns
+    monkeypatch.setattr(Dataset, "select_columns", lambda self, names: calls.append(names) or choose(self, names))
+    assert [source.content(q.image) for q in questions] == [png(min(i, 8)) for i in range(10)]
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
         ("t.csv", b"", "t.csv has no column image, question, options, answer; its columns are none"),
         ("t.csv", b"image,question,options,answer\n", "its question files hold no rows"),
-        ("t.csv", "image,question,options,answer\nä".encode("latin-1"), "t.csv: cannot be read"),
+        ("t.csv", "image,question,options,answer\nä".encode("latin-1"), "t.csv, line 2: byte 0xe4 is not UTF-8"),
+        ("t.csv", "image,question\na,b\n\n,ö".encode("cp1252"), "t.csv, line 4: byte 0xf6 is not UTF-8"),
+        ("t.csv", b"PK\x03\x04\x80", "t.csv, line 1: byte 0x80 is not UTF-8"),  # a workbook
         ("t.csv", b"image,image,question\n", "t.csv: two columns are called 'image'"),
-        ("t.csv", b'image,question\n"a', "t.csv: cannot be read"),
+        ("t.csv", b'image,question\n"a', "t.csv, line 2: the row that begins here cannot be read"),
+        ("t.csv", b'a,b\n1,2\n\n3,"x\n' + b"5,6\n" * 40_000, "t.csv, line 4: the row that begins here cannot be read"),
+        ("t.csv", b'a,b\n1,2\n1,"x" y\n', "t.csv, line 3: the row that begins here cannot be read"),
+        ("t.csv", b"a,b\n1," + b"x" * 140_000, "longer than 131,072 characters; put texts with ','"),
         ("t.jsonl", b'{"image": 1}\n{', "t.jsonl, line 2: not valid JSON"),
-        ("t.jsonl", b"[" * 100_000, "t.jsonl, line 1: not valid JSON"),
+        ("t.jsonl", b"[" * 100_000, "t.jsonl: cannot be read"),
+        ("t.jsonl", b'{"a":' * 100_000, "t.jsonl, line 1: not valid JSON"),
+        ("t.jsonl", b'[{"image": 1}, 2', "t.jsonl: not valid JSON"),
+        ("t.jsonl", "ä".encode("latin-1"), "t.jsonl: not valid JSON"),
         ("t.parquet", b"PAR1 no more", "t.parquet: cannot be loaded by the datasets library"),
         ("state.json", b"{}", "cannot be loaded by the datasets library"),
         ("state.json", b'{"_data_files": [{"filename": "../x.arrow"}]}', "it names files outside of its folder"),
@@ -315,6 +425,21 @@ def test_a_table_that_cannot_be_read_is_one_sentence(own: Path, name: str, conte
     with pytest.raises(DataError) as error:
         load_questions(own)
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["data/train-00000-of-00001.parquet", "tables/t.csv", "sub/Train.JSONL"])
+def test_a_table_in_a_folder_inside_is_pointed_at(own: Path, name: str) -> None:
+    (own / name).parent.mkdir()
+    (own / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"did you mean {(own / name).parent}\\?"):
+        load_questions(own)
+
+
+def test_marks_in_a_columns_name_separate_nothing(own: Path) -> None:
+    name = "options; a; b; c; d"
+    table = lists_as("|".join).rename(columns={"options": name})
+    table.to_csv(own / "t.csv", index=False, quoting=csv.QUOTE_ALL)
+    assert essence(load_questions(open_data(own, f"options={name}"))) == EXPECTED
 
 
 def test_the_benchmarks_layouts_come_first(own: Path) -> None:
@@ -345,8 +470,8 @@ def test_what_lies_beside_tables_and_is_not_read_is_counted(own: Path) -> None:
     ledger = Ledger(strict=False)
     assert essence(load_questions(open_data(own), ledger)) == EXPECTED
     assert ledger.dropped == {
-        "a table in a folder inside, where none is read": ["more/t.csv", "more/t.parquet"],
-        "a file of a kind that is not read here": ["more/rows.json", "t.json", "t.jsonl.gz", "t.tsv"],
+        "a table in a subfolder, where none is read": ["more/t.csv", "more/t.parquet"],
+        "a file of a kind that is not read": ["more/rows.json", "t.json", "t.jsonl.gz", "t.tsv"],
     }
     load_questions(open_data(own / "t.csv"), alone := Ledger(strict=False))
     assert not alone.dropped
@@ -373,7 +498,7 @@ def test_without_a_validation_part_some_of_training_is_set_aside(own: Path) -> N
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The library's cache as a download of ``someone/shapes`` would leave it, and no network."""
+    """The library's cache after a download of ``someone/shapes``, without network."""
     from datasets import load_dataset
 
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -391,7 +516,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("root", ["hf:someone/shapes", "hf:someone/shapes:train"])
 def test_a_hub_name_is_loaded_through_the_library(hub: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(hub)
-    (hub / "someone/shapes").mkdir(parents=True)  # a folder of that name is not what is meant
+    (hub / "someone/shapes").mkdir(parents=True)  # a folder of that name is not meant
     source = open_data(root)
     questions = load_questions(source)
     assert [q[:-1] for q in essence(questions)] == [q[:-1] for q in EXPECTED]
@@ -427,7 +552,7 @@ def test_a_hub_name_that_cannot_be_had_is_one_sentence(hub: Path, root: str, sen
 
 
 def test_a_data_set_with_code_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The library says so once it finds a script in the repository; nothing asks it to trust one."""
+    """The library raises if it finds a script in the repository; nothing tells it to trust one."""
     from datasets import load
 
     def factory(path: str, *_: Any, **options: Any) -> Any:

@@ -99,7 +99,7 @@ def test_a_column_that_the_rows_lack_is_named_with_what_they_have(tmp_path: Path
 
 
 class Riddles(Task):
-    """The least that a task is."""
+    """The smallest possible task."""
 
     def ask(self, row: Any) -> Any:
         return None
@@ -117,7 +117,7 @@ def test_a_task_of_two_methods_records_nothing_and_may_ask_no_teacher() -> None:
         def tell(self, row: Any, hint: str) -> Any:
             return "Think!"
 
-    with pytest.raises(ValueError, match="the task's tell gives str and the prompt column list, expected both"):
+    with pytest.raises(ValueError, match="the task's tell returns str but the prompt column holds list, expected both"):
         check_task(Texts(), {"prompt": CHAT})
 
 
@@ -143,13 +143,13 @@ def test_a_teacher_of_text_takes_a_tokenizer_and_a_teacher_without_eyes_fits_no_
     from kepo_core.testbed.embedded import build_processor
 
     teacher = Teacher(text_model(1), tokenizer())
-    with pytest.raises(ValueError, match="the student sees pictures and the teacher none"):
+    with pytest.raises(ValueError, match="the student sees pictures but the teacher does not"):
         teacher.check_fits(sharp_model(0), build_processor())
 
 
 @pytest.mark.parametrize("row", [{"prompt": "Riddle 7?"}, {"prompt": "Riddle 7?", "solution": None}])
 def test_a_column_that_a_row_lacks_never_enters_a_prompt(row: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"a row has no solution, which the template .* names.*Riddle 7\?"):
+    with pytest.raises(ValueError, match=r"a row has no solution, which the template .* uses.*Riddle 7\?"):
         Templates(ASKING, TELLING).ask(row)
 
 
@@ -184,7 +184,7 @@ def test_the_public_face_is_there_and_lazy() -> None:
 
 
 def test_the_readmes_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is written, but for the names of models and data, and one step instead of all."""
+    """As written, except for the names of models and data, and with one step instead of all."""
     import datasets
 
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """The teacher: hints that can be read and do no harm, hidden states that are the model's own, and who fits whom."""
 
+import logging
 import time
 import types
 from typing import Any
@@ -42,11 +43,20 @@ def teacher() -> Teacher:
         ("I put it behind <hint> and before </hint>: <hint>Look left.</hint>", "Look left."),
         ("The tag <hint> opens it: <hint>Look left.</hint>", "Look left."),
         ("<hint>Look left.</hint> or rather <hint>look at the", "Look left."),
+        ("<hint>a</hint> between <hint> and </hint>", "a"),
+        ('<hint>Look left.</hint> (It stands between "<hint>" and "</hint>", or `<hint>` or `</hint>`.)', "Look left."),
+        ("<hint>Look left.</hint> in the form <hint>[Your hint here]</hint>", "Look left."),
+        ("<hint>hint</hint>", None),
+        ("<hint>_</hint>", None),
+        ("<hint>Look left.</hint> The opening <hint>, then the closing </hint> tag.", "Look left."),
+        ("<hint>To the left</hint>", "To the left"),
         # A hint that was thought over; a template may open the tag in the prompt, and the limit cut it off.
         ("<think>Maybe <hint>it is C</hint>? Too much.</think><hint>Look left.</hint>", "Look left."),
         ("Maybe <hint>it is C</hint>? Too much.</think>\n<hint>Look left.</hint>", "Look left."),
         ("<hint>Look left.</hint><think>Or <hint>right</hint>?</think>", "Look left."),
         ("<think>Maybe <hint>it is C</hint>? Too", None),
+        ("<think>I open <hint> now. </think><hint>Look left.</hint>", "Look left."),
+        ("<hint>Look at <hint>the left half</hint> of it.</hint>", "the left half"),
         # It gives nothing.
         ("<hint>...</hint>", None),
         ("<hint>…</hint> <hint> - </hint>", None),
@@ -115,6 +125,14 @@ def test_each_question_gets_its_own_hint_in_batches(monkeypatch: pytest.MonkeyPa
     pixels = teacher.processor(text=["<|image_pad|>"], images=[[rows[1]["image"]]], return_tensors="pt")["pixel_values"]
     assert torch.equal(script.calls[0]["pixel_values"][len(pixels) :], pixels)
     assert teacher.write_hints([], max_tokens=9, seed=0) == []
+
+
+def test_a_hint_is_asked_for_without_a_warning_of_transformers(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    teacher.write_hints([hint_prompt(make_row(0)), hint_prompt(make_row(1))], max_tokens=1, seed=0)
+    assert not caplog.records
 
 
 def test_hints_are_sampled_plainly_whatever_the_checkpoint_carries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +263,7 @@ def test_heads_padded_to_different_sizes_are_refused_where_deepspeed_shards_them
     student = build_model("test", 0)
     student.resize_token_embeddings(600)
     teacher.check_fits(student, build_processor())
-    with pytest.raises(ValueError, match="expected as many under DeepSpeed"):
+    with pytest.raises(ValueError, match="expected the same number with DeepSpeed"):
         teacher.prepare(None, deepspeed=True)
     teacher.check_fits(build_model("test", 0), build_processor())
 

@@ -1,4 +1,4 @@
-"""KEPOTrainer with a scripted student: what is drawn, with what it is told, and what is injected."""
+"""KEPOTrainer with a scripted student: its draws, their prompts and hints, and what is injected."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def test_the_accepted_draw_replaces_one_original_and_is_scored_under_the_plain_p
 
 
 def test_evaluation_between_steps_names_no_generation(tmp_path: Path) -> None:
-    """What leaves, and hints, are drawn by the generation's name: it must not depend on what was evaluated."""
+    """The generation's seed decides on replaced rows and hints: evaluation must not change it."""
     trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h")
     trainer.model.eval()
     score_batch(trainer, 0, 1)
@@ -133,7 +133,7 @@ def test_another_questions_hint_is_told_and_the_own_answer(tmp_path: Path) -> No
     assert trainer.teacher.hint_rows == [["q1"]]
     assert "<hint>of q1</hint> and the ground truth answer is <answer>A</answer>" in trainer.calls[1][0]
     assert "Question 0?" in trainer.calls[1][0]
-    with pytest.raises(ValueError, match="hint_source is 'other' but a process holds one prompt only"):
+    with pytest.raises(ValueError, match="hint_source is 'other' but a process holds only one prompt"):
         score_batch(trainer, 0)
 
 
@@ -192,7 +192,7 @@ def test_exhausted_groups_stay_or_are_dropped_from_the_loss_but_not_from_its_den
 
 
 def test_dropped_rows_pass_no_gate(tmp_path: Path) -> None:
-    """Not even at τ = 0, where all others do."""
+    """Not even at τ = 0, where all other rows pass the gate."""
     trainer = make_trainer(
         tmp_path, lambda *a: wrong(a[1]) if a[1]["id"] == "q0" else fails_on_0(*a), hints=lambda row: "h",
         on_exhausted="drop", tau=0.0,
@@ -227,7 +227,7 @@ def test_hints_depend_on_the_seed_and_leave_the_students_randomness_alone(tmp_pa
 
 
 def test_hint_aware_draws_are_one_generation_a_round(tmp_path: Path) -> None:
-    """Of the real student, not of the scripted one: its ``generate`` runs once for all groups of a round."""
+    """With a real student, not the scripted one: its ``generate`` runs once for all groups of a round."""
     args = config(tmp_path, per_device_train_batch_size=16, max_completion_length=4, rejection_budget=3)
     teacher = Teacher(sharp_model(1), build_processor())
     teacher.write_hints = lambda rows, **_: ["look"] * len(rows)
@@ -246,7 +246,8 @@ def test_hint_aware_draws_are_one_generation_a_round(tmp_path: Path) -> None:
 
     trainer.model.generate = counted
     score_batch(trainer, 0, 1, 2, 3)
-    assert sizes == [16, 4, 4, 4]  # noise never answers: all four groups, three rounds
+    assert sizes[-4:] == [16, 4, 4, 4]  # noise never answers: all four groups, three rounds
+    assert set(sizes[:-4]) == {4}  # the distinct prompts of the rollouts, and the comparison's usual generation
 
 
 def test_injected_rows_are_scored_by_all_three_models_under_the_plain_prompt_with_their_picture(tmp_path: Path) -> None:
@@ -270,8 +271,9 @@ def test_injected_rows_are_scored_by_all_three_models_under_the_plain_prompt_wit
     place = next(i for i, text in enumerate(decode(trainer, batch["completion_ids"], batch["completion_mask"]))
                  if text == right(make_row(0)))  # fmt: skip
     assert place < 4
-    for name, calls in seen.items():
-        (call,) = calls
+    assert {name: len(calls) for name, calls in seen.items()} == {"student": 2, "reference": 1, "teacher": 2}
+    for name, call in [(name, call) for name, calls in seen.items() for call in calls]:
+        # Student and teacher each run once more, to compare their states with those from shared prompts.
         assert torch.equal(call["input_ids"][:, : ids.shape[1]], ids), name
         assert torch.equal(call["input_ids"][:, ids.shape[1] :], batch["completion_ids"]), name
         assert torch.equal(call["pixel_values"], pixels), name

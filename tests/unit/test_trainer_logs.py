@@ -1,4 +1,4 @@
-"""What KEPOTrainer logs and writes, and that it does so twice alike."""
+"""What KEPOTrainer logs and writes, and that two runs of one seed log and write the same."""
 
 import math
 import random
@@ -39,8 +39,8 @@ def test_metrics_are_taken_before_injection_and_each_has_a_definition(tmp_path: 
     defined = set(GLOSSARY) | set(TASK_GLOSSARY) | rewards
     assert logged == defined - {
         "kepo/rewards/NAME",
-        "kepo/unasked",  # of a served teacher alone
-        "kepo/vllm_difference",  # by vLLM
+        "kepo/unasked",  # only with a served teacher
+        "kepo/vllm_difference",  # only with vLLM
     }
     assert first["kepo/rewards/accuracy_reward"] == first["kepo/accuracy"]
     assert first["kepo/accuracy"] == pytest.approx(2 / 8) and first["rewards/accuracy_reward/mean"] == pytest.approx(
@@ -159,7 +159,7 @@ def test_two_runs_are_equal_bit_for_bit_and_another_seed_is_not(tmp_path: Path) 
 
 
 def test_no_completion_is_parsed_twice(tmp_path: Path) -> None:
-    """The record of a rollout and both rewards read one parse."""
+    """The rollout's record and both rewards share one parse of a completion."""
     rewards._read.cache_clear()
     trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h")
     score_batch(trainer, 0, 1)

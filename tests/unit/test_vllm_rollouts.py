@@ -73,10 +73,10 @@ def test_what_vllm_used_is_what_was_sent() -> None:
 
 def test_another_prompt_than_the_trainers_is_refused_by_row_and_token() -> None:
     engine = Engine(size=4)  # its processor makes more of a picture
-    sentence = r"row 1 differs from token 4 on \(6 tokens there, 5 here\)"
+    sentence = r"row 1 differs from token 4 on \(6 tokens in vLLM, 5 in the trainer\)"
     with pytest.raises(ValueError, match=sentence):
         CheckedVLLM(engine, PROCESSOR).generate([[4], [1, 9, 9, 9, 2]], [None, ["a"]], 1)
-    with pytest.raises(ValueError, match=r"row 0 differs from token 2 on \(3 tokens there, 2 here\)"):
+    with pytest.raises(ValueError, match=r"row 0 differs from token 2 on \(3 tokens in vLLM, 2 in"):
         check_used([[1, 2]], [[1, 2, 3]])
     check_used([[1, 2]], [(1, 2)])
 
@@ -94,7 +94,7 @@ def test_a_servers_pictures_are_as_large_as_the_trainers() -> None:
     theirs = {"mm_placeholders": {"image": [{"length": 3}]}}
     assert engine._place_features(theirs, [1, 9, 9, 9])["mm_placeholders"]["image"] == [{"length": 3}]
     assert engine._place_features(None, [1]) is None
-    with pytest.raises(ValueError, match=r"makes \[3\] tokens of a prompt's pictures, the trainer \[2\]"):
+    with pytest.raises(ValueError, match=r"makes \[3\] tokens from a prompt's pictures, the trainer \[2\]"):
         engine._place_features(theirs, [1, 9, 9])
 
 
@@ -103,7 +103,7 @@ def test_a_servers_pictures_are_as_large_as_the_trainers() -> None:
     ("met", "kind", "said"),
     [
         (NoServer("refused"), ConnectionError, "the vLLM server at http://here does not answer"),
-        (Exception("Request failed: 400, too long"), ValueError, "http://here refuses what it is asked, .* too long"),
+        (Exception("Request failed: 400, too long"), ValueError, "http://here rejects the request, .* too long"),
         (RuntimeError("something else"), RuntimeError, "^something else$"),
     ],
 )
@@ -221,12 +221,18 @@ def test_an_engine_computes_as_the_trainer_and_leaves_nothing_behind(
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("RANK", raising=False)
     args = SimpleNamespace(**{"use_vllm": True, "bf16": False, "fp16": False} | given)
-    with vllm_rollouts.making_engine(args, trained=False):
+    with vllm_rollouts.making_engine(args):
         os.environ.update(RANK="0", WORLD_SIZE="3")
         assert vllm_generation.LLM(seed=1) == {"seed": 1, "dtype": dtype}
     assert vllm_generation.LLM is dict and "RANK" not in os.environ and os.environ["WORLD_SIZE"] == "1"
-    with vllm_rollouts.making_engine(args, trained=True):
-        assert vllm_generation.LLM is dict or torch.cuda.is_available()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's engine takes new weights")
+def test_weights_packed_for_a_cpu_are_one_sentence() -> None:
+    engine = Engine()
+    engine.sync_weights = lambda: torch.nn.Parameter().weight_loader()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="vLLM has packed its weights for this CPU and takes no new ones"):
+        CheckedVLLM(engine, PROCESSOR).sync_weights()
 
 
 def test_rows_without_pictures_go_with_others() -> None:
