@@ -233,7 +233,8 @@ def draw_topics(rng: np.random.Generator, count: int) -> list[Topic]:
 
 def picture(rng: np.random.Generator, facts: Facts) -> np.ndarray:
     """``uint8`` (64, 64, 3) in which ``facts`` are true."""
-    return render(*(getattr(facts, name) for name in WORDS), rng, facts.version)
+    f = facts
+    return render(f.modality, f.kind, f.place, f.size, f.number, f.contrast, rng, f.version)
 
 
 def ensure_phantom(cache_dir: Path | None = None, seed: int = 0, version: str = VERSION) -> Path:
@@ -273,7 +274,8 @@ def load_facts(root: Path) -> dict[str, Facts]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return {
-            image: Facts(*(row[name] for name in WORDS), version=row.get("version", "3")) for image, row in rows.items()
+            image: Facts(**{name: row[name] for name in WORDS}, version=row.get("version", "3"))
+            for image, row in rows.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

@@ -101,11 +101,15 @@ class _Descent:
             for o in self.optimizers
         ]
 
+    @property
+    def _parts(self) -> list[Any]:
+        return [*self.optimizers, *self.schedules]
+
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in (*self.optimizers, *self.schedules)]}
+        return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part, kept in zip((*self.optimizers, *self.schedules), state["parts"], strict=True):
+        for part, kept in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(kept)
 
     def step(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -66,10 +67,10 @@ def ask(folder: Path, data: StudyData, params: Params) -> dict[str, list[Answer]
     return answers
 
 
-def _paper(name: str) -> pd.Series:
+def _paper(name: str) -> Any:
     size, mode = ROWS[name]
-    table = paper_table().reset_index().set_index(["size", "mode"])
-    return table[table["method"] == "Qwen3-VL"].loc[(size, mode)]
+    table = paper_table().loc["Qwen3-VL"]
+    return table.loc[(size, mode)]  # a row
 
 
 def beside_paper(accuracies: pd.DataFrame) -> pd.DataFrame:
