@@ -4,6 +4,10 @@ Each picture shows one or two equal findings with five facts (kind, place, size,
 eight looks. Questions follow OmniMedVQA's five types; *Disease Diagnosis* and *Lesion Grading* need two
 facts put together. The words are invented where they would otherwise sound medical: nothing here has medical
 meaning. :func:`ensure_phantom` writes the whole set once; the loader for real data reads it.
+
+There are two versions of this world. In version 3, which ships, a finding means the same in every modality and all
+modalities are seen equally well. In version 4 what a finding means is each modality's own (`meanings`), and so is
+how well it is seen (``phantom_render.SIGHTS``): what carries over from one modality to another is skill alone.
 """
 
 import json
@@ -11,7 +15,8 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from kepo_core.data.records import LETTERS, MODALITIES
 from kepo_core.errors import DataError
 
 VERSION = "3"  # part of the cache folder's name: raise it with every change to what is written
+VERSIONS = (VERSION, "4")
 KINDS = ("disc", "ring", "bar", "cross")
 PLACES = ("upper left", "upper right", "lower left", "lower right")
 SIZES = ("small", "large")
@@ -40,18 +46,49 @@ WORDS: dict[str, tuple[str, ...]] = {
     "number": NUMBERS,
     "contrast": CONTRASTS,
 }
-# A Latin square: neither fact alone gives the name away (each kind has two names, each contrast all four).
-_DIAGNOSIS = {
-    **{(kind, "bright"): DIAGNOSES[i] for i, kind in enumerate(KINDS)},
-    **{(kind, "dark"): DIAGNOSES[i ^ 1] for i, kind in enumerate(KINDS)},
-}
 IMAGES_PER_MODALITY = {modality: 900 if modality == "MRI" else 640 for modality in MODALITIES}
 QUESTIONS_PER_IMAGE = 4
 
 
+@dataclass(frozen=True)
+class Meanings:
+    """What findings mean in one modality: (kind, contrast) → diagnosis, (size, number) → grade.
+
+    Latin squares: neither fact alone gives a diagnosis away (each kind has two, each contrast all four).
+    """
+
+    diagnosis: dict[tuple[str, str], str]
+    grade: dict[tuple[str, str], str]
+
+    @classmethod
+    def of(cls, bright: list[int], dark: list[int], grades: list[int]) -> "Meanings":
+        """From each kind's diagnosis, bright and dark, and the grades of small one, small two, large one, large two."""
+        by_contrast = zip(CONTRASTS, (bright, dark), strict=True)
+        pairs = [(size, number) for size in SIZES for number in NUMBERS]
+        return cls(
+            {(k, c): DIAGNOSES[i] for c, named in by_contrast for k, i in zip(KINDS, named, strict=True)},
+            {pair: GRADES[i] for pair, i in zip(pairs, grades, strict=True)},
+        )
+
+
+@cache
+def meanings(version: str, modality: str) -> Meanings:
+    """What findings mean in ``modality``: in version 3 the same everywhere, in version 4 its own.
+
+    In version 4 every finding has each of the four names, and each of the four grades, in exactly two modalities: what
+    it means elsewhere says nothing on what it means here.
+    """
+    if version == "3":
+        return Meanings.of([0, 1, 2, 3], [1, 0, 3, 2], [0, 1, 2, 3])
+    shift, mirrored = divmod(MODALITIES.index(modality), 2)
+    step = -1 if mirrored else 1
+    bright = [(step * i + shift) % 4 for i in range(4)]
+    return Meanings.of(bright, [(i + step) % 4 for i in bright], [(step * i - shift + 1) % 4 for i in range(4)])
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is true of one picture; every field is one of the word tuples above."""
+    """What is true of one picture of a version of the world; every other field is one of the word tuples above."""
 
     modality: str
     kind: str
@@ -59,16 +96,23 @@ class Facts:
     size: str
     number: str
     contrast: str
+    version: str = VERSION
 
     @property
     def diagnosis(self) -> str:
         """The invented condition, from kind and contrast together."""
-        return _DIAGNOSIS[self.kind, self.contrast]
+        return meanings(self.version, self.modality).diagnosis[self.kind, self.contrast]
 
     @property
     def grade(self) -> str:
-        """The grade, from size and number together: small one, small two, large one, large two."""
-        return GRADES[2 * SIZES.index(self.size) + NUMBERS.index(self.number)]
+        """The grade, from size and number together."""
+        return meanings(self.version, self.modality).grade[self.size, self.number]
+
+    @property
+    def words(self) -> dict[str, str]:
+        """Every fact by name, and what they mean; in version 3 nothing else, as its files were written."""
+        words = {**asdict(self), "diagnosis": self.diagnosis, "grade": self.grade}
+        return {name: word for name, word in words.items() if (name, word) != ("version", "3")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +179,25 @@ class Asked:
         return self._fill(self.topic.evidence)
 
     @property
+    def hint(self) -> str:
+        """What a teacher says who knows: what the findings mean where that is asked, else what is seen."""
+        return self._fill(self.topic.conclusion or self.topic.evidence)
+
+    @property
     def thought(self) -> str:
-        """A right chain of reasoning: the evidence, for two-fact questions the conclusion, and the option's letter."""
-        return f"{self.evidence} {self._fill(self.topic.conclusion)}".strip().removesuffix(".") + f" ({self.answer})."
+        """A right chain of reasoning: the evidence, for two-fact questions the conclusion, and the option's letter.
+
+        In version 4 a conclusion is the modality's own, which is named first.
+        """
+        steps = [self.evidence]
+        if self.topic.conclusion:
+            steps.append(self._fill(self.topic.conclusion))
+            if self.facts.version != "3":
+                steps.insert(0, self._fill(TOPICS[0].evidence))
+        return " ".join(steps).removesuffix(".") + f" ({self.answer})."
 
     def _fill(self, template: str) -> str:
-        words = {**asdict(self.facts), "diagnosis": self.facts.diagnosis, "grade": self.facts.grade}
-        return template.format(**words)
+        return template.format(**self.facts.words)
 
 
 _BY_WORDING = {wording: topic for topic in TOPICS for wording in topic.wordings}
@@ -152,12 +208,12 @@ def topic_of(question: str) -> Topic:
     return _BY_WORDING[question]
 
 
-def draw_facts(rng: np.random.Generator, modality: str) -> Facts:
+def draw_facts(rng: np.random.Generator, modality: str, version: str = VERSION) -> Facts:
     """Facts drawn independently and uniformly."""
     kind, place, size, number, contrast = (
         str(rng.choice(words)) for words in (KINDS, PLACES, SIZES, NUMBERS, CONTRASTS)
     )
-    return Facts(modality, kind, place, size, number, contrast)
+    return Facts(modality, kind, place, size, number, contrast, version)
 
 
 def ask(rng: np.random.Generator, facts: Facts, topic: Topic) -> Asked:
@@ -177,10 +233,11 @@ def draw_topics(rng: np.random.Generator, count: int) -> list[Topic]:
 
 def picture(rng: np.random.Generator, facts: Facts) -> np.ndarray:
     """``uint8`` (64, 64, 3) in which ``facts`` are true."""
-    return render(facts.modality, facts.kind, facts.place, facts.size, facts.number, facts.contrast, rng)
+    f = facts
+    return render(f.modality, f.kind, f.place, f.size, f.number, f.contrast, rng, f.version)
 
 
-def ensure_phantom(cache_dir: Path | None = None, seed: int = 0) -> Path:
+def ensure_phantom(cache_dir: Path | None = None, seed: int = 0, version: str = VERSION) -> Path:
     """The root of PhantomVQA in OmniMedVQA's raw layout, written on first use (about 15 s, 5,380 pictures).
 
     The set is generated into a temporary folder and moved into place at once, so an interrupted or
@@ -189,14 +246,14 @@ def ensure_phantom(cache_dir: Path | None = None, seed: int = 0) -> Path:
     ``QA_information/Open-access/PhantomVQA-*.json`` and ``facts.json`` (image path → facts).
     """
     cache = cache_dir or source.cache_dir()
-    root = cache / f"phantom-v{VERSION}-seed{seed}"
+    root = cache / f"phantom-v{version}-seed{seed}"
     if root.exists():
         return root
     cache = cache_dir or source.in_cache("")
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=root.name + ".partial-", dir=cache))
     try:
-        write_phantom(partial, seed)
+        write_phantom(partial, seed, version=version)
         partial.rename(root)
     except OSError:
         if not root.exists():  # otherwise another process was first, with the same content
@@ -216,14 +273,17 @@ def load_facts(root: Path) -> dict[str, Facts]:
         return {}
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return {image: Facts(**{f.name: row[f.name] for f in fields(Facts)}) for image, row in rows.items()}
+        return {
+            image: Facts(**{name: row[name] for name in WORDS}, version=row.get("version", "3"))
+            for image, row in rows.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is not a table of facts per image, expected what write_phantom wrote: {error!r}"
         ) from error
 
 
-def write_phantom(root: Path, seed: int, images: dict[str, int] | None = None) -> None:
+def write_phantom(root: Path, seed: int, images: dict[str, int] | None = None, version: str = VERSION) -> None:
     """Write the set below ``root`` (``images``: pictures per modality, default IMAGES_PER_MODALITY)."""
     facts_of: dict[str, dict[str, str]] = {}
     questions_dir = root / "QA_information" / "Open-access"
@@ -232,21 +292,21 @@ def write_phantom(root: Path, seed: int, images: dict[str, int] | None = None) -
         name = f"PhantomVQA-{modality}"
         (root / "Images" / name).mkdir(parents=True)
         rows: list[dict[str, Any]] = []
-        for index, (pixels, facts, questions) in enumerate(_world(seed, modality, count)):
+        for index, (pixels, facts, questions) in enumerate(_world(seed, modality, count, version)):
             path = f"Images/{name}/{index:05d}.png"
             Image.fromarray(pixels).save(root / path, compress_level=1)
-            facts_of[path] = {**asdict(facts), "diagnosis": facts.diagnosis, "grade": facts.grade}
+            facts_of[path] = facts.words
             rows += [_raw_row(name, len(rows) + k, path, asked) for k, asked in enumerate(questions)]
         (questions_dir / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     (root / "facts.json").write_text(json.dumps(facts_of, indent=0), encoding="utf-8")
 
 
-def _world(seed: int, modality: str, count: int) -> Iterator[tuple[np.ndarray, Facts, list[Asked]]]:
+def _world(seed: int, modality: str, count: int, version: str) -> Iterator[tuple[np.ndarray, Facts, list[Asked]]]:
     # One stream per modality, so that changing the size of one leaves the others as they were. The first
     # word keeps the set apart from the streams on which the embedded models are pre-trained.
     rng = np.random.default_rng([zlib.crc32(b"phantom-set"), seed, MODALITIES.index(modality)])
     for _ in range(count):
-        facts = draw_facts(rng, modality)
+        facts = draw_facts(rng, modality, version)
         yield picture(rng, facts), facts, [ask(rng, facts, topic) for topic in draw_topics(rng, QUESTIONS_PER_IMAGE)]
 
 

@@ -6,6 +6,7 @@ visual trait of the modality they are named after.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,8 +14,34 @@ SIZE = 64
 _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 _U, _V = (_X - 31.5) / 32, (_Y - 31.5) / 32  # [-1, 1]
 
-#: Radius in pixels (before a jitter of ±8 %) of a finding by its size word.
-RADIUS = {"small": 4.5, "large": 7.2}
+
+@dataclass(frozen=True)
+class Sight:
+    """How well findings are seen: ``strength`` times the look's contrast, under white noise of this deviation.
+
+    ``small`` and ``large`` are radii in pixels, before a jitter of ±8 %.
+    """
+
+    strength: float = 1.0
+    noise: float = 0.0
+    small: float = 4.5
+    large: float = 7.2
+
+
+#: By version and modality; where nothing stands here, findings are seen plainly.
+SIGHTS: dict[str, dict[str, Sight]] = {
+    "3": {},
+    "4": {
+        "MRI": Sight(0.8, 0.06),
+        "CT": Sight(0.6, 0.20, 3.8, 5.8),
+        "X-Ray": Sight(0.9, 0.04, 4.9, 7.4),
+        "Ultrasound": Sight(0.6, 0.14),
+        "Dermoscopy": Sight(0.7, 0.10, 4.2, 6.6),
+        "Fundus": Sight(0.7, 0.10),
+        "OCT": Sight(0.6, 0.16, 4.0, 6.2),
+        "Microscopy": Sight(0.9, 0.05),
+    },
+}
 Array = np.ndarray
 Rng = np.random.Generator
 
@@ -149,13 +176,17 @@ def _centres(place: str, number: str, rng: Rng) -> list[tuple[float, float]]:
     return [(63 - x if "right" in place else x, 63 - y if "lower" in place else y) for x, y in moved]
 
 
-def render(modality: str, kind: str, place: str, size: str, number: str, contrast: str, rng: Rng) -> Array:
+def render(
+    modality: str, kind: str, place: str, size: str, number: str, contrast: str, rng: Rng, version: str = "3"
+) -> Array:
     """One picture, ``uint8`` of shape (64, 64, 3), with the stated facts true in it.
 
     All randomness (texture, jitter, angle, strength) is drawn from ``rng``.
     """
+    sight = SIGHTS[version].get(modality, Sight())
     grey, field, tint, strength = LOOKS[modality](rng)
-    radius = RADIUS[size] * rng.uniform(0.92, 1.08)
+    strength *= sight.strength
+    radius = {"small": sight.small, "large": sight.large}[size] * rng.uniform(0.92, 1.08)
     angle = rng.choice([0.0, np.pi / 2, np.pi / 4, -np.pi / 4]) if kind == "bar" else 0.0
     angle += rng.uniform(-0.15, 0.15)
     cover = np.zeros_like(grey)
@@ -163,6 +194,8 @@ def render(modality: str, kind: str, place: str, size: str, number: str, contras
         cover = np.maximum(cover, _shape(kind, x, y, radius, angle))
     sign = 1.0 if contrast == "bright" else -1.0
     grey = (grey + sign * strength * rng.uniform(0.85, 1.15) * cover) * np.maximum(field, 0.9 * cover)
+    if sight.noise:
+        grey = grey + sight.noise * rng.standard_normal(grey.shape)
     rgb = np.clip(grey[..., None] * np.asarray(tint, dtype=np.float32), 0, 1)
     pixels: Array = (rgb * 255).astype(np.uint8)
     return pixels

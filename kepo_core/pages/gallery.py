@@ -7,7 +7,6 @@ import base64
 import io
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -82,7 +81,7 @@ def _card(group: pd.DataFrame, question: Question, facts: Mapping[str, Facts]) -
         "question": question,
         "options": list(zip(LETTERS, question.options, strict=False)),
         "picture": _picture(question),
-        "facts": {**asdict(true), "diagnosis": true.diagnosis, "grade": true.grade} if true else {},
+        "facts": true.words if true else {},
         "rows": group.sort_values(["replaced", "row"]).to_dict("records"),
     }
 

@@ -96,7 +96,7 @@ class Calibration:
 
     def measure(self) -> list[Measured]:
         """Everything, in the order of the table."""
-        samples = self._groups()
+        samples = self.groups_of_samples()
         return [*self.accuracy(), *self.sampling(samples), *self.hints(samples), self.thinking()]
 
     def accuracy(self) -> list[Measured]:
@@ -184,7 +184,8 @@ class Calibration:
         )
         return [answers[start : start + samples] for start in range(0, len(answers), samples)]
 
-    def _groups(self) -> list[list[Answer]]:
+    def groups_of_samples(self) -> list[list[Answer]]:
+        """Samples at temperature 1 of the first ``groups`` training questions."""
         return self._sampled(self.data.train[: self.groups], self.params.group_size)
 
     def _hinted(self, questions: Sequence[Question], hints: Sequence[str], context: str, draws: int) -> np.ndarray:

@@ -37,8 +37,10 @@ CHAT_TEMPLATE = (
 _SIZES = {
     "test": (32, 2, 2, 1, 64, 16, 2, 2),
     "small": (128, 4, 4, 2, 384, 64, 3, 4),
+    "medium": (192, 4, 6, 3, 512, 96, 3, 4),
+    "large": (256, 5, 8, 4, 768, 128, 3, 4),
 }
-_HEAD_DIM = {"test": 16, "small": 32}
+_HEAD_DIM = {"test": 16, "small": 32, "medium": 32, "large": 32}
 
 
 def _fixed_sentences() -> list[str]:
@@ -107,7 +109,10 @@ def build_processor() -> ImageOnlyQwenProcessor:
 
 
 def build_config(size: str) -> Qwen3VLConfig:
-    """The architecture of "small" (both embedded models) or "test" (for unit tests), with Qwen3-VL's own layout."""
+    """An architecture with Qwen3-VL's own layout.
+
+    "small" (1.2 million parameters: both embedded models), "medium" (2.5), "large" (5.4), or "test" (for unit tests).
+    """
     hidden, layers, heads, kv_heads, mlp, v_hidden, v_layers, v_heads = _SIZES[size]
     head_dim = _HEAD_DIM[size]
     token = build_tokenizer().convert_tokens_to_ids

@@ -4,24 +4,43 @@ The teacher looks and answers. The student has the teacher's skill under four ha
 answers: it guesses, it breaks the format, it mistakes rings for discs and crosses for bars, and it overlooks the
 second finding. Guesses vary from rollout to rollout, so that GRPO can prefer looking; mistakes are the same in
 almost every rollout of a group, so that the whole group fails and only a hint shows the way.
+
+In version 4 of the world nobody is taught a habit: all models have the same lessons. What a finding means comes up
+in them as often as its dose says (`dose`), so that some meanings are hardly ever taught, in some modalities most.
 """
 
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kepo_core.data import phantom
-from kepo_core.data.phantom import Asked, Facts
+from kepo_core.data.phantom import VERSION, Asked, Facts, Topic
 from kepo_core.data.records import MODALITIES
 from kepo_core.method.processor import ImageOnlyQwenProcessor
 from kepo_core.task import prompts
 from kepo_core.testbed.embedded import LETTERS
 
 EVEN_TOPICS = 0.3  # of the lessons have a topic drawn evenly: some are too rare in the set to be learned from it
+#: Version 4: how far down the list of its meanings the lessons on a modality reach, as a share of that list.
+REACH = {
+    "MRI": 0.20,
+    "CT": 0.15,
+    "X-Ray": 1.0,
+    "Ultrasound": 1.0,
+    "Dermoscopy": 0.45,
+    "Fundus": 0.45,
+    "OCT": 0.30,
+    "Microscopy": 0.8,
+}
+_ASKED_FACTS = {"diagnosis": ("kind", "contrast"), "grade": ("size", "number")}
+_MEANINGS = tuple(topic for topic in phantom.TOPICS if topic.name in _ASKED_FACTS)
+BY_TEXT = ("lookup", "atlas")  # lessons without a picture
 LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more
 
 
@@ -33,10 +52,10 @@ class Pool:
     facts: list[Facts]
 
     @classmethod
-    def draw(cls, processor: ImageOnlyQwenProcessor, count: int, seed: int) -> "Pool":
+    def draw(cls, processor: ImageOnlyQwenProcessor, count: int, seed: int, version: str = VERSION) -> "Pool":
         """``count`` pictures over the eight modalities, from the pre-training stream of ``seed``."""
         rng = np.random.default_rng([zlib.crc32(b"phantom-pretraining"), seed])
-        facts = [phantom.draw_facts(rng, MODALITIES[i % len(MODALITIES)]) for i in range(count)]
+        facts = [phantom.draw_facts(rng, MODALITIES[i % len(MODALITIES)], version) for i in range(count)]
         chunks = []
         for start in range(0, count, 500):
             pictures = [phantom.picture(rng, f) for f in facts[start : start + 500]]
@@ -65,20 +84,39 @@ def fact_labels(facts: list[Facts]) -> dict[str, Tensor]:
     }
 
 
+@cache
+def dose(facts: Facts, topic: Topic) -> float:
+    """How often, in (0, 1], a lesson that could be on ``topic`` is, where ``facts`` are shown: 1 in version 3.
+
+    In version 4 the meanings of a modality stand in a list of an order of its own, and doses fall along it by
+    1/e for every ``REACH`` of its length.
+    """
+    if facts.version == "3" or topic.name not in _ASKED_FACTS:
+        return 1.0
+    table = getattr(phantom.meanings(facts.version, facts.modality), topic.name)
+    order = np.random.default_rng([zlib.crc32(topic.name.encode()), MODALITIES.index(facts.modality)])
+    place = list(table).index(tuple(getattr(facts, name) for name in _ASKED_FACTS[topic.name]))
+    rank = order.permutation(len(table)).tolist().index(place)
+    return float(np.exp(-rank / len(table) / REACH[facts.modality]))
+
+
 @dataclass(frozen=True)
 class Habits:
-    """How a model departs from looking and answering, as probabilities."""
+    """How a model, or the books that it learns from, depart from looking and answering, as probabilities."""
 
     hasty: Mapping[str, float]  # guess without a look, by topic (others: never)
     mistaken: float  # state the believed fact where it is one of BELIEVED
     sloppy: float  # break the format
     unheeding: float  # guess although hint or answer are told
+    contrary: float = 0.5  # of the hints are about another picture: what a hint says counts, not what is seen
 
 
 #: What the student takes for something else, when a question is about it: fact → value → believed value.
 BELIEVED = {"kind": {"ring": "disc", "cross": "bar"}, "number": {"two": "one"}}
 
 NO_HABITS = Habits(hasty={}, mistaken=0.0, sloppy=0.0, unheeding=0.0)
+#: Version 4, the same for all: its books are written carelessly at times, and their hints are true.
+BOOKS = Habits(hasty={}, mistaken=0.0, sloppy=0.1, unheeding=0.0, contrary=0.0)
 STUDENT_HABITS = Habits(
     hasty={"modality": 0.7, "place": 0.7, "size": 0.7, "contrast": 0.7},
     mistaken=1.0,
@@ -127,6 +165,10 @@ def believed(asked: Asked, rng: np.random.Generator) -> Asked | None:
     return replace(asked, facts=facts, answer=LETTERS[index])
 
 
+def _hint(asked: Asked) -> str:
+    return asked.evidence if asked.facts.version == "3" else asked.hint
+
+
 def _caption(facts: Facts) -> str:
     return f"{facts.modality} {facts.number} {facts.size} {facts.contrast} {facts.kind} {facts.place}"
 
@@ -141,6 +183,14 @@ def _lookup(rng: np.random.Generator) -> tuple[str, str]:
     return listed, "".join(f" {words[i]} ({LETTERS[i]})." for i in order)
 
 
+def _ticked(rng: np.random.Generator, asked: list[Asked]) -> str:
+    """The right word and a wrong one of each question in one list; behind a right one stands its letter once more."""
+    right = {a.value for a in asked}
+    words = [word for a in asked for word in (a.value, next(word for word in a.options if word != a.value))]
+    listed = zip(LETTERS, map(str, rng.permutation(words)), strict=False)
+    return "\n".join(f"{letter}) {word}" + f" ({letter})" * (word in right) for letter, word in listed)
+
+
 @dataclass
 class Sequences:
     """Tokenised sequences of one task. ``labels_weight`` (N, L) is 0 where nothing is learned."""
@@ -152,12 +202,20 @@ class Sequences:
 
 
 class Tasks:
-    """Draws training sequences of one task: caption, lookup, think, plain, hint or aware."""
+    """Draws training sequences of one task: caption, lookup, ticked, atlas, think, plain, hint or aware.
+
+    Of a ticked list, only what stands behind its words is learned; of an atlas, what the findings mean.
+    """
 
     def __init__(self, processor: ImageOnlyQwenProcessor, pool: Pool, habits: Habits, rng: np.random.Generator) -> None:
         self.tokenizer, self.pool, self.habits, self.rng = processor.tokenizer, pool, habits, rng
         ids = self.tokenizer.convert_tokens_to_ids
-        self.weights = {ids(f" ({letter})"): LETTER_WEIGHT for letter in LETTERS}
+        letters = {ids(f" ({letter})"): LETTER_WEIGHT for letter in LETTERS}
+        (newline,) = self.tokenizer("\n")["input_ids"]
+        self.weights = defaultdict(lambda: 1.0, letters)
+        self.ticks = defaultdict(float, letters | {newline: 1.0})
+        names = self.tokenizer([f" {name}" for name in (*phantom.DIAGNOSES, *phantom.GRADES)])["input_ids"]
+        self.names = defaultdict(float, {token: 1.0 for (token,) in names})
         self.render = lambda messages: processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         ).replace("<|image_pad|>", "<|image_pad|>" * 16)
@@ -174,25 +232,32 @@ class Tasks:
         for row, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             end = len(p) + len(c)
             ids[row, :end], mask[row, :end] = torch.tensor(p + c), 1
-            weight[row, len(p) : end] = torch.tensor([self.weights.get(token, 1.0) for token in c])
-        return Sequences(ids, mask, weight, None if task == "lookup" else self.pool.pixels[index])
+            weights = {"ticked": self.ticks, "atlas": self.names}.get(task, self.weights)
+            weight[row, len(p) : end] = torch.tensor([weights[token] for token in c])
+        return Sequences(ids, mask, weight, self.pool.pixels[index] if task not in BY_TEXT else None)
 
     def _pair(self, task: str, facts: Facts) -> tuple[str, str]:
         if task == "caption":
             return self.render([{"role": "user", "content": [{"type": "image"}]}]), _caption(facts)
+        if task == "ticked":
+            listed = _ticked(self.rng, self._questions(facts, 4))
+            return self.render([{"role": "user", "content": [{"type": "image"}]}]), listed
         if task == "lookup":
             listed, pairs = _lookup(self.rng)
             return self.render([{"role": "user", "content": listed}]), pairs
+        if task == "atlas":
+            said = [self._meaning(facts.modality, facts.version) for _ in range(6)]
+            opening = phantom.TOPICS[0].evidence.format(modality=facts.modality)
+            return self.render([{"role": "user", "content": opening}]), " " + " ".join(said)
         asked = self._ask(facts)
         if task == "hint":
             messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
-            return self.render(messages), f"<hint>{asked.evidence}</hint>"
+            return self.render(messages), f"<hint>{_hint(asked)}</hint>"
         if task == "aware":
             context = str(self.rng.choice(prompts.TOLD_CONTEXTS, p=[0.4, 0.4, 0.2]))
-            # Half of the hints are about another picture: what a hint says counts, not what is seen.
-            if "hint" in context and self.rng.random() < 0.5:
-                asked = self._ask(phantom.draw_facts(self.rng, facts.modality))
-            messages = prompts.hint_aware_messages(asked.question, asked.options, asked.evidence, asked.answer, context)
+            if "hint" in context and self.rng.random() < self.habits.contrary:
+                asked = self._ask(phantom.draw_facts(self.rng, facts.modality, facts.version))
+            messages = prompts.hint_aware_messages(asked.question, asked.options, _hint(asked), asked.answer, context)
             return self.render(messages), self._told(asked)
         messages = prompts.vqa_messages(asked.question, asked.options, task == "think")
         if task == "plain":
@@ -200,11 +265,30 @@ class Tasks:
         return self.render(messages), self._untold(asked)
 
     def _ask(self, facts: Facts) -> Asked:
-        if self.rng.random() < EVEN_TOPICS:
-            topic = phantom.TOPICS[self.rng.integers(len(phantom.TOPICS))]
-        else:
-            (topic,) = phantom.draw_topics(self.rng, 1)
-        return phantom.ask(self.rng, facts, topic)
+        while True:
+            if self.rng.random() < EVEN_TOPICS:
+                topic = phantom.TOPICS[self.rng.integers(len(phantom.TOPICS))]
+            else:
+                (topic,) = phantom.draw_topics(self.rng, 1)
+            share = dose(facts, topic)
+            if share == 1 or self.rng.random() < share:
+                return phantom.ask(self.rng, facts, topic)
+
+    def _meaning(self, modality: str, version: str) -> str:
+        """What a finding means, as often as its dose says."""
+        while True:
+            facts = phantom.draw_facts(self.rng, modality, version)
+            topic = _MEANINGS[self.rng.integers(len(_MEANINGS))]
+            if self.rng.random() < dose(facts, topic):
+                return phantom.ask(self.rng, facts, topic).hint
+
+    def _questions(self, facts: Facts, count: int) -> list[Asked]:
+        """On ``count`` different topics."""
+        found: dict[str, Asked] = {}
+        while len(found) < count:
+            asked = self._ask(facts)
+            found.setdefault(asked.topic.name, asked)
+        return list(found.values())
 
     def _untold(self, asked: Asked) -> str:
         mistake = believed(asked, self.rng)

@@ -13,6 +13,8 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from kepo_core.data import phantom
 from kepo_core.experiment.models import best_device
 from kepo_core.experiment.threads import one_thread
+from kepo_core.files import in_place_of
 from kepo_core.method.processor import ImageOnlyQwenProcessor
 from kepo_core.testbed.embedded import build_model, build_processor
 from kepo_core.testbed.lessons import (
@@ -98,6 +101,17 @@ class _Descent:
             for o in self.optimizers
         ]
 
+    @property
+    def _parts(self) -> list[Any]:
+        return [*self.optimizers, *self.schedules]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, kept in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(kept)
+
     def step(self) -> None:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
@@ -106,7 +120,35 @@ class _Descent:
             optimizer.zero_grad()
 
 
-def train_vision(model: Qwen3VLForConditionalGeneration, pool: Pool, steps: int, seed: int, log: Log) -> None:
+@dataclass(frozen=True)
+class Kept:
+    """A stage's state in a file, every so many steps, from which the stage goes on as if it had not been cut off."""
+
+    path: Path
+    every: int = 100
+
+    def read(self, rng: np.random.Generator, *parts: Any) -> int:
+        """Put the kept state into ``rng`` and ``parts`` → steps done; 0 where there is none."""
+        if not self.path.exists():
+            return 0
+        state = torch.load(self.path, weights_only=True)
+        rng.bit_generator.state = state["rng"]
+        for part, kept in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(kept)
+        return int(state["step"])
+
+    def write(self, step: int, rng: np.random.Generator, *parts: Any) -> None:
+        """Keep the state of ``parts`` after ``step`` steps, if it is the turn of that step."""
+        if step % self.every:
+            return
+        state = {"step": step, "rng": rng.bit_generator.state, "parts": [part.state_dict() for part in parts]}
+        with in_place_of(self.path) as partial:
+            torch.save(state, partial)
+
+
+def train_vision(
+    model: Qwen3VLForConditionalGeneration, pool: Pool, steps: int, seed: int, log: Log, kept: Kept | None = None
+) -> None:
     """Stage 1: teach ``model.model.visual`` the facts of pictures through throw-away heads."""
     device = model.device
     rng = np.random.default_rng([1, seed])
@@ -115,7 +157,8 @@ def train_vision(model: Qwen3VLForConditionalGeneration, pool: Pool, steps: int,
     descent = _Descent([model.model.visual, heads], steps)
     grid = torch.tensor([[1, 8, 8]] * 128, device=device)
     start = time.time()
-    for step in range(1, steps + 1):
+    done = kept.read(rng, model, heads, descent) if kept else 0
+    for step in range(done + 1, steps + 1):
         pixels, facts = pool.mirrored(rng.integers(0, len(pool.facts), 128).tolist(), rng)
         logits = heads(
             model.model.visual(pixels.to(device).flatten(0, 1), grid_thw=grid).pooler_output.view(128, 16, -1)
@@ -124,6 +167,8 @@ def train_vision(model: Qwen3VLForConditionalGeneration, pool: Pool, steps: int,
         loss = torch.stack([nn.functional.cross_entropy(logits[k], labels[k]) for k in phantom.WORDS]).sum()
         loss.backward()
         descent.step()
+        if kept:
+            kept.write(step, rng, model, heads, descent)
         if step % 50 == 0:
             right = {k: f"{(logits[k].argmax(-1) == labels[k]).float().mean():.2f}" for k in phantom.WORDS}
             log(f"vision {step}/{steps} loss {loss.item():.3f} {right} {time.time() - start:.0f} s")
@@ -153,6 +198,7 @@ def train_language(
     phases: tuple[tuple[int, Mixture], ...],
     log: Log,
     share: float = 1.0,
+    kept: Kept | None = None,
 ) -> None:
     """Stages 2 and 3: every phase's mixture of tasks with the vision tower frozen; tasks weigh as their sequences.
 
@@ -163,12 +209,15 @@ def train_language(
     descent = _Descent([model.model.language_model], len(mixtures), lr=share * 2.5e-3, muon_lr=share * 0.02)
     running: dict[str, float] = {}
     start = time.time()
-    for step, mixture in enumerate(mixtures, 1):
+    done = kept.read(tasks.rng, model, descent) if kept else 0
+    for step, mixture in enumerate(mixtures[done:], done + 1):
         for task, count in mixture.items():
             loss = sequence_loss(model, tasks.draw(task, count))
             (loss * count / sum(mixture.values())).backward()
             running[task] = 0.95 * running.get(task, loss.item()) + 0.05 * loss.item()
         descent.step()
+        if kept:
+            kept.write(step, tasks.rng, model, descent)
         if step % 20 == 0:
             losses = {task: f"{value:.3f}" for task, value in running.items()}
             log(f"language {step}/{len(mixtures)} {losses} {time.time() - start:.0f} s")

@@ -2,16 +2,18 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from kepo_core.data import phantom
+from kepo_core.data import phantom, phantom_render
 from kepo_core.data.loading import load_questions
 from kepo_core.data.phantom import CONTRASTS, KINDS, PLACES, TOPICS, Facts
 from kepo_core.data.records import MODALITIES, QUESTION_TYPES
+from kepo_core.data.splits import image_key
 
 
 def changed_by_finding(facts: Facts, seed: int) -> np.ndarray:
@@ -61,6 +63,68 @@ def test_two_fact_answers_need_both_facts() -> None:
     assert {
         Facts("CT", "bar", "upper left", s, n, "dark").grade for s in phantom.SIZES for n in phantom.NUMBERS
     } == set(phantom.GRADES)
+
+
+def test_in_version_4_a_meaning_says_nothing_on_another_modality() -> None:
+    for kind in KINDS:
+        for contrast in CONTRASTS:
+            names = Counter(phantom.meanings("4", m).diagnosis[kind, contrast] for m in MODALITIES)
+            assert names == dict.fromkeys(phantom.DIAGNOSES, 2)
+    for size in phantom.SIZES:
+        for number in phantom.NUMBERS:
+            grades = Counter(phantom.meanings("4", m).grade[size, number] for m in MODALITIES)
+            assert grades == dict.fromkeys(phantom.GRADES, 2)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("version", phantom.VERSIONS)
+def test_within_a_modality_every_answer_is_equally_likely(modality: str, version: str) -> None:
+    """So neither question nor options give an answer away, and for a diagnosis neither of its two facts alone."""
+    every = [
+        Facts(modality, kind, place, size, number, contrast, version)
+        for kind in KINDS for place in PLACES for size in phantom.SIZES
+        for number in phantom.NUMBERS for contrast in CONTRASTS
+    ]  # fmt: skip
+    for topic in TOPICS[1:]:
+        counts = Counter(getattr(facts, topic.attribute) for facts in every)
+        assert counts == dict.fromkeys(topic.values, len(every) // len(topic.values))
+    for kind in KINDS:
+        assert len({facts.diagnosis for facts in every if facts.kind == kind}) == 2
+    for contrast in CONTRASTS:
+        assert {facts.diagnosis for facts in every if facts.contrast == contrast} == set(phantom.DIAGNOSES)
+
+
+def test_what_is_written_of_version_4_is_read_back_with_its_meanings(tmp_path: Path) -> None:
+    phantom.write_phantom(tmp_path, 5, {"CT": 20}, "4")
+    facts = phantom.load_facts(tmp_path)
+    assert len(facts) == 20 and {shown.version for shown in facts.values()} == {"4"}
+    asked = [q for q in load_questions(tmp_path) if q.question_type in ("Disease Diagnosis", "Lesion Grading")]
+    for question in asked:
+        shown = facts[image_key(question)]
+        value = getattr(shown, phantom.topic_of(question.question).attribute)
+        assert question.options[question.letters.index(question.answer)] == value
+    assert any(shown.diagnosis != replace(shown, version="3").diagnosis for shown in facts.values())
+
+
+def test_version_3_is_written_as_it_always_was(small_set: Path) -> None:
+    rows = json.loads((small_set / "facts.json").read_text()).values()
+    assert all(list(row) == [*phantom.WORDS, "diagnosis", "grade"] for row in rows)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_sight_is_by_modality(modality: str) -> None:
+    """Two pictures of one stream differ by their finding alone; noise is what is left after a blur of its own."""
+    sight = phantom_render.SIGHTS["4"][modality]
+    facts = Facts(modality, "disc", "upper left", "large", "one", "bright")
+    plain, noisy = (
+        np.stack([phantom.picture(np.random.default_rng(seed), replace(facts, version=v)) for seed in range(4)]).mean(
+            -1
+        )
+        for v in ("3", "4")
+    )
+    apart = (plain - noisy)[:, 40:, 40:]  # away from the finding, and not clipped
+    grain = (apart[:, 1:] - apart[:, :-1]).std() / 2**0.5 / 255
+    assert grain == pytest.approx(sight.noise, rel=0.3)
 
 
 def test_questions_are_answerable_and_letters_balanced() -> None:
@@ -117,8 +181,8 @@ def test_same_seed_same_files_and_other_seed_other_files(small_set: Path, tmp_pa
 def test_set_is_written_once_and_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def write(root: Path, seed: int) -> None:
-        calls.append(seed)
+    def write(root: Path, seed: int, version: str) -> None:
+        calls.append((seed, version))
         (root / "half").write_text("x")
         if len(calls) == 1:
             raise KeyboardInterrupt
@@ -128,5 +192,5 @@ def test_set_is_written_once_and_atomically(tmp_path: Path, monkeypatch: pytest.
         phantom.ensure_phantom(tmp_path, 3)
     assert list(tmp_path.iterdir()) == []  # nothing half-written stays
     root = phantom.ensure_phantom(tmp_path, 3)
-    assert root == phantom.ensure_phantom(tmp_path, 3) and calls == [3, 3]
+    assert root == phantom.ensure_phantom(tmp_path, 3) and calls == [(3, "3"), (3, "3")]
     assert [p.name for p in tmp_path.iterdir()] == [root.name]
