@@ -92,7 +92,7 @@ def test_killed_in_several_processes_and_resumed_is_never_stopped(two: Path) -> 
     assert main(["resume", str(run.path)]) == 0
     for name in ("metrics.jsonl", "rollouts.parquet", "predictions.parquet", "model/model.safetensors"):
         assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
-    assert not [path for path in run.training_dir.iterdir() if path.name != "rollouts"]
+    assert {path.name for path in run.training_dir.iterdir()} <= {"rollouts", "README.md"}  # TRL's card of the model
 
 
 @pytest.mark.slow
