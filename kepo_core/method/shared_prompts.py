@@ -70,7 +70,7 @@ class SharedPrompts:
 
     def __init__(self, anyone: Callable[[bool], bool] = bool) -> None:
         self._anyone = anyone
-        self._checked: type | None = None
+        self._checked = False
         self.refused = ""  # why prompts are not shared
 
     @contextmanager
@@ -101,8 +101,8 @@ class SharedPrompts:
             return generate(**given) if inputs is None else generate(inputs, **given)
         distinct = sorted(set(firsts))
         few = pick(tensors, distinct)
-        if self._checked is None:
-            self._checked = type(model)
+        if not self._checked:
+            self._checked = True
             if self._anyone(bool(reason := self._differs(model, generate, few, settings))):
                 self._refuse(reason or "another process cannot")
                 return generate(**given)
@@ -157,7 +157,7 @@ class SharedPrompts:
         for step, (a, b) in enumerate(zip(usual.logits, shared.logits, strict=True)):
             a, b = a[alike].float(), b[alike].float()
             most = torch.finfo(model.dtype).eps ** 0.5
-            if (apart := float((a - b).norm() / a.norm())) > most:
+            if len(a) and not (apart := float((a - b).norm() / a.norm())) <= most:  # NaN is no agreement
                 return f"{type(model).__name__}'s logits differ by {apart:.1g} (relative) from the usual ones"
             place = rows["input_ids"].shape[1] + step
             alike = alike & (usual.sequences[:, place] == shared.sequences[:, place])  # they can differ only by ties

@@ -1,4 +1,4 @@
-"""What beside busy processes becomes of a short run like `make train`'s, with the embedded models on the CPU.
+"""How much a short run like `make train`'s slows down beside busy processes, with the embedded models on the CPU.
 
 ``python tests/bench/busy.py [repetitions]`` (part of ``make bench``) prints seconds by the clock, medians over the
 repetitions, alone and beside as many processes that compute as there are cores, in turns. The machine should have

@@ -101,22 +101,23 @@ def test_dropout_would_be_one_for_all_of_a_group(tmp_path: Path) -> None:
     assert ours == theirs and trainer._sharing.refused == ""
 
 
-def forgetful(read: Any) -> Any:
+def forgetful(read: Any, value: float) -> Any:
     """A cache whose last layer has lost the first token, like a model that continues prompts wrongly."""
 
     def reads(*args: Any) -> DynamicCache:
         cache = read(*args)
-        cache.layers[-1].values[:, :, 0] = 0
+        cache.layers[-1].values[:, :, 0] = value
         return cache
 
     return reads
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_model_that_continues_prompts_otherwise_draws_as_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: float
 ) -> None:
     trainer = make(tmp_path, "qwen3", "text")
-    monkeypatch.setattr(shared_prompts, "_read", forgetful(shared_prompts._read))
+    monkeypatch.setattr(shared_prompts, "_read", forgetful(shared_prompts._read, value))
     theirs, ours = draws(trainer)
     assert ours == theirs
     assert "logits differ" in trainer._sharing.refused and "from the usual ones" in caplog.text
