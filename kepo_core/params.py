@@ -111,8 +111,9 @@ class TaskParams:
     )
     hint_context: str = option(
         "hint+answer",
-        "what the hint-aware prompt contains; none: retry with the plain prompt",
-        choices=("hint+answer", "hint", "answer", "none"),
+        "what the hint-aware prompt contains; none: retry with the plain prompt; fading: hint and answer, then the "
+        "hint, then none, for a third of training each",
+        choices=("hint+answer", "hint", "answer", "none", "fading"),
     )
 
 

@@ -11,6 +11,8 @@ from kepo_core.data.ledger import Ledger, RowError, reason_of
 from kepo_core.data.records import Question
 from kepo_core.experiment.methods import needs_teacher
 from kepo_core.experiment.models import load_processor, read_config
+from kepo_core.method.hinted import FAILURE_TOKENS
+from kepo_core.method.task import hint_request
 from kepo_core.params import Params
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import Messages, render_question, vqa_messages
@@ -60,9 +62,9 @@ class Askable:
     """Whether a run can decode a question's picture and read its prompts; refused questions go to the ledger.
 
     Checked are all prompts that training makes of a question: the plain one (for the teacher, too, if it guides), the
-    one that requests a hint, and the one with the longest hint. Each must fit, with its longest answer, the context of
-    its model. An evaluation (`in_evaluation`) has only the plain prompt. A served teacher is not checked: its processor
-    is not available.
+    one that requests a hint (with the longest attempt that it may show), and the one with the longest hint. Each must
+    fit, with its longest answer, the context of its model. An evaluation (`in_evaluation`) has only the plain prompt. A
+    served teacher is not checked: its processor is not available.
 
     Every plain prompt is tokenized; the others differ only in instructions, whose tokens are counted once. The image
     processors get one picture of each size: nothing else of an RGB picture can make them fail. A teacher with the
@@ -106,11 +108,14 @@ class Askable:
             asks.append(_Ask(teacher, student, "prompt", 0, longest, f"{change} may help."))
         if params.method == "kepo" and params.explore:
             task = MultipleChoice(params.hint_context, params.thinking, params.answer_format)
-            ask, hint, change = task.ask(_NOTHING), params.hint_max_tokens, f"{change} or hint_max_tokens may help."
+            about = params.hint_source == "failure"
+            ask = hint_request(task, _NOTHING, "" if about else None)
+            hint, change = params.hint_max_tokens, f"{change} or hint_max_tokens may help."
             told = student.count(student.prompt(task.tell(_NOTHING, ""))) - plain + (0 if ask is None else hint)
             asks.append(_Ask(student, student, "prompt with a hint", told, longest, change))
             if teacher and ask is not None:
-                asked = teacher.count(teacher.prompt(ask)) - plain
+                attempt = min(params.of_trl("max_completion_length"), FAILURE_TOKENS) if about else 0
+                asked = teacher.count(teacher.prompt(ask)) - plain + attempt
                 asks.append(_Ask(teacher, teacher, "prompt that asks for a hint", asked, hint, change))
         return asks
 

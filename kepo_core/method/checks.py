@@ -5,7 +5,7 @@ from typing import Any
 
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.served import ServedTeacher
-from kepo_core.method.task import Row, Task
+from kepo_core.method.task import Row, Task, hint_request
 from kepo_core.method.teacher import Teacher
 
 
@@ -26,8 +26,8 @@ def check_arguments(args: KEPOConfig, teacher: Any, task: Any, eval_dataset: Any
             check_columns(task, first, f"eval_dataset {name}".strip())
 
 
-def check_parts(args: KEPOConfig, teacher: Any, task: Task | None, dataset: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether hints are requested. Raises ``ValueError`` if a part of KEPO lacks something.
+def check_parts(args: KEPOConfig, teacher: Any, task: Task | None, dataset: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a part of KEPO lacks something.
 
     ``dataset`` holds the training rows, ``arguments`` the arguments for GRPOTrainer.
     """
@@ -36,7 +36,7 @@ def check_parts(args: KEPOConfig, teacher: Any, task: Task | None, dataset: Any,
         check_columns(task, first)
     parts = [name for name in ("distill", "explore") if getattr(args, name)]
     if not parts:
-        return False
+        return
     for name in ("tools", "rollout_func", "environment_factory"):
         if arguments.get(name):
             raise ValueError(f"{name} is set, expected it unset: {parts[0]} supports single-turn completions only")
@@ -45,23 +45,26 @@ def check_parts(args: KEPOConfig, teacher: Any, task: Task | None, dataset: Any,
             "explore is True but task is None, expected a task that says how hints are requested and given, like "
             "Templates(asking=..., telling=...)"
         )
-    asks = task is not None and args.explore and first is not None and check_task(task, first)
+    failure = "an attempt" if args.hint_source == "failure" else None
+    asks = task is not None and args.explore and first is not None and check_task(task, first, failure)
     if teacher is None and (args.distill or asks):
         raise ValueError(f"{parts[0]} is True but teacher is None, expected a Teacher")
     if asks and first is not None:
         teacher.check_prompt(first["prompt"])
     if hasattr(dataset, "__len__") and len(dataset) < (least := args.generation_batch_size // args.num_generations):
         raise ValueError(f"train_dataset has {len(dataset)} rows, expected {least} or more (one generation batch)")
-    return asks
 
 
-def check_task(task: Task, row: Row) -> bool:
-    """Whether hints are requested. Tries the task's prompts on a first row.
+def check_task(task: Task, row: Row, failure: str | None = None) -> bool:
+    """Whether hints are requested, about a ``failure`` if one is given. Tries the task's prompts on a first row.
 
     Raises:
-        ValueError: they are text and the row's prompt is a chat, or the reverse.
+        ValueError: they are text and the row's prompt is a chat, or the reverse; or the task cannot ask about failures.
     """
-    asked, told = task.ask(row), task.tell(row, "a hint")
+    try:
+        asked, told = hint_request(task, row, failure), task.tell(row, "a hint")
+    except NotImplementedError as error:
+        raise ValueError(f"hint_source is 'failure', but the task cannot ask about one: {error}") from error
     for name, prompt in (("ask", asked), ("tell", told)):
         if prompt is not None and isinstance(prompt, str) != isinstance(row["prompt"], str):
             kinds = [type(value).__name__ for value in (prompt, row["prompt"])]

@@ -98,11 +98,6 @@ class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not
                 f"zero_variance is 'drop' but multi_objective_aggregation is {self.multi_objective_aggregation!r}, "
                 "expected 'sum_then_normalize': groups of equal sums can have advantages there"
             )
-        if self.explore and self.on_exhausted == "drop" and self.loss_type == "bnpo":
-            raise ParamError(
-                "on_exhausted is 'drop' but loss_type is 'bnpo', expected another loss type: it divides by the tokens "
-                "that are left, so dropped groups would not stay in the denominator"
-            )
         if self.zero_variance == "drop" and self.loss_type in TOKEN_NORMALIZED:
             raise ParamError(
                 f"zero_variance is 'drop' but loss_type is {self.loss_type!r}, whose mean is over tokens, expected a "

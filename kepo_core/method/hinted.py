@@ -16,11 +16,14 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
-from kepo_core.method import exploration
+from kepo_core.method import exploration, objective
 from kepo_core.method.exploration import Explored, Request
 from kepo_core.method.rollouts import Completion
-from kepo_core.method.task import Prompt, Row, images_in, with_images
+from kepo_core.method.task import Prompt, Row, hint_request, images_in, markup_of, neutral, with_images
 from kepo_core.method.vision import MODEL_FIELDS, PER_TOKEN, as_tensor, count_tiles, further_inputs
+
+#: The longest failed attempt that the teacher reads, in tokens. Of a longer one it reads the end, where the answer is.
+FAILURE_TOKENS = 256
 
 
 def read_completions(trainer: Any, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Completion]:
@@ -50,8 +53,10 @@ def explore_groups(
     own: Sequence[Completion],
     scored: Tensor,
     seed: str,
-) -> tuple[list[Explored[Completion]], int]:
+) -> tuple[list[Explored[Completion]], int, int]:
     """Run Algorithm 1 over the generation batch of all processes.
+
+    The task first learns the progress of training (`Task.set_progress`).
 
     Args:
         trainer: a KEPOTrainer (its generation, rewards, accelerator, task, teacher and configuration are used).
@@ -59,18 +64,21 @@ def explore_groups(
         prompts: their plain prompts x, pictures filled in.
         own: this process's rollouts.
         scored: the rewards of all processes' rollouts, (all rows, reward functions).
-        seed: seed of this generation batch; hints depend on it.
+        seed: seed of this generation batch; hints, and the attempts that they are about, depend on it.
 
     Returns:
-        The results of all groups that explored, over all processes, in order, and the number of tokens in their draws.
+        The results of all groups that explored, over all processes, in order; the number of tokens in their draws; and
+        how many right draws ``hint_reliance`` refused.
 
     Raises:
-        ValueError: ``hint_source`` is "other" and this process has only one group.
+        ValueError: ``hint_source`` is "other" and this process has only one group, or the task asks for hints for some
+            rows only, or without a teacher.
     """
     accelerator, size = trainer.accelerator, trainer.num_generations
     failing = exploration.failing_groups(trainer.signal("exploration_reward", scored).tolist(), size)
     if not failing:
-        return [], 0
+        return [], 0, 0
+    trainer.task.set_progress(trainer.state.global_step / max(trainer.state.max_steps, 1))
     first = accelerator.process_index * len(rows)
     by_group = {group: group * size - first for group in failing if 0 <= group * size - first < len(rows)}
     alone = any((first + (row + size) % len(rows)) // size == group for group, row in by_group.items())
@@ -78,7 +86,8 @@ def explore_groups(
         raise ValueError(
             "hint_source is 'other' but a process holds only one prompt, expected two or more: raise the batch size"
         )
-    sampler = _Sampler(trainer, rows, prompts, own, by_group, f"{seed}/{accelerator.process_index}")
+    about = _failures(trainer, own, scored, failing, seed) if trainer.args.hint_source == "failure" else None
+    sampler = _Sampler(trainer, rows, prompts, own, by_group, f"{seed}/{accelerator.process_index}", about)
     results = exploration.explore(
         list(by_group),
         hinter=sampler.hints,
@@ -88,13 +97,38 @@ def explore_groups(
         injected_per_group=trainer.args.injected_per_group,
         anyone=sampler.anyone,
     )
-    tokens = accelerator.gather(torch.tensor([sampler.tokens], device=accelerator.device)).sum()
-    return sorted(gather_object(results), key=lambda e: e.group), int(tokens)
+    counts = torch.tensor([[sampler.tokens, sampler.refused]], device=accelerator.device)
+    tokens, refused = accelerator.gather(counts).sum(0).tolist()
+    return sorted(gather_object(results), key=lambda e: e.group), tokens, refused
+
+
+def _failures(
+    trainer: Any, own: Sequence[Completion], scored: Tensor, failing: Sequence[int], seed: str
+) -> dict[int, str]:
+    """One failed attempt for each failing group: a rollout of the group, chosen at random by the run's seed (as HiLL).
+
+    Its text has neither special tokens nor tags, and is cut to `FAILURE_TOKENS`. All processes must call it; each gets
+    all attempts, as the chosen rollout may be on another one.
+    """
+    signal, size = trainer.signal("exploration_reward", scored).tolist(), trainer.num_generations
+    first, markup = trainer.accelerator.process_index * len(own), markup_of(trainer._tokenizer)
+    held = []
+    for group in failing:
+        members = [place for place in range(group * size, (group + 1) * size) if signal[place] <= 0]
+        place = random.Random(f"{seed}/failure/{group}").choice(members) - first
+        if 0 <= place < len(own):
+            ids = own[place].ids[-FAILURE_TOKENS:]
+            (text,) = trainer.processing_class.batch_decode([ids], skip_special_tokens=True)
+            held.append((group, neutral(text, markup, " ")))
+    return dict(gather_object(held))
 
 
 @dataclass
 class _Sampler:
-    """The three callables of `exploration.explore` for one process's groups, ``by_group``: group → its first row."""
+    """The three callables of `exploration.explore` for one process's groups, ``by_group``: group → its first row.
+
+    ``about`` maps a group to the failed attempt that its hint is about; None if hints are about no attempt.
+    """
 
     trainer: Any
     rows: Sequence[Row]
@@ -102,25 +136,34 @@ class _Sampler:
     own: Sequence[Completion]
     by_group: Mapping[int, int]
     seed: str
+    about: Mapping[int, str] | None
     tokens: int = 0  # of all draws
+    refused: int = 0  # right draws above the bound on hint reliance
 
     def anyone(self, flag: bool) -> bool:
         return bool(largest(self.trainer.accelerator, int(flag)))
 
     def hints(self, groups: Sequence[int]) -> list[str | None]:
-        trainer = self.trainer
-        if not trainer.asks_hints:
-            if any(trainer.task.ask(self.rows[self.by_group[group]]) is not None for group in groups):
+        trainer, about = self.trainer, self.about
+        away = trainer.num_generations if trainer.args.hint_source == "other" else 0  # the next group's row
+        rows = [self.rows[(self.by_group[group] + away) % len(self.rows)] for group in groups]
+        attempts = [None if about is None else about[group] for group in groups]
+        asked = [hint_request(trainer.task, row, attempt) for row, attempt in zip(rows, attempts, strict=True)]
+        # The same on all processes, whether they explore or not.
+        first = hint_request(trainer.task, self.rows[0], None if about is None else "")
+        if first is None:
+            if any(prompt is not None for prompt in asked):
                 raise ValueError(
                     "task.ask returned None for the first row but not for this one, expected the same for every row"
                 )
             return [""] * len(groups)
-        away = 0 if trainer.args.hint_source == "own" else trainer.num_generations  # the next group's row
-        rows = [self.rows[(self.by_group[group] + away) % len(self.rows)] for group in groups]
+        if trainer.teacher is None:
+            raise ValueError("task.ask asks for a hint at this step, but teacher is None, expected a Teacher")
         if trainer.teacher.collective:
-            rows += [self.rows[0]] * (largest(trainer.accelerator, len(rows)) - len(rows))
+            spare = largest(trainer.accelerator, len(rows)) - len(rows)
+            rows, asked = [*rows, *[self.rows[0]] * spare], [*asked, *[first] * spare]
         written = trainer.teacher.write_hints(
-            [with_images(trainer.task.ask(row), row) for row in rows],
+            [with_images(prompt, row) for prompt, row in zip(asked, rows, strict=True)],
             max_tokens=trainer.args.hint_max_tokens,
             seed=random.Random(self.seed).getrandbits(31),
             template=trainer.chat_template_kwargs,
@@ -163,10 +206,34 @@ class _Sampler:
         ]
 
     def accept(self, requests: Sequence[Request], draws: Sequence[Completion]) -> list[bool]:
-        if not draws:
-            return []
-        rewards = torch.tensor([draw.rewards for draw in draws])
-        return [reward > 0 for reward in self.trainer.signal("exploration_reward", rewards).tolist()]
+        right: list[bool] = []
+        if draws:
+            rewards = torch.tensor([draw.rewards for draw in draws])
+            right = [reward > 0 for reward in self.trainer.signal("exploration_reward", rewards).tolist()]
+        return self._bounded(requests, draws, right) if self.trainer.args.hint_reliance else right
+
+    def _bounded(self, requests: Sequence[Request], draws: Sequence[Completion], right: list[bool]) -> list[bool]:
+        """``right``, but False where the hint reliance exceeds the bound: one forward pass over the right draws."""
+        trainer, chosen = self.trainer, [number for number, good in enumerate(right) if good]
+        count = largest(trainer.accelerator, len(chosen))
+        if not count:
+            return right
+        spare = count - len(chosen)  # every process must make equally many forward passes
+        places = [*(self.by_group[requests[number].group] for number in chosen), *[0] * spare]
+        ids = [*(draws[number].ids for number in chosen), *[self.own[0].ids] * spare]
+        hints = [*(requests[number].hint for number in chosen), *[""] * spare]
+        plain = [self.prompts[place] for place in places]
+        aware = [hint_aware_prompt(trainer, self.rows[place], hint) for place, hint in zip(places, hints, strict=True)]
+        logps, _, mask = log_probabilities(trainer, [*plain, *aware], [*ids, *ids])
+        plain_logps, hinted_logps = logps.chunk(2)
+        reliance = objective.hint_reliance(plain_logps, hinted_logps, mask[:count]).tolist()
+        refused = {
+            number
+            for number, value in zip(chosen, reliance, strict=False)
+            if not value <= trainer.args.hint_reliance  # NaN, too
+        }
+        self.refused += len(refused)
+        return [good and number not in refused for number, good in enumerate(right)]
 
 
 def hint_aware_prompt(trainer: Any, row: Row, hint: str) -> Prompt:
@@ -197,7 +264,7 @@ def log_probabilities(
     attention = torch.cat([padded([[1] * len(row) for row in prompt_ids], 0, "left"), mask], dim=1)
     counts = [len(images_in(prompt)) for prompt in asked]
     model_fields: dict[str, Any] = {}
-    trainer._further = {}
+    of_the_batch, trainer._further = trainer._further, {}
     if images is not None:
         image_processor = trainer.processing_class.image_processor
         model_fields = {"num_images": counts, "num_tiles": count_tiles(fields, images, image_processor)}
@@ -217,4 +284,5 @@ def log_probabilities(
             compute_entropy=True,
             **model_fields,
         )
+    trainer._further = of_the_batch
     return logps, entropies, mask

@@ -212,6 +212,15 @@ def aggregate(
     return summed_B.sum() / (mask_BT.sum().clamp(min=1) if loss_type == "bnpo" else tokens)
 
 
+def hint_reliance(plain_logps_BT: Tensor, hinted_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """How much likelier a hint makes each trajectory y_h, (B,): the token mean of log π(y_h|x,h,y) − log π(y_h|x).
+
+    The measure of HiLL (arXiv 2604.00698; its code has the opposite sign), where correct trajectories that rely less
+    on the hint transfer better to the policy without it. 0: the hint changes nothing; below 0: it is a hindrance.
+    """
+    return sequence_mean(hinted_logps_BT - plain_logps_BT, mask_BT)
+
+
 def hint_importance_weights(logps_BT: Tensor, hinted_logps_BT: Tensor) -> Tensor:
     """The off-policy correction of injected tokens, (B, T), without gradient: min(1, π_old(y|x) / π_old(y|x, h, y*)).
 

@@ -75,13 +75,16 @@ class MethodOptions:
     )
     rejection_budget: Count = option(5, "B: rounds of retries with a hint per failed group, at most")
     injected_per_group: Count = option(1, "m: retries per round, and accepted retries that replace originals, at most")
-    on_exhausted: str = option(
-        "keep", "what to do with a group that has no accepted retry after B rounds", choices=("keep", "drop")
-    )
     hint_source: str = option(
         "own",
-        "own: the question's hint; other (control): a hint written for another question",
-        choices=("own", "other"),
+        "own: the question's hint; failure: its teacher also reads a wrong rollout of the group (as HiLL); other "
+        "(control): a hint written for another question",
+        choices=("own", "failure", "other"),
+    )
+    hint_reliance: NotNegative = option(
+        0.0,
+        "largest hint reliance of an accepted retry, log π(y|x,h,a) − log π(y|x) per token in nats (as HiLL measures "
+        "it); 0: no bound",
     )
     hint_importance: str = option(
         "none", "importance weight of injected (off-policy) sequences in the loss", choices=("none", "truncated")

@@ -26,7 +26,7 @@ class Generation:
         first: the global index of the first row.
         own: the student's own rollouts.
         final: the rollouts that are trained on, after injection.
-        explored, draw_tokens: see `hinted.explore_groups`.
+        explored, draw_tokens, refused: see `hinted.explore_groups`.
         injected: rows whose original was replaced.
         scored: the rewards of ``own``, (all rows, reward functions).
     """
@@ -37,6 +37,7 @@ class Generation:
     final: list[Completion] = field(default_factory=list)
     explored: Sequence[Explored[Completion]] = ()
     draw_tokens: int = 0
+    refused: int = 0
     injected: list[int] = field(default_factory=list)
     scored: Tensor | None = None
 
@@ -47,7 +48,6 @@ def record(
     rewards: Tensor,
     advantages: Tensor,
     gate: Tensor,
-    keep: Tensor,
     log_ratio: Mapping[int, float],
 ) -> None:
     """Log the metrics of a generation batch and write its rollouts.
@@ -55,7 +55,7 @@ def record(
     Args:
         trainer: a KEPOTrainer.
         rewards: of the rollouts that are trained on, (all rows, reward functions).
-        advantages, gate, keep: for this process's rows, (B,); advantages may be (B, T).
+        advantages, gate: for this process's rows, (B,); advantages may be (B, T).
         log_ratio: injected row → ``hint_log_ratio`` of `Rollout`.
     """
     before, replaced = rewards if now.scored is None else now.scored, set(now.injected)
@@ -69,7 +69,6 @@ def record(
             advantage=float(advantages[row].flatten()[0]),
             gate=bool(gate[row]),
             injected=row in replaced,
-            dropped=not bool(keep[row]),
             hint_log_ratio=log_ratio.get(row, math.nan),
         )
         for row, completion in enumerate(now.final)
@@ -107,6 +106,7 @@ def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before:
         "kepo/injected_mentions_hint": _mean([_MENTION.search(r.completion) is not None for r in injected]),
         "kepo/all_fail_rate": len(failing_groups(signal, size)) * size / len(signal),
         "kepo/draw_tokens": float(now.draw_tokens),
+        "kepo/refused_draws": float(now.refused),
     }
     if not trainer.args.distill:  # without distillation nothing is gated
         del metrics["kepo/gate_rate"]

@@ -21,8 +21,7 @@ GLOSSARY: dict[str, str] = {
     "kepo/rewards/NAME": "mean of the reward function NAME over the student's own rollouts to which it applies",
     "kepo/length": "mean length of the student's own rollouts in tokens, end-of-text token included",
     "kepo/entropy": "mean entropy (nats) of the next-token distribution over all tokens of the student's own rollouts; "
-    "replaced originals are measured when they are replaced, all others in the loss's forward pass; dropped rows do "
-    "not count",
+    "replaced originals are measured when they are replaced, all others in the loss's forward pass",
     "kepo/all_fail_rate": "share of groups in which no rollout has an exploration_reward above 0 (rewards "
     "that do not apply are ignored)",
     "kepo/explored_groups": "number of groups that explored in this generation batch",
@@ -31,6 +30,8 @@ GLOSSARY: dict[str, str] = {
     "kepo/draws": "number of hint-aware draws",
     "kepo/draw_tokens": "number of tokens in hint-aware draws; TRL's length and token counts do not include them",
     "kepo/accepted": "number of draws that were accepted and injected",
+    "kepo/refused_draws": "number of hint-aware draws that are right but not accepted, because their hint reliance "
+    "exceeds hint_reliance",
     "kepo/gate_rate": "share of the training sequences (after injection) that pass the gate (with distill)",
     "kepo/injected_log_ratio": "mean over injected trajectories of the mean over their tokens of "
     "log π(y|x,h,a) − log π(y|x), both by the student that sampled them: how far the hint pulled them off-policy",
@@ -82,7 +83,6 @@ class Rollout:
     gate: bool = False
     injected: bool = False
     replaced: bool = False
-    dropped: bool = False
     hint: str = ""
     exploration: str = ""
     draws: int = 0

@@ -13,13 +13,15 @@ Row = Mapping[str, Any]
 Prompt = str | list[dict[str, Any]]
 
 _THOUGHT = re.compile(r"<think>(?:(?!</think>).)*(?:</think>|\Z)", re.DOTALL)
+_STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>", "<attempt>", "</attempt>")
+_MARKUP = re.compile(r"<\S+>")
 
 
 class Task(Protocol):
-    """How hints are requested and given. Subclass it and write `ask` and `tell`; `read` and `metrics` are optional.
+    """How hints are requested and given. Subclass it and write `ask` and `tell`; all other methods are optional.
 
-    `ask` and `tell` return the type of the dataset's ``prompt`` column (text or messages). They leave image parts
-    empty; the trainer fills in the row's pictures.
+    `ask`, `ask_about` and `tell` return the type of the dataset's ``prompt`` column (text or messages). They leave
+    image parts empty; the trainer fills in the row's pictures.
 
     Attributes:
         columns: the dataset columns that its methods read, except ``prompt``.
@@ -54,6 +56,22 @@ class Task(Protocol):
         """The student's prompt for y_h ~ π_θ(·|x, h, y) (Eq. 9); ``hint`` is "" if `ask` returned None."""
         ...
 
+    def ask_about(self, row: Row, failure: str) -> Prompt | None:
+        """As `ask`, with one of the student's failed attempts; needed for ``hint_source="failure"`` (as in HiLL).
+
+        Args:
+            row: the dataset row.
+            failure: a completion of this row that failed, without special tokens and tags; the end of a long one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no ask_about(row, failure), which writes that prompt")
+
+    def set_progress(self, progress: float) -> None:
+        """Called before hints are requested, on every process. By default it does nothing.
+
+        Args:
+            progress: the share of the optimiser steps that is done, in [0, 1). A resumed run continues it.
+        """
+
     def read(self, row: Row, text: str, finished: bool) -> Mapping[str, Any]:
         """Columns for the rollouts file: column name → value for this completion; the same names every time.
 
@@ -80,7 +98,8 @@ class Templates(Task):
     conversation. A string that contains ``{prompt}`` replaces the prompt.
 
     Args:
-        asking: the teacher's request for a hint (Eq. 8). It should ask for ``<hint>...</hint>``.
+        asking: the teacher's request for a hint (Eq. 8). It should ask for ``<hint>...</hint>``. With
+            ``hint_source="failure"`` it must contain ``{failure}``, for one of the student's failed attempts.
         telling: what the student reads with a hint (Eq. 9); it must contain ``{hint}``.
 
     Raises:
@@ -107,16 +126,29 @@ class Templates(Task):
             raise ValueError("asking names {hint}, expected it only in telling: asking is the request for the hint")
         if "hint" not in told:
             raise ValueError(f"telling is {telling!r}, expected {{hint}} in it: the student would not see the hint")
-        self._asking, self._telling = asking, telling
-        self.columns = tuple(sorted((asked | told) - {"prompt", "hint"}))
+        self._asking, self._telling, self._about = asking, telling, "failure" in asked
+        self.columns = tuple(sorted(((asked - {"failure"}) | told) - {"prompt", "hint"}))
 
     def ask(self, row: Row) -> Prompt:
-        """The row's prompt with ``asking``."""
+        """The row's prompt with ``asking``; ``ValueError`` if that contains ``{failure}``."""
+        if self._about:
+            raise ValueError("asking names {failure}, the student's failed attempt, expected hint_source 'failure'")
         return _extended(row["prompt"], self._asking, row)
+
+    def ask_about(self, row: Row, failure: str) -> Prompt:
+        """The row's prompt with ``asking``; ``NotImplementedError`` if that lacks ``{failure}``."""
+        if not self._about:
+            raise NotImplementedError(f"asking is {self._asking!r}, without {{failure}}, the student's failed attempt")
+        return _extended(row["prompt"], self._asking, {**row, "failure": failure})
 
     def tell(self, row: Row, hint: str) -> Prompt:
         """The row's prompt with ``telling``."""
         return _extended(row["prompt"], self._telling, {**row, "hint": hint})
+
+
+def hint_request(task: Task, row: Row, failure: str | None = None) -> Prompt | None:
+    """The teacher's prompt for a hint: `Task.ask`, or `Task.ask_about` the ``failure``."""
+    return task.ask(row) if failure is None else task.ask_about(row, failure)
 
 
 def _names(argument: str, template: str) -> set[str]:
@@ -185,6 +217,22 @@ def outside_thoughts(text: str) -> str:
     chat templates open the tag in the prompt.
     """
     return _THOUGHT.sub(" ", text).rpartition("</think>")[2]
+
+
+def neutral(text: str, markup: Sequence[str], instead: str = "") -> str:
+    """``text`` with ``instead`` for markup and tags. It repeats, because removal can join two halves into a new tag."""
+    before = ""
+    while text != before:
+        before = text
+        for piece in (*_STRUCTURE, *markup):
+            text = text.replace(piece, instead)
+    return text.strip()
+
+
+def markup_of(tokenizer: Any) -> tuple[str, ...]:
+    """A tokenizer's special tokens, and its added tokens that look like tags, for `parse_hint`."""
+    added = [text for text in tokenizer.get_added_vocab() if _MARKUP.fullmatch(text)]
+    return tuple(sorted({*tokenizer.all_special_tokens, *added}))
 
 
 def images_of(row: Row) -> list[Any]:

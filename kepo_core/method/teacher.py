@@ -15,11 +15,9 @@ from trl.models import prepare_deepspeed
 from kepo_core.method.forward import add_hidden_state_output, check_plain_head, let_generate
 from kepo_core.method.shared_prompts import is_sharded
 from kepo_core.method.shared_scoring import select_rows, shared_rows
-from kepo_core.method.task import Prompt, images_in, outside_thoughts
+from kepo_core.method.task import Prompt, images_in, markup_of, neutral, outside_thoughts
 
 _HINT = re.compile(r"<hint>((?:(?!<hint>).)*?)</hint>", re.DOTALL)  # the innermost, if they are nested
-_STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
-_MARKUP = re.compile(r"<\S+>")
 #: Words that an instruction puts between the tags (``inside <hint> and </hint>``, ``<hint>your hint here</hint>``).
 _SPOKEN_OF = {"and", "or", "to", "then", "opening", "closing", "your", "the", "hint", "here", "text", "tag", "tags"}
 #: Settings that must be equal for one model to read the image tensors of another.
@@ -45,29 +43,13 @@ def parse_hint(text: str, markup: Sequence[str] = ()) -> str | None:
     Every string of ``markup`` (special tokens) and every tag that structures the prompts is removed: a hint cannot
     end the user's turn, refer to an image, or imitate the prompt's tags.
     """
-    hints = [_neutral(hint, markup) for hint in _HINT.findall(outside_thoughts(text))]
+    hints = [neutral(hint, markup) for hint in _HINT.findall(outside_thoughts(text))]
     return next((hint for hint in reversed(hints) if {*re.findall(r"[^\W_]+", hint.lower())} - _SPOKEN_OF), None)
-
-
-def _neutral(hint: str, markup: Sequence[str]) -> str:
-    """``hint`` without markup. Removal is repeated, because it can join two halves into a new tag."""
-    before = ""
-    while hint != before:
-        before = hint
-        for piece in (*_STRUCTURE, *markup):
-            hint = hint.replace(piece, "")
-    return hint.strip()
 
 
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer of a processor, or the tokenizer that is the processor of a text model."""
     return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-
-
-def markup_of(tokenizer: Any) -> tuple[str, ...]:
-    """A tokenizer's special tokens, and its added tokens that look like tags, for `parse_hint`."""
-    added = [text for text in tokenizer.get_added_vocab() if _MARKUP.fullmatch(text)]
-    return tuple(sorted({*tokenizer.all_special_tokens, *added}))
 
 
 class Teacher:

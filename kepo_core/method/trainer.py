@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from kepo_core.method import hinted, objective
 from kepo_core.method.checks import check_arguments, check_parts, first_row
 from kepo_core.method.config import KEPOConfig
-from kepo_core.method.exploration import GroupOutcome, leaving_members
+from kepo_core.method.exploration import leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
 from kepo_core.method.processor import image_only_processor
 from kepo_core.method.recording import Generation, record
@@ -113,7 +113,7 @@ class KEPOTrainer(ScoringTrainer):
             raise ValueError(f"args is a {type(args).__name__}, expected a KEPOConfig (it has all GRPOConfig's fields)")
         self.task, self.teacher = task, teacher
         check_arguments(args, teacher, task, eval_dataset)
-        self.asks_hints = check_parts(args, teacher, task, train_dataset, kwargs)
+        check_parts(args, teacher, task, train_dataset, kwargs)
         if reward_funcs is not None:
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [checked_reward(reward) for reward in given]
@@ -191,7 +191,7 @@ class KEPOTrainer(ScoringTrainer):
     def _explore(self, now: Generation, prompts: Sequence[Prompt]) -> None:
         """Score the student's own rollouts, explore, and replace originals by accepted draws."""
         now.scored = self.score(now.rows, prompts, now.own)
-        now.explored, now.draw_tokens = hinted.explore_groups(
+        now.explored, now.draw_tokens, now.refused = hinted.explore_groups(
             self, now.rows, prompts, now.own, now.scored, self._seed()
         )
         self._inject(now)
@@ -237,18 +237,16 @@ class KEPOTrainer(ScoringTrainer):
             output["advantages"] = objective.without_equal_groups(output["advantages"], totals, self.num_generations)
         if self.args.scale_rewards == "rloo" or self.args.zero_variance == "drop":
             self._correct_table(output["advantages"])
-        advantages, keep = output["advantages"], self._kept(now)
+        advantages = output["advantages"]
         signal = self.signal("gate_reward", rewards)[local]
-        gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & keep & self.args.distill
+        gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & self.args.distill
         gate = gate & output["completion_mask"].any(1)  # under mask_truncated_completions some rows have no tokens
         log_ratio = self._measure_injected(now, output) if self.args.explore else {}
         if self.args.distill:
             output["kepo_gate"] = self._ask_served(now, output, gate)
             gated_tokens = (output["completion_mask"] * output["kepo_gate"].unsqueeze(1)).sum()
             output["kepo_gated_tokens"] = self.accelerator.gather(gated_tokens).sum()
-        if not keep.all():
-            output["tool_mask"] = keep.unsqueeze(1).expand_as(output["completion_mask"]).long()
-        record(self, now, rewards, advantages, gate, keep, log_ratio)
+        record(self, now, rewards, advantages, gate, log_ratio)
         return output
 
     def _correct_table(self, advantages: Tensor) -> None:
@@ -273,16 +271,8 @@ class KEPOTrainer(ScoringTrainer):
         self._metrics["train"]["kepo/unasked"].append(float(count))
         return gate & ~left_out
 
-    def _kept(self, now: Generation) -> Tensor:
-        """Which rows stay in the loss, (B,): all, except exhausted groups under ``on_exhausted="drop"``."""
-        dropped = {
-            e.group for e in now.explored if self.args.on_exhausted == "drop" and e.outcome is GroupOutcome.EXHAUSTED
-        }
-        flags = [(now.first + row) // self.num_generations not in dropped for row in range(len(now.rows))]
-        return torch.tensor(flags, device=self.accelerator.device)
-
     def _measure_injected(self, now: Generation, output: dict[str, Any]) -> dict[int, float]:
-        """How far hints pulled the injected rows off-policy: token means of log π(y|x,h,a) − log π(y|x), by row.
+        """How far hints pulled the injected rows off-policy: their hint reliance, by row.
 
         The same forward pass measures the entropies of replaced originals, which go into ``output``. Under
         ``hint_importance="truncated"``, the advantages in ``output`` are multiplied by the off-policy weights.
@@ -314,7 +304,7 @@ class KEPOTrainer(ScoringTrainer):
             advantages_BT = output["advantages"].unsqueeze(1).repeat(1, width)
             advantages_BT[real] *= weights[: len(real)]
             output["advantages"] = advantages_BT
-        means = objective.sequence_mean(hinted_logps - plain_logps, mask_y).tolist()
+        means = objective.hint_reliance(plain_logps, hinted_logps, mask_y).tolist()
         return dict(zip(now.injected, means, strict=False))
 
 

@@ -34,6 +34,7 @@ _TOLD = {
     "hint": "with a teacher's hint",
     "answer": "with the answer",
     "none": "of the same prompt",
+    "fading": "with a teacher's hint and the answer at first, later with the hint, at last of the same prompt",
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.method.task import Row, Task
-from kepo_core.task.prompts import HINT_CONTEXTS, Messages, hint_aware_messages, hint_messages, needs_hint
+from kepo_core.task.prompts import HINT_CONTEXTS, Messages, context_at, hint_aware_messages, hint_messages, needs_hint
 from kepo_core.task.rewards import ANSWER_FORMATS, RewardFunction, reward_functions, score
 
 #: The metrics that this task adds to KEPOTrainer's, all of the student's own rollouts before injection.
@@ -21,8 +21,9 @@ class MultipleChoice(Task):
     """Multiple choice by letter: columns ``question``, ``options`` (texts), ``answer`` (a letter) and ``image``.
 
     Args:
-        context: what the hint-aware prompt adds to the question: "hint+answer", "hint", "answer", or "none" (retry
-            with the plain prompt). Without a hint, no teacher is asked.
+        context: what the hint-aware prompt adds to the question: "hint+answer", "hint", "answer", "none" (retry with
+            the plain prompt), or "fading": "hint+answer" in the first third of training, "hint" in the second, and
+            "none" in the third. Without a hint, no teacher is asked.
         thinking: whether prompts ask for explicit reasoning. The paper has no hint-aware prompt without it.
         answer_format: what counts as an answer: "paper", or "lenient" (see ``task.lenient``).
 
@@ -53,6 +54,7 @@ class MultipleChoice(Task):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         self.context, self.thinking, self.answer_format = context, thinking, answer_format
+        self._progress = 0.0
 
     @property
     def reward_funcs(self) -> list[RewardFunction]:
@@ -61,13 +63,26 @@ class MultipleChoice(Task):
 
     def ask(self, row: Row) -> Messages | None:
         """Appendix C's teacher prompt (Eq. 8); None if the context has no hint."""
-        return hint_messages(row["question"], row["options"], row["answer"]) if needs_hint(self.context) else None
+        return hint_messages(row["question"], row["options"], row["answer"]) if needs_hint(self._now) else None
+
+    def ask_about(self, row: Row, failure: str) -> Messages | None:
+        """As `ask`, with one more sentence: one of the student's wrong attempts."""
+        asked = row["question"], row["options"], row["answer"]
+        return hint_messages(*asked, failure) if needs_hint(self._now) else None
+
+    def set_progress(self, progress: float) -> None:
+        """The share of training that is done, by which "fading" chooses the context."""
+        self._progress = progress
+
+    @property
+    def _now(self) -> str:
+        return context_at(self.context, self._progress)
 
     def tell(self, row: Row, hint: str) -> Messages:
         """Appendix C's hint-aware prompt (Eq. 9). Raises ``ValueError`` without thinking."""
         if not self.thinking:
             raise ValueError("thinking is False, expected True: the paper has no hint-aware prompt without reasoning")
-        return hint_aware_messages(row["question"], row["options"], hint, row["answer"], self.context)
+        return hint_aware_messages(row["question"], row["options"], hint, row["answer"], self._now)
 
     def read(self, row: Row, text: str, finished: bool) -> Mapping[str, Any]:
         """The answer's outcome, the letter that was read, whether the format is exact, and the accuracy."""

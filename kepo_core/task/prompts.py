@@ -1,4 +1,4 @@
-"""The four prompts of Appendix C, in the paper's wording.
+"""The four prompts of Appendix C, in the paper's wording, and one of ours: a hint about a failed attempt.
 
 The question and its options come first, then the instructions (the paper does not show where the
 question stands; the authors' released code puts it first). ``{answer}`` is the bare option letter.
@@ -26,6 +26,9 @@ HINT_WRITING = """Your task:
 3. No extra information or text outside of these tags.
 The ground truth answer is {answer}."""
 
+# Ours. HiLL (arXiv 2604.00698) shows its hint writer a failed attempt, too, with other instructions.
+FAILED_ATTEMPT = "\nThe hint is for a student whose attempt is wrong: <attempt>{failure}</attempt>"
+
 HINT_AWARE = """Your task:
 1. Read the hint provided in <hint>...</hint> tags and the ground truth answer provided in <answer>...</answer> tags.
 2. Think through the question step by step but do not explicitly mention the hint or the ground truth answer, \
@@ -40,14 +43,24 @@ _CONTEXT_LINE = {
     "hint": "The hint is <hint>{hint}</hint>.",
     "answer": "The ground truth answer is <answer>{answer}</answer>.",
 }
-#: "none" is no context: retries with the plain prompt.
 TOLD_CONTEXTS = tuple(_CONTEXT_LINE)
-HINT_CONTEXTS = (*TOLD_CONTEXTS, "none")
+#: "none" is no context: retries with the plain prompt. "fading" is one after another, see `context_at`.
+HINT_CONTEXTS = (*TOLD_CONTEXTS, "none", "fading")
+_FADING = ("hint+answer", "hint", "none")
+
+
+def context_at(context: str, progress: float) -> str:
+    """The context after a share ``progress`` of training, in [0, 1); one of HINT_CONTEXTS, but not "fading".
+
+    "fading" withdraws help by thirds of training: first hint and answer, then the hint alone, at last only retries. The
+    schedule is ours; it needs no state, so that a resumed run continues it exactly.
+    """
+    return _FADING[int(len(_FADING) * progress)] if context == "fading" else context
 
 
 def needs_hint(context: str) -> bool:
-    """Whether the hint-aware prompt of this context contains a hint, for which a teacher is needed."""
-    return "hint" in context
+    """Whether the hint-aware prompt of this context ever contains a hint, for which a teacher is needed."""
+    return "hint" in context or context == "fading"
 
 
 def render_question(question: str, options: Sequence[str]) -> str:
@@ -65,9 +78,12 @@ def vqa_messages(question: str, options: Sequence[str], thinking: bool) -> Messa
     return _user(question, options, THINKING if thinking else NON_THINKING)
 
 
-def hint_messages(question: str, options: Sequence[str], answer: str) -> Messages:
-    """The teacher's prompt for h ~ π_T(·|x, y) (Eq. 8); ``answer`` is a letter."""
-    return _user(question, options, HINT_WRITING.replace("{answer}", answer))
+def hint_messages(question: str, options: Sequence[str], answer: str, failure: str | None = None) -> Messages:
+    """The teacher's prompt for h ~ π_T(·|x, y) (Eq. 8); ``answer`` is a letter, ``failure`` a failed attempt."""
+    instructions = HINT_WRITING.replace("{answer}", answer)
+    if failure is not None:
+        instructions += FAILED_ATTEMPT.replace("{failure}", failure)
+    return _user(question, options, instructions)
 
 
 def hint_aware_messages(
@@ -75,7 +91,7 @@ def hint_aware_messages(
 ) -> Messages:
     """The student's prompt for y_h ~ π_θ(·|x, h, y) (Eq. 9).
 
-    ``context`` is one of HINT_CONTEXTS; anything else raises ``KeyError``. "none" is the plain prompt x. The
+    ``context`` is one of TOLD_CONTEXTS or "none", the plain prompt x; else ``KeyError``. The
     replacement is literal, so braces inside a hint stay as they are.
     """
     if context == "none":
