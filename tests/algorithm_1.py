@@ -53,7 +53,6 @@ class Scenario:
     groups: tuple[Group, ...]
     budget: int = 5
     m: int = 1
-    on_exhausted: str = "keep"
     context: str = "hint+answer"
 
 
@@ -68,7 +67,7 @@ def draw_scenario(rng: random.Random, count: int) -> Scenario:
         draws = tuple(rng.random() < luck for _ in range(budget * m))
         groups.append(Group(question, originals, rng.choice(list(HINTS)), draws))
     context = rng.choice(["hint+answer", "hint", "answer"])
-    return Scenario(tuple(groups), budget, m, rng.choice(["keep", "drop"]), context)
+    return Scenario(tuple(groups), budget, m, context)
 
 
 @dataclass
@@ -79,7 +78,6 @@ class Account:
     rounds: list[list[tuple[int, str]]] = field(default_factory=list)  # (question, context line) of every draw
     injected: list[list[str]] = field(default_factory=list)  # accepted draws that joined, in order
     originals: list[list[str]] = field(default_factory=list)  # the student's own, some of which leave
-    dropped: list[bool] = field(default_factory=list)  # out of the loss
     counts: dict[str, float] = field(default_factory=dict)
 
 
@@ -98,7 +96,6 @@ def expected(scenario: Scenario) -> Account:
     for group in scenario.groups:
         originals = [group.said(good, f"original {i}") for i, good in enumerate(group.originals)]
         accepted: list[str] = []
-        exhausted = False
         if not any(group.originals):  # max_i r(y_i) = 0
             account.counts["explored"] += 1
             hint: str | None = ""
@@ -123,10 +120,8 @@ def expected(scenario: Scenario) -> Account:
                         number += 1
                 account.counts["rescued"] += bool(accepted)
                 account.counts["accepted"] += len(accepted)
-                exhausted = not accepted
         account.injected.append(accepted)
         account.originals.append(originals)
-        account.dropped.append(exhausted and scenario.on_exhausted == "drop")
     return account
 
 
@@ -155,8 +150,7 @@ def play(trainer: ScriptedTrainer, scenario: Scenario) -> dict[str, Any]:
     trainer.script, trainer.calls, trainer.pictures = script, [], []
     trainer.teacher.asked, trainer.teacher._generate = [], raw_hints
     trainer.args.rejection_budget, trainer.args.injected_per_group = scenario.budget, scenario.m
-    trainer.args.on_exhausted, trainer.task = scenario.on_exhausted, MultipleChoice(scenario.context)
-    trainer.asks_hints = "hint" in scenario.context
+    trainer.task = MultipleChoice(scenario.context)
     trainer._metrics["train"].clear()
     return trainer._generate_and_score_completions(rows[first : first + share])
 
@@ -206,17 +200,17 @@ def check_buffer(trainer: ScriptedTrainer, scenario: Scenario, batch: dict[str, 
     for row in range(share):
         number, member = divmod(first + row, G)
         good = goods[number][member]
-        assert bool(batch["kepo_gate"][row]) == (good and not want.dropped[number])
+        assert bool(batch["kepo_gate"][row]) == good
         assert abs(float(batch["advantages"][row]) - (good - sum(goods[number]) / G)) < 1e-6
-        check_row(trainer, batch, row, make_row(scenario.groups[number].question), want.dropped[number])
+        check_row(trainer, batch, row, make_row(scenario.groups[number].question))
     names = {"explored": "explored_groups", "unparsable": "unparsable_hints", "rescued": "rescued_groups",
              "draws": "draws", "accepted": "accepted"}  # fmt: skip
     logged = trainer._metrics["train"]
     assert {short: logged[f"kepo/{name}"][0] for short, name in names.items()} == want.counts
 
 
-def check_row(trainer: ScriptedTrainer, batch: dict[str, Any], row: int, asked: dict[str, Any], dropped: bool) -> None:
-    """One row: the plain prompt, the question's own picture, and in the loss unless its group was dropped."""
+def check_row(trainer: ScriptedTrainer, batch: dict[str, Any], row: int, asked: dict[str, Any]) -> None:
+    """One row: the plain prompt, the question's own picture, and in the loss."""
     processor = trainer.processing_class
     plain = processor.apply_chat_template(
         vqa_messages(asked["question"], asked["options"], True), tokenize=False, add_generation_prompt=True
@@ -224,5 +218,4 @@ def check_row(trainer: ScriptedTrainer, batch: dict[str, Any], row: int, asked: 
     inputs = processor(text=[plain], images=[[asked["image"]]], return_tensors="pt")
     assert batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist() == inputs["input_ids"][0].tolist()
     assert torch.equal(batch["pixel_values"].view(len(batch["prompt_ids"]), -1)[row], inputs["pixel_values"].flatten())
-    learned = batch["completion_mask"][row] * batch.get("tool_mask", torch.ones_like(batch["completion_mask"]))[row]
-    assert bool(learned.any()) != dropped
+    assert batch["completion_mask"][row].any() and "tool_mask" not in batch

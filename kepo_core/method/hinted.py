@@ -117,9 +117,10 @@ def _failures(
         members = [place for place in range(group * size, (group + 1) * size) if signal[place] <= 0]
         place = random.Random(f"{seed}/failure/{group}").choice(members) - first
         if 0 <= place < len(own):
-            ids = own[place].ids[-FAILURE_TOKENS:]
-            (text,) = trainer.processing_class.batch_decode([ids], skip_special_tokens=True)
-            held.append((group, neutral(text, markup, " ")))
+            text = neutral(own[place].text, markup, " ")
+            ids = trainer._tokenizer(text, add_special_tokens=False)["input_ids"]
+            cut = len(ids) > FAILURE_TOKENS
+            held.append((group, trainer._tokenizer.decode(ids[-FAILURE_TOKENS:]) if cut else text))
     return dict(gather_object(held))
 
 

@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 Prompt = str | list[dict[str, Any]]
 
 _THOUGHT = re.compile(r"<think>(?:(?!</think>).)*(?:</think>|\Z)", re.DOTALL)
-_STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>", "<attempt>", "</attempt>")
+_STRUCTURE = ("<hint>", "</hint>", "<think>", "</think>", "<answer>", "</answer>")
 _MARKUP = re.compile(r"<\S+>")
 
 

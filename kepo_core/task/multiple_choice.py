@@ -66,7 +66,7 @@ class MultipleChoice(Task):
         return hint_messages(row["question"], row["options"], row["answer"]) if needs_hint(self._now) else None
 
     def ask_about(self, row: Row, failure: str) -> Messages | None:
-        """As `ask`, with one more sentence: one of the student's wrong attempts."""
+        """As `ask`, with one of the student's wrong attempts before the question."""
         asked = row["question"], row["options"], row["answer"]
         return hint_messages(*asked, failure) if needs_hint(self._now) else None
 

@@ -1,4 +1,4 @@
-"""The four prompts of Appendix C, in the paper's wording, and one of ours: a hint about a failed attempt.
+"""The four prompts of Appendix C, in the paper's wording, and a line of ours: a wrong attempt, for a hint about it.
 
 The question and its options come first, then the instructions (the paper does not show where the
 question stands; the authors' released code puts it first). ``{answer}`` is the bare option letter.
@@ -26,8 +26,10 @@ HINT_WRITING = """Your task:
 3. No extra information or text outside of these tags.
 The ground truth answer is {answer}."""
 
-# Ours. HiLL (arXiv 2604.00698) shows its hint writer a failed attempt, too, with other instructions.
-FAILED_ATTEMPT = "\nThe hint is for a student whose attempt is wrong: <attempt>{failure}</attempt>"
+# Ours: HiLL (arXiv 2604.00698) shows its hint writer a failed attempt with instructions of its own. It stands before
+# the question, in few words, because the embedded teacher, which knows Appendix C's prompts and no other, then still
+# writes hints.
+WRONG_ATTEMPT = "Wrong attempt: {failure}\n\n"
 
 HINT_AWARE = """Your task:
 1. Read the hint provided in <hint>...</hint> tags and the ground truth answer provided in <answer>...</answer> tags.
@@ -79,11 +81,12 @@ def vqa_messages(question: str, options: Sequence[str], thinking: bool) -> Messa
 
 
 def hint_messages(question: str, options: Sequence[str], answer: str, failure: str | None = None) -> Messages:
-    """The teacher's prompt for h ~ π_T(·|x, y) (Eq. 8); ``answer`` is a letter, ``failure`` a failed attempt."""
-    instructions = HINT_WRITING.replace("{answer}", answer)
-    if failure is not None:
-        instructions += FAILED_ATTEMPT.replace("{failure}", failure)
-    return _user(question, options, instructions)
+    """The teacher's prompt for h ~ π_T(·|x, y) (Eq. 8); ``answer`` is a letter.
+
+    With a ``failure``, a wrong attempt, one line before the question holds it; all else stays as it is.
+    """
+    before = "" if failure is None else WRONG_ATTEMPT.replace("{failure}", " ".join(failure.split()))
+    return _user(before + question, options, HINT_WRITING.replace("{answer}", answer))
 
 
 def hint_aware_messages(

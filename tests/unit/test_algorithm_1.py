@@ -29,9 +29,8 @@ PATHS = {
     "no failure": Scenario((Group(0, (True, False, False, False), "no tags at all", ()),)),
     "success at the first draw": Scenario((Group(0, NEVER, "<hint>look left</hint>", (True, False)),)),
     "success at draw 3": Scenario((Group(1, NEVER, "<hint>look left</hint>", (False, False, True, True, True)),)),
-    "exhausted, kept": Scenario((Group(1, NEVER, "<hint>look left</hint>", (False,) * 5),)),
-    "exhausted, dropped": Scenario((Group(1, NEVER, "<hint>look left</hint>", (False,) * 5),), on_exhausted="drop"),
-    "unparsable, never dropped": Scenario((Group(2, NEVER, "<hint>open", ()),), on_exhausted="drop"),
+    "exhausted": Scenario((Group(1, NEVER, "<hint>look left</hint>", (False,) * 5),)),
+    "unparsable": Scenario((Group(2, NEVER, "<hint>open", ()),)),
     "m = 3 over two rounds, surplus left out": Scenario(
         (Group(0, NEVER, "<hint>look left</hint>", (True, False, True, True, True, False)),), budget=2, m=3
     ),

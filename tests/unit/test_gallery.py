@@ -93,10 +93,7 @@ def test_what_happened_is_said_in_words(question):
     for words in ("What is it?", "A) ring", "look left", "3 hint-aware draws, rescued", "every rollout failed"):
         assert words in page
     assert page.index("right answer") > page.index("B) cross")
-    dropped = show_rollouts(frame(replace(PLAIN, dropped=True, exploration="exhausted")), [question]).data
-    assert "dropped from the loss" in dropped
-    assert "gate open" not in dropped
-    assert "none of them right" in dropped
+    assert "none of them right" in show_rollouts(frame(replace(PLAIN, exploration="exhausted")), [question]).data
     unread = show_rollouts(frame(replace(PLAIN, exploration="unparsable")), [question]).data
     assert "it was not readable" in unread
     assert "hint-aware" not in unread

@@ -37,7 +37,8 @@ from kepo_core.testbed.embedded import build_model, build_processor
     [
         ({"tau": math.inf}, "tau must be a finite number, got inf"),
         ({"tau": "1"}, "tau must be a number, got '1'"),
-        ({"on_exhausted": "retry"}, "on_exhausted"),
+        ({"hint_source": "failures"}, "hint_source must be one of own, failure, other, got 'failures'"),
+        ({"hint_reliance": math.inf}, "hint_reliance must be at least 0, got inf"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"top_p": 0.0}, "top_p must be greater than 0 and at most 1"),
         ({"scale_rewards": "median"}, "scale_rewards is 'median', expected one of none, group, batch, rloo"),
@@ -51,7 +52,6 @@ from kepo_core.testbed.embedded import build_model, build_processor
         ({"scale_rewards": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "scale_rewards is 'rloo' but"),
         ({"zero_variance": "drop", "loss_type": "dapo"}, "zero_variance is 'drop' but loss_type is 'dapo'"),
         ({"zero_variance": "drop", "multi_objective_aggregation": "normalize_then_sum"}, "zero_variance is .drop. but"),
-        ({"on_exhausted": "drop", "loss_type": "bnpo"}, "on_exhausted is 'drop' but loss_type is 'bnpo'"),
     ],
 )  # fmt: skip
 def test_a_wrong_parameter_is_named(tmp_path: Path, overrides: dict, sentence: str) -> None:
