@@ -6,6 +6,7 @@ and what ended in its buffer against the specification, on one process and on se
 """
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,8 @@ class Scenario:
     budget: int = 5
     m: int = 1
     context: str = "hint+answer"
+    source: str = "own"  # of hints, own or failure
+    bound: float = 0.0  # on hint reliance; none, or one that no draw reaches
 
 
 def draw_scenario(rng: random.Random, count: int) -> Scenario:
@@ -67,7 +70,7 @@ def draw_scenario(rng: random.Random, count: int) -> Scenario:
         draws = tuple(rng.random() < luck for _ in range(budget * m))
         groups.append(Group(question, originals, rng.choice(list(HINTS)), draws))
     context = rng.choice(["hint+answer", "hint", "answer"])
-    return Scenario(tuple(groups), budget, m, context)
+    return Scenario(tuple(groups), budget, m, context, rng.choice(["own", "failure"]), rng.choice([0.0, 1e9]))
 
 
 @dataclass
@@ -144,15 +147,36 @@ def play(trainer: ScriptedTrainer, scenario: Scenario) -> dict[str, Any]:
 
     def raw_hints(prompts: list[Any], max_tokens: int, template: dict[str, Any]) -> list[str]:
         asked = [row_of(prompt) for prompt in prompts]
+        trainer.teacher.about += [(row["id"], attempt_of(prompt)) for row, prompt in zip(asked, prompts, strict=True)]
         trainer.teacher.asked.append([row["id"] for row in asked])
         return [by_question[row["id"]].teacher for row in asked]
 
     trainer.script, trainer.calls, trainer.pictures = script, [], []
-    trainer.teacher.asked, trainer.teacher._generate = [], raw_hints
+    trainer.teacher.asked, trainer.teacher.about, trainer.teacher._generate = [], [], raw_hints
+    trainer.args.hint_source, trainer.args.hint_reliance = scenario.source, scenario.bound
     trainer.args.rejection_budget, trainer.args.injected_per_group = scenario.budget, scenario.m
     trainer.task = MultipleChoice(scenario.context)
     trainer._metrics["train"].clear()
     return trainer._generate_and_score_completions(rows[first : first + share])
+
+
+def attempt_of(prompt: Any) -> str | None:
+    """The wrong attempt in the teacher's prompt, if there is one."""
+    text = next(part["text"] for part in prompt[-1]["content"] if part["type"] == "text")
+    before, _, after = text.partition("\n\nQuestion ")
+    return before.removeprefix("Wrong attempt: ") if after and before.startswith("Wrong attempt: ") else None
+
+
+def check_attempts(trainer: ScriptedTrainer, scenario: Scenario) -> None:
+    """Every hint is about one of the rollouts of its own group, if it is about any; dummy rows are about none."""
+    by_question = {f"q{group.question}": group for group in scenario.groups}
+    for question, attempt in trainer.teacher.about:
+        if scenario.source == "own":
+            assert attempt is None
+        elif attempt:
+            group = by_question[question]
+            said = {group.said(False, f"original {i}") for i in range(G)}
+            assert attempt in {re.sub(r"<.*?>", " ", text).strip().replace("  ", " ") for text in said}
 
 
 def drawn(trainer: ScriptedTrainer) -> Iterator[list[tuple[int, str]]]:

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from accelerate.utils import gather_object
-from algorithm_1 import check_buffer, check_prompts, draw_scenario, drawn, expected, play
+from algorithm_1 import check_attempts, check_buffer, check_prompts, draw_scenario, drawn, expected, play
 from kepo_harness import make_trainer, right
 
 
@@ -24,9 +24,12 @@ def main(output_dir: Path, world_size: int, scenarios: int) -> None:
         together = [sorted(draw for part in parts for draw in part) for parts in zip(*rounds, strict=True)]
         assert together == [sorted(each) for each in want.rounds]
         check_prompts(trainer)
+        check_attempts(trainer, scenario)
         check_buffer(trainer, scenario, batch, want)
         explorers = [process for process, mine in enumerate(rounds) if any(mine)]
         seen.update({f"{len(explorers)} explored": 1, "unparsable": want.counts["unparsable"] > 0})
+        attempts = gather_object([sum(bool(attempt) for _, attempt in trainer.teacher.about)])
+        assert sum(attempts) == (len(want.hinted) if scenario.source == "failure" else 0)
     assert min(seen[f"{n} explored"] for n in range(world_size + 1)) >= 3 and seen["unparsable"] >= 3, seen
     if accelerator.is_main_process:
         (output_dir / "agreed").write_text(str(scenarios))

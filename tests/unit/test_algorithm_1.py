@@ -4,7 +4,18 @@ import random
 from collections import Counter
 
 import pytest
-from algorithm_1 import HINTS, Group, Scenario, check_buffer, check_prompts, draw_scenario, drawn, expected, play
+from algorithm_1 import (
+    HINTS,
+    Group,
+    Scenario,
+    check_attempts,
+    check_buffer,
+    check_prompts,
+    draw_scenario,
+    drawn,
+    expected,
+    play,
+)
 from kepo_harness import ScriptedTrainer, make_trainer, right
 
 NEVER = (False,) * 4
@@ -22,6 +33,7 @@ def check(trainer: ScriptedTrainer, scenario: Scenario) -> None:
     assert trainer.teacher.asked == ([[f"q{question}" for question in want.hinted]] if want.hinted else [])
     assert list(drawn(trainer)) == want.rounds  # one call of the generation back end a round
     check_prompts(trainer)
+    check_attempts(trainer, scenario)
     check_buffer(trainer, scenario, batch, want)
 
 

@@ -165,7 +165,12 @@ def with_context(monkeypatch: pytest.MonkeyPatch, role: str, context: int) -> No
 
 @pytest.mark.parametrize(
     ("given", "asks"),
-    [({"distill": False}, "asks for a hint"), ({"explore": False}, ""), ({"method": "gkd"}, "")],
+    [
+        ({"distill": False}, "asks for a hint"),
+        ({"distill": False, "hint_source": "failure"}, "asks for a hint"),
+        ({"explore": False}, ""),
+        ({"method": "gkd"}, ""),
+    ],
 )
 def test_what_is_longer_than_the_teachers_context_is_not_trained_on(
     world: Path, processor, given: dict, asks: str, monkeypatch: pytest.MonkeyPatch
@@ -173,8 +178,10 @@ def test_what_is_longer_than_the_teachers_context_is_not_trained_on(
     first = load(world).train[0]
     question = " ".join(["long"] * 200)
     change(world, first.id, question=question)
-    asked = hint_messages(question, first.options, "A") if asks else vqa_messages(question, first.options, True)
-    prompt, answer = tokens(processor, asked), 100 if asks else 40
+    about = "" if "hint_source" in given else None
+    asked = hint_messages(question, first.options, "A", about) if asks else vqa_messages(question, first.options, True)
+    # The longest attempt is as long as the longest rollout.
+    prompt, answer = tokens(processor, asked) + 40 * ("hint_source" in given), 100 if asks else 40
     with_context(monkeypatch, "teacher", prompt + answer)
     assert load(world, **ROOM, **given).train[0].id == first.id
     with_context(monkeypatch, "teacher", prompt + answer - 1)
