@@ -17,7 +17,8 @@ from kepo_core.params import Params
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import Messages, render_question, vqa_messages
 
-_NOTHING = {"question": "", "options": [], "answer": "A"}
+#: The shortest question that separates the words before and after it.
+_SHORTEST = {"question": "?", "options": [], "answer": "A"}
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Askable:
 
     def _further(self) -> list[_Ask]:
         params, student, teacher = self.params, self._student, self._teacher
-        plain = student.count(student.prompt(vqa_messages("", (), params.thinking)))
+        plain = student.count(student.prompt(vqa_messages("?", (), params.thinking)))
         longest, change = params.of_trl("max_completion_length"), "A smaller image_size, max_completion_length"
         asks = []
         if teacher and (params.method == "gkd" or params.distill):
@@ -109,9 +110,9 @@ class Askable:
         if params.method == "kepo" and params.explore:
             task = MultipleChoice(params.hint_context, params.thinking, params.answer_format)
             about = params.hint_source == "failure"
-            ask = hint_request(task, _NOTHING, "" if about else None)
+            ask = hint_request(task, _SHORTEST, "" if about else None)
             hint, change = params.hint_max_tokens, f"{change} or hint_max_tokens may help."
-            told = student.count(student.prompt(task.tell(_NOTHING, ""))) - plain + (0 if ask is None else hint)
+            told = student.count(student.prompt(task.tell(_SHORTEST, ""))) - plain + (0 if ask is None else hint)
             asks.append(_Ask(student, student, "prompt with a hint", told, longest, change))
             if teacher and ask is not None:
                 attempt = min(params.of_trl("max_completion_length"), FAILURE_TOKENS) if about else 0
