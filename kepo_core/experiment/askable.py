@@ -12,7 +12,6 @@ from kepo_core.data.records import Question
 from kepo_core.experiment.methods import needs_teacher
 from kepo_core.experiment.models import load_processor, read_config
 from kepo_core.method.hinted import FAILURE_TOKENS
-from kepo_core.method.task import hint_request
 from kepo_core.params import Params
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import Messages, render_question, vqa_messages
@@ -110,7 +109,7 @@ class Askable:
         if params.method == "kepo" and params.explore:
             task = MultipleChoice(params.hint_context, params.thinking, params.answer_format)
             about = params.hint_source == "failure"
-            ask = hint_request(task, _SHORTEST, "" if about else None)
+            ask = task.ask_about(_SHORTEST, "") if about else task.ask(_SHORTEST)
             hint, change = params.hint_max_tokens, f"{change} or hint_max_tokens may help."
             told = student.count(student.prompt(task.tell(_SHORTEST, ""))) - plain + (0 if ask is None else hint)
             asks.append(_Ask(student, student, "prompt with a hint", told, longest, change))

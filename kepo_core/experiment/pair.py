@@ -14,7 +14,6 @@ from kepo_core.experiment.models import check_quantizes, check_same_vocabulary, 
 from kepo_core.experiment.threads import suit_threads
 from kepo_core.method.forward import check_plain_head
 from kepo_core.method.served import ServedTeacher
-from kepo_core.method.task import hint_request
 from kepo_core.method.teacher import Teacher
 from kepo_core.params import Params
 from kepo_core.task.multiple_choice import MultipleChoice
@@ -90,7 +89,8 @@ def _check_template(params: Params, role: str, processor: Any) -> None:
         if role == "student":
             prompts["gives a hint"] = task.tell(row, "Look at the left.")
         else:
-            prompts["asks for a hint"] = hint_request(task, row, "B" if params.hint_source == "failure" else None)
+            about_one = params.hint_source == "failure"
+            prompts["asks for a hint"] = task.ask_about(row, "B") if about_one else task.ask(row)
     for does, prompt in prompts.items():
         try:
             if prompt is not None:

@@ -21,8 +21,8 @@ from trl.generation.vllm_client import to_openai_messages
 
 from kepo_core.files import write_atomically
 from kepo_core.method.chat_client import ChatClient, TeacherServerError
-from kepo_core.method.task import Prompt, with_images
-from kepo_core.method.teacher import markup_of, parse_hint, tokenizer_of
+from kepo_core.method.task import Prompt, markup_of, with_images
+from kepo_core.method.teacher import parse_hint, tokenizer_of
 
 #: How far a log-probability may exceed 0, and the total probability 1: servers compute in bfloat16.
 TOLERANCE = 1e-3

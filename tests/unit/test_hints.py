@@ -51,6 +51,16 @@ def test_the_teacher_reads_an_attempt_of_the_same_group_without_its_markup(tmp_p
     assert "<hint>of q0</hint>" in trainer.calls[1][0]
 
 
+def test_each_of_several_failing_groups_has_its_own_attempt(tmp_path: Path) -> None:
+    def script(text: str, row: dict, before: int, hinted: bool) -> str:
+        return f"try {before} of {row['id']}"
+
+    for seed in range(4):
+        trainer = make_trainer(tmp_path, script, hint_source="failure", rejection_budget=1, seed=seed)
+        for asked, group in zip(about(trainer, 1, 0), ("q1", "q0"), strict=True):
+            assert asked.partition("\n\n")[0].endswith(f"of {group}")
+
+
 def test_which_attempt_comes_from_the_seed_and_all_are_possible(tmp_path: Path) -> None:
     seen = set()
     for seed in range(16):
