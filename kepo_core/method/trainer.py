@@ -23,6 +23,8 @@ from kepo_core.method.checks import check_arguments, check_parts, first_row
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import GroupOutcome, leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
+from kepo_core.method.gates import GATES, Gate
+from kepo_core.method.guidance import guide
 from kepo_core.method.processor import image_only_processor
 from kepo_core.method.recording import Generation, record
 from kepo_core.method.rounding import RoundingWatch
@@ -49,6 +51,7 @@ class KEPOTrainer(ScoringTrainer):
         teacher: π_T, in this process or served; required to distil and for hints.
         task: how hints are requested and given; required to explore. What its `Task.read` returns goes into the
             rollouts file. With a task, reward functions get completions as plain text, reasoning included.
+        gate: a function of your own in place of ``args.gate``, `Known` → weights (B, 1) or (B, T); see `gates`.
         **kwargs: as for GRPOTrainer (``processing_class``, ``callbacks``, ``peft_config``, …).
 
     Raises:
@@ -106,13 +109,15 @@ class KEPOTrainer(ScoringTrainer):
         *,
         teacher: Teacher | ServedTeacher | None = None,
         task: Task | None = None,
+        gate: Gate | None = None,
         **kwargs: Any,
     ) -> None:
         args = _default_config(model, teacher, task) if args is None else args
         if not isinstance(args, KEPOConfig):
             raise ValueError(f"args is a {type(args).__name__}, expected a KEPOConfig (it has all GRPOConfig's fields)")
-        self.task, self.teacher = task, teacher
-        check_arguments(args, teacher, task, eval_dataset)
+        self.task, self.teacher, self.gate = task, teacher, GATES[args.gate] if gate is None else gate
+        self.answered: dict[str, bool] = {}  # which prompts the teacher itself answers right, as far as it was asked
+        check_arguments(args, teacher, task, eval_dataset, self.gate)
         self.asks_hints = check_parts(args, teacher, task, train_dataset, kwargs)
         if reward_funcs is not None:
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -228,27 +233,17 @@ class KEPOTrainer(ScoringTrainer):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if not training:
             return output
-        rewards = self._rewards
-        local = slice(now.first, now.first + len(inputs))
-        totals = self.total(rewards)
         if self.args.scale_rewards == "rloo":
-            output["advantages"] = objective.leave_one_out(totals, self.num_generations)[local]
-        if self.args.zero_variance == "drop":
-            output["advantages"] = objective.without_equal_groups(output["advantages"], totals, self.num_generations)
-        if self.args.scale_rewards == "rloo" or self.args.zero_variance == "drop":
+            local = slice(now.first, now.first + len(inputs))
+            output["advantages"] = objective.leave_one_out(self.total(self._rewards), self.num_generations)[local]
             self._correct_table(output["advantages"])
         advantages, keep = output["advantages"], self._kept(now)
-        signal = self.signal("gate_reward", rewards)[local]
-        gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & keep & self.args.distill
-        gate = gate & output["completion_mask"].any(1)  # under mask_truncated_completions some rows have no tokens
-        log_ratio = self._measure_injected(now, output) if self.args.explore else {}
         if self.args.distill:
-            output["kepo_gate"] = self._ask_served(now, output, gate)
-            gated_tokens = (output["completion_mask"] * output["kepo_gate"].unsqueeze(1)).sum()
-            output["kepo_gated_tokens"] = self.accelerator.gather(gated_tokens).sum()
+            guide(self, now, output, keep)
+        log_ratio = self._measure_injected(now, output) if self.args.explore else {}
         if not keep.all():
             output["tool_mask"] = keep.unsqueeze(1).expand_as(output["completion_mask"]).long()
-        record(self, now, rewards, advantages, gate, keep, log_ratio)
+        record(self, now, self._rewards, advantages, keep, log_ratio)
         return output
 
     def _correct_table(self, advantages: Tensor) -> None:
@@ -257,21 +252,6 @@ class KEPOTrainer(ScoringTrainer):
         for _ in range(min(len(trained), len(table))):
             table.pop()
         table.extend(trained)
-
-    def _ask_served(self, now: Generation, output: dict[str, Any], gate: Tensor) -> Tensor:
-        """The rows to be guided, (B,): those past the gate, except those that a served teacher cannot score.
-
-        A served teacher scores all rows of the generation batch here; its answers go into ``output``.
-        """
-        if not isinstance(self.teacher, ServedTeacher):
-            return gate
-        mask = output["completion_mask"] * gate.unsqueeze(1)
-        output["kepo_top_ids"], output["kepo_top_log_probs"], left_out = self.teacher.score_batch(
-            now.rows, output, mask, self.chat_template_kwargs
-        )
-        count = self.accelerator.gather(left_out.sum()).sum()
-        self._metrics["train"]["kepo/unasked"].append(float(count))
-        return gate & ~left_out
 
     def _kept(self, now: Generation) -> Tensor:
         """Which rows stay in the loss, (B,): all, except exhausted groups under ``on_exhausted="drop"``."""
@@ -311,7 +291,7 @@ class KEPOTrainer(ScoringTrainer):
         if self.args.hint_importance == "truncated":
             weights = objective.hint_importance_weights(plain_logps, hinted_logps)
             weights = nn.functional.pad(weights, (0, width - weights.shape[1]), value=1.0)  # cut, or filled with ones
-            advantages_BT = output["advantages"].unsqueeze(1).repeat(1, width)
+            advantages_BT = output["advantages"].view(size, -1).expand(size, width).clone()  # (B,), or with guidance
             advantages_BT[real] *= weights[: len(real)]
             output["advantages"] = advantages_BT
         means = objective.sequence_mean(hinted_logps - plain_logps, mask_y).tolist()

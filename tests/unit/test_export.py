@@ -113,7 +113,7 @@ def test_a_hub_model_is_named_as_the_base_and_keeps_its_licence(tmp_path: Path) 
     ("changes", "words"),
     [
         ({"distill": False, "explore": False}, "reinforcement learning: GRPO."),
-        ({"explore": False, "gate_compare": "lt"}, "whose accuracy reward is below 1."),
+        ({"explore": False, "gate": "below"}, "whose accuracy reward is below 1."),
         ({"distill": False, "hint_context": "none"}, "for up to 5 rounds, of the same prompt where all 8"),
         ({"method": "sft", "thinking": False}, "fine-tuned on right answers"),
         ({"method": "gkd", "gkd_lambda": 1.0}, "MM-GKD (λ = 1)"),

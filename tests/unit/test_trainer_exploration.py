@@ -51,7 +51,7 @@ def test_the_accepted_draw_replaces_one_original_and_is_scored_under_the_plain_p
     # Eq. 6 on 2, 1, 1, 1 and on 1, 2, 1, 2
     assert sorted(batch["advantages"][:4].tolist()) == pytest.approx([-0.25, -0.25, -0.25, 0.75])
     assert batch["advantages"][4:].tolist() == pytest.approx([-0.5, 0.5, -0.5, 0.5])
-    assert batch["kepo_gate"].tolist() == [text == right(make_row(0)) for text in said[:4]] + [False, True] * 2
+    assert batch["kepo_gate"][:, 0].tolist() == [text == right(make_row(0)) for text in said[:4]] + [False, True] * 2
 
 
 def test_evaluation_between_steps_names_no_generation(tmp_path: Path) -> None:
@@ -145,10 +145,10 @@ def test_the_answer_alone_needs_no_teacher_either(tmp_path: Path) -> None:
 
 def test_the_opposite_gate_passes_what_the_gate_does_not(tmp_path: Path) -> None:
     gates = {}
-    for compare in ("ge", "lt"):
-        trainer = make_trainer(tmp_path / compare, fails_on_0, explore=False, gate_compare=compare)
-        gates[compare] = score_batch(trainer, 0, 1)["kepo_gate"]
-    assert gates["lt"].tolist() == (~gates["ge"]).tolist() and gates["lt"].any() and gates["ge"].any()
+    for gate in ("reward", "below"):
+        trainer = make_trainer(tmp_path / gate, fails_on_0, explore=False, gate=gate)
+        gates[gate] = score_batch(trainer, 0, 1)["kepo_gate"]
+    assert torch.equal(gates["below"], 1 - gates["reward"]) and gates["below"].any() and gates["reward"].any()
 
 
 def test_total_reward_triggers_and_accepts_on_format_alone(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_dropped_rows_pass_no_gate(tmp_path: Path) -> None:
         on_exhausted="drop", tau=0.0,
     )  # fmt: skip
     batch = score_batch(trainer, 0, 1)
-    assert batch["kepo_gate"].tolist() == [False] * 4 + [True] * 4
+    assert batch["kepo_gate"][:, 0].tolist() == [False] * 4 + [True] * 4
     assert trainer._metrics["train"]["kepo/gate_rate"] == [0.5]
     assert batch["kepo_gated_tokens"] == batch["completion_mask"][4:].sum()
     assert batch["num_items_in_batch"] == batch["completion_mask"].sum()  # kept in the denominator

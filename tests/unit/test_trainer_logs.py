@@ -169,7 +169,7 @@ def test_no_completion_is_parsed_twice(tmp_path: Path) -> None:
     assert found.misses == len(said) and found.hits + found.misses == 2 * (8 + 1)  # eight rollouts and a draw
 
 
-@pytest.mark.parametrize("choice", [{"scale_rewards": "rloo"}, {"zero_variance": "drop"}])
+@pytest.mark.parametrize("choice", [{"scale_rewards": "rloo"}])
 def test_trls_table_of_completions_shows_the_advantages_that_train(tmp_path: Path, choice: dict[str, str]) -> None:
     trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h", **choice)
     output = score_batch(trainer, 0, 1)
