@@ -271,9 +271,10 @@ def test_injected_rows_are_scored_by_all_three_models_under_the_plain_prompt_wit
     place = next(i for i, text in enumerate(decode(trainer, batch["completion_ids"], batch["completion_mask"]))
                  if text == right(make_row(0)))  # fmt: skip
     assert place < 4
-    assert {name: len(calls) for name, calls in seen.items()} == {"student": 2, "reference": 1, "teacher": 2}
+    assert {name: len(calls) for name, calls in seen.items()} == {"student": 2, "reference": 1, "teacher": 3}
     for name, call in [(name, call) for name, calls in seen.items() for call in calls]:
-        # Student and teacher each run once more, to compare their states with those from shared prompts.
+        # Student and teacher each run once more, to compare their states with those from shared prompts, and the
+        # teacher to measure how alike they are.
         assert torch.equal(call["input_ids"][:, : ids.shape[1]], ids), name
         assert torch.equal(call["input_ids"][:, ids.shape[1] :], batch["completion_ids"]), name
         assert torch.equal(call["pixel_values"], pixels), name

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from kepo_core.errors import ParamError
+from kepo_core.method import gates
 from kepo_core.method.checks import check_arguments
 from kepo_core.method.options import MethodOptions, declared
 from kepo_core.method.scoring import checked_reward, distinct, find_reward
@@ -262,7 +263,7 @@ def test_a_served_teacher_takes_no_distill_temperature(tmp_path: Path) -> None:
 def test_columns_of_held_out_rows_are_checked_too(tmp_path: Path) -> None:
     rows = [{k: v for k, v in make_dataset()[0].items() if k != "answer"}]
     with pytest.raises(ValueError, match="eval_dataset ood lacks answer"):
-        check_arguments(config(tmp_path), None, MultipleChoice(), {"id": make_dataset(), "ood": rows})
+        check_arguments(config(tmp_path), None, MultipleChoice(), {"id": make_dataset(), "ood": rows}, gates.reward)
 
 
 @pytest.mark.parametrize("reward", [3.0, ["accuracy"], {"accuracy": 1}])
