@@ -51,6 +51,8 @@ def reach(params: Params, processor: Any, student: Any) -> ServedTeacher:
         teacher.check_fits(student, processor)
         if params.explore and needs_hint(params.hint_context):
             teacher.try_hint(_hint_prompt(params), 1)
+        if params.distill and params.gate == "teacher":
+            teacher.answer([_hint_prompt(params)], max_tokens=1)
         if params.distill:
             teacher.score([_completion(params, processor)])
     except (TeacherServerError, ValueError) as error:
