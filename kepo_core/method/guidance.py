@@ -203,5 +203,6 @@ def _key(row: Row) -> str:
     """A digest of a row: its prompt, its pictures, and the columns that reward functions read."""
     digest = hashlib.sha256(repr(sorted((k, v) for k, v in row.items() if k not in ("image", "images"))).encode())
     for image in images_of(row):
-        digest.update(repr((image.mode, image.size)).encode() + image.tobytes() if hasattr(image, "mode") else image)
+        shape = repr((getattr(image, "mode", ""), getattr(image, "size", ""))).encode()
+        digest.update(shape + (image.tobytes() if hasattr(image, "tobytes") else repr(image).encode()))
     return digest.hexdigest()

@@ -46,7 +46,6 @@ class GatedLossTrainer(SharingTrainer):
 
     args: KEPOConfig
     teacher: Teacher | ServedTeacher | None
-    _window: dict[str, list[float]]  # sums since the last optimiser step, of training and evaluation
 
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator of transformers, before TRL shards the reference with it."""

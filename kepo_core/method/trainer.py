@@ -70,6 +70,8 @@ class KEPOTrainer(ScoringTrainer):
     ...         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16))
     >>> def correct(completions, solution, **_):
     ...     return [float(s in c) for c, s in zip(completions, solution)]
+    >>> def gate(known):  # KEPO's own, written out
+    ...     return (known.reward_B >= known.tau).float().unsqueeze(1)
     >>> trainer = KEPOTrainer(
     ...     model=tiny(),
     ...     reward_funcs=correct,
@@ -79,6 +81,7 @@ class KEPOTrainer(ScoringTrainer):
     ...     processing_class=tokenizer,
     ...     teacher=Teacher(tiny(), tokenizer),
     ...     task=Templates(asking="It is {solution}. Write a <hint>...</hint>.", telling="Hint: {hint}"),
+    ...     gate=gate,
     ... )
     >>> trainer.train().global_step
     {'train_runtime': ...}
@@ -116,7 +119,6 @@ class KEPOTrainer(ScoringTrainer):
         if not isinstance(args, KEPOConfig):
             raise ValueError(f"args is a {type(args).__name__}, expected a KEPOConfig (it has all GRPOConfig's fields)")
         self.task, self.teacher, self.gate = task, teacher, GATES[args.gate] if gate is None else gate
-        self.answered: dict[str, bool] = {}  # which prompts the teacher itself answers right, as far as it was asked
         check_arguments(args, teacher, task, eval_dataset, self.gate)
         self.asks_hints = check_parts(args, teacher, task, train_dataset, kwargs)
         if reward_funcs is not None:
@@ -131,7 +133,7 @@ class KEPOTrainer(ScoringTrainer):
         self._find_rewards()
         if args.scale_rewards == "rloo":
             self.scale_rewards = "none"  # TRL computes Eq. 6, which is rescaled to Eq. 4
-        self._generation, self._window = Generation([], 0), {}
+        self._generation, self._window, self.answered = Generation([], 0), {}, {}
         self.add_callback(RoundingWatch(self))
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         let_generate(student)

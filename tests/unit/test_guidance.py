@@ -258,6 +258,16 @@ def test_the_teacher_answers_each_prompt_once_in_a_run(tmp_path: Path) -> None:
     assert collect_rollouts(tmp_path)["teacher_right"].tolist() == [0.0] * 4 + [1.0] * 8 + [0.0] * 4
 
 
+def test_a_resumed_run_does_not_ask_again(tmp_path: Path) -> None:
+    calls: list[list[str]] = []
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, lengthy, explore=False, gate="teacher", max_steps=1 + len(calls),
+                               save_strategy="steps", save_steps=1, num_train_epochs=2)  # fmt: skip
+        trainer.teacher.answer = counting(right, calls)
+        trainer.train(resume_from_checkpoint=True)
+    assert calls == [["q0", "q1"], ["q2", "q3"]] and len(trainer.answered) == 4
+
+
 def test_the_same_question_about_another_picture_is_another_prompt() -> None:
     one, other = make_row(0), make_row(0)
     assert guidance._key(one) == guidance._key(other)
