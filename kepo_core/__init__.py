@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kepo_core.method import gates as gates
     from kepo_core.method import objective as objective
     from kepo_core.method.config import KEPOConfig as KEPOConfig
     from kepo_core.method.exploration import explore as explore
@@ -27,6 +28,7 @@ _HOMES = {
     "Teacher": "method.teacher",
     "Templates": "method.task",
     "explore": "method.exploration",
+    "gates": "method.gates",
     "objective": "method.objective",
 }
 __all__ = sorted(_HOMES)

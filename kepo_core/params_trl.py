@@ -59,6 +59,8 @@ _NOT_HERE = re.compile(r"eval_|do_|per_device_eval_|logging_|log_|hub_|push_to_h
 GONE = {
     "lr_scheduler": "set lr_scheduler_type",
     "ratio_clip": "for eq5 set epsilon 1, epsilon_high 0.2 and delta 1.2",
+    "gate_compare": "gate below is its lt; for gt set a larger tau, or give KEPOTrainer a gate of your own",
+    "zero_variance": "for a larger policy term set a larger learning_rate, or a smaller distill_coef and beta",
     "params_file": "-f FILE names it",
     "teacher_timeout": "it is TIMEOUT in kepo_core/method/chat_client.py",
     "teacher_retries": "it is RETRIES in kepo_core/method/chat_client.py",

@@ -161,8 +161,8 @@ def test_a_reward_is_anything_that_is_called(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("parts", [True, False], ids=["kepo", "grpo"])
-@pytest.mark.parametrize("compare", ["ge", "lt"])
-def test_single_completions_that_a_reward_does_not_apply_to(tmp_path: Path, parts: bool, compare: str) -> None:
+@pytest.mark.parametrize("gate", ["reward", "below"])
+def test_single_completions_that_a_reward_does_not_apply_to(tmp_path: Path, parts: bool, gate: str) -> None:
     """None for every second completion, and for a whole group: unknown is neither right nor wrong."""
 
     def half(completions: list[Any], solution: list[str], **_: Any) -> list[float | None]:
@@ -172,7 +172,7 @@ def test_single_completions_that_a_reward_does_not_apply_to(tmp_path: Path, part
             for i, (value, word) in enumerate(zip(values, solution, strict=True))
         ]
 
-    trainer = make_trainer(tmp_path, rewards=[half], distill=parts, explore=parts, gate_compare=compare)
+    trainer = make_trainer(tmp_path, rewards=[half], distill=parts, explore=parts, gate=gate)
     trainer.train()
     log, rows = trainer.state.log_history[0], collect_rollouts(tmp_path)
     kept = rows.query("not replaced")
@@ -185,7 +185,7 @@ def test_single_completions_that_a_reward_does_not_apply_to(tmp_path: Path, part
     assert log["kepo/all_fail_rate"] == failed.sum() / 4 and failed.any() and not failed[1]
     assert log["kepo/explored_groups"] == (failed.sum() if parts else 0)
     if parts:
-        assert (known["gate"] == (known["reward"] >= 5 if compare == "ge" else known["reward"] < 5)).all()
+        assert (known["gate"] == (known["reward"] >= 5 if gate == "reward" else known["reward"] < 5)).all()
     assert math.isfinite(log["loss"]) and math.isfinite(log["kepo/reward"])
 
 

@@ -158,9 +158,9 @@ def _reward_signs(metrics: pd.DataFrame) -> Iterator[Sign]:
     if "kepo/gate_rate" in metrics and "kepo/divergence" in metrics and metrics["kepo/gate_rate"].max() == 0:
         yield Sign(
             "The gate never opened",
-            "no sequence reached tau, so nothing was distilled",
-            "the largest value of gate_reward in rollouts.parquet, compared with tau; gate_compare; explore, which "
-            "adds sequences that may pass",
+            "it let no sequence through, so nothing was distilled",
+            "gate; the largest value of gate_reward in rollouts.parquet, compared with tau; explore, which adds "
+            "sequences that may pass",
         )
 
 

@@ -51,6 +51,8 @@ def reach(params: Params, processor: Any, student: Any) -> ServedTeacher:
         teacher.check_fits(student, processor)
         if params.explore and needs_hint(params.hint_context):
             teacher.try_hint(_hint_prompt(params), 1)
+        if params.distill and params.gate == "teacher":
+            teacher.answer([_hint_prompt(params)], max_tokens=1)
         if params.distill:
             teacher.score([_completion(params, processor)])
     except (TeacherServerError, ValueError) as error:
@@ -111,7 +113,7 @@ def _try_hint(params: Params, teacher: ServedTeacher) -> str:
 
 def _try_alignment(params: Params, teacher: ServedTeacher) -> str:
     one = _completion(params, teacher.processor)
-    ((_, log_probs),) = teacher.score([one])
+    ((_, log_probs, _),) = teacher.score([one])
     mass = log_probs[:, : teacher.top_k].exp().sum(1)
     return (
         f"{len(one.prompt_ids)} tokens of prompt and picture and {len(one.completion_ids)} of the completion are the "
@@ -122,7 +124,7 @@ def _try_alignment(params: Params, teacher: ServedTeacher) -> str:
 
 def _try_picture(params: Params, teacher: ServedTeacher) -> str:
     both = [_completion(params, teacher.processor, place) for place in ("upper left", "lower right")]
-    one, other = (dict(zip(ids[0].tolist(), values[0].tolist(), strict=False)) for ids, values in teacher.score(both))
+    one, other = (dict(zip(s.ids[0].tolist(), s.log_probs[0].tolist(), strict=False)) for s in teacher.score(both))
     if one == other:
         raise TeacherServerError("another picture gives the same log-probabilities: the server ignores pictures")
     return "another picture gives other log-probabilities"

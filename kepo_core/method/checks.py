@@ -4,13 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from kepo_core.method.config import KEPOConfig
+from kepo_core.method.gates import LOGPS, needs_of
 from kepo_core.method.served import ServedTeacher
 from kepo_core.method.task import Row, Task, hint_request
 from kepo_core.method.teacher import Teacher
 
 
-def check_arguments(args: KEPOConfig, teacher: Any, task: Any, eval_dataset: Any) -> None:
-    """Raise ``ValueError`` for a teacher or task of the wrong type, or one that cannot do what ``args`` asks for."""
+def check_arguments(args: KEPOConfig, teacher: Any, task: Any, eval_dataset: Any, gate: Any) -> None:
+    """Raise ``ValueError`` for a teacher, task or gate of the wrong type, or one that cannot do what ``args`` asks."""
+    if not callable(gate):
+        raise ValueError(f"gate is {gate!r}, expected a function of Known; one by name is args.gate")
+    sampled = args.guidance != "loss" or LOGPS in needs_of(gate)
+    if isinstance(teacher, ServedTeacher) and args.distill and sampled and args.temperature != 1:
+        raise ValueError(
+            f"temperature is {args.temperature:g}, expected 1 if log-probabilities of a served teacher are compared "
+            "with the student's (guidance, or a gate that needs them): the server computes them at 1"
+        )
     if not isinstance(teacher, Teacher | ServedTeacher | None):
         kind = type(teacher).__name__
         raise ValueError(f"teacher is a {kind}, expected a Teacher(model, tokenizer) or a ServedTeacher")

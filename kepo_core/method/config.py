@@ -8,7 +8,7 @@ import torch
 from trl import GRPOConfig
 
 from kepo_core.errors import ParamError
-from kepo_core.method.objective import ADVANTAGES, LOSS_TYPES, TOKEN_NORMALIZED
+from kepo_core.method.objective import ADVANTAGES, LOSS_TYPES
 from kepo_core.method.options import MethodOptions, Range, check_options
 
 #: TRL's own fields whose values are checked here, as TRL finds a wrong one only in the middle of a step.
@@ -93,6 +93,7 @@ class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not
                 f"scale_rewards is 'rloo' but multi_objective_aggregation is {self.multi_objective_aggregation!r}, "
                 "expected 'sum_then_normalize': Eq. 4 is of one summed reward"
             )
+<<<<<<< HEAD
         if self.zero_variance == "drop" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ParamError(
                 f"zero_variance is 'drop' but multi_objective_aggregation is {self.multi_objective_aggregation!r}, "
@@ -102,4 +103,10 @@ class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not
             raise ParamError(
                 f"zero_variance is 'drop' but loss_type is {self.loss_type!r}, whose mean is over tokens, expected a "
                 "mean over sequences (grpo, sapo, dr_grpo or luspo)"
+=======
+        if self.explore and self.on_exhausted == "drop" and self.loss_type == "bnpo":
+            raise ParamError(
+                "on_exhausted is 'drop' but loss_type is 'bnpo', expected another loss type: it divides by the tokens "
+                "that are left, so dropped groups would not stay in the denominator"
+>>>>>>> gates
             )

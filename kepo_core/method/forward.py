@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from kepo_core.method.agreement import Probe
 from kepo_core.method.shared_scoring import Shared, SharedReading
-from kepo_core.method.top_k import TopKDivergence, TopTargets
+from kepo_core.method.top_k import TopKDivergence, TopTargets, chunks, logits_of
+from kepo_core.method.trl_hooks import compute_dtype
 
 _LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
@@ -48,9 +50,13 @@ class Targets:
 
 @dataclass
 class DistilledOutput(FusedCausalLMOutput):  # type: ignore[misc]  # trl is not followed by the type checker
-    """TRL's output with ``divergence`` (B, T): D(π_T‖π_θ) at the distilled tokens, 0 elsewhere."""
+    """TRL's output with ``divergence`` (B, T): D(π_T‖π_θ) at the distilled tokens, 0 elsewhere.
+
+    ``agreement``: `Probe.compare` at the tokens of a probe, (N, 3).
+    """
 
     divergence: Tensor | None = None
+    agreement: Tensor | None = None
 
 
 def keep_float32_outputs(accelerator: Any) -> None:
@@ -89,6 +95,20 @@ def predicting_states(hidden: Tensor, completion_length: int) -> Tensor:
     return hidden[:, -completion_length - 1 : -1]
 
 
+def token_log_probs(hidden: Tensor, head: Any, ids: Tensor, temperature: float) -> Tensor:
+    """The log-probabilities of N tokens from the states that predict them, (N, H) → (N,) in float32.
+
+    No (N, V) logits are made. Where the head is sharded, all processes must call it.
+    """
+    weight, bias = _whole(head)
+    parts = [hidden.new_empty(0, dtype=torch.float32)]
+    with maybe_gather_lm_head_ctx(weight, bias):
+        for chunk in chunks(len(hidden)):
+            logits = logits_of(hidden[chunk], weight, bias, compute_dtype(hidden)).div_(temperature)
+            parts.append(logits.gather(1, ids[chunk, None])[:, 0] - logits.logsumexp(1))
+    return torch.cat(parts)
+
+
 def _divergence(hidden: Tensor, head: Any, targets: Targets | TopTargets) -> Tensor:
     """(B, P+T, H) student states → (B, T) divergence."""
     states = predicting_states(hidden, targets.completion_length)
@@ -116,11 +136,17 @@ def _divergence(hidden: Tensor, head: Any, targets: Targets | TopTargets) -> Ten
     return divergence_BT
 
 
+def _agreement(hidden: Tensor, head: Any, probe: Probe) -> Tensor:
+    """(B, P+T, H) student states → (N, 3)."""
+    states = predicting_states(hidden, probe.completion_length)
+    return probe.compare(states.reshape(-1, states.shape[-1])[probe.positions], (_whole(head), _whole(probe.head)))
+
+
 def add_distillation_head(model: Any) -> None:
-    """Let ``model(..., fused_lm_head=True, distill=targets)`` return a `DistilledOutput`.
+    """Let ``model(..., fused_lm_head=True, distill=targets, probe=probe)`` return a `DistilledOutput`.
 
     With ``shared`` prompts that the model can continue, the output covers only the last T tokens. ``model`` must have
-    TRL's fused head already, and not be wrapped by PEFT, DDP or FSDP yet. Without either argument its forward is
+    TRL's fused head already, and not be wrapped by PEFT, DDP or FSDP yet. Without these arguments its forward is
     unchanged.
     """
     fused_forward, reading = model.forward, SharedReading()
@@ -130,6 +156,7 @@ def add_distillation_head(model: Any) -> None:
         self: Any,
         *args: Any,
         distill: Targets | TopTargets | None = None,
+        probe: Probe | None = None,
         shared: Shared | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -140,7 +167,7 @@ def add_distillation_head(model: Any) -> None:
                 kwargs["labels"] = kwargs["labels"][:, shared.length - 1 :]
                 sharing = reading.of(self.base_model, shared)
         with sharing:
-            if distill is None:
+            if distill is None and probe is None:
                 return fused_forward(*args, **kwargs)
             kept: list[Tensor] = []
             hook = self.base_model.register_forward_hook(lambda *call: kept.append(call[2].last_hidden_state))
@@ -148,8 +175,12 @@ def add_distillation_head(model: Any) -> None:
                 output = fused_forward(*args, **kwargs)
             finally:
                 hook.remove()
-        divergence = _divergence(kept[0], self.get_output_embeddings(), distill)
-        return DistilledOutput(**output, divergence=divergence)
+        head, further = self.get_output_embeddings(), {}
+        if distill is not None:
+            further["divergence"] = _divergence(kept[0], head, distill)
+        if probe is not None:
+            further["agreement"] = _agreement(kept[0].detach(), head, probe)
+        return DistilledOutput(**output, **further)
 
     model.forward = types.MethodType(forward, model)
 

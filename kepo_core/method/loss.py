@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kepo_core.method import objective
+from kepo_core.method.agreement import Probe, log_agreement
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import Targets, keep_float32_outputs
 from kepo_core.method.hinted import largest
@@ -36,8 +37,9 @@ class GatedLossTrainer(SharingTrainer):
 
     It reads these entries of a batch besides TRL's (all optional, (B, …) on this process):
 
-    - ``kepo_gate``: (B,) booleans, I[r_i ≥ τ] of Eq. 7; without it nothing is distilled.
-    - ``kepo_gated_tokens``: number of gated tokens in the generation batch, over all processes.
+    - ``kepo_gate``: a gate's weights, (B, 1) or (B, T), I[r_i ≥ τ] of Eq. 7; without it nothing is distilled.
+    - ``kepo_gated_tokens``: sum of these weights over the tokens of the generation batch, over all processes.
+    - ``kepo_right``: (B,) 1 if ``gate_reward`` is above 0, else 0; NaN if it does not apply. Only for logs.
     - ``kepo_top_ids``, ``kepo_top_log_probs``: a served teacher's answers, see `top_k.gather_targets`.
     - ``kepo_replaced_entropy``: (B, 2), summed entropy and tokens of the original that an injected row replaced.
     """
@@ -51,21 +53,28 @@ class GatedLossTrainer(SharingTrainer):
         keep_float32_outputs(self.accelerator)
 
     def _targets(self, inputs: dict[str, Any]) -> Targets | TopTargets | None:
-        """The teacher's targets for the gated rows of a micro-batch; None without gated rows.
+        """The teacher's targets for the gated tokens of a micro-batch; None without any, or if the advantages guide.
 
         They are kept with the buffered rollouts while ``num_iterations`` reuses them.
         """
-        if "kepo_gate" not in inputs or not self.model.training:
+        if "kepo_gate" not in inputs or not self.model.training or self.args.guidance != "loss":
             return None
         if "kepo_targets" in inputs:
             return inputs["kepo_targets"]  # type: ignore[no-any-return]
-        mask = inputs["completion_mask"] * inputs["kepo_gate"].unsqueeze(1)
+        mask = inputs["completion_mask"] * (inputs["kepo_gate"] > 0)
         rows = mask.any(1).nonzero().flatten().tolist()
         # With several processes always, because all must gather a sharded head.
         targets = self._ask(inputs, mask, rows) if rows or self.accelerator.num_processes > 1 else None
         if self.num_iterations > 1:
             inputs["kepo_targets"] = targets
         return targets
+
+    def _probe(self, inputs: dict[str, Any]) -> Probe | None:
+        """What is measured on the first micro-batch of each optimiser step; None with a served teacher."""
+        first = self.model.training and "train" not in self._window
+        if not first or "kepo_gate" not in inputs or not isinstance(self.teacher, Teacher):
+            return None
+        return Probe.of(self.teacher, inputs)
 
     def _shared(self, inputs: dict[str, Any]) -> Shared | None:
         """The batch's distinct prompts, if the student may read each one only once; else None.
@@ -112,7 +121,8 @@ class GatedLossTrainer(SharingTrainer):
         """GRPO's loss plus distill_coef times the gated divergence, from one forward pass of the student (Eq. 7)."""
         training = self.model.training
         targets = self._targets(inputs)
-        forward = _Forward(model, distill=targets, shared=None if targets is None else self._shared(inputs))
+        shared = None if targets is None else self._shared(inputs)
+        forward = _Forward(model, distill=targets, probe=self._probe(inputs), shared=shared)
         loss: Tensor = super()._compute_loss(forward, inputs)
         scale = self.current_gradient_accumulation_steps if training else 1
         terms = {"policy": loss.detach() * scale, "distill": loss.new_zeros(()), "kl": loss.new_zeros(())}
@@ -124,14 +134,16 @@ class GatedLossTrainer(SharingTrainer):
         # Sums of entropy, divergence and vLLM's difference, each followed by its number of tokens.
         sums = loss.new_zeros(6, dtype=torch.float32)
         if getattr(forward.output, "divergence", None) is not None:
-            divergence_BT, gate = forward.output.divergence, inputs["kepo_gate"]
+            divergence_BT, weights = forward.output.divergence, inputs["kepo_gate"]
             distill = objective.distillation_term(
-                divergence_BT, mask, gate, self.args.distill_normalizer, self._denominator(inputs, scale)
+                divergence_BT, mask, weights, self.args.distill_normalizer, self._denominator(inputs, scale)
             )
             loss = loss + self.args.distill_coef * distill
             terms["distill"] = distill.detach() * scale
-            gated_BT = mask * gate.unsqueeze(1)
+            gated_BT = mask * (weights > 0)
             sums[2:4] = torch.stack([(divergence_BT.detach() * gated_BT).sum(), gated_BT.sum()])
+        if getattr(forward.output, "agreement", None) is not None:
+            log_agreement(self, forward.output.agreement, inputs)
         replaced = inputs.get("kepo_replaced_entropy")
         own_BT = mask if replaced is None else mask * (replaced[:, 1:] == 0)
         sums[:2] = torch.stack([(forward.output.entropy[:, -width:].detach() * own_BT).sum(), own_BT.sum()])

@@ -5,14 +5,14 @@ Suffixes give shapes: ``_B`` sequences (groups × G, the members of a group adja
 padding. Log-probabilities are natural logarithms. Each function says which arguments receive gradient. The policy
 term (Eq. 5) is TRL's; tests/reference.py restates it as pure functions and tests training against them.
 
-Example with two groups of two: the gate of Eq. 7 at τ = 1, and the advantages of Eq. 6.
+The gate of Eq. 7 and its rivals are in `gates`.
+
+Example with two groups of two: the advantages of Eq. 6.
 
 ```python
 >>> import torch
 >>> from kepo_core import objective
 >>> rewards_B = torch.tensor([0.0, 1.0, 2.0, 2.0])
->>> objective.gate(rewards_B, tau=1.0).tolist()
-[False, True, True, True]
 >>> objective.advantages(rewards_B, group_size=2).tolist()
 [-0.5, 0.5, 0.0, 0.0]
 
@@ -28,9 +28,8 @@ from kepo_core.method.options import NORMALIZERS as NORMALIZERS
 
 #: Values of ``scale_rewards``: Eq. 6; Eq. 6 divided by a standard deviation, of the group or the batch; Eq. 4.
 ADVANTAGES = ("none", "group", "batch", "rloo")
-#: TRL's loss types, and the subset that divides by a number of tokens.
+#: TRL's loss types.
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-TOKEN_NORMALIZED = ("dapo", "bnpo", "cispo", "vespo")
 
 
 def _check(name: str, choice: str, choices: tuple[str, ...]) -> None:
@@ -81,19 +80,6 @@ def leave_one_out(rewards_B: Tensor, group_size: int) -> Tensor:
     return (centred * scored / (scored - 1).clamp(min=1)).view(-1)
 
 
-def without_equal_groups(advantages_B: Tensor, rewards_B: Tensor, group_size: int) -> Tensor:
-    """Advantages rescaled as if groups whose rewards are all equal were dropped, (B,).
-
-    Such groups have advantages of 0 and dilute the mean: Â is multiplied by groups / groups with differing rewards, or
-    unchanged if no group has them. DAPO's dynamic sampling (arXiv 2503.14476) drops the same groups; here no other
-    prompts replace them: all methods see the same ones. ``rewards_B`` must fill whole groups of ``group_size``.
-    """
-    groups = rewards_B.view(-1, group_size)
-    # Sequences without a reward (NaN) do not count as different.
-    differing = (groups.nan_to_num(nan=-math.inf).amax(1) > groups.nan_to_num(nan=math.inf).amin(1)).sum()
-    return advantages_B * (len(groups) / differing) if differing else advantages_B
-
-
 def kl_to_reference(logps_BT: Tensor, ref_logps_BT: Tensor, ratio: Tensor | float = 1.0) -> Tensor:
     """The estimate of D_KL(π_θ‖π_ref) of Eq. 2 and 7 at each sampled token, (B, T): w · (exp(d) − d − 1).
 
@@ -107,13 +93,17 @@ def kl_to_reference(logps_BT: Tensor, ref_logps_BT: Tensor, ratio: Tensor | floa
     return (d.exp() - d - 1) * ratio
 
 
-def gate(rewards_B: Tensor, tau: float, compare: str = "ge") -> Tensor:
-    """I[r_i ≥ τ] of Eq. 7 ("ge"), or I[r_i > τ] as in the paper's text below it ("gt"): booleans, (B,).
+def teacher_advantage(teacher_logps_BT: Tensor, student_logps_BT: Tensor, *, bounded: bool = False) -> Tensor:
+    """What the teacher adds to the advantage of each sampled token, (B, T), without gradient.
 
-    "lt" is the opposite gate, I[r_i < τ]: guidance where the student fails (as in KDRL).
+    log π_T(y_t) − log π_θ_old(y_t): by the policy gradient, its expectation over y_t ~ π_θ_old gives the gradient of
+    −KL(π_θ‖π_T) at that token (as in ms-swift's ``teacher_kl_coef``, slime's ``--opd-kl-coef``, NeMo-RL and verl). It
+    needs one number per token of the teacher, but has no lower bound.
+    bounded: π_T(y_t) − π_θ_old(y_t) instead, between −1 and 1 and of the same sign: PowerOPD (arXiv 2606.17199),
+        (π_T^α − π_θ^α)/α at α = 1; α → 0 is the log-ratio.
     """
-    _check("compare", compare, ("ge", "gt", "lt"))
-    return {"ge": rewards_B >= tau, "gt": rewards_B > tau, "lt": rewards_B < tau}[compare]
+    student, teacher = student_logps_BT.detach(), teacher_logps_BT.detach()
+    return teacher.exp() - student.exp() if bounded else teacher - student
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
@@ -166,24 +156,29 @@ def top_k_divergence(student_logits: Tensor, ids: Tensor, teacher_buckets: Tenso
 def distillation_term(
     divergence_BT: Tensor,
     mask_BT: Tensor,
-    gate_B: Tensor,
+    weights_BT: Tensor,
     normalizer: str = "sequences",
     denominator: Tensor | float | None = None,
 ) -> Tensor:
-    """Σ_i I[r_i ≥ τ] D_i of Eq. 7, normalised: a scalar, exactly 0 if no sequence passes the gate.
+    """Σ_i I[r_i ≥ τ] D_i of Eq. 7, with a gate's weights for the indicator, normalised: a scalar.
 
-    normalizer: "sequences", the sum of gated sequences' token means, divided by all sequences; "tokens", the sum over
-        gated tokens, divided by all tokens; "gated_tokens", the same sum divided by the gated tokens.
-    denominator: the divisor, if the batch is only a part of the optimiser step; by default the number of sequences,
-        tokens or gated tokens in this batch.
+    It is exactly 0 if no token passes the gate.
+    weights_BT: w of `gates`, (B, 1) or (B, T), at least 0.
+    normalizer: "sequences", the sum of the token means of w·D of all sequences, divided by their number; "tokens", the
+        sum of w·D over all tokens, divided by their number; "gated_tokens", the same sum divided by that of w, which
+        is the number of gated tokens if the gate says yes or no.
+    denominator: the divisor, if the batch is only a part of the optimiser step; by default the number of sequences or
+        tokens, or the sum of the weights, in this batch.
     """
     _check("normalizer", normalizer, NORMALIZERS)
-    gated_BT = mask_BT * gate_B.unsqueeze(-1).to(mask_BT.dtype)
+    gated_BT = mask_BT * weights_BT.to(divergence_BT.dtype)
+    # Behind a closed gate D may be anything, NaN included.
+    weighted_BT = torch.where(gated_BT > 0, gated_BT * divergence_BT, 0.0)
     if normalizer == "sequences":
-        total = sequence_mean(divergence_BT, gated_BT).sum()
+        total = sequence_mean(weighted_BT, mask_BT).sum()
         own: Tensor | float = float(mask_BT.shape[0])
     else:
-        total = torch.where(gated_BT.bool(), divergence_BT, 0.0).sum()
+        total = weighted_BT.sum()
         own = (mask_BT if normalizer == "tokens" else gated_BT).sum()
     scale = torch.as_tensor(own if denominator is None else denominator, dtype=total.dtype, device=total.device)
     # Nothing gated means 0 / 0 under "gated_tokens": nothing to learn, not NaN.

@@ -15,6 +15,9 @@ from kepo_core.errors import ParamError
 #: Which count the sum of gated divergences is divided by.
 NORMALIZERS = ("sequences", "tokens", "gated_tokens")
 
+#: The gates of `gates`, which has the functions.
+GATES = ("reward", "below", "always", "corrective", "unsure", "teacher", "aligned")
+
 #: What a value of each type is called.
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
@@ -53,18 +56,23 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
 class MethodOptions:
     """Method: quality-gated distillation (Eq. 7), and exploration with hints (Algorithm 1)."""
 
-    distill: bool = option(True, "add the gated divergence from the teacher to the loss (Eq. 7)")
+    distill: bool = option(True, "let the teacher guide the student's own rollouts, where the gate is open (Eq. 7)")
     tau: float = option(1.0, "the gate's threshold τ, in the units of gate_reward (accuracy: 0 to 1; total: 0 to 2)")
     gate_reward: str = option(
         "", "the reward that the gate compares with τ: a reward function's name, or total; empty: the first, accuracy"
     )
-    gate_compare: str = option(
-        "ge",
-        "the gate is open where reward ≥ τ (ge), > τ (gt) or, as a control, < τ (lt)",
-        choices=("ge", "gt", "lt"),
+    gate: str = option(
+        "reward",
+        "which rollouts or tokens the teacher guides, and how much; reward is KEPO's: those that reach τ",
+        choices=GATES,
+    )
+    guidance: str = option(
+        "loss",
+        "how it guides: by the divergence in the loss (Eq. 7), or by its log-ratio in the advantage, plain or bounded",
+        choices=("loss", "advantage", "bounded"),
     )
     distill_beta: Share = option(0.0, "the divergence: 0 is forward KL(π_T‖π_θ), 1 reverse KL, between generalised JSD")
-    distill_coef: NotNegative = option(1.0, "weight of the divergence in the loss")
+    distill_coef: NotNegative = option(1.0, "weight of the guidance in the loss or in the advantage")
     distill_temperature: Positive = option(1.0, "temperature that divides both models' logits in the divergence")
     distill_normalizer: str = option(
         "sequences", "the sum of gated divergences is divided by the number of these", choices=NORMALIZERS
@@ -90,11 +98,6 @@ class MethodOptions:
         "none", "importance weight of injected (off-policy) sequences in the loss", choices=("none", "truncated")
     )
     hint_max_tokens: Count = option(32, "maximum length of a hint, in tokens")
-    zero_variance: str = option(
-        "keep",
-        "keep groups whose rewards are all equal in the policy term's mean, or drop them from it",
-        choices=("keep", "drop"),
-    )
 
     def check_group(self, size: int, name: str) -> None:
         """Raise `ParamError` unless originals stay in a group of ``size``, which the parameter ``name`` sets."""

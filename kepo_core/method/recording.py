@@ -29,6 +29,8 @@ class Generation:
         explored, draw_tokens, refused: see `hinted.explore_groups`.
         injected: rows whose original was replaced.
         scored: the rewards of ``own``, (all rows, reward functions).
+        weights: the gate's, (B, 1) or (B, T); None without distillation.
+        teacher_right: of each row, whether the teacher's own answer is right; empty unless the gate needs it.
     """
 
     rows: Sequence[Row]
@@ -40,6 +42,15 @@ class Generation:
     refused: int = 0
     injected: list[int] = field(default_factory=list)
     scored: Tensor | None = None
+    weights: Tensor | None = None
+    teacher_right: list[float] = field(default_factory=list)
+
+    def gate(self) -> list[float]:
+        """The mean weight of each row's tokens, 0 without distillation."""
+        if self.weights is None:
+            return [0.0] * len(self.rows)
+        lengths = [len(completion.ids) for completion in self.final]
+        return [float(row[:length].mean()) for row, length in zip(self.weights, lengths, strict=True)]
 
 
 def record(
@@ -47,7 +58,11 @@ def record(
     now: Generation,
     rewards: Tensor,
     advantages: Tensor,
+<<<<<<< HEAD
     gate: Tensor,
+=======
+    keep: Tensor,
+>>>>>>> gates
     log_ratio: Mapping[int, float],
 ) -> None:
     """Log the metrics of a generation batch and write its rollouts.
@@ -55,10 +70,15 @@ def record(
     Args:
         trainer: a KEPOTrainer.
         rewards: of the rollouts that are trained on, (all rows, reward functions).
+<<<<<<< HEAD
         advantages, gate: for this process's rows, (B,); advantages may be (B, T).
+=======
+        advantages, keep: for this process's rows, (B,).
+>>>>>>> gates
         log_ratio: injected row → ``hint_log_ratio`` of `Rollout`.
     """
     before, replaced = rewards if now.scored is None else now.scored, set(now.injected)
+    gate = now.gate()
     rollouts = [
         _rollout(
             trainer,
@@ -66,8 +86,9 @@ def record(
             row,
             completion,
             rewards,
-            advantage=float(advantages[row].flatten()[0]),
-            gate=bool(gate[row]),
+            advantage=float(advantages[row]),
+            gate=gate[row],
+            teacher_right=now.teacher_right[row] if now.teacher_right else math.nan,
             injected=row in replaced,
             hint_log_ratio=log_ratio.get(row, math.nan),
         )
@@ -92,11 +113,17 @@ def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before:
     own, injected = [r for r in rollouts if not r.injected], [r for r in rollouts if r.injected]
     explored, size = now.explored, trainer.num_generations
     signal = trainer.signal("exploration_reward", before).tolist()
+    trained = [r for r in rollouts if not r.replaced]
+    reward = trainer.signal("gate_reward", trainer._rewards).tolist()
     metrics = {
         "kepo/reward": _mean([r.reward for r in own]),
         **{f"kepo/rewards/{name}": _mean([r.rewards[name] for r in own]) for name in rollouts[0].rewards},
         "kepo/length": _mean([r.tokens for r in own]),
-        "kepo/gate_rate": _mean([r.gate for r in rollouts if not r.replaced]),
+        "kepo/gate_rate": _mean([r.gate > 0 for r in trained]),
+        "kepo/gate_weight": sum(r.gate * r.tokens for r in trained) / sum(r.tokens for r in trained),
+        "kepo/gate_rate/right": _mean([r.gate > 0 for r in trained if reward[r.row] > 0]),
+        "kepo/gate_rate/wrong": _mean([r.gate > 0 for r in trained if reward[r.row] <= 0]),
+        "kepo/teacher_right": _mean([r.teacher_right for r in trained]),
         "kepo/explored_groups": float(len(explored)),
         "kepo/unparsable_hints": float(sum(e.outcome is GroupOutcome.UNPARSABLE for e in explored)),
         "kepo/rescued_groups": float(sum(e.outcome is GroupOutcome.RESCUED for e in explored)),
@@ -109,7 +136,9 @@ def _metrics(trainer: Any, now: Generation, rollouts: Sequence[Rollout], before:
         "kepo/refused_draws": float(now.refused),
     }
     if not trainer.args.distill:  # without distillation nothing is gated
-        del metrics["kepo/gate_rate"]
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("kepo/gate_")}
+    if not now.teacher_right:
+        del metrics["kepo/teacher_right"]
     if trainer.task is not None:
         metrics |= trainer.task.metrics([rollout.facts for rollout in own])
     return metrics

@@ -41,6 +41,8 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
     _generation_of_step: tuple[int, int] = (-1, 0)
     #: Sums since the last optimiser step: mode → sums.
     _window: dict[str, list[float]]
+    #: Which prompts the teacher itself answers right, as far as it was asked.
+    answered: dict[str, bool]
     _resumed_from: str | None = None
     _verified: str | None = None
 
@@ -120,6 +122,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
             "generation_of_step": self._generation_of_step,
             "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
             "window": self._window,
+            "answered": self.answered,
             "loss": self._tr_loss,
             "loss_since": self._globalstep_last_logged,
         }
@@ -140,7 +143,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not followe
         self._generation_of_step = state["generation_of_step"]
         for mode, metrics in state["metrics"].items():
             self._metrics[mode] = defaultdict(list, metrics)
-        self._window = state["window"]
+        self._window, self.answered = state["window"], state["answered"]
         self._tr_loss, self._globalstep_last_logged = state["loss"], state["loss_since"]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

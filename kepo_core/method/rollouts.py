@@ -30,9 +30,26 @@ GLOSSARY: dict[str, str] = {
     "kepo/draws": "number of hint-aware draws",
     "kepo/draw_tokens": "number of tokens in hint-aware draws; TRL's length and token counts do not include them",
     "kepo/accepted": "number of draws that were accepted and injected",
+<<<<<<< HEAD
     "kepo/refused_draws": "number of hint-aware draws that are right but not accepted, because their hint reliance "
     "exceeds hint_reliance",
     "kepo/gate_rate": "share of the training sequences (after injection) that pass the gate (with distill)",
+=======
+    "kepo/gate_rate": "share of the training sequences (after injection) that pass the gate (with distill): some of "
+    "their tokens have a weight above 0",
+    "kepo/gate_rate/right": "the same of those whose gate_reward is above 0",
+    "kepo/gate_rate/wrong": "the same of those whose gate_reward is not",
+    "kepo/gate_weight": "mean of the gate's weights over all tokens of the training sequences",
+    "kepo/teacher_right": "share of the training sequences whose prompt the teacher itself answers right (with a gate "
+    "that needs it)",
+    "kepo/log_ratio": "mean of log π_T − log π_θ over the gated tokens, where the teacher scores them (guidance in the "
+    "advantage, or a gate that needs it): minus an estimate of the reverse KL",
+    "kepo/top_k_overlap/PART": "of the 8 most likely next tokens of student and teacher, the share that both have, on "
+    "the first 16 rows of an optimiser step; PART: gated and ungated tokens, right and wrong rollouts (gate_reward "
+    "above 0 or not); not with a served teacher",
+    "kepo/top_k_teacher_mass/PART": "the teacher's probability of the student's 8 most likely next tokens there",
+    "kepo/top_k_student_mass/PART": "the student's probability of the teacher's 8 most likely next tokens there",
+>>>>>>> gates
     "kepo/injected_log_ratio": "mean over injected trajectories of the mean over their tokens of "
     "log π(y|x,h,a) − log π(y|x), both by the student that sampled them: how far the hint pulled them off-policy",
     "kepo/injected_mentions_hint": 'share of injected trajectories that say "hint", "hints", "hinted" or '
@@ -40,7 +57,8 @@ GLOSSARY: dict[str, str] = {
     "kepo/loss_policy": "the policy term of the loss: −w·Â, averaged by loss_type (by default over the tokens of a "
     "sequence, then over sequences), with TRL's entropy bonus and auxiliary loss if they are on; about 0 when "
     "on-policy, because advantages sum to 0 in a group (its gradient is not 0)",
-    "kepo/loss_distill": "the gated divergence, normalised by distill_normalizer, before distill_coef",
+    "kepo/loss_distill": "the gated divergence, normalised by distill_normalizer, before distill_coef; 0 if the "
+    "guidance is in the advantage",
     "kepo/loss_kl": "the KL to the reference in the loss (the estimate times the ratio, unless "
     "use_bias_correction_kl is off), averaged by loss_type, before beta",
     "kepo/divergence": "mean D(π_T‖π_θ) per gated token; with a served teacher, over its top-k tokens and "
@@ -49,7 +67,8 @@ GLOSSARY: dict[str, str] = {
     "training stops if it exceeds 0.2",
     "kepo/unmoved_weights": "share of the weights with a gradient that an optimiser step leaves unchanged because "
     "rounding removes the update (from a sample of the weights)",
-    "kepo/unasked": "number of sequences past the gate that a served teacher cannot score, because the text would be "
+    "kepo/unasked": "number of sequences past the gate, or of all if the gate needs the teacher's log-probabilities, "
+    "that a served teacher cannot score, because the text would be "
     "tokenized differently from what the student wrote; they are not guided",
 }
 
@@ -62,10 +81,12 @@ class Rollout:
 
     ``step`` is the optimiser step that first uses it (1, 2, …), ``generation`` numbers the generation batches of that
     step, ``row`` is its index in the generation batch over all processes, and ``group`` = row // G. ``facts`` are the
-    results of the task's ``read``, a column each; ``rewards`` those of the reward functions, a column ``rewards/NAME``
-    each (NaN: the function does not apply); ``reward`` is their weighted sum, and ``advantage`` is Â (NaN for replaced
-    originals, which are not trained on). ``hint``, ``exploration`` (a GroupOutcome, or "") and ``draws`` belong to the
-    group. ``hint_log_ratio`` is the token mean of log π(y|x,h,a) − log π(y|x), NaN unless injected.
+    results of the task's ``read``, a column each; ``gate`` is the mean of the gate's weights over its tokens;
+    ``teacher_right`` is 1 or 0 by the teacher's own answer (NaN unless the gate needs it); ``rewards`` those of the
+    reward functions, a column ``rewards/NAME`` each (NaN: the function does not apply); ``reward`` is their weighted
+    sum, and ``advantage`` is Â (NaN for replaced originals, which are not trained on). ``hint``, ``exploration`` (a
+    GroupOutcome, or "") and ``draws`` belong to the group. ``hint_log_ratio`` is the token mean of
+    log π(y|x,h,a) − log π(y|x), NaN unless injected.
     """
 
     step: int
@@ -80,7 +101,8 @@ class Rollout:
     rewards: Mapping[str, float]
     reward: float
     advantage: float = math.nan
-    gate: bool = False
+    gate: float = 0.0
+    teacher_right: float = math.nan
     injected: bool = False
     replaced: bool = False
     hint: str = ""

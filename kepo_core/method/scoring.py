@@ -1,7 +1,7 @@
 """One matrix of rewards, by TRL's `_calculate_rewards`, for the trigger, acceptance, the gate, advantages and logs.
 
-A reward may be None: the function does not apply to that completion (NaN in the matrix). It passes no gate, whatever τ
-and ``gate_compare`` are, and accepts no draw. A group fails if at least one of its rewards is a number and none is
+A reward may be None: the function does not apply to that completion (NaN in the matrix). It passes no gate of
+`gates`, and accepts no draw. A group fails if at least one of its rewards is a number and none is
 above 0. Sums, means and advantages ignore NaN.
 
 Each completion is scored once: rollouts before exploration (if the batch may explore), hint-aware draws when they are

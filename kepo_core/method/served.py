@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,18 @@ class Completion:
     prompt_ids: list[int]
     completion_ids: list[int]
     template: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TokenScores(NamedTuple):
+    """What the teacher thinks of t tokens: its top-k ids (t, k), log-probabilities (t, k+1), the tokens' own (t,).
+
+    The last column of ``log_probs`` is the log-probability of all other tokens; it is missing if k is the student's
+    vocabulary size.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    own: Tensor
 
 
 class ServedTeacher:
@@ -131,9 +143,19 @@ class ServedTeacher:
 
     def try_hint(self, prompt: Prompt, max_tokens: int) -> str:
         """The teacher's answer to one prompt, with or without a hint; it is not kept."""
-        bodies = [self._body(chat(prompt), max_tokens, {})]
-        (text,) = self._client.ask_all(bodies, lambda _, answer: self._said(answer))
+        (text,) = self.answer([prompt], max_tokens=max_tokens)
         return text
+
+    def answer(
+        self, prompts: Sequence[Prompt], *, max_tokens: int, template: Mapping[str, Any] | None = None
+    ) -> list[str]:
+        """The teacher's own greedy answers, one for each prompt; nothing is kept. As `Teacher.answer`.
+
+        Raises:
+            TeacherServerError: as in `ChatClient.ask_all`.
+        """
+        bodies = [self._body(chat(prompt), max_tokens, template or {}) for prompt in prompts]
+        return self._client.ask_all(bodies, lambda _, answer: self._said(answer))
 
     def _body(
         self, messages: list[dict[str, Any]], max_tokens: int, template: Mapping[str, Any], **vllm: Any
@@ -174,8 +196,8 @@ class ServedTeacher:
         inputs: Mapping[str, Any],
         mask_BT: Tensor,
         template: Mapping[str, Any] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Score the guided rows of a GRPOTrainer batch, for `top_k.gather_targets`.
+    ) -> tuple[list[TokenScores], Tensor]:
+        """Score the guided rows of a GRPOTrainer batch.
 
         Args:
             rows: B dataset rows with ``prompt`` and their pictures.
@@ -184,9 +206,8 @@ class ServedTeacher:
             template: further arguments of the chat template.
 
         Returns:
-            B tensors of ids and B of log-probabilities (on the CPU; empty for rows that were not scored), and (B,)
-            booleans: rows with tokens in the mask that cannot be scored, because their text would be tokenized
-            differently.
+            B scores (on the CPU; of no tokens for rows that were not scored), and (B,) booleans: rows with tokens in
+            the mask that cannot be scored, because their text would be tokenized differently.
         """
         wanted = mask_BT.any(1).nonzero().flatten().tolist()
         asked = {}
@@ -201,10 +222,9 @@ class ServedTeacher:
             if self.is_canonical(one):
                 asked[row] = one
         scored = dict(zip(asked, self.score(list(asked.values())), strict=True))
-        none = torch.empty(0, self.top_k, dtype=torch.long), torch.empty(0, self.top_k + 1)
-        ids, log_probs = zip(*(scored.get(row, none) for row in range(len(rows))), strict=True)
+        none = TokenScores(torch.empty(0, self.top_k, dtype=torch.long), torch.empty(0, self.top_k + 1), torch.empty(0))
         left_out = [row in wanted and row not in asked for row in range(len(rows))]
-        return list(ids), list(log_probs), torch.tensor(left_out, device=mask_BT.device)
+        return [scored.get(row, none) for row in range(len(rows))], torch.tensor(left_out, device=mask_BT.device)
 
     def is_canonical(self, one: Completion) -> bool:
         """Whether tokenizing the text of prompt and completion gives exactly the tokens that the student wrote.
@@ -221,10 +241,8 @@ class ServedTeacher:
     def _text(self, one: Completion) -> str:
         return str(self._tokenizer.decode(one.completion_ids, skip_special_tokens=False))
 
-    def score(self, completions: Sequence[Completion]) -> list[tuple[Tensor, Tensor]]:
-        """The teacher's top-k tokens at each token of each completion: ids (t, k), log-probabilities (t, k+1).
-
-        The last column is the log-probability of all other tokens; it is missing if k is the student's vocabulary size.
+    def score(self, completions: Sequence[Completion]) -> list[TokenScores]:
+        """The teacher's top-k tokens at each token of each completion, and how likely the token itself is.
 
         Raises:
             TeacherServerError: tokens are not the student's, log-probabilities are missing or impossible, or as in
@@ -244,17 +262,19 @@ class ServedTeacher:
             return_token_ids=True,
         )
 
-    def _read(self, one: Completion, answer: Any) -> tuple[Tensor, Tensor]:
+    def _read(self, one: Completion, answer: Any) -> TokenScores:
         told: Any = getattr(answer, "prompt_logprobs", None)
         self._compare(one, getattr(answer, "prompt_token_ids", None), told)
         start = len(one.prompt_ids)
-        places = [self._likeliest(one, place, told[start + place]) for place in range(len(one.completion_ids))]
-        ids = torch.tensor([[token for token, _ in tokens] for tokens in places])
-        log_probs = torch.tensor([[value for _, value in tokens] for tokens in places], dtype=torch.float64)
+        places = [self._values(one, place, told[start + place]) for place in range(len(one.completion_ids))]
+        own = [values[token] for values, token in zip(places, one.completion_ids, strict=True)]
+        likeliest = [sorted(values.items(), key=lambda item: (-item[1], item[0]))[: self.top_k] for values in places]
+        ids = torch.tensor([[token for token, _ in tokens] for tokens in likeliest])
+        log_probs = torch.tensor([[value for _, value in tokens] for tokens in likeliest], dtype=torch.float64)
         if self.top_k != self._vocabulary:
             rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=_LEAST_REST).log()
             log_probs = torch.cat([log_probs, rest], -1)
-        return ids, log_probs.float()
+        return TokenScores(ids, log_probs.float(), torch.tensor(own))
 
     def _compare(self, one: Completion, theirs: Any, told: Any) -> None:
         """Raise unless the server's tokens equal prompt and completion, and each has log-probabilities."""
@@ -273,8 +293,8 @@ class ServedTeacher:
                 "--max-model-len, or serve a teacher with the student's tokenizer, chat template and image size"
             )
 
-    def _likeliest(self, one: Completion, place: int, told: Any) -> list[tuple[int, float]]:
-        """The top-k tokens at one token of a completion, with their log-probabilities."""
+    def _values(self, one: Completion, place: int, told: Any) -> dict[int, float]:
+        """The log-probabilities at one token of a completion by token: its own, and at least the top k."""
         where = f"the teacher at {self._client.url}, completion {one.name}, token {place}"
         own = one.completion_ids[place]
         try:
@@ -292,7 +312,7 @@ class ServedTeacher:
                 f"{where}: log-probabilities from {min(values.values())} to {max(values.values())} came back, expected "
                 "finite values whose probabilities sum to at most 1"
             )
-        return sorted(values.items(), key=lambda item: (-item[1], item[0]))[: self.top_k]
+        return values
 
 
 def chat(prompt: Prompt) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The teacher π_T in this process: it writes hints, and computes hidden states for completions past the gate."""
+"""The teacher π_T in this process: it writes hints and answers, and computes hidden states for completions."""
 
 import inspect
 import re
@@ -198,13 +198,26 @@ class Teacher:
                 hints += [parse_hint(text, self._markup) for text in texts]
         return hints
 
-    def _generate(self, prompts: Sequence[Prompt], max_tokens: int, template: Mapping[str, Any]) -> list[str]:
+    @torch.no_grad()
+    def answer(
+        self, prompts: Sequence[Prompt], *, max_tokens: int, template: Mapping[str, Any] | None = None
+    ) -> list[str]:
+        """The teacher's own greedy answers, one for each prompt, as text; arguments as for `write_hints`."""
+        texts: list[str] = []
+        for start in range(0, len(prompts), self.batch_size):
+            batch = prompts[start : start + self.batch_size]
+            texts += self._generate(batch, max_tokens, template or {}, greedy=True)
+        return texts
+
+    def _generate(
+        self, prompts: Sequence[Prompt], max_tokens: int, template: Mapping[str, Any], greedy: bool = False
+    ) -> list[str]:
         """The generated texts; prompts with and without pictures form two batches."""
         texts = [""] * len(prompts)
         for pictured in (True, False):
             rows = [row for row, prompt in enumerate(prompts) if bool(images_in(prompt)) == pictured]
             if rows:
-                written = self._generate_alike([prompts[row] for row in rows], max_tokens, template)
+                written = self._generate_alike([prompts[row] for row in rows], max_tokens, template, greedy)
                 for row, text in zip(rows, written, strict=True):
                     texts[row] = text
         return texts
@@ -227,17 +240,18 @@ class Teacher:
             **template,
         )
 
-    def _generate_alike(self, prompts: Sequence[Prompt], max_tokens: int, template: Mapping[str, Any]) -> list[str]:
+    def _generate_alike(
+        self, prompts: Sequence[Prompt], max_tokens: int, template: Mapping[str, Any], greedy: bool
+    ) -> list[str]:
         inputs = self._inputs(prompts, template)
         tokenizer, own = self._tokenizer, self._model.generation_config
         declared = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         image_token = getattr(self._model.config, "image_token_id", None)
         # `generate` takes unset arguments from the model's own configuration, which may carry penalties.
+        sampling = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         self._model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            do_sample=not greedy,
+            **sampling,
             max_new_tokens=max_tokens,
             eos_token_id=sorted({t for t in (*declared, tokenizer.eos_token_id) if t is not None}),
             pad_token_id=tokenizer.pad_token_id,

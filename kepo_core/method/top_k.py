@@ -70,8 +70,8 @@ class TopKDivergence(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, ids, log_probs)
         parts = [hidden.new_empty(0, dtype=torch.float32)]
         with maybe_gather_lm_head_ctx(weight, bias):
-            for chunk in _chunks(len(hidden)):
-                logits = _logits(hidden[chunk], weight, bias, ctx.dtype)
+            for chunk in chunks(len(hidden)):
+                logits = logits_of(hidden[chunk], weight, bias, ctx.dtype)
                 parts.append(objective.top_k_divergence(logits, ids[chunk], log_probs[chunk], beta))
         return torch.cat(parts)
 
@@ -85,8 +85,8 @@ class TopKDivergence(torch.autograd.Function):
                 torch.zeros(of.shape, dtype=torch.float32, device=of.device) if needed else None
                 for of, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
             ]
-            for chunk in _chunks(len(hidden)):
-                logits = _logits(hidden[chunk], weight, bias, ctx.dtype)
+            for chunk in chunks(len(hidden)):
+                logits = logits_of(hidden[chunk], weight, bias, ctx.dtype)
                 buckets = objective.top_k_buckets(logits, ids[chunk]).requires_grad_()
                 with torch.enable_grad():
                     divergence = objective.divergence(buckets, log_probs[chunk], ctx.beta)
@@ -106,11 +106,12 @@ class TopKDivergence(torch.autograd.Function):
         return (*sums, None, None, None)
 
 
-def _chunks(count: int) -> list[slice]:
+def chunks(count: int) -> list[slice]:
+    """``count`` tokens in parts of `CHUNK`."""
     return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(n, V) in float32, computed as in TRL's kernel of the full divergence."""
     logits = torch.empty(len(hidden), weight.shape[0], dtype=torch.float32, device=hidden.device)
     project(logits, hidden.to(dtype), weight, bias, 0, weight.shape[0], dtype)

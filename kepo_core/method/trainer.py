@@ -23,6 +23,8 @@ from kepo_core.method.checks import check_arguments, check_parts, first_row
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.exploration import leaving_members
 from kepo_core.method.forward import add_distillation_head, check_plain_head, let_generate
+from kepo_core.method.gates import GATES, Gate
+from kepo_core.method.guidance import guide
 from kepo_core.method.processor import image_only_processor
 from kepo_core.method.recording import Generation, record
 from kepo_core.method.rounding import RoundingWatch
@@ -49,6 +51,7 @@ class KEPOTrainer(ScoringTrainer):
         teacher: π_T, in this process or served; required to distil and for hints.
         task: how hints are requested and given; required to explore. What its `Task.read` returns goes into the
             rollouts file. With a task, reward functions get completions as plain text, reasoning included.
+        gate: a function of your own in place of ``args.gate``, `Known` → weights (B, 1) or (B, T); see `gates`.
         **kwargs: as for GRPOTrainer (``processing_class``, ``callbacks``, ``peft_config``, …).
 
     Raises:
@@ -67,6 +70,8 @@ class KEPOTrainer(ScoringTrainer):
     ...         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16))
     >>> def correct(completions, solution, **_):
     ...     return [float(s in c) for c, s in zip(completions, solution)]
+    >>> def gate(known):  # KEPO's own, written out
+    ...     return (known.reward_B >= known.tau).float().unsqueeze(1)
     >>> trainer = KEPOTrainer(
     ...     model=tiny(),
     ...     reward_funcs=correct,
@@ -76,6 +81,7 @@ class KEPOTrainer(ScoringTrainer):
     ...     processing_class=tokenizer,
     ...     teacher=Teacher(tiny(), tokenizer),
     ...     task=Templates(asking="It is {solution}. Write a <hint>...</hint>.", telling="Hint: {hint}"),
+    ...     gate=gate,
     ... )
     >>> trainer.train().global_step
     {'train_runtime': ...}
@@ -106,14 +112,21 @@ class KEPOTrainer(ScoringTrainer):
         *,
         teacher: Teacher | ServedTeacher | None = None,
         task: Task | None = None,
+        gate: Gate | None = None,
         **kwargs: Any,
     ) -> None:
         args = _default_config(model, teacher, task) if args is None else args
         if not isinstance(args, KEPOConfig):
             raise ValueError(f"args is a {type(args).__name__}, expected a KEPOConfig (it has all GRPOConfig's fields)")
+<<<<<<< HEAD
         self.task, self.teacher = task, teacher
         check_arguments(args, teacher, task, eval_dataset)
         check_parts(args, teacher, task, train_dataset, kwargs)
+=======
+        self.task, self.teacher, self.gate = task, teacher, GATES[args.gate] if gate is None else gate
+        check_arguments(args, teacher, task, eval_dataset, self.gate)
+        self.asks_hints = check_parts(args, teacher, task, train_dataset, kwargs)
+>>>>>>> gates
         if reward_funcs is not None:
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [checked_reward(reward) for reward in given]
@@ -126,7 +139,7 @@ class KEPOTrainer(ScoringTrainer):
         self._find_rewards()
         if args.scale_rewards == "rloo":
             self.scale_rewards = "none"  # TRL computes Eq. 6, which is rescaled to Eq. 4
-        self._generation, self._window = Generation([], 0), {}
+        self._generation, self._window, self.answered = Generation([], 0), {}, {}
         self.add_callback(RoundingWatch(self))
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         let_generate(student)
@@ -228,15 +241,11 @@ class KEPOTrainer(ScoringTrainer):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if not training:
             return output
-        rewards = self._rewards
-        local = slice(now.first, now.first + len(inputs))
-        totals = self.total(rewards)
         if self.args.scale_rewards == "rloo":
-            output["advantages"] = objective.leave_one_out(totals, self.num_generations)[local]
-        if self.args.zero_variance == "drop":
-            output["advantages"] = objective.without_equal_groups(output["advantages"], totals, self.num_generations)
-        if self.args.scale_rewards == "rloo" or self.args.zero_variance == "drop":
+            local = slice(now.first, now.first + len(inputs))
+            output["advantages"] = objective.leave_one_out(self.total(self._rewards), self.num_generations)[local]
             self._correct_table(output["advantages"])
+<<<<<<< HEAD
         advantages = output["advantages"]
         signal = self.signal("gate_reward", rewards)[local]
         gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & self.args.distill
@@ -247,6 +256,15 @@ class KEPOTrainer(ScoringTrainer):
             gated_tokens = (output["completion_mask"] * output["kepo_gate"].unsqueeze(1)).sum()
             output["kepo_gated_tokens"] = self.accelerator.gather(gated_tokens).sum()
         record(self, now, rewards, advantages, gate, log_ratio)
+=======
+        advantages, keep = output["advantages"], self._kept(now)
+        if self.args.distill:
+            guide(self, now, output, keep)
+        log_ratio = self._measure_injected(now, output) if self.args.explore else {}
+        if not keep.all():
+            output["tool_mask"] = keep.unsqueeze(1).expand_as(output["completion_mask"]).long()
+        record(self, now, self._rewards, advantages, keep, log_ratio)
+>>>>>>> gates
         return output
 
     def _correct_table(self, advantages: Tensor) -> None:
@@ -256,6 +274,7 @@ class KEPOTrainer(ScoringTrainer):
             table.pop()
         table.extend(trained)
 
+<<<<<<< HEAD
     def _ask_served(self, now: Generation, output: dict[str, Any], gate: Tensor) -> Tensor:
         """The rows to be guided, (B,): those past the gate, except those that a served teacher cannot score.
 
@@ -270,6 +289,15 @@ class KEPOTrainer(ScoringTrainer):
         count = self.accelerator.gather(left_out.sum()).sum()
         self._metrics["train"]["kepo/unasked"].append(float(count))
         return gate & ~left_out
+=======
+    def _kept(self, now: Generation) -> Tensor:
+        """Which rows stay in the loss, (B,): all, except exhausted groups under ``on_exhausted="drop"``."""
+        dropped = {
+            e.group for e in now.explored if self.args.on_exhausted == "drop" and e.outcome is GroupOutcome.EXHAUSTED
+        }
+        flags = [(now.first + row) // self.num_generations not in dropped for row in range(len(now.rows))]
+        return torch.tensor(flags, device=self.accelerator.device)
+>>>>>>> gates
 
     def _measure_injected(self, now: Generation, output: dict[str, Any]) -> dict[int, float]:
         """How far hints pulled the injected rows off-policy: their hint reliance, by row.
@@ -301,7 +329,7 @@ class KEPOTrainer(ScoringTrainer):
         if self.args.hint_importance == "truncated":
             weights = objective.hint_importance_weights(plain_logps, hinted_logps)
             weights = nn.functional.pad(weights, (0, width - weights.shape[1]), value=1.0)  # cut, or filled with ones
-            advantages_BT = output["advantages"].unsqueeze(1).repeat(1, width)
+            advantages_BT = output["advantages"].view(size, -1).expand(size, width).clone()  # (B,), or with guidance
             advantages_BT[real] *= weights[: len(real)]
             output["advantages"] = advantages_BT
         means = objective.hint_reliance(plain_logps, hinted_logps, mask_y).tolist()

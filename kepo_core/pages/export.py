@@ -28,7 +28,16 @@ from kepo_core.task.prompts import NON_THINKING, THINKING
 
 #: Files of a saved model that are copied; training_args.bin, a pickle, is not.
 _TAKEN = (".safetensors", ".json", ".jinja", ".txt", ".model")
-_COMPARED = {"ge": "at least", "gt": "above", "lt": "below"}
+#: What each gate lets through, with the name of the reward and τ.
+_GUIDED = {
+    "reward": "rollouts whose {reward} reward is at least {tau:g}",
+    "below": "rollouts whose {reward} reward is below {tau:g}",
+    "always": "every rollout",
+    "corrective": "rollouts whose {reward} reward is below {tau:g}, those more that the teacher finds likely",
+    "unsure": "rollouts whose {reward} reward is at least {tau:g}, those more that were unlikely to the student",
+    "teacher": "rollouts of prompts that the teacher itself answers right",
+    "aligned": "every rollout, those tokens more where teacher and {reward} reward agree",
+}
 _TOLD = {
     "hint+answer": "with a teacher's hint and the answer",
     "hint": "with a teacher's hint",
@@ -143,8 +152,9 @@ def describe(params: Params) -> str:
     if params.method == "gkd":
         return f"A vision-language model distilled from a teacher by MM-GKD (λ = {params.gkd_lambda:g})."
     parts = [
-        "distillation from a teacher on rollouts whose "
-        f"{params.gate_reward or 'accuracy'} reward is {_COMPARED[params.gate_compare]} {params.tau:g}"
+        "distillation from a teacher on "
+        + _GUIDED[params.gate].format(reward=params.gate_reward or "accuracy", tau=params.tau)
+        + ("" if params.guidance == "loss" else ", in the advantage")
         if params.distill
         else "",
         f"further draws, for up to {params.rejection_budget} rounds, {_TOLD[params.hint_context]} where all "

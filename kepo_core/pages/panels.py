@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
+from kepo_core.analysis.gating import SHARES
 from kepo_core.analysis.statistics import AVG, AVG_OOD
 from kepo_core.data.records import AnswerOutcome
 from kepo_core.pages.figures import (
@@ -118,6 +119,26 @@ def metric_over_runs(
     if not ax.lines:
         nothing(ax, "in none of these runs")
     return ax
+
+
+def gates(shares: pd.DataFrame, accuracies: pd.DataFrame, axes: Any) -> None:
+    """What each arm's gate lets through, on the left, and what comes of it, on the right; a line per arm.
+
+    Args:
+        shares: `gating.gate_table`.
+        accuracies: the part "Avg." of ``arms.arm_accuracies``, of the same arms.
+    """
+    heights = np.arange(len(shares))[::-1]
+    for k, (name, label) in enumerate(SHARES.items()):
+        axes[0].plot(100 * shares[name], heights, label=label, **marker(k))
+    rows = accuracies.set_index("arm").loc[shares.index, ["value", "low", "high"]]
+    points(axes[1], 0, heights, rows, "accuracy after training")
+    for ax in axes:
+        ax.set_yticks(heights, [textwrap.fill(str(name), 30) for name in shares.index])
+        ax.grid(visible=False, axis="y")
+    axes[0].set(xlabel="share (%); a weight can exceed 100 %")
+    axes[1].set(xlabel="average accuracy (%), 95 % interval")
+    legend_over(axes[0], 1)
 
 
 def outcomes_over_training(rollouts: pd.DataFrame, ax: Axes, *, title: str = "", smooth: int = 1) -> Axes:

@@ -139,13 +139,13 @@ class Bench:
     def gated_teacher(self) -> None:
         """The teacher's forward on the gated rows alone, to its logits of their completions."""
         batch = self._batch
-        hidden = self.trainer.teacher.hidden_states(batch, batch["kepo_gate"].nonzero().flatten().tolist())
+        hidden = self.trainer.teacher.hidden_states(batch, batch["kepo_gate"][:, 0].nonzero().flatten().tolist())
         with torch.no_grad():
             self.teacher.lm_head(hidden)
 
     def divergence(self) -> None:
         """Forward and backward of the divergence alone, at the gated tokens: what no part of GRPO's step has."""
-        mask = self._batch["completion_mask"] * self._batch["kepo_gate"].unsqueeze(1)
+        mask = self._batch["completion_mask"] * (self._batch["kepo_gate"] > 0)
         head, teacher_head = self.student.get_output_embeddings(), self.trainer.teacher.head
         count, device = int(mask.sum()), mask.device
         states = torch.randn(count, head.weight.shape[1], device=device, requires_grad=True)

@@ -66,7 +66,7 @@ def test_every_metric_read_here_is_one_the_trainer_logs():
         ({"frac_reward_zero_std": 0.92}, "equal within groups: in the last quarter of training in 92% of the groups"),
         ({"frac_reward_zero_std": 0.92, "kepo_entropy": 0.01}, "the entropy is 0.01 nats per token. Look at: accuracy"),
         ({"kepo_accuracy": 0.05, "kepo_format": 1.0}, "learned before the answer: format 100% but accuracy 5%"),
-        ({"kepo_gate_rate": 0.0}, "The gate never opened: no sequence reached tau"),
+        ({"kepo_gate_rate": 0.0}, "The gate never opened: it let no sequence through"),
         ({"kepo_accuracy": lambda t: 0.7 if t < 0.5 else 0.5}, "accuracy fell from 70% in its best quarter"),
         ({"kepo_format": lambda t: 0.9 if t < 0.7 else 0.6}, "the rollouts' format fell from 90%"),
         ({"grad_norm": lambda t: math.nan if t > 0.5 else 1.0}, "grad_norm is not a finite number at step 22"),

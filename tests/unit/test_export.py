@@ -113,7 +113,9 @@ def test_a_hub_model_is_named_as_the_base_and_keeps_its_licence(tmp_path: Path) 
     ("changes", "words"),
     [
         ({"distill": False, "explore": False}, "reinforcement learning: GRPO."),
-        ({"explore": False, "gate_compare": "lt"}, "whose accuracy reward is below 1."),
+        ({"explore": False, "gate": "below"}, "whose accuracy reward is below 1."),
+        ({"explore": False, "gate": "teacher"}, "on rollouts of prompts that the teacher itself answers right."),
+        ({"explore": False, "guidance": "bounded"}, "whose accuracy reward is at least 1, in the advantage."),
         ({"distill": False, "hint_context": "none"}, "for up to 5 rounds, of the same prompt where all 8"),
         ({"distill": False, "hint_context": "fading"}, "with a teacher's hint and the answer at first, later with the"),
         ({"method": "sft", "thinking": False}, "fine-tuned on right answers"),

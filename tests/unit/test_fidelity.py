@@ -106,9 +106,6 @@ VALUES["loss_type"].remove("bnpo")  # which is dapo where a step is one batch of
 #: Where a parameter needs company to matter.
 COMPANY: dict[str, dict[str, Any]] = {
     "tau": {"gate_reward": "total"},
-    "gate_compare": {"gate_reward": "total"},
-    "gate_reward": {"gate_compare": "ge"},
-    "zero_variance": {"explore": False},
 }
 
 
@@ -150,17 +147,17 @@ def all_kinds(text: str, row: dict[str, Any], before: int, hinted: bool) -> str:
 
 
 @pytest.mark.parametrize(
-    ("reward", "compare", "tau"),
-    [(r, c, t) for r, most in (("accuracy", 1), ("total", 2)) for c in ("ge", "gt") for t in range(most + 1)],
+    ("reward", "gate", "tau"),
+    [(r, g, t) for r, most in (("accuracy", 1), ("total", 2)) for g in ("reward", "below") for t in range(most + 1)],
 )
-def test_the_gate_in_all_its_readings(tmp_path: Path, reward: str, compare: str, tau: int) -> None:
+def test_the_gate_in_all_its_readings(tmp_path: Path, reward: str, gate: str, tau: int) -> None:
     trainer = make_trainer(
-        tmp_path, all_kinds, explore=False, gate_reward=reward, gate_compare=compare, tau=float(tau),
+        tmp_path, all_kinds, explore=False, gate_reward=reward, gate=gate, tau=float(tau),
         per_device_train_batch_size=4,
     )  # fmt: skip
-    gate = trainer._generate_and_score_completions(batch_of(trainer, 0))["kepo_gate"].tolist()
+    weights = trainer._generate_and_score_completions(batch_of(trainer, 0))["kepo_gate"][:, 0].tolist()
     signals = [total if reward == "total" else accuracy for accuracy, total in KINDS.values()]
-    assert gate == [signal >= tau if compare == "ge" else signal > tau for signal in signals]
+    assert weights == [signal >= tau if gate == "reward" else signal < tau for signal in signals]
 
 
 def test_any_tau_up_to_one_is_the_same_run_under_accuracy(tmp_path: Path) -> None:
@@ -235,6 +232,7 @@ def test_a_reading_runs_as_it_stands(tmp_path: Path, name: str) -> None:
     assert all(("<answer>A</answer>" in text) == (name == "paper") for text in asked)
     assert [len(call) for call in got["asked"][1:]] == ([1, 1] if name == "paper" else [2, 2])
     gate = got["gate"]
+    gate = [bool(weights[0]) for weights in gate]
     assert gate[4:8] == [True, True, False, False]  # "wrong and more" is outside the format, as is "none"
     assert gate[8:12] == [False, True, False, True]  # wrong answers in the right format pass τ = 1 on the sum
     assert got["hints"] == [256] and make_row(0)["answer"] == "A"

@@ -181,9 +181,9 @@ def edit_a_parameter(run: Run) -> None:
 
 def test_a_package_with_new_parameters_edits_nothing(params: Params) -> None:
     run = Run.allocate(params, owner="kepo run")
-    earlier = {name: value for name, value in params.to_dict().items() if name != "zero_variance"}
+    earlier = {name: value for name, value in params.to_dict().items() if name != "guidance"}
     lines = (run.path / "params.yaml").read_text().splitlines(keepends=True)
-    (run.path / "params.yaml").write_text("".join(line for line in lines if not line.startswith("zero_variance")))
+    (run.path / "params.yaml").write_text("".join(line for line in lines if not line.startswith("guidance:")))
     assert not run.is_edited  # the parameter that is missing has its default
     hashed = short_hash({name: value for name, value in earlier.items() if name not in PLACES})
     run.remember(params_hash=hashed)

@@ -20,19 +20,6 @@ def test_sequence_mean_by_hand_and_with_an_empty_row() -> None:
     assert objective.sequence_mean(values, mask).tolist() == [2.0, 4.0, 0.0]
 
 
-def test_equal_groups_leave_the_mean_of_the_others() -> None:
-    rewards = T([2.0, 0.0, 1.0, 1.0, 0.0, 0.0, 2.0, 1.0])
-    adv = objective.advantages(rewards, 2)
-    kept = objective.without_equal_groups(adv, rewards, 2)
-    assert kept.mean() == pytest.approx(adv[[0, 1, 6, 7]].mean()) and kept.tolist() == (2 * adv).tolist()
-    mask = torch.ones(8, 3)
-    values = torch.randn(8, 3)
-    loss = reference.kepo_loss(values * kept[:, None], mask)  # the policy term over only the differing rows
-    assert loss == pytest.approx(reference.kepo_loss((values * adv[:, None])[[0, 1, 6, 7]], mask[:4]))
-    equal = T([1.0, 1.0, 0.0, 0.0])
-    assert objective.without_equal_groups(objective.advantages(equal, 2), equal, 2).tolist() == [0, 0, 0, 0]
-
-
 # Eq. 3 ------------------------------------------------------------------------------------------------------------
 
 
@@ -142,17 +129,32 @@ def test_kl_estimate_is_unbiased_zero_at_equality_and_pushes_towards_the_referen
     assert x.grad is not None and x.grad.item() > 0  # descending lowers log π_θ towards the reference
 
 
-# Gate -------------------------------------------------------------------------------------------------------------
+# The teacher in the advantage -------------------------------------------------------------------------------------
 
 
-def test_gate_by_hand() -> None:
-    rewards = T([0.0, 1.0, 2.0])
-    assert objective.gate(rewards, 0.0).tolist() == [True, True, True]
-    assert objective.gate(rewards, 1.0).tolist() == [False, True, True]
-    assert objective.gate(rewards, 1.0, "gt").tolist() == [False, False, True]
-    assert objective.gate(rewards, 1.0, "lt").tolist() == [True, False, False]
-    accuracy = T([0.0, 1.0])
-    assert torch.equal(objective.gate(accuracy, 0.5), objective.gate(accuracy, 1.0))
+def test_the_log_ratio_as_advantage_has_the_gradient_of_the_reverse_kl_in_expectation() -> None:
+    """Over all tokens of a vocabulary, each as often as the student samples it."""
+    student = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 7, dtype=torch.float64)
+    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    advantage = objective.teacher_advantage(log_t, log_s)
+    assert not advantage.requires_grad and torch.equal(advantage, log_t - log_s)
+    (log_s.detach().exp() * advantage * log_s).sum().backward()  # E[Â ∇ log π]
+    by_sampling, student.grad = student.grad, None
+    objective.divergence(student, teacher, beta=1.0).sum().backward()
+    assert torch.allclose(by_sampling, -student.grad, atol=1e-12) and student.grad.abs().max() > 1e-2
+
+
+@given(st.floats(-40, 0), st.floats(-40, 0))
+@settings(deadline=None)
+def test_the_bounded_form_has_the_sign_of_the_log_ratio_and_stays_in_its_bounds(teacher: float, student: float) -> None:
+    """(π_T^α − π_θ^α) / α, whose limit α → 0 is the log-ratio, at α = 1."""
+    log_t, log_s = T([[teacher]], dtype=torch.float64), T([[student]], dtype=torch.float64)
+    ratio, bounded = (objective.teacher_advantage(log_t, log_s, bounded=b).item() for b in (False, True))
+    assert -1 <= bounded <= 1 and (bounded == 0 or math.copysign(1, bounded) == math.copysign(1, ratio))
+    assert bounded == pytest.approx(math.exp(teacher) - math.exp(student), abs=1e-12)
+    alpha = 1e-6
+    assert ((alpha * log_t).exp() - (alpha * log_s).exp()).item() / alpha == pytest.approx(ratio, abs=1e-2)
 
 
 # Divergence -------------------------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ def test_divergence_gradient_matches_finite_differences_and_spares_the_teacher(b
 def test_distillation_term_by_hand() -> None:
     divergence = T([[1.0, 3.0, 9.0], [4.0, 9.0, 9.0], [5.0, 7.0, 9.0]])
     mask = T([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
-    gate = T([True, True, False])
+    gate = T([[1.0], [1.0], [0.0]])
     assert objective.distillation_term(divergence, mask, gate, "sequences").item() == pytest.approx((2 + 4) / 3)
     assert objective.distillation_term(divergence, mask, gate, "tokens").item() == pytest.approx((1 + 3 + 4) / 6)
     assert objective.distillation_term(divergence, mask, gate, "gated_tokens").item() == pytest.approx((1 + 3 + 4) / 3)
@@ -212,10 +214,21 @@ def test_distillation_term_by_hand() -> None:
     assert objective.distillation_term(divergence, mask, gate, "tokens", 0.5).item() == pytest.approx(16)
 
 
+def test_weights_per_sequence_and_per_token_by_hand() -> None:
+    divergence, mask = T([[1.0, 3.0, 9.0], [4.0, 9.0, 9.0], [5.0, 7.0, 9.0]]), T([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    by_row, by_token = T([[0.5], [2.0], [0.0]]), T([[1.0, 0.5, 7.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    for weights, sums, means in ((by_row, (0.5 * 4, 8.0, 0.0), 3.0), (by_token, (1 + 1.5, 0.0, 9.0), 2.5)):
+        term = [objective.distillation_term(divergence, mask, weights, n).item() for n in objective.NORMALIZERS]
+        assert term[0] == pytest.approx((sums[0] / 2 + sums[1] / 1 + sums[2] / 3) / 3)
+        assert term[1] == pytest.approx(sum(sums) / 6) and term[2] == pytest.approx(sum(sums) / means)
+    ones = [objective.distillation_term(divergence, mask, torch.ones(shape)) for shape in ((3, 1), (3, 3))]
+    assert torch.equal(*ones)
+
+
 @pytest.mark.parametrize("normalizer", objective.NORMALIZERS)
 def test_a_closed_gate_gives_zero_and_zero_gradient_whatever_stands_behind_it(normalizer: str) -> None:
     divergence = torch.full((2, 3), float("nan"), requires_grad=True)
-    term = objective.distillation_term(divergence, torch.ones(2, 3), torch.zeros(2, dtype=torch.bool), normalizer)
+    term = objective.distillation_term(divergence, torch.ones(2, 3), torch.zeros(2, 1), normalizer)
     assert term.item() == 0.0
     term.backward()
     assert divergence.grad is not None and torch.equal(divergence.grad, torch.zeros(2, 3))
@@ -228,13 +241,13 @@ def test_padding_changes_nothing_and_micro_batches_add_up(seed: int, normalizer:
     divergence = torch.rand(4, 5, generator=g, dtype=torch.float64)
     lengths = torch.randint(0, 6, (4, 1), generator=g)
     mask = (torch.arange(5) < lengths).long()
-    gate = torch.randint(0, 2, (4,), generator=g).bool()
+    gate = torch.randint(0, 2, (4, 1), generator=g).double()
     whole = objective.distillation_term(divergence, mask, gate, normalizer)
     padded = objective.distillation_term(
         torch.cat([divergence, torch.full((4, 2), 99.0)], 1), torch.cat([mask, torch.zeros(4, 2)], 1), gate, normalizer
     )
     assert torch.allclose(whole, padded.to(whole.dtype))
-    denominator = {"sequences": 4.0, "tokens": mask.sum(), "gated_tokens": (mask * gate[:, None]).sum()}[normalizer]
+    denominator = {"sequences": 4.0, "tokens": mask.sum(), "gated_tokens": (mask * gate).sum()}[normalizer]
     parts = [
         objective.distillation_term(divergence[i : i + 2], mask[i : i + 2], gate[i : i + 2], normalizer, denominator)
         for i in (0, 2)
@@ -282,7 +295,9 @@ def test_signs_descending_the_loss_favours_good_answers_and_approaches_teacher_a
     after, _, _ = parts(step(reference.kepo_loss(policy, mask)))
     assert after[0].sum() > before[0].sum() and after[1].sum() < before[1].sum()
     d = objective.divergence(logits, teacher)
-    closer = step(reference.kepo_loss(policy.detach() * 0, mask, objective.distillation_term(d, mask, T([True, True]))))
+    closer = step(
+        reference.kepo_loss(policy.detach() * 0, mask, objective.distillation_term(d, mask, torch.ones(2, 1)))
+    )
     assert objective.divergence(closer, teacher).sum() < d.sum()
     _, policy, kl = parts(logits)
     _, _, kl_after = parts(step(reference.kepo_loss(policy.detach() * 0, mask, kl_BT=kl, beta=1.0)))
@@ -293,7 +308,6 @@ def test_signs_descending_the_loss_favours_good_answers_and_approaches_teacher_a
     ("name", "call"),
     [
         ("level", lambda: objective.importance_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "word")),
-        ("compare", lambda: objective.gate(torch.ones(1), 1.0, "le")),
         ("normalizer", lambda: objective.distillation_term(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "mean")),
     ],
 )
@@ -359,7 +373,3 @@ def test_rewards_that_do_not_apply_are_left_out_of_advantages() -> None:
     assert objective.leave_one_out(rewards, 3).tolist() == [2.0, 0.0, -2.0, 0.0, 0.0, 0.0]
     scaled = reference.advantages(rewards, 3, "group")[:3].tolist()
     assert scaled == pytest.approx([1 / (2**0.5 + 1e-4), 0.0, -1 / (2**0.5 + 1e-4)])
-    kept = objective.without_equal_groups(objective.advantages(rewards, 3), rewards, 3)
-    assert kept.tolist() == [2.0, 0.0, -2.0, 0.0, 0.0, 0.0]  # one group of two differs
-    alike = T([2.0, 0.0, 1.0, -1.0, -1.0, math.nan, 1.0, math.nan, 1.0])
-    assert objective.without_equal_groups(torch.ones(9), alike, 3).tolist() == [3.0] * 9  # only the first differs

