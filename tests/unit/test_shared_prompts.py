@@ -181,7 +181,7 @@ def test_loss_and_gradient_are_those_of_prompts_read_row_by_row(
         shared_scoring.SharedReading, "works", lambda *args: answered.append(works(*args)) or answered[-1]
     )
     shared = step(trainer, monkeypatch, True)
-    assert answered == [True, True], "teacher and student read shared prompts"
+    assert answered == [True] * 3, "teacher, for its targets and for the probe, and student read shared prompts"
     alone = step(trainer, monkeypatch, False)
     assert shared[0] == pytest.approx(alone[0], rel=1e-4, abs=1e-5)
     assert shared[1] == pytest.approx(alone[1], rel=1e-4)
