@@ -61,6 +61,7 @@ GONE = {
     "ratio_clip": "for eq5 set epsilon 1, epsilon_high 0.2 and delta 1.2",
     "gate_compare": "gate below is its lt; for gt set a larger tau, or give KEPOTrainer a gate of your own",
     "zero_variance": "for a larger policy term set a larger learning_rate, or a smaller distill_coef and beta",
+    "on_exhausted": "leave it out, such groups stay",
     "params_file": "-f FILE names it",
     "teacher_timeout": "it is TIMEOUT in kepo_core/method/chat_client.py",
     "teacher_retries": "it is RETRIES in kepo_core/method/chat_client.py",

@@ -224,11 +224,7 @@ def check_buffer(trainer: ScriptedTrainer, scenario: Scenario, batch: dict[str, 
     for row in range(share):
         number, member = divmod(first + row, G)
         good = goods[number][member]
-<<<<<<< HEAD
-        assert bool(batch["kepo_gate"][row]) == good
-=======
-        assert bool(batch["kepo_gate"][row].item()) == (good and not want.dropped[number])
->>>>>>> gates
+        assert bool(batch["kepo_gate"][row].item()) == good
         assert abs(float(batch["advantages"][row]) - (good - sum(goods[number]) / G)) < 1e-6
         check_row(trainer, batch, row, make_row(scenario.groups[number].question))
     names = {"explored": "explored_groups", "unparsable": "unparsable_hints", "rescued": "rescued_groups",

@@ -93,20 +93,3 @@ class KEPOConfig(MethodOptions, GRPOConfig):  # type: ignore[misc]  # trl is not
                 f"scale_rewards is 'rloo' but multi_objective_aggregation is {self.multi_objective_aggregation!r}, "
                 "expected 'sum_then_normalize': Eq. 4 is of one summed reward"
             )
-<<<<<<< HEAD
-        if self.zero_variance == "drop" and self.multi_objective_aggregation != "sum_then_normalize":
-            raise ParamError(
-                f"zero_variance is 'drop' but multi_objective_aggregation is {self.multi_objective_aggregation!r}, "
-                "expected 'sum_then_normalize': groups of equal sums can have advantages there"
-            )
-        if self.zero_variance == "drop" and self.loss_type in TOKEN_NORMALIZED:
-            raise ParamError(
-                f"zero_variance is 'drop' but loss_type is {self.loss_type!r}, whose mean is over tokens, expected a "
-                "mean over sequences (grpo, sapo, dr_grpo or luspo)"
-=======
-        if self.explore and self.on_exhausted == "drop" and self.loss_type == "bnpo":
-            raise ParamError(
-                "on_exhausted is 'drop' but loss_type is 'bnpo', expected another loss type: it divides by the tokens "
-                "that are left, so dropped groups would not stay in the denominator"
->>>>>>> gates
-            )

@@ -45,8 +45,8 @@ class Known:
     """What a gate may know of the B rows of a generation batch, those of all processes, members of a group adjacent.
 
     Attributes:
-        reward_B: ``gate_reward``, (B,); NaN where it does not apply, and for rows that are not trained on or that a
-            served teacher cannot score.
+        reward_B: ``gate_reward``, (B,); NaN where it does not apply, and for rows without tokens or that a served
+            teacher cannot score.
         tau: τ, the threshold from which a rollout is right.
         group_size: G.
         advantages_B: Â of Eq. 6 (or as ``scale_rewards`` says), (B,).

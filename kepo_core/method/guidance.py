@@ -23,7 +23,7 @@ from kepo_core.method.task import Row, images_of, with_images
 from kepo_core.method.vision import FURTHER, MODEL_FIELDS
 
 
-def guide(trainer: Any, now: Generation, output: dict[str, Any], keep: Tensor) -> None:
+def guide(trainer: Any, now: Generation, output: dict[str, Any]) -> None:
     """Weigh the rows of a generation batch by the gate, and add what their guidance needs to ``output``.
 
     Entries of ``output`` are those that `GatedLossTrainer` reads. Unless the guidance is in the loss, the advantages
@@ -31,7 +31,6 @@ def guide(trainer: Any, now: Generation, output: dict[str, Any], keep: Tensor) -
 
     Args:
         trainer: a KEPOTrainer, whose last rewards are those of this batch.
-        keep: which rows are trained on, (B,).
 
     Raises:
         ValueError: the gate returns something else than weights.
@@ -39,7 +38,7 @@ def guide(trainer: Any, now: Generation, output: dict[str, Any], keep: Tensor) -
     args, gate, mask = trainer.args, trainer.gate, output["completion_mask"]
     need, local = gates.needs_of(gate), slice(now.first, now.first + len(now.rows))
     signal = trainer.signal("gate_reward", trainer._rewards)[local]
-    usable = keep & mask.any(1)  # under mask_truncated_completions some rows have no tokens
+    usable = mask.any(1)  # under mask_truncated_completions some rows have no tokens
     student = teacher = right = None
     scores: Sequence[Any] = ()
     if gates.LOGPS in need or args.guidance != "loss":

@@ -58,11 +58,6 @@ def record(
     now: Generation,
     rewards: Tensor,
     advantages: Tensor,
-<<<<<<< HEAD
-    gate: Tensor,
-=======
-    keep: Tensor,
->>>>>>> gates
     log_ratio: Mapping[int, float],
 ) -> None:
     """Log the metrics of a generation batch and write its rollouts.
@@ -70,11 +65,7 @@ def record(
     Args:
         trainer: a KEPOTrainer.
         rewards: of the rollouts that are trained on, (all rows, reward functions).
-<<<<<<< HEAD
-        advantages, gate: for this process's rows, (B,); advantages may be (B, T).
-=======
-        advantages, keep: for this process's rows, (B,).
->>>>>>> gates
+        advantages: for this process's rows, (B,).
         log_ratio: injected row → ``hint_log_ratio`` of `Rollout`.
     """
     before, replaced = rewards if now.scored is None else now.scored, set(now.injected)

@@ -30,11 +30,8 @@ GLOSSARY: dict[str, str] = {
     "kepo/draws": "number of hint-aware draws",
     "kepo/draw_tokens": "number of tokens in hint-aware draws; TRL's length and token counts do not include them",
     "kepo/accepted": "number of draws that were accepted and injected",
-<<<<<<< HEAD
     "kepo/refused_draws": "number of hint-aware draws that are right but not accepted, because their hint reliance "
     "exceeds hint_reliance",
-    "kepo/gate_rate": "share of the training sequences (after injection) that pass the gate (with distill)",
-=======
     "kepo/gate_rate": "share of the training sequences (after injection) that pass the gate (with distill): some of "
     "their tokens have a weight above 0",
     "kepo/gate_rate/right": "the same of those whose gate_reward is above 0",
@@ -49,7 +46,6 @@ GLOSSARY: dict[str, str] = {
     "above 0 or not); not with a served teacher",
     "kepo/top_k_teacher_mass/PART": "the teacher's probability of the student's 8 most likely next tokens there",
     "kepo/top_k_student_mass/PART": "the student's probability of the teacher's 8 most likely next tokens there",
->>>>>>> gates
     "kepo/injected_log_ratio": "mean over injected trajectories of the mean over their tokens of "
     "log π(y|x,h,a) − log π(y|x), both by the student that sampled them: how far the hint pulled them off-policy",
     "kepo/injected_mentions_hint": 'share of injected trajectories that say "hint", "hints", "hinted" or '

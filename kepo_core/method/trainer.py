@@ -118,15 +118,9 @@ class KEPOTrainer(ScoringTrainer):
         args = _default_config(model, teacher, task) if args is None else args
         if not isinstance(args, KEPOConfig):
             raise ValueError(f"args is a {type(args).__name__}, expected a KEPOConfig (it has all GRPOConfig's fields)")
-<<<<<<< HEAD
-        self.task, self.teacher = task, teacher
-        check_arguments(args, teacher, task, eval_dataset)
-        check_parts(args, teacher, task, train_dataset, kwargs)
-=======
         self.task, self.teacher, self.gate = task, teacher, GATES[args.gate] if gate is None else gate
         check_arguments(args, teacher, task, eval_dataset, self.gate)
-        self.asks_hints = check_parts(args, teacher, task, train_dataset, kwargs)
->>>>>>> gates
+        check_parts(args, teacher, task, train_dataset, kwargs)
         if reward_funcs is not None:
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [checked_reward(reward) for reward in given]
@@ -245,26 +239,11 @@ class KEPOTrainer(ScoringTrainer):
             local = slice(now.first, now.first + len(inputs))
             output["advantages"] = objective.leave_one_out(self.total(self._rewards), self.num_generations)[local]
             self._correct_table(output["advantages"])
-<<<<<<< HEAD
         advantages = output["advantages"]
-        signal = self.signal("gate_reward", rewards)[local]
-        gate = objective.gate(signal, self.args.tau, self.args.gate_compare) & self.args.distill
-        gate = gate & output["completion_mask"].any(1)  # under mask_truncated_completions some rows have no tokens
-        log_ratio = self._measure_injected(now, output) if self.args.explore else {}
         if self.args.distill:
-            output["kepo_gate"] = self._ask_served(now, output, gate)
-            gated_tokens = (output["completion_mask"] * output["kepo_gate"].unsqueeze(1)).sum()
-            output["kepo_gated_tokens"] = self.accelerator.gather(gated_tokens).sum()
-        record(self, now, rewards, advantages, gate, log_ratio)
-=======
-        advantages, keep = output["advantages"], self._kept(now)
-        if self.args.distill:
-            guide(self, now, output, keep)
+            guide(self, now, output)
         log_ratio = self._measure_injected(now, output) if self.args.explore else {}
-        if not keep.all():
-            output["tool_mask"] = keep.unsqueeze(1).expand_as(output["completion_mask"]).long()
-        record(self, now, self._rewards, advantages, keep, log_ratio)
->>>>>>> gates
+        record(self, now, self._rewards, advantages, log_ratio)
         return output
 
     def _correct_table(self, advantages: Tensor) -> None:
@@ -273,31 +252,6 @@ class KEPOTrainer(ScoringTrainer):
         for _ in range(min(len(trained), len(table))):
             table.pop()
         table.extend(trained)
-
-<<<<<<< HEAD
-    def _ask_served(self, now: Generation, output: dict[str, Any], gate: Tensor) -> Tensor:
-        """The rows to be guided, (B,): those past the gate, except those that a served teacher cannot score.
-
-        A served teacher scores all rows of the generation batch here; its answers go into ``output``.
-        """
-        if not isinstance(self.teacher, ServedTeacher):
-            return gate
-        mask = output["completion_mask"] * gate.unsqueeze(1)
-        output["kepo_top_ids"], output["kepo_top_log_probs"], left_out = self.teacher.score_batch(
-            now.rows, output, mask, self.chat_template_kwargs
-        )
-        count = self.accelerator.gather(left_out.sum()).sum()
-        self._metrics["train"]["kepo/unasked"].append(float(count))
-        return gate & ~left_out
-=======
-    def _kept(self, now: Generation) -> Tensor:
-        """Which rows stay in the loss, (B,): all, except exhausted groups under ``on_exhausted="drop"``."""
-        dropped = {
-            e.group for e in now.explored if self.args.on_exhausted == "drop" and e.outcome is GroupOutcome.EXHAUSTED
-        }
-        flags = [(now.first + row) // self.num_generations not in dropped for row in range(len(now.rows))]
-        return torch.tensor(flags, device=self.accelerator.device)
->>>>>>> gates
 
     def _measure_injected(self, now: Generation, output: dict[str, Any]) -> dict[int, float]:
         """How far hints pulled the injected rows off-policy: their hint reliance, by row.

@@ -166,46 +166,6 @@ def test_total_reward_triggers_and_accepts_on_format_alone(tmp_path: Path) -> No
     assert len(formatted.calls) == 1  # the format alone is a reward
 
 
-<<<<<<< HEAD
-=======
-def test_exhausted_groups_stay_or_are_dropped_from_the_loss_but_not_from_its_denominator(tmp_path: Path) -> None:
-    def script(text: str, row: dict, before: int, hinted: bool) -> str:
-        if row["id"] == "q0":
-            return wrong(row) if before % 2 else "I cannot say"  # rewards 0 and 1: the policy term is not 0
-        return fails_on_0(text, row, before, hinted)
-
-    losses = {}
-    for kind in ("keep", "drop"):
-        trainer = make_trainer(tmp_path / kind, script, hints=lambda r: "h", on_exhausted=kind, distill=False)
-        batch = score_batch(trainer, 0, 1)
-        logps = torch.full(batch["completion_ids"].shape, -0.5)
-        batch["old_per_token_logps"] = logps  # any fixed values: ratios differ from 1
-        losses[kind] = trainer._compute_loss(trainer.model, batch)
-        assert ("tool_mask" in batch) == (kind == "drop")
-        rows = collect_rollouts(tmp_path / kind)
-        assert rows["dropped"].tolist() == ([True] * 4 + [False] * 4 if kind == "drop" else [False] * 8)
-        if kind == "drop":
-            half = {k: v for k, v in batch.items() if k != "tool_mask"}
-            half["completion_mask"] = batch["completion_mask"].clone()
-            half["completion_mask"][:4] = 0
-            assert losses[kind].item() == pytest.approx(trainer._compute_loss(trainer.model, half).item(), rel=1e-5)
-    assert losses["keep"].item() != pytest.approx(losses["drop"].item())
-
-
-def test_dropped_rows_pass_no_gate(tmp_path: Path) -> None:
-    """Not even at τ = 0, where all other rows pass the gate."""
-    trainer = make_trainer(
-        tmp_path, lambda *a: wrong(a[1]) if a[1]["id"] == "q0" else fails_on_0(*a), hints=lambda row: "h",
-        on_exhausted="drop", tau=0.0,
-    )  # fmt: skip
-    batch = score_batch(trainer, 0, 1)
-    assert batch["kepo_gate"][:, 0].tolist() == [False] * 4 + [True] * 4
-    assert trainer._metrics["train"]["kepo/gate_rate"] == [0.5]
-    assert batch["kepo_gated_tokens"] == batch["completion_mask"][4:].sum()
-    assert batch["num_items_in_batch"] == batch["completion_mask"].sum()  # kept in the denominator
-
-
->>>>>>> gates
 def test_evaluation_never_explores_and_sees_no_hint(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, fails_on_0, hints=lambda row: "secret", per_device_eval_batch_size=8,

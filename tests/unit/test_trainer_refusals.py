@@ -51,14 +51,8 @@ from kepo_core.testbed.embedded import build_model, build_processor
         ({"loss_type": "ppo"}, "loss_type is 'ppo', expected one of grpo, dapo"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
         ({"scale_rewards": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "scale_rewards is 'rloo' but"),
-<<<<<<< HEAD
-        ({"zero_variance": "drop", "loss_type": "dapo"}, "zero_variance is 'drop' but loss_type is 'dapo'"),
-        ({"zero_variance": "drop", "multi_objective_aggregation": "normalize_then_sum"}, "zero_variance is .drop. but"),
-=======
         ({"gate": "open"}, "gate must be one of reward, below, .*, got 'open'"),
         ({"guidance": "reward"}, "guidance must be one of loss, advantage, bounded, got 'reward'"),
-        ({"on_exhausted": "drop", "loss_type": "bnpo"}, "on_exhausted is 'drop' but loss_type is 'bnpo'"),
->>>>>>> gates
     ],
 )  # fmt: skip
 def test_a_wrong_parameter_is_named(tmp_path: Path, overrides: dict, sentence: str) -> None:
