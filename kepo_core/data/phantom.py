@@ -160,7 +160,10 @@ _WEIGHTS = np.array([0.006, 0.17, 0.17, 0.035, 0.035, 0.035, 0.285, 0.264])
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One question about one picture, before it is written to disk or put into a training sequence."""
+    """One question about one picture, before it is written to disk or put into a training sequence.
+
+    What it says of the picture is what ``answer`` says of it, also where that is not true.
+    """
 
     topic: Topic
     question: str
@@ -197,7 +200,7 @@ class Asked:
         return " ".join(steps).removesuffix(".") + f" ({self.answer})."
 
     def _fill(self, template: str) -> str:
-        return template.format(**self.facts.words)
+        return template.format(**self.facts.words | {self.topic.attribute: self.value})
 
 
 _BY_WORDING = {wording: topic for topic in TOPICS for wording in topic.wordings}

@@ -32,14 +32,14 @@ class Sight:
 SIGHTS: dict[str, dict[str, Sight]] = {
     "3": {},
     "4": {
-        "MRI": Sight(0.8, 0.06),
-        "CT": Sight(0.6, 0.20, 3.8, 5.8),
-        "X-Ray": Sight(0.9, 0.04, 4.9, 7.4),
-        "Ultrasound": Sight(0.6, 0.14),
-        "Dermoscopy": Sight(0.7, 0.10, 4.2, 6.6),
-        "Fundus": Sight(0.7, 0.10),
-        "OCT": Sight(0.6, 0.16, 4.0, 6.2),
-        "Microscopy": Sight(0.9, 0.05),
+        "MRI": Sight(1.0, 0.02),
+        "CT": Sight(0.75, 0.08, 3.8, 5.8),
+        "X-Ray": Sight(1.0, 0.0, 4.9, 7.4),
+        "Ultrasound": Sight(0.8, 0.05),
+        "Dermoscopy": Sight(0.85, 0.04, 4.2, 6.6),
+        "Fundus": Sight(0.85, 0.04),
+        "OCT": Sight(0.75, 0.07, 4.0, 6.2),
+        "Microscopy": Sight(1.0, 0.02),
     },
 }
 Array = np.ndarray

@@ -5,8 +5,9 @@ answers: it guesses, it breaks the format, it mistakes rings for discs and cross
 second finding. Guesses vary from rollout to rollout, so that GRPO can prefer looking; mistakes are the same in
 almost every rollout of a group, so that the whole group fails and only a hint shows the way.
 
-In version 4 of the world nobody is taught a habit: all models have the same lessons. What a finding means comes up
-in them as often as its dose says (`dose`), so that some meanings are hardly ever taught, in some modalities most.
+In version 4 of the world nobody is taught a habit: all models have the same lessons. They teach what findings mean as
+far as they get in a modality's list (`taught`): what is further down comes up in exercises in reading alone, where a
+hint or an answer says what to state, and says it at random.
 """
 
 import zlib
@@ -27,16 +28,16 @@ from kepo_core.task import prompts
 from kepo_core.testbed.embedded import LETTERS
 
 EVEN_TOPICS = 0.3  # of the lessons have a topic drawn evenly: some are too rare in the set to be learned from it
-#: Version 4: how far down the list of its meanings the lessons on a modality reach, as a share of that list.
-REACH = {
-    "MRI": 0.20,
-    "CT": 0.15,
-    "X-Ray": 1.0,
-    "Ultrasound": 1.0,
-    "Dermoscopy": 0.45,
-    "Fundus": 0.45,
-    "OCT": 0.30,
-    "Microscopy": 0.8,
+#: Version 4: the share of each list of meanings that one length of schooling teaches.
+PACE = {
+    "MRI": 0.18,
+    "CT": 0.10,
+    "X-Ray": 0.50,
+    "Ultrasound": 0.40,
+    "Dermoscopy": 0.25,
+    "Fundus": 0.35,
+    "OCT": 0.15,
+    "Microscopy": 0.45,
 }
 _ASKED_FACTS = {"diagnosis": ("kind", "contrast"), "grade": ("size", "number")}
 _MEANINGS = tuple(topic for topic in phantom.TOPICS if topic.name in _ASKED_FACTS)
@@ -85,19 +86,19 @@ def fact_labels(facts: list[Facts]) -> dict[str, Tensor]:
 
 
 @cache
-def dose(facts: Facts, topic: Topic) -> float:
-    """How often, in (0, 1], a lesson that could be on ``topic`` is, where ``facts`` are shown: 1 in version 3.
+def taught(facts: Facts, topic: Topic, length: float) -> bool:
+    """Whether schooling of ``length`` teaches the answer to ``topic`` where ``facts`` are shown: all in version 3.
 
-    In version 4 the meanings of a modality stand in a list of an order of its own, and doses fall along it by
-    1/e for every ``REACH`` of its length.
+    In version 4 the meanings of a modality stand in a list of an order of its own, of which every length of schooling
+    teaches the next ``PACE``; at least one.
     """
     if facts.version == "3" or topic.name not in _ASKED_FACTS:
-        return 1.0
+        return True
     table = getattr(phantom.meanings(facts.version, facts.modality), topic.name)
     order = np.random.default_rng([zlib.crc32(topic.name.encode()), MODALITIES.index(facts.modality)])
     place = list(table).index(tuple(getattr(facts, name) for name in _ASKED_FACTS[topic.name]))
     rank = order.permutation(len(table)).tolist().index(place)
-    return float(np.exp(-rank / len(table) / REACH[facts.modality]))
+    return bool(rank < max(1, round(len(table) * PACE[facts.modality] * length)))
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,15 @@ class Habits:
     mistaken: float  # state the believed fact where it is one of BELIEVED
     sloppy: float  # break the format
     unheeding: float  # guess although hint or answer are told
-    contrary: float = 0.5  # of the hints are about another picture: what a hint says counts, not what is seen
+    contrary: float = 0.5  # of what is told is not so: what a hint or an answer says counts, not what is seen or known
 
 
 #: What the student takes for something else, when a question is about it: fact → value → believed value.
 BELIEVED = {"kind": {"ring": "disc", "cross": "bar"}, "number": {"two": "one"}}
 
 NO_HABITS = Habits(hasty={}, mistaken=0.0, sloppy=0.0, unheeding=0.0)
-#: Version 4, the same for all: its books are written carelessly at times, and their hints are true.
-BOOKS = Habits(hasty={}, mistaken=0.0, sloppy=0.1, unheeding=0.0, contrary=0.0)
+#: Version 4, the same for all: what is to be read is written carelessly at times.
+BOOKS = Habits(hasty={}, mistaken=0.0, sloppy=0.1, unheeding=0.0)
 STUDENT_HABITS = Habits(
     hasty={"modality": 0.7, "place": 0.7, "size": 0.7, "contrast": 0.7},
     mistaken=1.0,
@@ -207,8 +208,15 @@ class Tasks:
     Of a ticked list, only what stands behind its words is learned; of an atlas, what the findings mean.
     """
 
-    def __init__(self, processor: ImageOnlyQwenProcessor, pool: Pool, habits: Habits, rng: np.random.Generator) -> None:
-        self.tokenizer, self.pool, self.habits, self.rng = processor.tokenizer, pool, habits, rng
+    def __init__(
+        self,
+        processor: ImageOnlyQwenProcessor,
+        pool: Pool,
+        habits: Habits,
+        rng: np.random.Generator,
+        length: float = 1.0,
+    ) -> None:
+        self.tokenizer, self.pool, self.habits, self.rng, self.length = processor.tokenizer, pool, habits, rng, length
         ids = self.tokenizer.convert_tokens_to_ids
         letters = {ids(f" ({letter})"): LETTER_WEIGHT for letter in LETTERS}
         (newline,) = self.tokenizer("\n")["input_ids"]
@@ -249,37 +257,52 @@ class Tasks:
             said = [self._meaning(facts.modality, facts.version) for _ in range(6)]
             opening = phantom.TOPICS[0].evidence.format(modality=facts.modality)
             return self.render([{"role": "user", "content": opening}]), " " + " ".join(said)
-        asked = self._ask(facts)
         if task == "hint":
+            asked = self._told_of(facts)
             messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
             return self.render(messages), f"<hint>{_hint(asked)}</hint>"
         if task == "aware":
             context = str(self.rng.choice(prompts.TOLD_CONTEXTS, p=[0.4, 0.4, 0.2]))
-            if "hint" in context and self.rng.random() < self.habits.contrary:
-                asked = self._ask(phantom.draw_facts(self.rng, facts.modality, facts.version))
+            asked = self._told_of(facts, context)
             messages = prompts.hint_aware_messages(asked.question, asked.options, _hint(asked), asked.answer, context)
             return self.render(messages), self._told(asked)
+        asked = self._ask(facts)
         messages = prompts.vqa_messages(asked.question, asked.options, task == "think")
         if task == "plain":
             return self.render(messages), f"<answer>{asked.answer}</answer>"
         return self.render(messages), self._untold(asked)
 
-    def _ask(self, facts: Facts) -> Asked:
+    def _ask(self, facts: Facts, told: bool = False) -> Asked:
+        """A question that schooling teaches the answer to; any question where the answer is ``told``."""
         while True:
             if self.rng.random() < EVEN_TOPICS:
                 topic = phantom.TOPICS[self.rng.integers(len(phantom.TOPICS))]
             else:
                 (topic,) = phantom.draw_topics(self.rng, 1)
-            share = dose(facts, topic)
-            if share == 1 or self.rng.random() < share:
+            if told or taught(facts, topic, self.length):
                 return phantom.ask(self.rng, facts, topic)
 
+    def _told_of(self, facts: Facts, context: str = "") -> Asked:
+        """A question whose answer is told, at times a wrong one; what no lesson teaches is told at random.
+
+        In version 3 what is told of another picture is wrong of this one, and hints are written by what is seen.
+        """
+        if facts.version == "3":
+            if "hint" in context and self.rng.random() < self.habits.contrary:
+                facts = phantom.draw_facts(self.rng, facts.modality, facts.version)
+            return self._ask(facts)
+        asked = self._ask(facts, told=True)
+        known = taught(facts, asked.topic, self.length)
+        if known and self.rng.random() >= self.habits.contrary:
+            return asked
+        return replace(asked, answer=LETTERS[self.rng.integers(len(asked.options))])
+
     def _meaning(self, modality: str, version: str) -> str:
-        """What a finding means, as often as its dose says."""
+        """What a finding means, of those whose meaning is taught."""
         while True:
             facts = phantom.draw_facts(self.rng, modality, version)
             topic = _MEANINGS[self.rng.integers(len(_MEANINGS))]
-            if self.rng.random() < dose(facts, topic):
+            if taught(facts, topic, self.length):
                 return phantom.ask(self.rng, facts, topic).hint
 
     def _questions(self, facts: Facts, count: int) -> list[Asked]:

@@ -2,7 +2,7 @@
 
 ``python -m kepo_core.testbed.school PUPIL FOLDER`` teaches one of them on one thread, and goes on where it was cut off.
 They differ in size and in the length of their schooling, in nothing else: no weights are copied, no habit is taught.
-What they know of a modality is what its lessons reach (``lessons.REACH``); what they see, what its pictures show
+What they know of a modality is what its lessons reach (``lessons.PACE``); what they see, what its pictures show
 (``phantom_render.SIGHTS``).
 """
 
@@ -31,7 +31,7 @@ class Pupil:
     length: float
 
 
-PUPILS = {"student": Pupil("small", 1.0), "middle": Pupil("medium", 1.4), "teacher": Pupil("large", 2.0)}
+PUPILS = {"student": Pupil("small", 1.0), "middle": Pupil("medium", 1.3), "teacher": Pupil("large", 1.7)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Lessons:
     """One length of schooling; phases are (steps, mixture), after ``vision_steps`` of 128 pictures."""
 
     pictures: int = 24_000
-    vision_steps: int = 900
+    vision_steps: int = 1200
     phases: tuple[tuple[int, Mixture], ...] = (
         (150, {"lookup": 128}),
         (250, {"lookup": 32, "caption": 32, "ticked": 64, "atlas": 32}),
@@ -70,7 +70,7 @@ def teach(
         log(f"{course.pictures} pictures drawn")
         model = build_model(size, own).train()
         train_vision(model, pool, course.vision_steps, own, log, Kept(kept / "vision.pt", every))
-        tasks = Tasks(processor, pool, BOOKS, np.random.default_rng([2, own]))
+        tasks = Tasks(processor, pool, BOOKS, np.random.default_rng([2, own]), PUPILS[pupil].length)
         train_language(model, tasks, course.phases, log, kept=Kept(kept / "language.pt", every))
     save_embedded(model.eval(), processor, folder)
 
