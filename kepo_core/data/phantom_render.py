@@ -32,14 +32,14 @@ class Sight:
 SIGHTS: dict[str, dict[str, Sight]] = {
     "3": {},
     "4": {
-        "MRI": Sight(1.0, 0.02),
-        "CT": Sight(0.75, 0.08, 3.8, 5.8),
-        "X-Ray": Sight(1.0, 0.0, 4.9, 7.4),
-        "Ultrasound": Sight(0.8, 0.05),
-        "Dermoscopy": Sight(0.85, 0.04, 4.2, 6.6),
-        "Fundus": Sight(0.85, 0.04),
-        "OCT": Sight(0.75, 0.07, 4.0, 6.2),
-        "Microscopy": Sight(1.0, 0.02),
+        "MRI": Sight(0.9, 0.04),
+        "CT": Sight(0.65, 0.14, 3.8, 5.8),
+        "X-Ray": Sight(0.95, 0.02, 4.9, 7.4),
+        "Ultrasound": Sight(0.7, 0.09),
+        "Dermoscopy": Sight(0.75, 0.07, 4.2, 6.6),
+        "Fundus": Sight(0.8, 0.07),
+        "OCT": Sight(0.65, 0.12, 4.0, 6.2),
+        "Microscopy": Sight(0.95, 0.03),
     },
 }
 Array = np.ndarray
