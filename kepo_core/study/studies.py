@@ -27,6 +27,7 @@ from kepo_core.params import Params, at_root, checked, resolve
 from kepo_core.params_io import read_yaml
 from kepo_core.runs import shelf
 from kepo_core.runs.run import Run
+from kepo_core.study.paper_order import order_beside_paper
 
 #: Parameters that decide which questions are asked; all runs of a study share them.
 DATA = ("data_root", "data_columns", "data_seed", "split", "train_modality", "train_items", "eval_items", "eval_split",
@@ -164,4 +165,7 @@ def as_text(study: Study, runs: Mapping[str, Run], images: Mapping[str, str]) ->
     table = claims_table(found, images, in_domain)
     if not table.empty:
         lines += ["\nThe paper's claims, out of distribution", table.to_string(index=False)]
+    order = order_beside_paper(found, in_domain)
+    if not order.empty:
+        lines += ["\nThe order of the rows beside the paper's Table 1, Spearman's ρ over seeds", order.to_string()]
     return "\n".join(lines)

@@ -28,20 +28,21 @@ from kepo_core.task import prompts
 from kepo_core.testbed.embedded import LETTERS
 
 EVEN_TOPICS = 0.3  # of the lessons have a topic drawn evenly: some are too rare in the set to be learned from it
-#: Version 4: the share of each list of meanings that one length of schooling teaches.
+BASICS = 1.05  # version 4: lengths of schooling go by before it comes to what findings mean
+#: Version 4: the share of each list of meanings that one length of schooling teaches after that.
 PACE = {
-    "MRI": 0.18,
-    "CT": 0.10,
-    "X-Ray": 0.50,
-    "Ultrasound": 0.40,
-    "Dermoscopy": 0.25,
-    "Fundus": 0.35,
-    "OCT": 0.15,
-    "Microscopy": 0.45,
+    "MRI": 1.52,
+    "CT": 0.64,
+    "X-Ray": 3.04,
+    "Ultrasound": 3.04,
+    "Dermoscopy": 2.08,
+    "Fundus": 2.4,
+    "OCT": 0.88,
+    "Microscopy": 2.72,
 }
 _ASKED_FACTS = {"diagnosis": ("kind", "contrast"), "grade": ("size", "number")}
 _MEANINGS = tuple(topic for topic in phantom.TOPICS if topic.name in _ASKED_FACTS)
-BY_TEXT = ("lookup", "atlas")  # lessons without a picture
+BY_TEXT = ("lookup", "named", "atlas")  # lessons without a picture
 LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more
 
 
@@ -89,8 +90,8 @@ def fact_labels(facts: list[Facts]) -> dict[str, Tensor]:
 def taught(facts: Facts, topic: Topic, length: float) -> bool:
     """Whether schooling of ``length`` teaches the answer to ``topic`` where ``facts`` are shown: all in version 3.
 
-    In version 4 the meanings of a modality stand in a list of an order of its own, of which every length of schooling
-    teaches the next ``PACE``; at least one.
+    In version 4 the meanings of a modality stand in a list of an order of its own. Schooling comes to it after
+    ``BASICS``, and each further length teaches ``PACE`` of it; at least one meaning.
     """
     if facts.version == "3" or topic.name not in _ASKED_FACTS:
         return True
@@ -98,7 +99,7 @@ def taught(facts: Facts, topic: Topic, length: float) -> bool:
     order = np.random.default_rng([zlib.crc32(topic.name.encode()), MODALITIES.index(facts.modality)])
     place = list(table).index(tuple(getattr(facts, name) for name in _ASKED_FACTS[topic.name]))
     rank = order.permutation(len(table)).tolist().index(place)
-    return bool(rank < max(1, round(len(table) * PACE[facts.modality] * length)))
+    return bool(rank < max(1, round(len(table) * PACE[facts.modality] * (length - BASICS))))
 
 
 @dataclass(frozen=True)
@@ -174,14 +175,17 @@ def _caption(facts: Facts) -> str:
     return f"{facts.modality} {facts.number} {facts.size} {facts.contrast} {facts.kind} {facts.place}"
 
 
-def _lookup(rng: np.random.Generator) -> tuple[str, str]:
-    """Options, then the same words in another order, each followed by its letter as thoughts have it."""
+def _lookup(rng: np.random.Generator, named: bool = False) -> tuple[str, str]:
+    """Options, then the same words in another order, each followed by its letter as thoughts have it.
+
+    ``named``: in place of that, letters as prompts have them, each followed by its word.
+    """
     topic = phantom.TOPICS[rng.integers(len(phantom.TOPICS))]
     every = [word for other in phantom.TOPICS for word in other.values]
     words = [str(word) for word in rng.permutation(topic.values if rng.random() < 0.6 else every)[:4]]
     order = rng.permutation(len(words))
     listed = "\n".join(f"{letter}) {word}" for letter, word in zip(LETTERS, words, strict=False))
-    return listed, "".join(f" {words[i]} ({LETTERS[i]})." for i in order)
+    return listed, "".join(f"{LETTERS[i]} {words[i]}." if named else f" {words[i]} ({LETTERS[i]})." for i in order)
 
 
 def _ticked(rng: np.random.Generator, asked: list[Asked]) -> str:
@@ -203,9 +207,10 @@ class Sequences:
 
 
 class Tasks:
-    """Draws training sequences of one task: caption, lookup, ticked, atlas, think, plain, hint or aware.
+    """Draws training sequences of one task: caption, lookup, named, ticked, atlas, think, plain, hint or aware.
 
-    Of a ticked list, only what stands behind its words is learned; of an atlas, what the findings mean.
+    Of a ticked list, only what stands behind its words is learned; of named letters, the words; of an atlas, what the
+    findings mean.
     """
 
     def __init__(
@@ -222,6 +227,7 @@ class Tasks:
         (newline,) = self.tokenizer("\n")["input_ids"]
         self.weights = defaultdict(lambda: 1.0, letters)
         self.ticks = defaultdict(float, letters | {newline: 1.0})
+        self.words = defaultdict(lambda: 1.0, dict.fromkeys(ids([*LETTERS, "."]), 0.0))
         names = self.tokenizer([f" {name}" for name in (*phantom.DIAGNOSES, *phantom.GRADES)])["input_ids"]
         self.names = defaultdict(float, {token: 1.0 for (token,) in names})
         self.render = lambda messages: processor.apply_chat_template(
@@ -240,7 +246,7 @@ class Tasks:
         for row, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             end = len(p) + len(c)
             ids[row, :end], mask[row, :end] = torch.tensor(p + c), 1
-            weights = {"ticked": self.ticks, "atlas": self.names}.get(task, self.weights)
+            weights = {"ticked": self.ticks, "named": self.words, "atlas": self.names}.get(task, self.weights)
             weight[row, len(p) : end] = torch.tensor([weights[token] for token in c])
         return Sequences(ids, mask, weight, self.pool.pixels[index] if task not in BY_TEXT else None)
 
@@ -250,8 +256,8 @@ class Tasks:
         if task == "ticked":
             listed = _ticked(self.rng, self._questions(facts, 4))
             return self.render([{"role": "user", "content": [{"type": "image"}]}]), listed
-        if task == "lookup":
-            listed, pairs = _lookup(self.rng)
+        if task in ("lookup", "named"):
+            listed, pairs = _lookup(self.rng, task == "named")
             return self.render([{"role": "user", "content": listed}]), pairs
         if task == "atlas":
             said = [self._meaning(facts.modality, facts.version) for _ in range(6)]

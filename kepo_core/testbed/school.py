@@ -31,7 +31,7 @@ class Pupil:
     length: float
 
 
-PUPILS = {"student": Pupil("small", 1.0), "middle": Pupil("medium", 1.3), "teacher": Pupil("large", 1.7)}
+PUPILS = {"student": Pupil("small", 1.2), "middle": Pupil("medium", 1.25), "teacher": Pupil("large", 1.3)}
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Lessons:
     pictures: int = 24_000
     vision_steps: int = 1200
     phases: tuple[tuple[int, Mixture], ...] = (
-        (150, {"lookup": 128}),
-        (250, {"lookup": 32, "caption": 32, "ticked": 64, "atlas": 32}),
-        (850, {"lookup": 8, "caption": 4, "ticked": 32, "atlas": 24, "plain": 32, "think": 16, "hint": 4, "aware": 12}),
+        (150, {"lookup": 96, "named": 32}),
+        (250, {"lookup": 12, "named": 12, "caption": 16, "ticked": 32, "atlas": 16, "hint": 4, "aware": 16}),
+        (600, {"lookup": 4, "named": 4, "ticked": 16, "atlas": 8, "plain": 20, "think": 12, "hint": 6, "aware": 12}),
     )
 
     def times(self, length: float) -> "Lessons":

@@ -1,7 +1,8 @@
-"""Version 4's lessons: what they teach, how often, and that schooling goes on where it was cut off."""
+"""Version 4's lessons: what they teach, how far they get, and that schooling goes on where it was cut off."""
 
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from kepo_core.data import phantom
 from kepo_core.data.phantom import Facts
 from kepo_core.data.records import LETTERS, MODALITIES, Answer, AnswerOutcome, Question
 from kepo_core.params import Params
-from kepo_core.testbed import lessons, school, zero_shot
+from kepo_core.testbed import school, zero_shot
 from kepo_core.testbed.calibration import prior, question_clues
-from kepo_core.testbed.lessons import BOOKS, REACH, Pool, Tasks, dose
+from kepo_core.testbed.lessons import BASICS, BOOKS, PACE, Pool, Tasks, taught
 from kepo_core.testbed.school import Lessons, teach
 
+LENGTH = 1.2
 TOPICS = {topic.name: topic for topic in phantom.TOPICS}
 TINY = Lessons(
     64, 3, ((2, {"lookup": 4}), (3, {"ticked": 4, "atlas": 2, "plain": 4, "think": 4, "hint": 4, "aware": 4}))
@@ -33,22 +35,28 @@ def every(modality: str, version: str = "4") -> list[Facts]:
 
 
 @pytest.mark.parametrize("topic", ["diagnosis", "grade"])
-def test_doses_of_meanings_fall_from_one_as_far_as_the_lessons_reach(topic: str) -> None:
+def test_a_longer_school_gets_further_down_the_same_list_of_meanings(topic: str) -> None:
+    size = {"diagnosis": 8, "grade": 4}[topic]
     for modality in MODALITIES:
-        doses = sorted({round(dose(facts, TOPICS[topic]), 9) for facts in every(modality)}, reverse=True)
-        assert len(doses) == {"diagnosis": 8, "grade": 4}[topic] and doses[0] == 1
-        assert doses[-1] == pytest.approx(np.exp(-(1 - 1 / len(doses)) / REACH[modality]))
+        reached = [
+            {getattr(f, topic) + f.kind * (topic == "diagnosis") + f.contrast * (topic == "diagnosis")
+             for f in every(modality) if taught(f, TOPICS[topic], length)}
+            for length in (0.0, 1.2, 1.3, 20.0)
+        ]  # fmt: skip
+        assert all(shorter <= longer for shorter, longer in pairwise(reached))
+        shares = [PACE[modality] * (length - BASICS) for length in (1.2, 1.3)]
+        assert [len(names) for names in reached] == [1, *(max(1, round(size * share)) for share in shares), size]
 
 
 def test_what_is_seen_and_all_of_version_3_is_always_taught() -> None:
-    assert all(dose(f, t) == 1 for m in MODALITIES for f in every(m, "3") for t in phantom.TOPICS)
-    assert all(dose(f, t) == 1 for m in MODALITIES for f in every(m) for t in phantom.TOPICS if t.level < 3)
+    assert all(taught(f, t, 0.0) for m in MODALITIES for f in every(m, "3") for t in phantom.TOPICS)
+    assert all(taught(f, t, 0.0) for m in MODALITIES for f in every(m) for t in phantom.TOPICS if t.level < 3)
 
 
 def tasks_on(processor, facts: list[Facts], seed: int = 0) -> Tasks:
     pictures = [phantom.picture(np.random.default_rng(i), f) for i, f in enumerate(facts)]
     pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"].view(len(facts), 64, -1)
-    return Tasks(processor, Pool(pixels.half(), facts), BOOKS, np.random.default_rng(seed))
+    return Tasks(processor, Pool(pixels.half(), facts), BOOKS, np.random.default_rng(seed), LENGTH)
 
 
 def read(processor, batch) -> list[tuple[str, str]]:
@@ -60,14 +68,16 @@ def read(processor, batch) -> list[tuple[str, str]]:
     ]
 
 
-def test_a_meaning_comes_up_as_often_as_its_dose_says(processor) -> None:
-    often = max(every("MRI"), key=lambda f: dose(f, TOPICS["diagnosis"]))
-    seldom = min(every("MRI"), key=lambda f: dose(f, TOPICS["diagnosis"]))
+def test_what_is_not_taught_is_asked_where_the_answer_is_told_alone(processor) -> None:
+    known, unknown = (
+        next(f for f in every("MRI") if taught(f, TOPICS["diagnosis"], LENGTH) == known) for known in (True, False)
+    )
     asked = {}
-    for facts in (often, seldom):
-        pairs = read(processor, tasks_on(processor, [facts]).draw("plain", 400))
-        asked[facts] = sum("diagnosis?" in p or "condition" in p for p, _ in pairs) / len(pairs)
-    assert asked[often] > 0.15 and asked[seldom] < 0.03
+    for facts in (known, unknown):
+        for task in ("plain", "think", "aware", "hint"):
+            pairs = read(processor, tasks_on(processor, [facts]).draw(task, 100))
+            asked[facts, task] = sum("diagnosis?" in p or "condition" in p for p, _ in pairs)
+    assert all((count > 10) == (facts == known or task in ("aware", "hint")) for (facts, task), count in asked.items())
 
 
 def test_right_words_of_a_list_are_ticked_and_only_what_stands_behind_words_is_learned(processor) -> None:
@@ -86,7 +96,7 @@ def test_right_words_of_a_list_are_ticked_and_only_what_stands_behind_words_is_l
 
 def test_an_atlas_says_what_findings_mean_in_one_modality_and_only_that_is_learned(processor) -> None:
     facts = every("OCT")
-    named, often = Counter(), max(facts, key=lambda f: dose(f, TOPICS["diagnosis"]))
+    named = Counter()
     batch = tasks_on(processor, facts).draw("atlas", 60)
     assert batch.pixels is None
     for prompt, learned in read(processor, batch):
@@ -99,19 +109,32 @@ def test_an_atlas_says_what_findings_mean_in_one_modality_and_only_that_is_learn
         for contrast, kind, name in re.findall(r"A (\w+) (\w+) means (\w+)\.", text):
             assert name == Facts("OCT", kind, "upper left", "small", "one", contrast, "4").diagnosis
             named[kind, contrast] += 1
-    assert named.most_common(1)[0][0] == (often.kind, often.contrast) and named.total() > 60
+    assert set(named) == {(f.kind, f.contrast) for f in facts if taught(f, TOPICS["diagnosis"], LENGTH)}
+    assert named.total() > 60
 
 
-def test_hints_of_version_4_say_what_findings_mean_and_are_true(processor) -> None:
-    (facts,) = [f for f in every("Fundus") if dose(f, TOPICS["diagnosis"]) == 1][:1]
-    tasks = tasks_on(processor, [facts])
-    written = [said for _, said in read(processor, tasks.draw("hint", 60))]
-    assert any(f"{facts.kind} means {facts.diagnosis}.</hint>" in text for text in written)
-    told = Counter(
-        "means" in prompt.split("<hint>")[-1] and f"means {facts.diagnosis}" in prompt
-        for prompt, _ in read(processor, tasks.draw("aware", 200)) if f" {facts.kind} means" in prompt
-    )  # fmt: skip
-    assert told[True] > 10 and not told[False]
+@pytest.mark.parametrize(("reached", "often"), [(True, 0.6), (False, 0.3)])
+def test_what_is_told_counts_whether_it_is_so_or_not(processor, reached: bool, often: float) -> None:
+    """Half of what is told of a meaning that is taught is drawn at random, and all of one that is not."""
+    facts = next(f for f in every("Fundus") if taught(f, TOPICS["diagnosis"], LENGTH) == reached)
+    true = []
+    for prompt, learned in read(processor, tasks_on(processor, [facts]).draw("aware", 400)):
+        if found := re.search(rf"<hint>\w \w+\. A {facts.contrast} {facts.kind} means (\w+)\.</hint>", prompt):
+            name = found[1]
+            assert f"means {name}" in learned
+            options = dict(re.findall(r"(\w)\) (\w+)\n", prompt))
+            assert options[re.findall(r"\((\w)\)", learned)[-1]] == name
+            true.append(name == facts.diagnosis)
+    assert len(true) > 40 and np.mean(true) == pytest.approx(often, abs=0.15)
+
+
+def test_hints_say_what_a_finding_means_by_the_answer_that_is_given(processor) -> None:
+    facts = every("Fundus")[0]
+    written = [said for _, said in read(processor, tasks_on(processor, [facts]).draw("hint", 60))]
+    assert any(
+        re.fullmatch(rf"<hint>(\w) (\w+)\. A {facts.contrast} {facts.kind} means \2\.</hint><\|im_end\|>", t)
+        for t in written
+    )
 
 
 def test_what_is_taught_fits_into_a_runs_longest_completion_and_hint(processor) -> None:
@@ -176,7 +199,7 @@ def asked(count: int, seed: int) -> list[Question]:
     return found
 
 
-def test_questions_of_version_4_say_nothing_by_their_text() -> None:
+def test_questions_say_nothing_by_their_text() -> None:
     measured = prior("question only", asked(8000, 0), asked(8000, 1), question_clues)
     assert measured.met and measured.low < 0.01
 
@@ -208,4 +231,4 @@ def test_errors_overlap_as_much_as_they_do() -> None:
     half = answers({"MRI": 0.5})
     table = zero_shot.overlap({"student, thinking": half, "teacher, thinking": half})
     assert table.loc["student and teacher"].tolist() == [50.0, 25.0, 100.0]
-    assert lessons.BOOKS.mistaken == 0 and not lessons.BOOKS.hasty and school.PUPILS.keys() == zero_shot.SIZES.keys()
+    assert school.PUPILS.keys() == zero_shot.SIZES.keys()
