@@ -183,10 +183,13 @@ class Asked:
 
     @property
     def hint(self) -> str:
-        """What a teacher says who knows: the answer in a word, and what the findings mean where that is asked, else
-        what is seen.
-        """
-        return f"{self.answer} {self.value}. {self._fill(self.topic.conclusion or self.topic.evidence)}"
+        """What a teacher says who knows: the answer in a word, and `statement`."""
+        return f"{self.answer} {self.value}. {self.statement}"
+
+    @property
+    def statement(self) -> str:
+        """What the findings mean where that is asked, else what is seen."""
+        return self._fill(self.topic.conclusion or self.topic.evidence)
 
     @property
     def thought(self) -> str:

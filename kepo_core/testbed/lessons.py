@@ -309,7 +309,7 @@ class Tasks:
             facts = phantom.draw_facts(self.rng, modality, version)
             topic = _MEANINGS[self.rng.integers(len(_MEANINGS))]
             if taught(facts, topic, self.length):
-                return phantom.ask(self.rng, facts, topic).hint
+                return phantom.ask(self.rng, facts, topic).statement
 
     def _questions(self, facts: Facts, count: int) -> list[Asked]:
         """On ``count`` different topics."""
