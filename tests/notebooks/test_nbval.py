@@ -115,7 +115,7 @@ def test_nbval(number: str, smoke_file: Path, tmp_path: Path) -> None:
         return
     made_in = smoke_file.parent / "results/studies/study-small"
     made = {path.name for path in made_in.glob("figures/*")}
-    assert len(made) == 14 and made == {f"{Path(name).stem}.{kind}" for name in made for kind in ("png", "svg")}
+    assert len(made) == 16 and made == {f"{Path(name).stem}.{kind}" for name in made for kind in ("png", "svg")}
     runs = len(list(made_in.parents[1].glob("*/status.json")))
     assert main(["report", str(study_file)]) == 0  # from the runs that 04 has made
     page = (made_in / "report.html").read_text(encoding="utf-8")

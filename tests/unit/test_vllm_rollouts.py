@@ -207,7 +207,7 @@ def test_a_process_asks_a_server_for_as_many_as_the_others(tmp_path: Path, monke
     monkeypatch.setattr(hinted._Sampler, "_scored", lambda self, places, draws: draws)
     row = make_row(0) | {"prompt": vqa_messages("Question 9?", ["red", "blue"], True)}
     prompt = with_images(row["prompt"], row)
-    draws = hinted._Sampler(trainer, [row], [prompt], [], {0: 0}, "0").draw([Request(0, "look", 1)])
+    draws = hinted._Sampler(trainer, [row], [prompt], [], {0: 0}, "0", None).draw([Request(0, "look", 1)])
     assert len(draws) == 1 and ["look" in text for text in asked] == [True, False, False]
 
 
