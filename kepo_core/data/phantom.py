@@ -162,7 +162,7 @@ _WEIGHTS = np.array([0.006, 0.17, 0.17, 0.035, 0.035, 0.035, 0.285, 0.264])
 class Asked:
     """One question about one picture, before it is written to disk or put into a training sequence.
 
-    What it says of the picture is what ``answer`` says of it, also where that is not true.
+    In version 4, what it says of the picture is what ``answer`` says of it, also where that is not true.
     """
 
     topic: Topic
@@ -205,7 +205,8 @@ class Asked:
         return " ".join(steps).removesuffix(".") + f" ({self.answer})."
 
     def _fill(self, template: str) -> str:
-        return template.format(**self.facts.words | {self.topic.attribute: self.value})
+        told = {} if self.facts.version == "3" else {self.topic.attribute: self.value}
+        return template.format(**self.facts.words | told)
 
 
 _BY_WORDING = {wording: topic for topic in TOPICS for wording in topic.wordings}

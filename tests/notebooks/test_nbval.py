@@ -119,7 +119,7 @@ def test_nbval(number: str, smoke_file: Path, tmp_path: Path) -> None:
     runs = len(list(made_in.parents[1].glob("*/status.json")))
     assert main(["report", str(study_file)]) == 0  # from the runs that 04 has made
     page = (made_in / "report.html").read_text(encoding="utf-8")
-    assert "<p>4 of 4 runs have completed.</p>" in page and page.count('<img alt="') == 7
+    assert "<p>4 of 4 runs have completed.</p>" in page and page.count('<img alt="') == 8
     linked = [made_in / href for href in re.findall(r'<a href="(\.\./\.\./[^"]+)"', page)]
     assert len(linked) == 4 and all(path.is_file() for path in linked)
     assert len(list(made_in.parents[1].glob("*/status.json"))) == runs, "nothing was run"
