@@ -6,8 +6,8 @@ second finding. Guesses vary from rollout to rollout, so that GRPO can prefer lo
 almost every rollout of a group, so that the whole group fails and only a hint shows the way.
 
 In version 4 of the world nobody is taught a habit: all models have the same lessons. They teach what findings mean as
-far as they get in a modality's list (`taught`): what is further down comes up in exercises in reading alone, where a
-hint or an answer says what to state, and says it at random.
+far as they get in a modality's list (`taught`). What is further down comes up only where the prompt gives a hint or an
+answer, which is then random: such lessons teach to read it.
 """
 
 import zlib
@@ -110,14 +110,14 @@ class Habits:
     mistaken: float  # state the believed fact where it is one of BELIEVED
     sloppy: float  # break the format
     unheeding: float  # guess although hint or answer are told
-    contrary: float = 0.5  # of what is told is not so: what a hint or an answer says counts, not what is seen or known
+    contrary: float = 0.5  # give a hint (version 4: also an answer) that is wrong; what it says counts
 
 
 #: What the student takes for something else, when a question is about it: fact → value → believed value.
 BELIEVED = {"kind": {"ring": "disc", "cross": "bar"}, "number": {"two": "one"}}
 
 NO_HABITS = Habits(hasty={}, mistaken=0.0, sloppy=0.0, unheeding=0.0)
-#: Version 4, the same for all: what is to be read is written carelessly at times.
+#: Version 4, the same for all models: one answer in ten breaks the format.
 BOOKS = Habits(hasty={}, mistaken=0.0, sloppy=0.1, unheeding=0.0)
 STUDENT_HABITS = Habits(
     hasty={"modality": 0.7, "place": 0.7, "size": 0.7, "contrast": 0.7},
@@ -264,12 +264,14 @@ class Tasks:
             opening = phantom.TOPICS[0].evidence.format(modality=facts.modality)
             return self.render([{"role": "user", "content": opening}]), " " + " ".join(said)
         if task == "hint":
-            asked = self._told_of(facts)
+            asked = self._reading(facts)
             messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
             return self.render(messages), f"<hint>{_hint(asked)}</hint>"
         if task == "aware":
+            asked = self._reading(facts)
             context = str(self.rng.choice(prompts.TOLD_CONTEXTS, p=[0.4, 0.4, 0.2]))
-            asked = self._told_of(facts, context)
+            if facts.version == "3" and "hint" in context and self.rng.random() < self.habits.contrary:
+                asked = self._ask(phantom.draw_facts(self.rng, facts.modality, facts.version))
             messages = prompts.hint_aware_messages(asked.question, asked.options, _hint(asked), asked.answer, context)
             return self.render(messages), self._told(asked)
         asked = self._ask(facts)
@@ -278,26 +280,24 @@ class Tasks:
             return self.render(messages), f"<answer>{asked.answer}</answer>"
         return self.render(messages), self._untold(asked)
 
-    def _ask(self, facts: Facts, told: bool = False) -> Asked:
-        """A question that schooling teaches the answer to; any question where the answer is ``told``."""
+    def _ask(self, facts: Facts, given: bool = False) -> Asked:
+        """A question whose answer schooling teaches; any question if the prompt gives the answer (``given``)."""
         while True:
             if self.rng.random() < EVEN_TOPICS:
                 topic = phantom.TOPICS[self.rng.integers(len(phantom.TOPICS))]
             else:
                 (topic,) = phantom.draw_topics(self.rng, 1)
-            if told or taught(facts, topic, self.length):
+            if given or taught(facts, topic, self.length):
                 return phantom.ask(self.rng, facts, topic)
 
-    def _told_of(self, facts: Facts, context: str = "") -> Asked:
-        """A question whose answer is told, at times a wrong one; what no lesson teaches is told at random.
+    def _reading(self, facts: Facts) -> Asked:
+        """A question whose prompt gives the answer: in version 4, now and then a random one.
 
-        In version 3 what is told of another picture is wrong of this one, and hints are written by what is seen.
+        The answer is always random where no lesson teaches the right one.
         """
         if facts.version == "3":
-            if "hint" in context and self.rng.random() < self.habits.contrary:
-                facts = phantom.draw_facts(self.rng, facts.modality, facts.version)
             return self._ask(facts)
-        asked = self._ask(facts, told=True)
+        asked = self._ask(facts, given=True)
         known = taught(facts, asked.topic, self.length)
         if known and self.rng.random() >= self.habits.contrary:
             return asked

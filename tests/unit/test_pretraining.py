@@ -1,5 +1,6 @@
 """What the embedded models are taught, and that teaching is reproducible."""
 
+import hashlib
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -137,6 +138,17 @@ def test_only_completions_are_learned_and_letters_weigh_more(processor, pool: Po
         assert ((weight > 0)[start:] == mask[start:].bool()).all() and not weight[mask == 0].any()
         assert sorted(set(weight.tolist())) == [0, 1, LETTER_WEIGHT] and (weight == LETTER_WEIGHT).sum() == 1
     assert batch.pixels is not None and batch.pixels.shape == (8, 64, 192)
+
+
+def test_version_3_draws_the_lessons_that_its_models_were_built_from(processor, pool: Pool) -> None:
+    """Another draw, and notebook 00 no longer rebuilds the shipped pair."""
+    digest = hashlib.sha256()
+    for habits in (NO_HABITS, STUDENT_HABITS):
+        tasks = Tasks(processor, pool, habits, np.random.default_rng(0))
+        for task in ("lookup", "caption", "think", "plain", "hint", "aware"):
+            batch = tasks.draw(task, 20)
+            digest.update(batch.input_ids.numpy().tobytes() + batch.labels_weight.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "a10ed0f4936f8a8a"
 
 
 def test_lookups_are_right_and_need_no_picture(processor, pool: Pool) -> None:

@@ -115,7 +115,7 @@ def test_an_atlas_says_what_findings_mean_in_one_modality_and_only_that_is_learn
 
 @pytest.mark.parametrize(("reached", "often"), [(True, 0.6), (False, 0.3)])
 def test_what_is_told_counts_whether_it_is_so_or_not(processor, reached: bool, often: float) -> None:
-    """Half of what is told of a meaning that is taught is drawn at random, and all of one that is not."""
+    """A hint's meaning is random in half of the lessons if it is taught, and in all of them if it is not."""
     facts = next(f for f in every("Fundus") if taught(f, TOPICS["diagnosis"], LENGTH) == reached)
     true = []
     for prompt, learned in read(processor, tasks_on(processor, [facts]).draw("aware", 400)):
