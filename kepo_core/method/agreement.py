@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from kepo_core.method.trl_hooks import compute_dtype, project
+from kepo_core.method.top_k import chunks, logits_of
+from kepo_core.method.trl_hooks import compute_dtype
 
-#: k, how many rows of a micro-batch are measured, and how many tokens' logits are in memory at a time.
-K, ROWS, CHUNK = 8, 16, 64
+#: k, and how many rows of a micro-batch are measured.
+K, ROWS = 8, 16
 #: What `top_k_agreement` measures, and where.
 MEASURES = ("overlap", "teacher_mass", "student_mass")
 PARTS = ("gated", "ungated", "right", "wrong")
@@ -68,20 +69,17 @@ class Probe:
         """
         parts = [states.new_empty(0, len(MEASURES), dtype=torch.float32)]
         rows = min(len(weight) for weight, _ in heads)  # where heads are padded to different sizes
-        for start in range(0, len(states), CHUNK):
-            both = [part[start : start + CHUNK].detach() for part in (states, self.hidden.to(states.device))]
+        for chunk in chunks(len(states)):
+            both = [part[chunk].detach() for part in (states, self.hidden.to(states.device))]
             logits = [_logits(part, *head)[:, :rows] for part, head in zip(both, heads, strict=True)]
             parts.append(top_k_agreement(logits[0], logits[1].to(logits[0].device), K))
         return torch.cat(parts)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(n, V) in float32."""
-    hidden, dtype = hidden.to(weight.device), compute_dtype(hidden)
+    """(n, V) in float32, by a head that may be on another device or sharded."""
     with maybe_gather_lm_head_ctx(weight, bias):
-        logits = torch.empty(len(hidden), weight.shape[0], dtype=torch.float32, device=hidden.device)
-        project(logits, hidden.to(dtype), weight, bias, 0, weight.shape[0], dtype)
-    return logits
+        return logits_of(hidden.to(weight.device), weight, bias, compute_dtype(hidden))
 
 
 def log_agreement(trainer: Any, measured: Tensor, inputs: Mapping[str, Any]) -> None:

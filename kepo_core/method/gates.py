@@ -34,6 +34,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kepo_core.method.objective import sequence_mean
+
 #: What a gate may need besides rewards: log-probabilities of the sampled tokens, or the teacher's own answers.
 LOGPS, ANSWERS = "logps", "answers"
 #: The weight, under `aligned`, of tokens at which teacher and verifier disagree.
@@ -134,7 +136,7 @@ def corrective(known: Known) -> Tensor:
     is 1 as here); the factor n is ours.
     """
     assert known.teacher_logps_BT is not None
-    return _shared_out(_token_means(known.teacher_logps_BT, known.mask_BT), known.wrong_B, known.group_size)
+    return _shared_out(sequence_mean(known.teacher_logps_BT, known.mask_BT), known.wrong_B, known.group_size)
 
 
 @needs(LOGPS)
@@ -145,7 +147,7 @@ def unsure(known: Known) -> Tensor:
     weighs the rollout's own likelihood by it; here it weighs the teacher's guidance, and the factor n is ours.
     """
     assert known.student_logps_BT is not None
-    return _shared_out(-_token_means(known.student_logps_BT, known.mask_BT), known.right_B, known.group_size)
+    return _shared_out(-sequence_mean(known.student_logps_BT, known.mask_BT), known.right_B, known.group_size)
 
 
 @needs(ANSWERS)
@@ -165,7 +167,7 @@ def aligned(known: Known) -> Tensor:
 
     The push at a token is log π_T − log π_θ, the verdict +1 for a right rollout and −1 for a wrong one. Weight 1 where
     their product is not negative, `CONFLICT` elsewhere, 0 for rollouts without a reward. The paper extrapolates the
-    update towards the teacher where they agree, and interpolates it where they do not; its equations were not at hand.
+    update towards the teacher where they agree, and interpolates it elsewhere; its equations could not be found.
     That the gate changes weights alone, and the weight ½, are ours. Its phased teacher sampling is not part of this.
     """
     assert known.teacher_logps_BT is not None and known.student_logps_BT is not None
@@ -202,11 +204,6 @@ def checked(weights: Tensor, known: Known) -> Tensor:
 
 def _column(chosen_B: Tensor) -> Tensor:
     return chosen_B.float().unsqueeze(1)
-
-
-def _token_means(logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """−log PPL of each completion, (B,); 0 for one without tokens."""
-    return torch.where(mask_BT.bool(), logps_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)
 
 
 def _shared_out(scores_B: Tensor, chosen_B: Tensor, group_size: int) -> Tensor:

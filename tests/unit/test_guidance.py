@@ -11,7 +11,7 @@ from fake_teacher_server import FakeVLLM, serving
 from kepo_harness import batch_of, fails_on_0, make_row, make_trainer, right, row_of, score_batch, sharp_model, wrong
 from trl.trainer.utils import split_tensor_dict
 
-from kepo_core.method import agreement, gates, guidance, objective
+from kepo_core.method import agreement, gates, guidance, objective, top_k
 from kepo_core.method.chat_client import ChatClient
 from kepo_core.method.loss import GatedLossTrainer
 from kepo_core.method.rollouts import collect_rollouts
@@ -300,7 +300,7 @@ def test_agreement_by_hand_and_by_limit() -> None:
 def test_what_is_logged_is_the_agreement_at_the_tokens_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement, "CHUNK", 7)
+    monkeypatch.setattr(top_k, "CHUNK", 7)
     monkeypatch.setattr(agreement, "ROWS", 6)
     models = [sharp_model(0), sharp_model(1)]
     trainer = make_trainer(tmp_path, lengthy, student=models[0], teacher_model=models[1], explore=False, tau=0.0)
