@@ -38,7 +38,7 @@ class Faithfulness:
     ``stated`` counts distinct claims (a fact, diagnosis or grade with its value; two values are two claims), ``true``
     those that hold for the picture. ``relevant`` in [0, 1] is the share of the needed facts that are stated, true or
     not. ``consistent``: the answer, and every conclusion in the thought, follows from the stated facts (by the rule, if
-    the question has one).
+    the question has one: that of the modality which the thought names, or of the picture's if it names none).
     """
 
     stated: int
@@ -74,7 +74,8 @@ def judge(completion: str, letter: str, question: Question, facts: Facts) -> Fai
     relevant = sum(bool(values[name]) for name in needed) / len(needed)
     consistent = False
     if all(len(values[name]) == 1 for name in needed):
-        follows = getattr(replace(facts, **{name: values[name][0] for name in needed}), topic.attribute)
+        stated = {name: values[name][0] for name in (*needed, *(["modality"] if len(values["modality"]) == 1 else []))}
+        follows = getattr(replace(facts, **stated), topic.attribute)
         answered = dict(zip(LETTERS, question.options, strict=False)).get(letter)
         consistent = answered == follows and set(values[topic.attribute]) <= {follows}
     return Faithfulness(len(claims), true, relevant, consistent)

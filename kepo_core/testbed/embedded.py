@@ -111,7 +111,8 @@ def build_processor() -> ImageOnlyQwenProcessor:
 def build_config(size: str) -> Qwen3VLConfig:
     """An architecture with Qwen3-VL's own layout.
 
-    "small" (1.2 million parameters: both embedded models), "medium" (2.5), "large" (5.4), or "test" (for unit tests).
+    "small" (1.2 million parameters: the embedded student), "medium" (2.5: the middle one), "large" (5.4: the teacher), or
+    "test" (for unit tests).
     """
     hidden, layers, heads, kv_heads, mlp, v_hidden, v_layers, v_heads = _SIZES[size]
     head_dim = _HEAD_DIM[size]

@@ -1,14 +1,12 @@
 """Pre-training of the embedded models: first to see, then to look up letters, then to talk.
 
-Three stages, found by measurement. (1) The vision tower alone learns the six facts of a picture through
+Two stages, found by measurement. (1) The vision tower alone learns the six facts of a picture through
 attention-pooled linear heads, which are thrown away; from then on it is frozen. (2) The language model learns
-dense look-ups (four supervised letters a sequence), captions, and the four prompts of Appendix C: the teacher.
-(3) A short further training gives the teacher's copy the habits of :mod:`kepo_core.testbed.lessons`: the student.
-The pictures come from random streams of their own, never from the set that
-:func:`kepo_core.data.phantom.ensure_phantom` writes.
+what :mod:`kepo_core.testbed.lessons` draws: first dense look-ups (four supervised letters a sequence), then captions,
+then the four prompts of Appendix C. To find a word's letter and to name what is seen are learned in large and cheap
+batches: where one letter in twenty tokens counts, neither is found in hundreds of steps.
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -22,46 +20,11 @@ from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from kepo_core.data import phantom
-from kepo_core.experiment.models import best_device
-from kepo_core.experiment.threads import one_thread
 from kepo_core.files import in_place_of
-from kepo_core.method.processor import ImageOnlyQwenProcessor
-from kepo_core.testbed.embedded import build_model, build_processor
-from kepo_core.testbed.lessons import (
-    NO_HABITS,
-    STUDENT_HABITS,
-    Pool,
-    Sequences,
-    Tasks,
-    fact_labels,
-)
+from kepo_core.testbed.lessons import Pool, Sequences, Tasks, fact_labels
 
 Log = Callable[[str], None]
 Mixture = dict[str, int]  # sequences of each task in one step
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the two embedded models are made; phases are (steps, mixture)."""
-
-    pictures: int = 24_000
-    vision_steps: int = 900  # of 128 pictures
-    # To find a word's letter and to name what is seen are learned in large and cheap batches: inside the mixture,
-    # where one letter in twenty tokens counts, neither is found in hundreds of steps.
-    teacher_phases: tuple[tuple[int, Mixture], ...] = (
-        (240, {"lookup": 128}),
-        (120, {"lookup": 32, "caption": 64}),
-        (900, {"lookup": 24, "caption": 8, "think": 24, "plain": 8, "hint": 6, "aware": 14}),
-    )
-    student_phases: tuple[tuple[int, Mixture], ...] = ((300, {"think": 40, "plain": 6, "hint": 4, "aware": 24}),)
-    student_share: float = 0.5  # of the teacher's learning rates
-
-    def quick(self) -> "Recipe":
-        """The same way in seconds: what comes out has learned nothing. For trying the notebook."""
-        teacher, student = (
-            tuple((1, mixture) for _, mixture in phases) for phases in (self.teacher_phases, self.student_phases)
-        )
-        return Recipe(256, 2, teacher, student)
 
 
 class FactHeads(nn.Module):
@@ -78,6 +41,37 @@ class FactHeads(nn.Module):
         return {k: self.out[k](((tokens @ q).softmax(-1).unsqueeze(-1) * tokens).sum(1)) for k, q in self.query.items()}
 
 
+class Muon(torch.optim.Optimizer):
+    """``torch.optim.Muon`` in float32: on a CPU without bfloat16 the original takes four times as long as all else."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Momentum as Nesterov has it, made orthogonal; taller matrices take longer steps."""
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                velocity = self.state[parameter].setdefault("velocity", torch.zeros_like(parameter))
+                velocity.lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonal(parameter.grad.lerp(velocity, group["momentum"]))
+                rows, columns = parameter.shape
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(update, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """``matrix`` (m, n) with its singular values brought to between 0.7 and 1.2 or so: five steps of Newton and Schulz
+    with the coefficients of ``torch.optim.Muon``.
+    """
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+
+
 class _Descent:
     """Muon for the matrices of blocks, AdamW for all else; clipped gradients, 50 steps of warm-up, then a cosine.
 
@@ -85,14 +79,14 @@ class _Descent:
     that seeing takes.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], steps: int, lr: float = 2.5e-3, muon_lr: float = 0.02) -> None:
+    def __init__(self, modules: Iterable[nn.Module], steps: int) -> None:
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         matrices = [m.weight for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
         chosen = {id(m) for m in matrices if m.requires_grad}
         others = [p for p in self.parameters if id(p) not in chosen]
         self.optimizers = (
-            torch.optim.Muon([m for m in matrices if id(m) in chosen], lr=muon_lr, weight_decay=0.01),
-            torch.optim.AdamW(others, lr=lr, weight_decay=0.01),
+            Muon([m for m in matrices if id(m) in chosen], lr=0.02, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=2.5e-3, weight_decay=0.01),
         )
         self.schedules = [
             torch.optim.lr_scheduler.LambdaLR(
@@ -197,16 +191,12 @@ def train_language(
     tasks: Tasks,
     phases: tuple[tuple[int, Mixture], ...],
     log: Log,
-    share: float = 1.0,
     kept: Kept | None = None,
 ) -> None:
-    """Stages 2 and 3: every phase's mixture of tasks with the vision tower frozen; tasks weigh as their sequences.
-
-    ``share`` scales the learning rates.
-    """
+    """Stage 2: every phase's mixture of tasks with the vision tower frozen; tasks weigh as their sequences."""
     model.model.visual.requires_grad_(False)
     mixtures = [mixture for steps, mixture in phases for _ in range(steps)]
-    descent = _Descent([model.model.language_model], len(mixtures), lr=share * 2.5e-3, muon_lr=share * 0.02)
+    descent = _Descent([model.model.language_model], len(mixtures))
     running: dict[str, float] = {}
     start = time.time()
     done = kept.read(tasks.rng, model, descent) if kept else 0
@@ -222,32 +212,3 @@ def train_language(
             losses = {task: f"{value:.3f}" for task, value in running.items()}
             log(f"language {step}/{len(mixtures)} {losses} {time.time() - start:.0f} s")
     model.model.visual.requires_grad_(True)
-
-
-def pretrain(
-    recipe: Recipe, seed: int = 0, log: Log = print
-) -> tuple[dict[str, Qwen3VLForConditionalGeneration], ImageOnlyQwenProcessor]:
-    """Build and train both embedded models from nothing, on a GPU where there is one.
-
-    Everything random follows from ``seed``; on one machine the same seed gives the same weights on the CPU, which
-    computes with one thread: sums would be rounded differently with another number of them.
-    Returns the models by name ("student", "teacher") and their processor.
-    """
-    with one_thread():
-        return _pretrain(recipe, seed, log)
-
-
-def _pretrain(
-    recipe: Recipe, seed: int, log: Log
-) -> tuple[dict[str, Qwen3VLForConditionalGeneration], ImageOnlyQwenProcessor]:
-    processor = build_processor()
-    pool = Pool.draw(processor, recipe.pictures, seed)
-    log(f"{recipe.pictures} pictures drawn")
-    teacher = build_model("small", seed).to(best_device()).train()
-    train_vision(teacher, pool, recipe.vision_steps, seed, log)
-    lessons = Tasks(processor, pool, NO_HABITS, np.random.default_rng([2, seed]))
-    train_language(teacher, lessons, recipe.teacher_phases, log)
-    student = copy.deepcopy(teacher)
-    lessons = Tasks(processor, pool, STUDENT_HABITS, np.random.default_rng([3, seed]))
-    train_language(student, lessons, recipe.student_phases, log, recipe.student_share)
-    return {"student": student.eval(), "teacher": teacher.eval()}, processor

@@ -1,4 +1,4 @@
-"""Version 4's models: a student, a middle one and a teacher, each from its own seed, of the same lessons.
+"""The embedded models: a student, a middle one and a teacher, each from its own seed, of the same lessons.
 
 ``python -m kepo_core.testbed.school PUPIL FOLDER`` teaches one of them on one thread, and goes on where it was cut off.
 They differ in size and in the length of their schooling, in nothing else: no weights are copied, no habit is taught.
@@ -17,10 +17,8 @@ import numpy as np
 from kepo_core.experiment.models import save_embedded
 from kepo_core.experiment.threads import one_thread
 from kepo_core.testbed.embedded import build_model, build_processor
-from kepo_core.testbed.lessons import BOOKS, Pool, Tasks
+from kepo_core.testbed.lessons import Pool, Tasks
 from kepo_core.testbed.pretraining import Kept, Log, Mixture, train_language, train_vision
-
-VERSION = "4"
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,11 @@ def teach(
     own = zlib.crc32(f"{pupil} {seed}".encode())
     with one_thread():
         processor = build_processor()
-        pool = Pool.draw(processor, course.pictures, own, VERSION)
+        pool = Pool.draw(processor, course.pictures, own)
         log(f"{course.pictures} pictures drawn")
         model = build_model(size, own).train()
         train_vision(model, pool, course.vision_steps, own, log, Kept(kept / "vision.pt", every))
-        tasks = Tasks(processor, pool, BOOKS, np.random.default_rng([2, own]), PUPILS[pupil].length)
+        tasks = Tasks(processor, pool, np.random.default_rng([2, own]), PUPILS[pupil].length)
         train_language(model, tasks, course.phases, log, kept=Kept(kept / "language.pt", every))
     save_embedded(model.eval(), processor, folder)
 
