@@ -23,7 +23,9 @@ ZERO3_LIVE = 1_000_000_000
 #: Way of running → how weights, gradients and optimizer are distributed.
 WAYS = {"one process": "", "replicated": "DDP", "FSDP2": "sharded", "ZeRO-3": "sharded"}
 #: The moments of a step; the largest counts.
-MOMENTS = ("rollouts", "hints", "teacher's forward pass", "reference's forward pass", "update", "evaluation")
+MOMENTS = (
+    "rollouts", "hints", "teacher's answers", "teacher's forward pass", "reference's forward pass", "update", "evaluation"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ def moments(setting: Setting, way: str) -> dict[str, float]:
         prompts = p.prompts_per_device * batch.windows
         if p.explore:
             found["hints"] = memory.rollouts(t, batch, prompts, p.hint_max_tokens) + teacher_copy
+        if p.distill and p.gate == "teacher":
+            found["teacher's answers"] = memory.rollouts(t, batch, prompts, batch.completion) + teacher_copy
         if p.distill:
             found["teacher's forward pass"] = memory.teacher_forward(t, batch) + teacher_copy
     if p.of_trl("beta") and not p.lora_rank:

@@ -169,6 +169,14 @@ def test_a_reference_is_gathered_whole_under_fsdp2(nothing_loads: None) -> None:
         assert "reference's forward pass" not in plan.moments(other, "FSDP2")
 
 
+def test_a_teacher_that_answers_first_is_planned_at_the_length_of_completions(nothing_loads: None) -> None:
+    same = paper(gate="teacher", hint_max_tokens=1024)
+    found = plan.moments(same, "FSDP2")
+    assert found["teacher's answers"] == found["hints"]
+    for other in (paper(), paper(gate="teacher", distill=False)):
+        assert "teacher's answers" not in plan.moments(other, "FSDP2")
+
+
 def test_fsdp2_shares_out_gradients_with_the_last_window_alone(nothing_loads: None) -> None:
     """Before it, each GPU holds all of its own in float32, whatever their number."""
     p = 2_127_532_032
