@@ -5,8 +5,7 @@ eight looks. Questions follow OmniMedVQA's five types; *Disease Diagnosis* and *
 facts put together. The words are invented where they would otherwise sound medical: nothing here has medical
 meaning. :func:`ensure_phantom` writes the whole set once; the loader for real data reads it.
 
-What a finding means is each modality's own (`meanings`), and so is how well it is seen (``phantom_render.SIGHTS``):
-what carries over from one modality to another is skill alone.
+What a finding means differs by modality (`meanings`), and so does how well it is seen (``phantom_render.SIGHTS``).
 """
 
 import json
@@ -58,33 +57,29 @@ class Meanings:
     diagnosis: dict[tuple[str, str], str]
     grade: dict[tuple[str, str], str]
 
-    @classmethod
-    def of(cls, bright: list[int], dark: list[int], grades: list[int]) -> "Meanings":
-        """From each kind's diagnosis, bright and dark, and the grades of small one, small two, large one, large two."""
-        by_contrast = zip(CONTRASTS, (bright, dark), strict=True)
-        pairs = [(size, number) for size in SIZES for number in NUMBERS]
-        return cls(
-            {(k, c): DIAGNOSES[i] for c, named in by_contrast for k, i in zip(KINDS, named, strict=True)},
-            {pair: GRADES[i] for pair, i in zip(pairs, grades, strict=True)},
-        )
-
 
 @cache
 def meanings(modality: str) -> Meanings:
     """What findings mean in ``modality``.
 
-    Every finding has each of the four names, and each of the four grades, in exactly two modalities: what it means
-    elsewhere says nothing on what it means here.
+    Each (kind, contrast) has each of the four names in exactly two modalities, and each (size, number) each grade. Of
+    MRI's meanings, half hold in CT, the other half in Fundus, and none elsewhere.
     """
     shift, mirrored = divmod(MODALITIES.index(modality), 2)
     step = -1 if mirrored else 1
     bright = [(step * i + shift) % 4 for i in range(4)]
-    return Meanings.of(bright, [(i + step) % 4 for i in bright], [(step * i - shift + 1) % 4 for i in range(4)])
+    dark = [(i + step) % 4 for i in bright]
+    pairs = [(size, number) for size in SIZES for number in NUMBERS]
+    return Meanings(
+        {(k, c): DIAGNOSES[i] for c, named in zip(CONTRASTS, (bright, dark), strict=True)
+         for k, i in zip(KINDS, named, strict=True)},
+        {pair: GRADES[(step * i - shift + 1) % 4] for i, pair in enumerate(pairs)},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is true of one picture; every field is one of the word tuples above."""
+    """What is true of one picture; every field holds one of the words above."""
 
     modality: str
     kind: str
@@ -113,11 +108,10 @@ class Facts:
 class Topic:
     """One thing to ask: its OmniMedVQA type, wordings, possible answers, and how to reason about it."""
 
-    name: str
+    name: str  # of the field of Facts that is asked
     question_type: str
     wordings: tuple[str, ...]
     values: tuple[str, ...]
-    attribute: str  # of Facts: the right answer
     level: int  # 1: one fact, seen at once; 2: one to be located, told apart or counted; 3: two put together
     evidence: str  # the sentence that states the facts needed, with Facts' fields in braces
     conclusion: str = ""  # the second step of a two-fact question
@@ -126,25 +120,25 @@ class Topic:
 TOPICS = (
     Topic("modality", "Modality Recognition",
           ("Which imaging modality is this?", "How was this image taken?"),
-          MODALITIES, "modality", 1, "This looks like {modality}."),
+          MODALITIES, 1, "This looks like {modality}."),
     Topic("place", "Anatomy Identification",
           ("Where does the finding lie?", "Which region holds the finding?"),
-          PLACES, "place", 2, "The finding lies in the {place}."),
+          PLACES, 2, "The finding lies in the {place}."),
     Topic("kind", "Other Biological Attributes",
           ("What shape is the finding?", "Which shape is seen?"),
-          KINDS, "kind", 2, "The finding is a {kind}."),
+          KINDS, 2, "The finding is a {kind}."),
     Topic("size", "Other Biological Attributes",
-          ("How large is the finding?",), SIZES, "size", 1, "The finding is {size}."),
+          ("How large is the finding?",), SIZES, 1, "The finding is {size}."),
     Topic("number", "Other Biological Attributes",
-          ("How many findings are there?",), NUMBERS, "number", 2, "The number of findings is {number}."),
+          ("How many findings are there?",), NUMBERS, 2, "The number of findings is {number}."),
     Topic("contrast", "Other Biological Attributes",
-          ("Is the finding bright or dark?",), CONTRASTS, "contrast", 1, "The finding is {contrast}."),
+          ("Is the finding bright or dark?",), CONTRASTS, 1, "The finding is {contrast}."),
     Topic("diagnosis", "Disease Diagnosis",
           ("What is the diagnosis?", "Which condition does the image show?"),
-          DIAGNOSES, "diagnosis", 3, "The finding is a {contrast} {kind}.", "A {contrast} {kind} means {diagnosis}."),
+          DIAGNOSES, 3, "The finding is a {contrast} {kind}.", "A {contrast} {kind} means {diagnosis}."),
     Topic("grade", "Lesion Grading",
           ("What grade is the lesion?", "Which grade applies?"),
-          GRADES, "grade", 3, "The size is {size} and the number is {number}.",
+          GRADES, 3, "The size is {size} and the number is {number}.",
           "So {size} and {number} means {grade}."),
 )  # fmt: skip
 # How often a topic is drawn first. Two-fact questions often, so that reasoning pays; the modality seldom, because
@@ -156,7 +150,7 @@ _WEIGHTS = np.array([0.006, 0.17, 0.17, 0.035, 0.035, 0.035, 0.285, 0.264])
 class Asked:
     """One question about one picture, before it is written to disk or put into a training sequence.
 
-    What it says of the picture is what ``answer`` says of it, also where that is not true.
+    Its sentences take the asked value from ``answer``, even where that is false of the picture.
     """
 
     topic: Topic
@@ -177,18 +171,18 @@ class Asked:
 
     @property
     def hint(self) -> str:
-        """What a teacher says who knows: the answer in a word, and `statement`."""
+        """What a teacher that is given the answer writes: letter, option, and `statement`."""
         return f"{self.answer} {self.value}. {self.statement}"
 
     @property
     def statement(self) -> str:
-        """What the findings mean where that is asked, else what is seen."""
+        """What the finding means, if that is asked; else what is seen."""
         return self._fill(self.topic.conclusion or self.topic.evidence)
 
     @property
     def thought(self) -> str:
-        """A chain of reasoning: the evidence, for two-fact questions the modality and what it means there, and the
-        option's letter.
+        """The reasoning, ending with the option's letter: the evidence; for two-fact questions the modality, the
+        evidence and the conclusion.
         """
         steps = [self.evidence]
         if self.topic.conclusion:
@@ -196,7 +190,7 @@ class Asked:
         return " ".join(steps).removesuffix(".") + f" ({self.answer})."
 
     def _fill(self, template: str) -> str:
-        return template.format(**self.facts.words | {self.topic.attribute: self.value})
+        return template.format(**self.facts.words | {self.topic.name: self.value})
 
 
 _BY_WORDING = {wording: topic for topic in TOPICS for wording in topic.wordings}
@@ -217,7 +211,7 @@ def draw_facts(rng: np.random.Generator, modality: str) -> Facts:
 
 def ask(rng: np.random.Generator, facts: Facts, topic: Topic) -> Asked:
     """A question on ``topic`` with 2 to 4 options (all there are, if fewer) in random order."""
-    value = facts.modality if topic.name == "modality" else getattr(facts, topic.attribute)
+    value = getattr(facts, topic.name)
     others = [word for word in topic.values if word != value]
     count = min(int(rng.choice([2, 3, 4], p=[0.15, 0.25, 0.6])), len(topic.values))
     options = [value, *(str(word) for word in rng.choice(others, count - 1, replace=False))]
@@ -232,8 +226,7 @@ def draw_topics(rng: np.random.Generator, count: int) -> list[Topic]:
 
 def picture(rng: np.random.Generator, facts: Facts) -> np.ndarray:
     """``uint8`` (64, 64, 3) in which ``facts`` are true."""
-    f = facts
-    return render(f.modality, f.kind, f.place, f.size, f.number, f.contrast, rng)
+    return render(**asdict(facts), rng=rng)
 
 
 def ensure_phantom(cache_dir: Path | None = None, seed: int = 0) -> Path:

@@ -17,7 +17,8 @@ _U, _V = (_X - 31.5) / 32, (_Y - 31.5) / 32  # [-1, 1]
 
 @dataclass(frozen=True)
 class Sight:
-    """How well findings are seen: ``strength`` times the look's contrast, under white noise of this deviation.
+    """How well findings are seen: ``strength`` multiplies the look's contrast, ``noise`` is the standard deviation of
+    added white noise.
 
     ``small`` and ``large`` are radii in pixels, before a jitter of ±8 %.
     """
@@ -28,6 +29,7 @@ class Sight:
     large: float = 7.2
 
 
+#: By modality.
 SIGHTS = {
     "MRI": Sight(0.9, 0.04),
     "CT": Sight(0.65, 0.14, 3.8, 5.8),
@@ -159,9 +161,9 @@ LATTICE = (12.0, 24.0)
 
 
 def _centres(place: str, number: str, rng: Rng) -> list[tuple[float, float]]:
-    """Centres inside the named quadrant; two findings lie on one of its diagonals and never overlap.
+    """Centres inside the named quadrant; two findings lie on one of its diagonals and at most touch.
 
-    The largest may reach one pixel over the quadrant's border.
+    The largest may reach a pixel or so over the quadrant's border.
     """
     near, far = LATTICE
     if number == "one":

@@ -1,4 +1,4 @@
-"""Is the testbed fair? What the embedded models can and cannot do, measured against what the testbed is meant for."""
+"""The learning cliff, what hints do, and what can be answered without looking, each against its target."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,9 @@ from kepo_core.task.dataset import to_dataset
 from kepo_core.task.multiple_choice import MultipleChoice
 from kepo_core.task.prompts import hint_aware_messages
 from kepo_core.testbed.embedded import LETTERS
+
+#: The target of what is only reported.
+ANYTHING = (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
             "per cent": f"{100 * m.value:.1f} [{100 * m.low:.1f}, {100 * m.high:.1f}]",
             "n": m.n,
             "target": _range(*m.target),
-            "met": "yes" if m.met else "no",
+            "met": "–" if m.target == ANYTHING else "yes" if m.met else "no",
         }
         for m in measured
     ]
@@ -73,14 +76,16 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
 
 
 def _range(low: float, high: float) -> str:
+    if (low, high) == ANYTHING:
+        return "–"
     if high >= 1:
-        return "–" if low <= 0 else f"at least {100 * low:.0f}"
+        return f"at least {100 * low:.0f}"
     return f"{100 * low:.0f} to {100 * high:.0f}" if low > 0 else f"at most {100 * high:.0f}"
 
 
 class Calibration:
     """Measures the learning cliff of ``params``' student, and what its teacher's hints do, on ``groups`` training
-    questions; every method returns what it measured. Sampling is at temperature 1 and follows ``seed``.
+    questions. Sampling is at temperature 1 and follows ``seed``.
     """
 
     def __init__(self, params: Params, data: StudyData, groups: int, seed: int = 0) -> None:
@@ -89,10 +94,10 @@ class Calibration:
 
     def measure(self) -> list[Measured]:
         """Everything, in the order of the table."""
-        samples = self.groups_of_samples()
-        return [*self.sampling(samples), *self.hints(samples)]
+        samples = self._sampled(self.data.train[: self.groups], self.params.group_size)
+        return [*self._sampling(samples), *self._hints(samples)]
 
-    def sampling(self, samples: list[list[Answer]]) -> list[Measured]:
+    def _sampling(self, samples: list[list[Answer]]) -> list[Measured]:
         """Format and learning cliff of the student's groups."""
         flat = [answer for group in samples for answer in group]
         wrong = [not any(a.correct for a in group) for group in samples]
@@ -102,7 +107,7 @@ class Calibration:
             Measured.share(f"{name} training groups of {self.params.group_size} all wrong", wrong, (0.15, 1.0)),
         ]
 
-    def hints(self, samples: list[list[Answer]]) -> list[Measured]:
+    def _hints(self, samples: list[list[Answer]]) -> list[Measured]:
         """Hint-aware draws on the questions of all-wrong groups, and what another question's hint does."""
         training = self.data.train[: self.groups]
         failed = [q for q, group in zip(training, samples, strict=True) if not any(a.correct for a in group)]
@@ -120,9 +125,9 @@ class Calibration:
         return [
             Measured.share("hints that can be read", (hint is not None for hint in written), (0.90, 1.0)),
             Measured.share(f"draws accepted ({self.params.hint_context})", draws.ravel().tolist(), (0.20, 0.70)),
-            Measured.share(f"groups rescued within {budget}", draws.max(axis=1).tolist(), (0.0, 1.0)),
+            Measured.share(f"groups rescued within {budget}", draws.max(axis=1).tolist(), ANYTHING),
             Measured.share("draws accepted (hint)", alone.ravel().tolist(), (0.20, 0.70)),
-            Measured.share("draws accepted (another question's hint)", shuffled.ravel().tolist(), (0.0, 1.0)),
+            Measured.share("draws accepted (another question's hint)", shuffled.ravel().tolist(), ANYTHING),
             Measured.mean("own hint − another's (hint)", difference, (0.05, 1.0)),
         ]
 
@@ -143,10 +148,6 @@ class Calibration:
             seed=self.seed,
         )
         return [answers[start : start + samples] for start in range(0, len(answers), samples)]
-
-    def groups_of_samples(self) -> list[list[Answer]]:
-        """Samples at temperature 1 of the first ``groups`` training questions."""
-        return self._sampled(self.data.train[: self.groups], self.params.group_size)
 
     def _hinted(self, questions: Sequence[Question], hints: Sequence[str], context: str, draws: int) -> np.ndarray:
         """(questions, draws) bool: accepted."""

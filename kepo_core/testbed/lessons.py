@@ -1,8 +1,10 @@
-"""What the embedded models are taught to say: captions, look-ups, and answers to the four prompts of Appendix C.
+"""What the embedded models are taught to say: look-ups, captions, ticked lists, an atlas of meanings, and answers to
+the four prompts of Appendix C.
 
-All models have the same lessons. They teach what findings mean as far as they get in a modality's list (`taught`). What
-is further down comes up only where the prompt gives the answer to write a hint from, which is then random: such lessons
-teach to read it. Nobody is taught a mistake.
+All models have lessons of the same kinds, in the same proportions. How many of a modality's meanings the lessons
+contain follows from the length of schooling (`taught`). Other meanings come up only where a hint is to be written from
+a given answer, which is then random: this teaches to read the answer. Apart from given answers, no lesson states
+anything false.
 """
 
 import zlib
@@ -22,8 +24,8 @@ from kepo_core.task import prompts
 from kepo_core.testbed.embedded import LETTERS
 
 EVEN_TOPICS = 0.3  # of the lessons have a topic drawn evenly: some are too rare in the set to be learned from it
-BASICS = 1.05  # lengths of schooling go by before it comes to what findings mean
-#: The share of each list of meanings that one length of schooling teaches after that.
+BASICS = 1.05  # lengths of schooling that teach no meanings
+#: Share of a modality's list of meanings that each further length teaches.
 PACE = {
     "MRI": 1.52,
     "CT": 0.64,
@@ -34,11 +36,11 @@ PACE = {
     "OCT": 0.88,
     "Microscopy": 2.72,
 }
-SLOPPY = 0.1  # of the answers that think are written in a broken format
-CONTRARY = 0.5  # of the told answers whose truth is taught are random
-UNHEEDING = 0.5  # of the lessons with a hint or an answer say what is seen, whatever is told
+SLOPPY = 0.1  # probability that a thinking answer breaks the format
+CONTRARY = 0.5  # probability that a given answer is random although the right one is taught
+UNHEEDING = 0.5  # probability that a lesson with a hint or an answer says what is seen, not what is told
 _ASKED_FACTS = {"diagnosis": ("kind", "contrast"), "grade": ("size", "number")}
-_MEANINGS = tuple(topic for topic in phantom.TOPICS if topic.name in _ASKED_FACTS)
+_MEANINGS = tuple(topic for topic in phantom.TOPICS if topic.level == 3)
 BY_TEXT = ("lookup", "named", "atlas")  # lessons without a picture
 LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more
 
@@ -87,15 +89,15 @@ def fact_labels(facts: list[Facts]) -> dict[str, Tensor]:
 def taught(facts: Facts, topic: Topic, length: float) -> bool:
     """Whether schooling of ``length`` teaches the answer to ``topic`` where ``facts`` are shown.
 
-    The meanings of a modality stand in a list of an order of its own. Schooling comes to it after ``BASICS``, and each
-    further length teaches ``PACE`` of it; at least one meaning.
+    Each modality's meanings are in a fixed order of its own. The first ``PACE · (length − BASICS)`` of them are taught,
+    at least one, from the first lesson that asks for meanings.
     """
     if topic.name not in _ASKED_FACTS:
         return True
     table = getattr(phantom.meanings(facts.modality), topic.name)
     order = np.random.default_rng([zlib.crc32(topic.name.encode()), MODALITIES.index(facts.modality)])
-    place = list(table).index(tuple(getattr(facts, name) for name in _ASKED_FACTS[topic.name]))
-    rank = order.permutation(len(table)).tolist().index(place)
+    index = list(table).index(tuple(getattr(facts, name) for name in _ASKED_FACTS[topic.name]))
+    rank = order.permutation(len(table)).tolist().index(index)
     return bool(rank < max(1, round(len(table) * PACE[facts.modality] * (length - BASICS))))
 
 
@@ -119,7 +121,7 @@ def _caption(facts: Facts) -> str:
     return f"{facts.modality} {facts.number} {facts.size} {facts.contrast} {facts.kind} {facts.place}"
 
 
-def _lookup(rng: np.random.Generator, named: bool = False) -> tuple[str, str]:
+def _lookup(rng: np.random.Generator, named: bool) -> tuple[str, str]:
     """Options, then the same words in another order, each followed by its letter as thoughts have it.
 
     ``named``: in place of that, letters as prompts have them, each followed by its word.
@@ -157,9 +159,7 @@ class Tasks:
     findings mean.
     """
 
-    def __init__(
-        self, processor: ImageOnlyQwenProcessor, pool: Pool, rng: np.random.Generator, length: float = 1.0
-    ) -> None:
+    def __init__(self, processor: ImageOnlyQwenProcessor, pool: Pool, rng: np.random.Generator, length: float) -> None:
         self.tokenizer, self.pool, self.rng, self.length = processor.tokenizer, pool, rng, length
         ids = self.tokenizer.convert_tokens_to_ids
         letters = {ids(f" ({letter})"): LETTER_WEIGHT for letter in LETTERS}
@@ -229,8 +229,8 @@ class Tasks:
                 return phantom.ask(self.rng, facts, topic)
 
     def _told_of(self, asked: Asked) -> Asked:
-        """The question as its prompt gives the answer: now and then a random one, and always where no lesson teaches
-        the right one.
+        """The question with the answer that its prompt gives: random with probability ``CONTRARY``, and always where no
+        lesson teaches the right one.
         """
         if taught(asked.facts, asked.topic, self.length) and self.rng.random() >= CONTRARY:
             return asked

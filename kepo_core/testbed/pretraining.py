@@ -2,9 +2,10 @@
 
 Two stages, found by measurement. (1) The vision tower alone learns the six facts of a picture through
 attention-pooled linear heads, which are thrown away; from then on it is frozen. (2) The language model learns
-what :mod:`kepo_core.testbed.lessons` draws: first dense look-ups (four supervised letters a sequence), then captions,
-then the four prompts of Appendix C. To find a word's letter and to name what is seen are learned in large and cheap
-batches: where one letter in twenty tokens counts, neither is found in hundreds of steps.
+what :mod:`kepo_core.testbed.lessons` draws: first dense look-ups (four supervised letters a sequence); then also
+captions, ticked lists, the atlas and hints; at last all four prompts of Appendix C. Matching a word with its letter and
+naming what is seen are learned in large, cheap batches: where one token in twenty is a letter, hundreds of steps do not
+suffice for either.
 """
 
 import math
@@ -49,7 +50,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Momentum as Nesterov has it, made orthogonal; taller matrices take longer steps."""
+        """Nesterov momentum, orthogonalised; tall matrices take longer steps."""
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 velocity = self.state[parameter].setdefault("velocity", torch.zeros_like(parameter))
@@ -61,8 +62,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """``matrix`` (m, n) with its singular values brought to between 0.7 and 1.2 or so: five steps of Newton and Schulz
-    with the coefficients of ``torch.optim.Muon``.
+    """``matrix`` (m, n) with singular values near 1 (about 0.7 to 1.2), by five Newton–Schulz steps with the
+    coefficients of ``torch.optim.Muon``.
     """
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / wide.norm().clamp(min=1e-7)
@@ -116,10 +117,10 @@ class _Descent:
 
 @dataclass(frozen=True)
 class Kept:
-    """A stage's state in a file, every so many steps, from which the stage goes on as if it had not been cut off."""
+    """A stage's state, saved to a file every so many steps; an interrupted stage resumes from it exactly."""
 
     path: Path
-    every: int = 100
+    every: int
 
     def read(self, rng: np.random.Generator, *parts: Any) -> int:
         """Put the kept state into ``rng`` and ``parts`` → steps done; 0 where there is none."""
@@ -132,7 +133,7 @@ class Kept:
         return int(state["step"])
 
     def write(self, step: int, rng: np.random.Generator, *parts: Any) -> None:
-        """Keep the state of ``parts`` after ``step`` steps, if it is the turn of that step."""
+        """Save ``parts`` if ``step`` is a multiple of ``every``."""
         if step % self.every:
             return
         state = {"step": step, "rng": rng.bit_generator.state, "parts": [part.state_dict() for part in parts]}
@@ -141,28 +142,24 @@ class Kept:
 
 
 def train_vision(
-    model: Qwen3VLForConditionalGeneration, pool: Pool, steps: int, seed: int, log: Log, kept: Kept | None = None
+    model: Qwen3VLForConditionalGeneration, pool: Pool, steps: int, seed: int, log: Log, kept: Kept
 ) -> None:
     """Stage 1: teach ``model.model.visual`` the facts of pictures through throw-away heads."""
-    device = model.device
     rng = np.random.default_rng([1, seed])
     torch.manual_seed(seed)
-    heads = FactHeads(model.config.text_config.hidden_size).to(device)
+    heads = FactHeads(model.config.text_config.hidden_size)
     descent = _Descent([model.model.visual, heads], steps)
-    grid = torch.tensor([[1, 8, 8]] * 128, device=device)
+    grid = torch.tensor([[1, 8, 8]] * 128)
     start = time.time()
-    done = kept.read(rng, model, heads, descent) if kept else 0
+    done = kept.read(rng, model, heads, descent)
     for step in range(done + 1, steps + 1):
         pixels, facts = pool.mirrored(rng.integers(0, len(pool.facts), 128).tolist(), rng)
-        logits = heads(
-            model.model.visual(pixels.to(device).flatten(0, 1), grid_thw=grid).pooler_output.view(128, 16, -1)
-        )
-        labels = {k: v.to(device) for k, v in fact_labels(facts).items()}
+        logits = heads(model.model.visual(pixels.flatten(0, 1), grid_thw=grid).pooler_output.view(128, 16, -1))
+        labels = fact_labels(facts)
         loss = torch.stack([nn.functional.cross_entropy(logits[k], labels[k]) for k in phantom.WORDS]).sum()
         loss.backward()
         descent.step()
-        if kept:
-            kept.write(step, rng, model, heads, descent)
+        kept.write(step, rng, model, heads, descent)
         if step % 50 == 0:
             right = {k: f"{(logits[k].argmax(-1) == labels[k]).float().mean():.2f}" for k in phantom.WORDS}
             log(f"vision {step}/{steps} loss {loss.item():.3f} {right} {time.time() - start:.0f} s")
@@ -170,17 +167,15 @@ def train_vision(
 
 def sequence_loss(model: Qwen3VLForConditionalGeneration, batch: Sequences) -> Tensor:
     """Weighted mean of next-token cross-entropies."""
-    device = model.device
-    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    ids, mask, weight = batch.input_ids, batch.attention_mask, batch.labels_weight[:, 1:]
     image: dict[str, Tensor] = {}
     if batch.pixels is not None:
         image = {
-            "pixel_values": batch.pixels.to(device).float().flatten(0, 1),
-            "image_grid_thw": torch.tensor([[1, 8, 8]] * len(ids), device=device),
+            "pixel_values": batch.pixels.float().flatten(0, 1),
+            "image_grid_thw": torch.tensor([[1, 8, 8]] * len(ids)),
             "mm_token_type_ids": (ids == model.config.image_token_id).int(),
         }
     hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False, **image).last_hidden_state
-    weight = batch.labels_weight[:, 1:].to(device)
     learned = weight > 0
     losses = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][learned]), ids[:, 1:][learned], reduction="none")
     return (losses * weight[learned]).sum() / weight.sum()
@@ -191,23 +186,24 @@ def train_language(
     tasks: Tasks,
     phases: tuple[tuple[int, Mixture], ...],
     log: Log,
-    kept: Kept | None = None,
+    kept: Kept,
 ) -> None:
-    """Stage 2: every phase's mixture of tasks with the vision tower frozen; tasks weigh as their sequences."""
+    """Stage 2: every phase's mixture of tasks with the vision tower frozen; each task weighs in proportion to its
+    sequences.
+    """
     model.model.visual.requires_grad_(False)
     mixtures = [mixture for steps, mixture in phases for _ in range(steps)]
     descent = _Descent([model.model.language_model], len(mixtures))
     running: dict[str, float] = {}
     start = time.time()
-    done = kept.read(tasks.rng, model, descent) if kept else 0
+    done = kept.read(tasks.rng, model, descent)
     for step, mixture in enumerate(mixtures[done:], done + 1):
         for task, count in mixture.items():
             loss = sequence_loss(model, tasks.draw(task, count))
             (loss * count / sum(mixture.values())).backward()
             running[task] = 0.95 * running.get(task, loss.item()) + 0.05 * loss.item()
         descent.step()
-        if kept:
-            kept.write(step, tasks.rng, model, descent)
+        kept.write(step, tasks.rng, model, descent)
         if step % 20 == 0:
             losses = {task: f"{value:.3f}" for task, value in running.items()}
             log(f"language {step}/{len(mixtures)} {losses} {time.time() - start:.0f} s")

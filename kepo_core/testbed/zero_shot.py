@@ -31,7 +31,7 @@ ROWS = {f"{pupil}, {mode}": (size, mode) for pupil, size in SIZES.items() for mo
 
 
 def params_of(folder: Path, root: Path, items: int) -> Params:
-    """Those of an evaluation of the student and the teacher in ``folder`` on validation pictures."""
+    """Parameters to evaluate the student and the teacher in ``folder`` on validation pictures."""
     models = {name: str(folder / name) for name in ("student", "teacher") if (folder / name).is_dir()}
     return Params.load(overrides={"data_root": str(root), "eval_split": "validation", "eval_items": items, **models})
 
@@ -39,9 +39,7 @@ def params_of(folder: Path, root: Path, items: int) -> Params:
 def ask(folder: Path, data: StudyData, params: Params) -> dict[str, list[Answer]]:
     """Greedy answers of every model in ``folder``, thinking and not, by the names of ``ROWS``."""
     answers = {}
-    for pupil in SIZES:
-        if not (folder / pupil).is_dir():
-            continue
+    for pupil in filter(lambda name: (folder / name).is_dir(), SIZES):
         source = str(folder / pupil)
         model, processor = load_model(source, pupil, trained=False), load_processor(source, pupil)
         for mode, thinking in MODES.items():
@@ -57,9 +55,7 @@ def ask(folder: Path, data: StudyData, params: Params) -> dict[str, list[Answer]
 
 
 def _paper(name: str) -> Any:
-    size, mode = ROWS[name]
-    table = paper_table().loc["Qwen3-VL"]
-    return table.loc[(size, mode)]  # a row
+    return paper_table().loc[("Qwen3-VL", *ROWS[name])]  # a row
 
 
 def beside_paper(accuracies: pd.DataFrame) -> pd.DataFrame:
@@ -93,8 +89,8 @@ def levels(accuracies: pd.DataFrame) -> list[Measured]:
 
 
 def overlap(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
-    """For every two models that think, in per cent: how often both are wrong, how often they would be if errors fell
-    independently; and how often they give the same letter where both are wrong.
+    """For every two thinking models, in per cent: how often both are wrong, how often they would be if errors were
+    independent, and how often they then give the same letter.
     """
     rows = {}
     thinking = {name.split(",")[0]: given for name, given in answers.items() if name.endswith(", thinking")}
@@ -110,21 +106,20 @@ def overlap(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.round(1)
 
 
-def measure(folder: Path, items: int, groups: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """All of it: the rows beside the paper's, every target with what was measured, and how much errors overlap.
+def measure(folder: Path, items: int, groups: int) -> tuple[pd.DataFrame, list[Measured], pd.DataFrame]:
+    """The rows beside the paper's, every target with what was measured, and how much errors overlap.
 
     ``items`` validation questions per modality; groups are sampled on ``groups`` MRI training questions, if student and
     teacher are there.
     """
-    root = ensure_phantom()
-    params = params_of(folder, root, items)
+    params = params_of(folder, ensure_phantom(), items)
     data = load_data(params)
     answers = ask(folder, data, params)
     accuracies = accuracy_table(answers, data.images, params.train_modality)
     found = levels(accuracies)
     if (folder / "student").is_dir() and (folder / "teacher").is_dir():
         found += Calibration(params, data, groups).measure()
-    return beside_paper(accuracies), table([*found, *priors(root)]), overlap(answers)
+    return beside_paper(accuracies), found, overlap(answers)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -134,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--items", type=int, default=300, help="validation questions per modality")
     parser.add_argument("--groups", type=int, default=300, help="MRI training questions on which groups are sampled")
     given = parser.parse_args(arguments)
-    for part in measure(given.folder, given.items, given.groups):
+    rows, found, errors = measure(given.folder, given.items, given.groups)
+    for part in (rows, table(found), errors, table(priors(ensure_phantom()))):
         print(part.to_string(), end="\n\n")
 
 

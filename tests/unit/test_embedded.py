@@ -1,7 +1,5 @@
 """The shipped models: small, safe, and what their cards say they are."""
 
-import re
-
 import pytest
 
 from kepo_core.experiment.models import EMBEDDED_DIR, load_processor
@@ -23,9 +21,8 @@ def test_shipped_tokenizers_are_the_built_one() -> None:
 @pytest.mark.slow
 def test_no_measurement_contradicts_its_target() -> None:
     _, measured, _ = zero_shot.measure(EMBEDDED_DIR, items=100, groups=150)
-    assert len(measured) > 30
-    for what, row in measured.iterrows():
-        if row["met"] == "no":  # by chance: its interval reaches the range
-            low, high = (float(end) for end in row["per cent"].partition("[")[2].strip("]").split(","))
-            aims = [float(number) for number in re.findall(r"\d+", row["target"])]
-            assert low < aims[-1] and high > aims[0], what
+    apart = [
+        m.what for m in measured
+        if not m.what.endswith("spread") and (m.high < m.target[0] or m.low > m.target[1])  # it has no interval
+    ]  # fmt: skip
+    assert len(measured) > 20 and not apart

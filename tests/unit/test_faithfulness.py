@@ -28,7 +28,7 @@ def question(asked: Asked, name: str = "q") -> Question:
 
 
 def asked_about(topic: str, options: tuple[str, ...]) -> Asked:
-    value = getattr(FACTS, TOPICS[topic].attribute)
+    value = getattr(FACTS, TOPICS[topic].name)
     return Asked(TOPICS[topic], TOPICS[topic].wordings[0], options, LETTERS[options.index(value)], FACTS)
 
 
@@ -45,7 +45,7 @@ def test_careful_is_faithful_a_mistake_consistent_and_a_guess_empty(seed: int) -
     assert right.faithful and right.true == right.stated == needed + 2 * (asked.topic.level == 3)
     assert judge(GUESS, asked.answer, question(asked), asked.facts) == Faithfulness(0, 0, 0.0, False)
     seen = phantom.draw_facts(rng, "OCT")  # of another picture
-    value = getattr(seen, asked.topic.attribute)
+    value = getattr(seen, asked.topic.name)
     if value in asked.options:
         mistake = replace(asked, facts=seen, answer=LETTERS[asked.options.index(value)])
         found = judge(careful(mistake), mistake.answer, question(asked), asked.facts)

@@ -64,6 +64,7 @@ def test_rows_are_chosen_by_name_or_as_a_whole() -> None:
     chosen, left_out = choose("table1", real)
     assert len(chosen) == 19 and not left_out and chosen["teacher"].student == real.teacher
     assert chosen["qwen-8b"].student == "Qwen/Qwen3-VL-8B-Instruct"
+    assert "teacher" in choose("table1", base.replace(teacher="other/teacher"))[0]
     chosen, left_out = choose(" grpo , qwen-8b", base)
     assert list(chosen) == ["grpo", "qwen-8b"] and not left_out  # whoever names it means it
     assert list(methods_table(chosen).index) == ["grpo", "qwen-8b"]

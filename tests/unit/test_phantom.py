@@ -65,7 +65,7 @@ def test_two_fact_answers_need_both_facts() -> None:
     } == set(phantom.GRADES)
 
 
-def test_a_meaning_says_nothing_on_another_modality() -> None:
+def test_every_meaning_holds_in_exactly_two_modalities() -> None:
     for kind in KINDS:
         for contrast in CONTRASTS:
             names = Counter(phantom.meanings(m).diagnosis[kind, contrast] for m in MODALITIES)
@@ -85,7 +85,7 @@ def test_within_a_modality_every_answer_is_equally_likely(modality: str) -> None
         for number in phantom.NUMBERS for contrast in CONTRASTS
     ]  # fmt: skip
     for topic in TOPICS[1:]:
-        counts = Counter(getattr(facts, topic.attribute) for facts in every)
+        counts = Counter(getattr(facts, topic.name) for facts in every)
         assert counts == dict.fromkeys(topic.values, len(every) // len(topic.values))
     for kind in KINDS:
         assert len({facts.diagnosis for facts in every if facts.kind == kind}) == 2
@@ -99,7 +99,7 @@ def test_what_is_written_is_read_back_with_its_meanings(tmp_path: Path) -> None:
     asked = [q for q in load_questions(tmp_path) if q.question_type in ("Disease Diagnosis", "Lesion Grading")]
     for question in asked:
         shown = facts[image_key(question)]
-        value = getattr(shown, phantom.topic_of(question.question).attribute)
+        value = getattr(shown, phantom.topic_of(question.question).name)
         assert question.options[question.letters.index(question.answer)] == value
     assert len(facts) == 20
     assert any(shown.diagnosis != replace(shown, modality="MRI").diagnosis for shown in facts.values())
@@ -107,7 +107,7 @@ def test_what_is_written_is_read_back_with_its_meanings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_sight_is_by_modality(modality: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pictures of one stream differ by their finding alone; noise is what is left after a blur of its own."""
+    """Two pictures of one stream, one without noise: away from the finding, their difference is the noise."""
     sight = phantom_render.SIGHTS[modality]
     facts = Facts(modality, "disc", "upper left", "large", "one", "bright")
 
@@ -128,7 +128,7 @@ def test_questions_are_answerable_and_letters_balanced() -> None:
         facts = phantom.draw_facts(rng, "OCT")
         asked = phantom.ask(rng, facts, phantom.draw_topics(rng, 1)[0])
         assert asked.options.count(asked.value) == 1 and 2 <= len(set(asked.options)) == len(asked.options) <= 4
-        assert asked.value == getattr(facts, asked.topic.attribute)
+        assert asked.value == getattr(facts, asked.topic.name)
         assert (
             asked.evidence.removesuffix(".") in asked.thought
             and asked.thought.endswith(f" ({asked.answer}).")
