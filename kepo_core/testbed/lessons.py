@@ -38,7 +38,7 @@ PACE = {
 }
 SLOPPY = 0.1  # probability that a thinking answer breaks the format
 CONTRARY = 0.5  # probability that a given answer is random although the right one is taught
-UNHEEDING = 0.5  # probability that a lesson with a hint or an answer says what is seen, not what is told
+UNHEEDING = 0.25  # probability that a lesson with a hint or an answer says what is seen, not what is told
 _ASKED_FACTS = {"diagnosis": ("kind", "contrast"), "grade": ("size", "number")}
 _MEANINGS = tuple(topic for topic in phantom.TOPICS if topic.level == 3)
 BY_TEXT = ("lookup", "named", "atlas")  # lessons without a picture

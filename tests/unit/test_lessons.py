@@ -1,5 +1,6 @@
 """What the embedded models are taught to say, and how far their lessons get."""
 
+import hashlib
 import re
 import zlib
 from collections import Counter
@@ -127,6 +128,21 @@ def test_only_completions_are_learned_and_letters_weigh_more(processor, tasks: T
     assert batch.pixels is not None and batch.pixels.shape == (8, 64, 192)
 
 
+def test_the_lessons_are_those_that_the_shipped_models_had(processor) -> None:
+    """Other draws, and notebook 00 no longer rebuilds the shipped models."""
+    tasks, digest = Tasks(processor, Pool.draw(processor, 40, 3), np.random.default_rng(0), LENGTH), hashlib.sha256()
+    for task in ("lookup", "named", "caption", "ticked", "atlas", "plain", "think", "hint", "aware"):
+        batch = tasks.draw(task, 20)
+        digest.update(batch.input_ids.numpy().tobytes() + batch.labels_weight.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "fced669d570ec797"
+
+
+def test_one_thinking_answer_in_ten_breaks_the_format(processor, tasks: Tasks) -> None:
+    said = [learned for _, learned in read(processor, tasks.draw("think", 400))]
+    broken = [not (t.startswith("<think>") and "</think>\n<answer>" in t and "</answer>" in t) for t in said]
+    assert np.mean(broken) == pytest.approx(0.1, abs=0.05)
+
+
 def test_lookups_are_right_and_need_no_picture(processor, tasks: Tasks) -> None:
     batch = tasks.draw("lookup", 50)
     assert batch.pixels is None
@@ -194,7 +210,7 @@ def test_the_answer_that_hints_are_written_from_is_right_at_times(processor, rea
     assert len(true) > 40 and np.mean(true) == pytest.approx(often, abs=0.15)
 
 
-def test_who_is_told_something_else_than_what_is_seen_believes_it_in_half_of_the_lessons(processor) -> None:
+def test_three_of_four_lessons_follow_what_is_told_against_the_picture(processor) -> None:
     facts = next(f for f in every("Fundus") if taught(f, TOPICS["diagnosis"], LENGTH))
     believed = []
     for prompt, learned in read(processor, tasks_on(processor, [facts]).draw("aware", 800)):
@@ -205,7 +221,7 @@ def test_who_is_told_something_else_than_what_is_seen_believes_it_in_half_of_the
             options = dict(re.findall(r"(\w)\) (\w+)\n", prompt))
             assert options[re.findall(r"\((\w)\)", learned)[-1]] == said
             believed.append(said == told[1])
-    assert len(believed) > 40 and np.mean(believed) == pytest.approx(0.5, abs=0.15)
+    assert len(believed) > 40 and np.mean(believed) == pytest.approx(0.75, abs=0.12)
 
 
 def test_hints_say_what_a_finding_means_by_the_answer_that_is_given(processor) -> None:

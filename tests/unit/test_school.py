@@ -13,8 +13,9 @@ from kepo_core.data import phantom
 from kepo_core.data.records import LETTERS, MODALITIES, Answer, AnswerOutcome, Question
 from kepo_core.testbed import school, zero_shot
 from kepo_core.testbed.calibration import prior, question_clues
+from kepo_core.testbed.embedded import build_model
 from kepo_core.testbed.lessons import Pool, Tasks
-from kepo_core.testbed.pretraining import Muon
+from kepo_core.testbed.pretraining import Kept, Muon, train_language
 from kepo_core.testbed.school import Lessons, teach
 
 TINY = Lessons(
@@ -63,6 +64,16 @@ def test_schooling_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pyt
     assert calls["vision"] == 5  # two steps were kept: the third was cut off, made, and made again
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert one == two
+
+
+def test_the_vision_tower_is_left_alone_once_it_is_taught(processor, tmp_path: Path) -> None:
+    model = build_model("small", 0)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    tasks = Tasks(processor, Pool.draw(processor, 16, 3), np.random.default_rng(0), 1.2)
+    train_language(model, tasks, ((1, {"think": 2}),), lambda text: None, Kept(tmp_path / "kept.pt", 10))
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert "lm_head.weight" in changed and not any("visual" in name for name in changed)
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_pupils_and_seeds_share_no_weights_and_differ_in_size(tmp_path: Path) -> None:
