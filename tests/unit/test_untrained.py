@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Params:
 def test_a_second_run_asks_nothing(base: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     data, models = experiment.load_data(base), experiment.load_models(base)
     before = experiment.evaluate_run(base, Run.allocate(base), data, models, "untrained")
-    other = base.replace(method="sft", seed=1, learning_rate=1e-3, teacher=base.student, curve_steps=5)
+    other = base.replace(method="gkd", seed=1, learning_rate=1e-3, teacher=base.student, curve_steps=5)
 
     def asked(*_: object, **__: object) -> None:
         raise AssertionError("the student is asked again")
@@ -43,7 +43,7 @@ def test_a_second_run_asks_nothing(base: Params, monkeypatch: pytest.MonkeyPatch
 def test_what_the_answers_depend_on_is_in_the_name(base: Params) -> None:
     data = experiment.load_data(base)
     name = shared_file(Run.allocate(base), data)
-    changes = ({"thinking": False}, {"image_size": 32}, {"eval_batch_size": 3}, {"precision": "bf16"}, {"lora_rank": 2},
+    changes = ({"thinking": False, "explore": False}, {"image_size": 32}, {"eval_batch_size": 3}, {"precision": "bf16"}, {"lora_rank": 2},
                {"answer_format": "lenient"}, {"eval_temperature": 1.0}, {"eval_temperature": 1.0, "seed": 1},
                {"student": "embedded:student"})  # fmt: skip
     names = {shared_file(Run.allocate(base.replace(**change)), data) for change in changes}
