@@ -90,10 +90,10 @@ def test_an_unknown_method_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, StudyData]:
-    """Four questions to train on, two of each modality to answer."""
+    """Eight questions to train on, two of each modality to answer."""
     root = tmp_path_factory.mktemp("study")
     phantom.write_phantom(root / "data", 0, dict.fromkeys(MODALITIES, 8))
-    sizes = {"train_items": 4, "eval_items": 2, "group_size": 2, "prompts_per_step": 2, "prompts_per_device": 2,
+    sizes = {"train_items": 8, "eval_items": 2, "group_size": 4, "prompts_per_step": 4, "prompts_per_device": 4,
              "max_steps": 1, "save_steps": 0, "rejection_budget": 2}  # fmt: skip
     base = Params.load(None, {"data_root": str(root / "data"), "results_dir": str(root / "results"), **sizes})
     return base, experiment.load_data(base)

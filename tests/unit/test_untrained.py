@@ -43,9 +43,9 @@ def test_a_second_run_asks_nothing(base: Params, monkeypatch: pytest.MonkeyPatch
 def test_what_the_answers_depend_on_is_in_the_name(base: Params) -> None:
     data = experiment.load_data(base)
     name = shared_file(Run.allocate(base), data)
-    changes = ({"thinking": False, "explore": False}, {"image_size": 32}, {"eval_batch_size": 3}, {"precision": "bf16"}, {"lora_rank": 2},
-               {"answer_format": "lenient"}, {"eval_temperature": 1.0}, {"eval_temperature": 1.0, "seed": 1},
-               {"student": "embedded:student"})  # fmt: skip
+    changes = ({"thinking": False, "explore": False}, {"image_size": 32}, {"eval_batch_size": 3}, {"precision": "bf16"},
+               {"lora_rank": 2}, {"answer_format": "lenient"}, {"eval_temperature": 1.0},
+               {"eval_temperature": 1.0, "seed": 1}, {"student": "embedded:student"})  # fmt: skip
     names = {shared_file(Run.allocate(base.replace(**change)), data) for change in changes}
     assert len(names | {name}) == len(changes) + 1
     fewer = base.replace(eval_items=3)
