@@ -24,7 +24,8 @@ ZERO3_LIVE = 1_000_000_000
 WAYS = {"one process": "", "replicated": "DDP", "FSDP2": "sharded", "ZeRO-3": "sharded"}
 #: The moments of a step; the largest counts.
 MOMENTS = (
-    "rollouts", "hints", "teacher's answers", "teacher's forward pass", "reference's forward pass", "update", "evaluation"
+    "rollouts", "hints", "teacher's answers", "teacher's forward pass", "reference's forward pass", "update",
+    "evaluation",
 )  # fmt: skip
 
 
