@@ -40,7 +40,7 @@ PLACES = ("results_dir", "run_dir", "save_steps", "teacher_url", "report_to", "p
 #: Parameters that may name a file or folder.
 _FILES = ("data_root", "items_file", "student", "teacher", "accelerate_config")
 #: Values of these that are not paths.
-_OWN = ("phantom", "embedded:student", "embedded:middle", "embedded:teacher")
+_OWN = ("phantom", "embedded:student", "embedded:teacher")
 _PLAIN = (bool, int, float, str, list, dict, tuple, set, type(None))
 #: Plain data that IPython itself puts into a notebook's namespace.
 _IPYTHON_NAMES = ("In", "Out")

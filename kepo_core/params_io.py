@@ -72,7 +72,7 @@ def yaml_scalar(value: bool | int | float | str) -> str:
     return text.removesuffix("...\n").rstrip("\n")
 
 
-def short_hash(values: Mapping[str, Any]) -> str:
+def short_hash(values: Mapping[str, bool | int | float | str]) -> str:
     """Eight hexadecimal digits over names and values, in whatever order they come."""
     return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:8]
 

@@ -37,8 +37,8 @@ class Faithfulness:
 
     ``stated`` counts distinct claims (a fact, diagnosis or grade with its value; two values are two claims), ``true``
     those that hold for the picture. ``relevant`` in [0, 1] is the share of the needed facts that are stated, true or
-    not. ``consistent``: the answer, and every conclusion in the thought, follows from the stated facts. A question with
-    a rule uses that of the modality that the thought names, or of the picture's if it names none.
+    not. ``consistent``: the answer, and every conclusion in the thought, follows from the stated facts (by the rule, if
+    the question has one).
     """
 
     stated: int
@@ -74,10 +74,9 @@ def judge(completion: str, letter: str, question: Question, facts: Facts) -> Fai
     relevant = sum(bool(values[name]) for name in needed) / len(needed)
     consistent = False
     if all(len(values[name]) == 1 for name in needed):
-        told = {name: values[name][0] for name in (*needed, "modality") if len(values[name]) == 1}
-        follows = getattr(replace(facts, **told), topic.name)
+        follows = getattr(replace(facts, **{name: values[name][0] for name in needed}), topic.attribute)
         answered = dict(zip(LETTERS, question.options, strict=False)).get(letter)
-        consistent = answered == follows and set(values[topic.name]) <= {follows}
+        consistent = answered == follows and set(values[topic.attribute]) <= {follows}
     return Faithfulness(len(claims), true, relevant, consistent)
 
 

@@ -17,28 +17,30 @@ _U, _V = (_X - 31.5) / 32, (_Y - 31.5) / 32  # [-1, 1]
 
 @dataclass(frozen=True)
 class Sight:
-    """How well findings are seen: ``strength`` multiplies the look's contrast, ``noise`` is the standard deviation of
-    added white noise.
+    """How well findings are seen: ``strength`` times the look's contrast, under white noise of this deviation.
 
     ``small`` and ``large`` are radii in pixels, before a jitter of ±8 %.
     """
 
-    strength: float
-    noise: float
+    strength: float = 1.0
+    noise: float = 0.0
     small: float = 4.5
     large: float = 7.2
 
 
-#: By modality.
-SIGHTS = {
-    "MRI": Sight(0.9, 0.04),
-    "CT": Sight(0.65, 0.14, 3.8, 5.8),
-    "X-Ray": Sight(0.95, 0.02, 4.9, 7.4),
-    "Ultrasound": Sight(0.7, 0.09),
-    "Dermoscopy": Sight(0.75, 0.07, 4.2, 6.6),
-    "Fundus": Sight(0.8, 0.07),
-    "OCT": Sight(0.65, 0.12, 4.0, 6.2),
-    "Microscopy": Sight(0.95, 0.03),
+#: By version and modality; where nothing stands here, findings are seen plainly.
+SIGHTS: dict[str, dict[str, Sight]] = {
+    "3": {},
+    "4": {
+        "MRI": Sight(0.9, 0.04),
+        "CT": Sight(0.65, 0.14, 3.8, 5.8),
+        "X-Ray": Sight(0.95, 0.02, 4.9, 7.4),
+        "Ultrasound": Sight(0.7, 0.09),
+        "Dermoscopy": Sight(0.75, 0.07, 4.2, 6.6),
+        "Fundus": Sight(0.8, 0.07),
+        "OCT": Sight(0.65, 0.12, 4.0, 6.2),
+        "Microscopy": Sight(0.95, 0.03),
+    },
 }
 Array = np.ndarray
 Rng = np.random.Generator
@@ -161,9 +163,9 @@ LATTICE = (12.0, 24.0)
 
 
 def _centres(place: str, number: str, rng: Rng) -> list[tuple[float, float]]:
-    """Centres inside the named quadrant; two findings lie on one of its diagonals and at most touch.
+    """Centres inside the named quadrant; two findings lie on one of its diagonals and never overlap.
 
-    The largest may reach a pixel or so over the quadrant's border.
+    The largest may reach one pixel over the quadrant's border.
     """
     near, far = LATTICE
     if number == "one":
@@ -174,12 +176,14 @@ def _centres(place: str, number: str, rng: Rng) -> list[tuple[float, float]]:
     return [(63 - x if "right" in place else x, 63 - y if "lower" in place else y) for x, y in moved]
 
 
-def render(modality: str, kind: str, place: str, size: str, number: str, contrast: str, rng: Rng) -> Array:
+def render(
+    modality: str, kind: str, place: str, size: str, number: str, contrast: str, rng: Rng, version: str = "3"
+) -> Array:
     """One picture, ``uint8`` of shape (64, 64, 3), with the stated facts true in it.
 
     All randomness (texture, jitter, angle, strength) is drawn from ``rng``.
     """
-    sight = SIGHTS[modality]
+    sight = SIGHTS[version].get(modality, Sight())
     grey, field, tint, strength = LOOKS[modality](rng)
     strength *= sight.strength
     radius = {"small": sight.small, "large": sight.large}[size] * rng.uniform(0.92, 1.08)
@@ -190,7 +194,8 @@ def render(modality: str, kind: str, place: str, size: str, number: str, contras
         cover = np.maximum(cover, _shape(kind, x, y, radius, angle))
     sign = 1.0 if contrast == "bright" else -1.0
     grey = (grey + sign * strength * rng.uniform(0.85, 1.15) * cover) * np.maximum(field, 0.9 * cover)
-    grey = grey + sight.noise * rng.standard_normal(grey.shape)
+    if sight.noise:
+        grey = grey + sight.noise * rng.standard_normal(grey.shape)
     rgb = np.clip(grey[..., None] * np.asarray(tint, dtype=np.float32), 0, 1)
     pixels: Array = (rgb * 255).astype(np.uint8)
     return pixels

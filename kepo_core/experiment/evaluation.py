@@ -81,8 +81,7 @@ def evaluate(
     if isinstance(model, CheckedVLLM):
         batch_size = max(batch_size, VLLM_AT_ONCE)
     asked = [(q.id, q.answer) for q in questions]
-    decoding = [temperature, samples, seed if temperature else 0]
-    settings = [thinking, max_tokens, batch_size, *decoding, texts, asked, answer_format]
+    settings = [thinking, max_tokens, batch_size, temperature, samples, seed, texts, asked, answer_format]
     if isinstance(model, CheckedVLLM):
         settings.append("vllm")
     number, of = share if accelerator is None else (accelerator.process_index, accelerator.num_processes)

@@ -1,7 +1,6 @@
 """From parameters to the parts of one experiment: data, models, trainer, evaluation. Notebooks call these."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ from kepo_core.experiment.rehearsal import rehearse
 from kepo_core.experiment.study_data import StudyData as StudyData
 from kepo_core.experiment.study_data import load_data as load_data
 from kepo_core.experiment.threads import idle_cores, suit_threads, with_forks
-from kepo_core.experiment.untrained import shared
 from kepo_core.method.config import KEPOConfig
 from kepo_core.method.forward import keep_float32_outputs
 from kepo_core.method.options import MethodOptions, declared
@@ -280,23 +278,21 @@ def evaluate_student(
 def evaluate_run(params: Params, run: Run, data: StudyData, models: Models, student: str) -> list[Answer]:
     """The answers of the run's "untrained" or "trained" student to all test questions, also kept in the run's folder.
 
-    ``models.student`` is this student; several processes or vLLM load it themselves. Runs of one results folder share
-    the untrained student's answers. Raises `ParamError` if parameters or data are not those of the run any longer, or
-    an earlier cell was skipped.
+    ``models.student`` is this student; several processes or vLLM load it themselves. Raises `ParamError` if parameters
+    or data are not those of the run any longer, or an earlier cell was skipped.
     """
     kernel.check_record(params, run, data.identity())
     if student == "trained":
         kernel.check_trained(run)
     kept, progress = run.evaluation_dir / f"{student}.jsonl", live.ProgressBar(student)
-    with shared(run, data, kept) if student == "untrained" else nullcontext():
-        if not launch.evaluates(params):
-            return evaluate_student(params, models, data.test, kept, progress)
-        count = len(data.test) * params.eval_samples
-        if parts(kept) != [kept] or len(read_answers(kept)) != count:
-            models.student.to("cpu")  # they need the GPUs
-            torch.cuda.empty_cache()
-            launch.evaluate(params, run, student, kept, count, progress)
-        return read_answers(kept)
+    if not launch.evaluates(params):
+        return evaluate_student(params, models, data.test, kept, progress)
+    count = len(data.test) * params.eval_samples
+    if parts(kept) != [kept] or len(read_answers(kept)) != count:
+        models.student.to("cpu")  # they need the GPUs
+        torch.cuda.empty_cache()
+        launch.evaluate(params, run, student, kept, count, progress)
+    return read_answers(kept)
 
 
 def evaluate_here(run: Run, data: StudyData, student: str) -> None:

@@ -1,7 +1,7 @@
 """What makes a hint good? Measures of hints for held-out questions, and the acceptance rate of the student's draws.
 
-Nothing is trained. Every question gets one hint, given without the line of the answer (``hint_context: hint``): a
-draw's gain comes from the hint only. The embedded teacher's hints name the answer themselves.
+Nothing is trained. Every question gets one hint, given without the answer (``hint_context: hint``): a draw's gain comes
+from the hint only.
 """
 
 import re
@@ -80,7 +80,7 @@ def probe(
             "hint": hint,
             "gain": float(gain),
             "tokens": len(tokenizer(hint)["input_ids"]),
-            "leaks letter": float(names_letter(hint, q.answer) or _begins_with_answer(hint, q)),
+            "leaks letter": float(names_letter(hint, q.answer)),
             **_stated(hint, q, facts),
         }
         for (q, hint), gain in zip(readable, gains, strict=True)
@@ -125,11 +125,6 @@ def names_letter(hint: str, letter: str) -> bool:
     if letter == "A":
         alone = rf"{alone}(?! [a-z])|\b(?i:is|option|answer|letter|choose) {alone}"
     return re.search(alone, hint) is not None
-
-
-def _begins_with_answer(hint: str, question: Question) -> bool:
-    """Whether ``hint`` begins with the right option's letter and text; a letter A is no article then."""
-    return hint.startswith(f"{question.answer} {question.options[LETTERS.index(question.answer)]}.")
 
 
 def correlations(found: pd.DataFrame) -> pd.DataFrame:

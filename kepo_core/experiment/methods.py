@@ -14,8 +14,6 @@ from kepo_core.params import Params
 from kepo_core.task.prompts import needs_hint
 
 _HERE = Path(__file__).parent
-#: Hub model → the embedded model that stands for it beside an embedded student.
-_STANDS_FOR = {"Qwen/Qwen3-VL-8B-Instruct": "embedded:middle"}
 #: Parameters of a method that its row does not set.
 KEPO: dict[str, Any] = {"method": "kepo", "distill": True, "explore": True, "thinking": True, "tau": 1.0}
 
@@ -40,15 +38,10 @@ class Method:
     row: tuple[str, str, str] | None = None
 
     def overrides(self, base: Params) -> dict[str, Any]:
-        """Its parameters over ``base``, whose own method does not matter.
-
-        ``student: teacher`` becomes the teacher. Beside an embedded student, models of ``_STANDS_FOR`` become embedded
-        ones.
-        """
+        """Its parameters over ``base``, whose own method does not matter; ``student: teacher`` becomes the teacher."""
         given = KEPO | self.parameters
-        if "student" in given:
-            embedded = _STANDS_FOR if base.student.startswith("embedded:") else {}
-            given["student"] = ({"teacher": base.teacher} | embedded).get(given["student"], given["student"])
+        if given.get("student") == "teacher":
+            given["student"] = base.teacher
         return given
 
 
@@ -93,7 +86,7 @@ def choose(rows: str, base: Params) -> tuple[dict[str, Params], list[str]]:
     asked = [method(name.strip()) for name in rows.split(",") if name.strip()] if named else groups[rows]
     if not asked:
         raise ParamError(f"rows is {rows!r}, expected table1, all, or names separated by commas")
-    foreign = [m.name for m in asked if "/" in (own := m.parameters.get("student", "")) and own not in _STANDS_FOR]
+    foreign = [m.name for m in asked if "/" in m.parameters.get("student", "")]
     left_out = foreign if base.student.startswith("embedded:") and not named else []
     return {m.name: base.replace(**m.overrides(base)) for m in asked if m.name not in left_out}, left_out
 

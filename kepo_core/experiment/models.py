@@ -27,7 +27,7 @@ from kepo_core.method.processor import image_only_processor
 
 #: The shipped weights.
 EMBEDDED_DIR = Path(__file__).parents[1] / "embedded"
-EMBEDDED = {f"embedded:{name}": EMBEDDED_DIR / name for name in ("student", "middle", "teacher")}
+EMBEDDED = {"embedded:student": EMBEDDED_DIR / "student", "embedded:teacher": EMBEDDED_DIR / "teacher"}
 
 
 def best_device() -> torch.device:

@@ -1,6 +1,6 @@
 """One thread for small models, whose threads mostly wait for each other; further cores answer other questions.
 
-Measured with two models of 1.2 million parameters each on two cores: a second thread saves a fifth of the time
+Measured with the embedded models (1.2 million parameters each) on two cores: a second thread saves a fifth of the time
 while nothing else runs. Beside two busy processes it takes fifty times as long: a thread that is descheduled delays the
 other one at each of thousands of small steps. Results depend on the number of threads in their last bits, so only the
 models decide it: with small ones, ``OMP_NUM_THREADS`` and the machine's load change no result.

@@ -1,4 +1,4 @@
-"""The embedded models: real Qwen3-VL, only tiny, with a tokenizer and processor of their own.
+"""The two embedded models: real Qwen3-VL, only tiny, with a tokenizer and processor of their own.
 
 The tokenizer is a byte-level BPE over PhantomVQA's words (any other text falls back to bytes). As in Qwen3's,
 ``<think>`` and ``</think>`` are ordinary added tokens, ``<answer>`` and ``<hint>`` plain text. The fixed
@@ -111,8 +111,7 @@ def build_processor() -> ImageOnlyQwenProcessor:
 def build_config(size: str) -> Qwen3VLConfig:
     """An architecture with Qwen3-VL's own layout.
 
-    "small" (1.2 million parameters: the embedded student), "medium" (2.5: the middle model), "large" (5.4: the
-    teacher), or "test" (for unit tests).
+    "small" (1.2 million parameters: both embedded models), "medium" (2.5), "large" (5.4), or "test" (for unit tests).
     """
     hidden, layers, heads, kv_heads, mlp, v_hidden, v_layers, v_heads = _SIZES[size]
     head_dim = _HEAD_DIM[size]

@@ -1,14 +1,18 @@
-"""What the embedded models are taught to say: look-ups, captions, ticked lists, an atlas of meanings, and answers to
-the four prompts of Appendix C.
+"""What the embedded models are taught to say: captions, look-ups, and answers to the four prompts of Appendix C.
 
-All models have lessons of the same kinds, in the same proportions. How many of a modality's meanings the lessons
-contain follows from the length of schooling (`taught`). Other meanings come up only where a hint is to be written from
-a given answer, which is then random: this teaches to read the answer. Apart from given answers, no lesson states
-anything false.
+The teacher looks and answers. The student has the teacher's skill under four habits that cost it half of its
+answers: it guesses, it breaks the format, it mistakes rings for discs and crosses for bars, and it overlooks the
+second finding. Guesses vary from rollout to rollout, so that GRPO can prefer looking; mistakes are the same in
+almost every rollout of a group, so that the whole group fails and only a hint shows the way.
+
+In version 4 of the world nobody is taught a habit: all models have the same lessons. They teach what findings mean as
+far as they get in a modality's list (`taught`). What is further down comes up only where the prompt gives a hint or an
+answer, which is then random: such lessons teach to read it.
 """
 
 import zlib
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,15 +21,15 @@ import torch
 from torch import Tensor
 
 from kepo_core.data import phantom
-from kepo_core.data.phantom import Asked, Facts, Topic
+from kepo_core.data.phantom import VERSION, Asked, Facts, Topic
 from kepo_core.data.records import MODALITIES
 from kepo_core.method.processor import ImageOnlyQwenProcessor
 from kepo_core.task import prompts
 from kepo_core.testbed.embedded import LETTERS
 
 EVEN_TOPICS = 0.3  # of the lessons have a topic drawn evenly: some are too rare in the set to be learned from it
-BASICS = 1.05  # lengths of schooling that teach no meanings
-#: Share of a modality's list of meanings that each further length teaches.
+BASICS = 1.05  # version 4: lengths of schooling go by before it comes to what findings mean
+#: Version 4: the share of each list of meanings that one length of schooling teaches after that.
 PACE = {
     "MRI": 1.52,
     "CT": 0.64,
@@ -36,11 +40,8 @@ PACE = {
     "OCT": 0.88,
     "Microscopy": 2.72,
 }
-SLOPPY = 0.1  # probability that a thinking answer breaks the format
-CONTRARY = 0.5  # probability that a given answer is random although the right one is taught
-UNHEEDING = 0.25  # probability that a lesson with a hint or an answer says what is seen, not what is told
 _ASKED_FACTS = {"diagnosis": ("kind", "contrast"), "grade": ("size", "number")}
-_MEANINGS = tuple(topic for topic in phantom.TOPICS if topic.level == 3)
+_MEANINGS = tuple(topic for topic in phantom.TOPICS if topic.name in _ASKED_FACTS)
 BY_TEXT = ("lookup", "named", "atlas")  # lessons without a picture
 LETTER_WEIGHT = 4.0  # the letter of an option among some twenty tokens carries the question: it counts more
 
@@ -53,10 +54,10 @@ class Pool:
     facts: list[Facts]
 
     @classmethod
-    def draw(cls, processor: ImageOnlyQwenProcessor, count: int, seed: int) -> "Pool":
+    def draw(cls, processor: ImageOnlyQwenProcessor, count: int, seed: int, version: str = VERSION) -> "Pool":
         """``count`` pictures over the eight modalities, from the pre-training stream of ``seed``."""
         rng = np.random.default_rng([zlib.crc32(b"phantom-pretraining"), seed])
-        facts = [phantom.draw_facts(rng, MODALITIES[i % len(MODALITIES)]) for i in range(count)]
+        facts = [phantom.draw_facts(rng, MODALITIES[i % len(MODALITIES)], version) for i in range(count)]
         chunks = []
         for start in range(0, count, 500):
             pictures = [phantom.picture(rng, f) for f in facts[start : start + 500]]
@@ -87,22 +88,47 @@ def fact_labels(facts: list[Facts]) -> dict[str, Tensor]:
 
 @cache
 def taught(facts: Facts, topic: Topic, length: float) -> bool:
-    """Whether schooling of ``length`` teaches the answer to ``topic`` where ``facts`` are shown.
+    """Whether schooling of ``length`` teaches the answer to ``topic`` where ``facts`` are shown: all in version 3.
 
-    Each modality's meanings are in a fixed order of its own. The first ``PACE · (length − BASICS)`` of them are taught,
-    at least one, from the first lesson that asks for meanings.
+    In version 4 the meanings of a modality stand in a list of an order of its own. Schooling comes to it after
+    ``BASICS``, and each further length teaches ``PACE`` of it; at least one meaning.
     """
-    if topic.name not in _ASKED_FACTS:
+    if facts.version == "3" or topic.name not in _ASKED_FACTS:
         return True
-    table = getattr(phantom.meanings(facts.modality), topic.name)
+    table = getattr(phantom.meanings(facts.version, facts.modality), topic.name)
     order = np.random.default_rng([zlib.crc32(topic.name.encode()), MODALITIES.index(facts.modality)])
-    index = list(table).index(tuple(getattr(facts, name) for name in _ASKED_FACTS[topic.name]))
-    rank = order.permutation(len(table)).tolist().index(index)
+    place = list(table).index(tuple(getattr(facts, name) for name in _ASKED_FACTS[topic.name]))
+    rank = order.permutation(len(table)).tolist().index(place)
     return bool(rank < max(1, round(len(table) * PACE[facts.modality] * (length - BASICS))))
 
 
+@dataclass(frozen=True)
+class Habits:
+    """How a model, or the books that it learns from, depart from looking and answering, as probabilities."""
+
+    hasty: Mapping[str, float]  # guess without a look, by topic (others: never)
+    mistaken: float  # state the believed fact where it is one of BELIEVED
+    sloppy: float  # break the format
+    unheeding: float  # guess although hint or answer are told
+    contrary: float = 0.5  # give a hint (version 4: also an answer) that is wrong; what it says counts
+
+
+#: What the student takes for something else, when a question is about it: fact → value → believed value.
+BELIEVED = {"kind": {"ring": "disc", "cross": "bar"}, "number": {"two": "one"}}
+
+NO_HABITS = Habits(hasty={}, mistaken=0.0, sloppy=0.0, unheeding=0.0)
+#: Version 4, the same for all models: one answer in ten breaks the format.
+BOOKS = Habits(hasty={}, mistaken=0.0, sloppy=0.1, unheeding=0.0)
+STUDENT_HABITS = Habits(
+    hasty={"modality": 0.7, "place": 0.7, "size": 0.7, "contrast": 0.7},
+    mistaken=1.0,
+    sloppy=0.15,
+    unheeding=0.3,
+)
+
+
 def careful(asked: Asked) -> str:
-    """The thinking completion that gives the question's answer."""
+    """The right thinking completion."""
     return f"<think>{asked.thought}</think>\n<answer>{asked.answer}</answer>"
 
 
@@ -117,11 +143,39 @@ def sloppy(asked: Asked, rng: np.random.Generator) -> str:
     return broken[rng.integers(len(broken))]
 
 
+def guess(asked: Asked, rng: np.random.Generator) -> str:
+    """A random option in the right format, with a thought that shows no look at the picture."""
+    index = int(rng.integers(len(asked.options)))
+    return f"<think>Perhaps {asked.options[index]} ({LETTERS[index]}).</think>\n<answer>{LETTERS[index]}</answer>"
+
+
+def believed(asked: Asked, rng: np.random.Generator) -> Asked | None:
+    """The question as a mistaken student sees and answers it; None where it makes no mistake.
+
+    A belief whose answer is not among the options still leads to a letter, a random one.
+    """
+    mistakes = {
+        fact: values[getattr(asked.facts, fact)]
+        for fact, values in BELIEVED.items()
+        if f"{{{fact}}}" in asked.topic.evidence and getattr(asked.facts, fact) in values
+    }
+    if not mistakes:
+        return None
+    facts = replace(asked.facts, **mistakes)
+    value = getattr(facts, asked.topic.attribute)
+    index = asked.options.index(value) if value in asked.options else int(rng.integers(len(asked.options)))
+    return replace(asked, facts=facts, answer=LETTERS[index])
+
+
+def _hint(asked: Asked) -> str:
+    return asked.evidence if asked.facts.version == "3" else asked.hint
+
+
 def _caption(facts: Facts) -> str:
     return f"{facts.modality} {facts.number} {facts.size} {facts.contrast} {facts.kind} {facts.place}"
 
 
-def _lookup(rng: np.random.Generator, named: bool) -> tuple[str, str]:
+def _lookup(rng: np.random.Generator, named: bool = False) -> tuple[str, str]:
     """Options, then the same words in another order, each followed by its letter as thoughts have it.
 
     ``named``: in place of that, letters as prompts have them, each followed by its word.
@@ -159,8 +213,15 @@ class Tasks:
     findings mean.
     """
 
-    def __init__(self, processor: ImageOnlyQwenProcessor, pool: Pool, rng: np.random.Generator, length: float) -> None:
-        self.tokenizer, self.pool, self.rng, self.length = processor.tokenizer, pool, rng, length
+    def __init__(
+        self,
+        processor: ImageOnlyQwenProcessor,
+        pool: Pool,
+        habits: Habits,
+        rng: np.random.Generator,
+        length: float = 1.0,
+    ) -> None:
+        self.tokenizer, self.pool, self.habits, self.rng, self.length = processor.tokenizer, pool, habits, rng, length
         ids = self.tokenizer.convert_tokens_to_ids
         letters = {ids(f" ({letter})"): LETTER_WEIGHT for letter in LETTERS}
         (newline,) = self.tokenizer("\n")["input_ids"]
@@ -199,24 +260,25 @@ class Tasks:
             listed, pairs = _lookup(self.rng, task == "named")
             return self.render([{"role": "user", "content": listed}]), pairs
         if task == "atlas":
-            said = [self._meaning(facts.modality) for _ in range(6)]
+            said = [self._meaning(facts.modality, facts.version) for _ in range(6)]
             opening = phantom.TOPICS[0].evidence.format(modality=facts.modality)
             return self.render([{"role": "user", "content": opening}]), " " + " ".join(said)
         if task == "hint":
-            asked = self._told_of(self._ask(facts, given=True))
+            asked = self._reading(facts)
             messages = prompts.hint_messages(asked.question, asked.options, asked.answer)
-            return self.render(messages), f"<hint>{asked.hint}</hint>"
+            return self.render(messages), f"<hint>{_hint(asked)}</hint>"
         if task == "aware":
-            seen = self._ask(facts)
-            asked = self._told_of(seen)
+            asked = self._reading(facts)
             context = str(self.rng.choice(prompts.TOLD_CONTEXTS, p=[0.4, 0.4, 0.2]))
-            messages = prompts.hint_aware_messages(asked.question, asked.options, asked.hint, asked.answer, context)
-            return self.render(messages), self._thinking(seen if self.rng.random() < UNHEEDING else asked)
+            if facts.version == "3" and "hint" in context and self.rng.random() < self.habits.contrary:
+                asked = self._ask(phantom.draw_facts(self.rng, facts.modality, facts.version))
+            messages = prompts.hint_aware_messages(asked.question, asked.options, _hint(asked), asked.answer, context)
+            return self.render(messages), self._told(asked)
         asked = self._ask(facts)
         messages = prompts.vqa_messages(asked.question, asked.options, task == "think")
         if task == "plain":
             return self.render(messages), f"<answer>{asked.answer}</answer>"
-        return self.render(messages), self._thinking(asked)
+        return self.render(messages), self._untold(asked)
 
     def _ask(self, facts: Facts, given: bool = False) -> Asked:
         """A question whose answer schooling teaches; any question if the prompt gives the answer (``given``)."""
@@ -228,18 +290,23 @@ class Tasks:
             if given or taught(facts, topic, self.length):
                 return phantom.ask(self.rng, facts, topic)
 
-    def _told_of(self, asked: Asked) -> Asked:
-        """The question with the answer that its prompt gives: random with probability ``CONTRARY``, and always where no
-        lesson teaches the right one.
+    def _reading(self, facts: Facts) -> Asked:
+        """A question whose prompt gives the answer: in version 4, now and then a random one.
+
+        The answer is always random where no lesson teaches the right one.
         """
-        if taught(asked.facts, asked.topic, self.length) and self.rng.random() >= CONTRARY:
+        if facts.version == "3":
+            return self._ask(facts)
+        asked = self._ask(facts, given=True)
+        known = taught(facts, asked.topic, self.length)
+        if known and self.rng.random() >= self.habits.contrary:
             return asked
         return replace(asked, answer=LETTERS[self.rng.integers(len(asked.options))])
 
-    def _meaning(self, modality: str) -> str:
+    def _meaning(self, modality: str, version: str) -> str:
         """What a finding means, of those whose meaning is taught."""
         while True:
-            facts = phantom.draw_facts(self.rng, modality)
+            facts = phantom.draw_facts(self.rng, modality, version)
             topic = _MEANINGS[self.rng.integers(len(_MEANINGS))]
             if taught(facts, topic, self.length):
                 return phantom.ask(self.rng, facts, topic).statement
@@ -252,5 +319,16 @@ class Tasks:
             found.setdefault(asked.topic.name, asked)
         return list(found.values())
 
-    def _thinking(self, asked: Asked) -> str:
-        return sloppy(asked, self.rng) if self.rng.random() < SLOPPY else careful(asked)
+    def _untold(self, asked: Asked) -> str:
+        mistake = believed(asked, self.rng)
+        if mistake is not None and self.rng.random() < self.habits.mistaken:
+            return self._formatted(mistake)
+        if mistake is None and self.rng.random() < self.habits.hasty.get(asked.topic.name, 0.0):
+            return guess(asked, self.rng)
+        return self._formatted(asked)
+
+    def _told(self, asked: Asked) -> str:
+        return guess(asked, self.rng) if self.rng.random() < self.habits.unheeding else self._formatted(asked)
+
+    def _formatted(self, asked: Asked) -> str:
+        return sloppy(asked, self.rng) if self.rng.random() < self.habits.sloppy else careful(asked)

@@ -1,12 +1,12 @@
-"""The embedded models: student, middle model and teacher, each trained from its own seed.
+"""Version 4's models: a student, a middle one and a teacher, each from its own seed, of the same lessons.
 
-``python -m kepo_core.testbed.school PUPIL FOLDER`` trains one of them on one thread; started again, it resumes. They
-differ in size, in the length of their schooling, and in how many meanings it contains (``lessons.PACE``); no weights
-are copied.
+``python -m kepo_core.testbed.school PUPIL FOLDER`` teaches one of them on one thread, and goes on where it was cut off.
+They differ in size and in the length of their schooling, in nothing else: no weights are copied, no habit is taught.
+What they know of a modality is what its lessons reach (``lessons.PACE``); what they see, what its pictures show
+(``phantom_render.SIGHTS``).
 """
 
 import argparse
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,15 @@ import numpy as np
 from kepo_core.experiment.models import save_embedded
 from kepo_core.experiment.threads import one_thread
 from kepo_core.testbed.embedded import build_model, build_processor
-from kepo_core.testbed.lessons import Pool, Tasks
+from kepo_core.testbed.lessons import BOOKS, Pool, Tasks
 from kepo_core.testbed.pretraining import Kept, Log, Mixture, train_language, train_vision
+
+VERSION = "4"
 
 
 @dataclass(frozen=True)
 class Pupil:
-    """A size of ``embedded.build_config``, and for how many lengths of `Lessons` it is trained."""
+    """A size of ``embedded.build_config``, and how long it goes to school, in lengths of the student's time there."""
 
     size: str
     length: float
@@ -45,7 +47,7 @@ class Lessons:
     )
 
     def times(self, length: float) -> "Lessons":
-        """The lessons, ``length`` times as long; every phase has at least one step."""
+        """The same lessons, so many times as long; every phase has a step at least."""
         phases = tuple((max(1, round(length * steps)), mixture) for steps, mixture in self.phases)
         return Lessons(self.pictures, max(1, round(length * self.vision_steps)), phases)
 
@@ -53,26 +55,24 @@ class Lessons:
 def teach(
     pupil: str, seed: int, folder: Path, lessons: Lessons | None = None, log: Log = print, every: int = 100
 ) -> None:
-    """Train one of ``PUPILS`` and write it to ``folder``.
+    """Teach one of ``PUPILS`` and write it to ``folder``; ``every`` so many steps its state goes to ``folder``.kept.
 
-    Everything random follows from ``pupil`` and ``seed``. Until it is done, its state is saved every ``every`` steps
-    beside ``folder``, for these lessons and this seed; on one machine, a resumed training ends with the same weights,
-    bit for bit.
+    Everything random follows from ``pupil`` and ``seed``. What was cut off goes on from the state that is kept, and
+    ends with the same weights, bit for bit, on one machine.
     """
-    chosen = PUPILS[pupil]
-    course, own = (lessons or Lessons()).times(chosen.length), zlib.crc32(f"{pupil} {seed}".encode())
-    kept = folder.with_name(f"{folder.name}.{zlib.crc32(repr((own, course)).encode()):08x}.kept")
+    kept = folder.with_name(folder.name + ".kept")
     kept.mkdir(parents=True, exist_ok=True)
+    course, size = (lessons or Lessons()).times(PUPILS[pupil].length), PUPILS[pupil].size
+    own = zlib.crc32(f"{pupil} {seed}".encode())
     with one_thread():
         processor = build_processor()
-        pool = Pool.draw(processor, course.pictures, own)
+        pool = Pool.draw(processor, course.pictures, own, VERSION)
         log(f"{course.pictures} pictures drawn")
-        model = build_model(chosen.size, own).train()
+        model = build_model(size, own).train()
         train_vision(model, pool, course.vision_steps, own, log, Kept(kept / "vision.pt", every))
-        tasks = Tasks(processor, pool, np.random.default_rng([2, own]), chosen.length)
-        train_language(model, tasks, course.phases, log, Kept(kept / "language.pt", every))
+        tasks = Tasks(processor, pool, BOOKS, np.random.default_rng([2, own]), PUPILS[pupil].length)
+        train_language(model, tasks, course.phases, log, kept=Kept(kept / "language.pt", every))
     save_embedded(model.eval(), processor, folder)
-    shutil.rmtree(kept)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Is the small world in the paper's regime? Its models, before anything is trained, beside Table 1's zero-shot rows.
+"""Is version 4's world in the paper's regime? Its models, before anything is trained, beside Table 1's zero-shot rows.
 
 ``python -m kepo_core.testbed.zero_shot FOLDER`` measures the models in FOLDER/student, FOLDER/middle and
 FOLDER/teacher, as far as they are there, on validation pictures. Nothing here looks at a trained row.
@@ -6,6 +6,7 @@ FOLDER/teacher, as far as they are there, on validation pictures. Nothing here l
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,26 @@ from kepo_core.experiment.methods import paper_table
 from kepo_core.experiment.models import load_model, load_processor
 from kepo_core.params import Params
 from kepo_core.testbed.calibration import Calibration, Measured, priors, table
+from kepo_core.testbed.school import VERSION
 
 #: Whose rows of Table 1 the models are meant to come near.
 SIZES = {"student": "2B", "middle": "8B", "teacher": "32B"}
 MODES = {"thinking": True, "non-thinking": False}
+#: What `Calibration` measures under these names, and the range that it is meant to lie in here.
+TARGETS = {
+    "student, samples in the format": (0.60, 0.98),
+    "MRI training groups of 8 all wrong": (0.15, 1.0),
+    "hints that can be read": (0.90, 1.0),
+    "draws accepted (hint+answer)": (0.20, 0.70),
+    "draws accepted (hint)": (0.20, 0.70),
+    "own hint − another's (hint)": (0.05, 1.0),
+}
 #: What is measured, and the size and mode of the paper's row that it is meant to come near.
 ROWS = {f"{pupil}, {mode}": (size, mode) for pupil, size in SIZES.items() for mode in MODES}
 
 
 def params_of(folder: Path, root: Path, items: int) -> Params:
-    """Parameters to evaluate the student and the teacher in ``folder`` on validation pictures."""
+    """Those of an evaluation of the student and the teacher in ``folder`` on validation pictures."""
     models = {name: str(folder / name) for name in ("student", "teacher") if (folder / name).is_dir()}
     return Params.load(overrides={"data_root": str(root), "eval_split": "validation", "eval_items": items, **models})
 
@@ -39,7 +50,9 @@ def params_of(folder: Path, root: Path, items: int) -> Params:
 def ask(folder: Path, data: StudyData, params: Params) -> dict[str, list[Answer]]:
     """Greedy answers of every model in ``folder``, thinking and not, by the names of ``ROWS``."""
     answers = {}
-    for pupil in filter(lambda name: (folder / name).is_dir(), SIZES):
+    for pupil in SIZES:
+        if not (folder / pupil).is_dir():
+            continue
         source = str(folder / pupil)
         model, processor = load_model(source, pupil, trained=False), load_processor(source, pupil)
         for mode, thinking in MODES.items():
@@ -55,7 +68,9 @@ def ask(folder: Path, data: StudyData, params: Params) -> dict[str, list[Answer]
 
 
 def _paper(name: str) -> Any:
-    return paper_table().loc[("Qwen3-VL", *ROWS[name])]  # a row
+    size, mode = ROWS[name]
+    table = paper_table().loc["Qwen3-VL"]
+    return table.loc[(size, mode)]  # a row
 
 
 def beside_paper(accuracies: pd.DataFrame) -> pd.DataFrame:
@@ -88,9 +103,17 @@ def levels(accuracies: pd.DataFrame) -> list[Measured]:
     return measured
 
 
+def cliff(params: Params, data: StudyData, groups: int) -> list[Measured]:
+    """Format, groups that fail whole, and what hints do, on MRI training questions."""
+    calibration = Calibration(params, data, groups)
+    samples = calibration.groups_of_samples()
+    found = [*calibration.sampling(samples), *calibration.hints(samples)]
+    return [replace(m, target=TARGETS.get(m.what, (0.0, 1.0))) for m in found]
+
+
 def overlap(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
-    """For every two thinking models, in per cent: how often both are wrong, how often they would be if errors were
-    independent, and how often they then give the same letter.
+    """For every two models that think, in per cent: how often both are wrong, how often they would be if errors fell
+    independently; and how often they give the same letter where both are wrong.
     """
     rows = {}
     thinking = {name.split(",")[0]: given for name, given in answers.items() if name.endswith(", thinking")}
@@ -106,22 +129,6 @@ def overlap(answers: Mapping[str, Sequence[Answer]]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.round(1)
 
 
-def measure(folder: Path, items: int, groups: int) -> tuple[pd.DataFrame, list[Measured], pd.DataFrame]:
-    """The rows beside the paper's, every target with what was measured, and how much errors overlap.
-
-    ``items`` validation questions per modality; groups are sampled on ``groups`` MRI training questions, if student and
-    teacher are there.
-    """
-    params = params_of(folder, ensure_phantom(), items)
-    data = load_data(params)
-    answers = ask(folder, data, params)
-    accuracies = accuracy_table(answers, data.images, params.train_modality)
-    found = levels(accuracies)
-    if (folder / "student").is_dir() and (folder / "teacher").is_dir():
-        found += Calibration(params, data, groups).measure()
-    return beside_paper(accuracies), found, overlap(answers)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="kepo_core.testbed.zero_shot", description=(__doc__ or "").splitlines()[0])
@@ -129,8 +136,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--items", type=int, default=300, help="validation questions per modality")
     parser.add_argument("--groups", type=int, default=300, help="MRI training questions on which groups are sampled")
     given = parser.parse_args(arguments)
-    rows, found, errors = measure(given.folder, given.items, given.groups)
-    for part in (rows, table(found), errors, table(priors(ensure_phantom()))):
+    root = ensure_phantom(version=VERSION)
+    params = params_of(given.folder, root, given.items)
+    data = load_data(params)
+    answers = ask(given.folder, data, params)
+    accuracies = accuracy_table(answers, data.images, params.train_modality)
+    found = levels(accuracies)
+    if (given.folder / "student").is_dir() and (given.folder / "teacher").is_dir():
+        found += cliff(params, data, given.groups)
+    for part in (beside_paper(accuracies), table([*found, *priors(root)]), overlap(answers)):
         print(part.to_string(), end="\n\n")
 
 

@@ -1,6 +1,6 @@
 """What is lost where a served teacher tells its k likeliest next tokens alone: ``python tests/bench/top_k.py``.
 
-The embedded student's own completions of training questions, its and the teacher's next-token distributions over
+The embedded student's own completions of training questions, both embedded models' next-token distributions over
 them, and for each k what `objective.top_k_divergence` makes of it: its mean, how much of the whole it is, and the
 cosine of its gradient (by the student's logits) with that of the whole. Prints a Markdown table.
 """

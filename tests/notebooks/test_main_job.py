@@ -21,9 +21,9 @@ BCCD = ROOT.parent / "shared/data/bccd_omnimedvqa"
 def run(smoke_file: Path, *parameters: str) -> Path:
     """Notebook 03 as the command line runs it; returns the new run folder."""
     results = smoke_file.parent / "results"
-    before = set(results.glob("[!.]*/"))
+    before = set(results.glob("*/"))
     assert main(["run", "notebooks/03_train_kepo.ipynb", "-f", str(smoke_file), *parameters]) == 0
-    (folder,) = set(results.glob("[!.]*/")) - before
+    (folder,) = set(results.glob("*/")) - before
     return folder
 
 
@@ -110,15 +110,15 @@ def test_killed_in_training_or_evaluation_and_resumed_is_never_stopped(smoke_fil
     changes = ["-p", "max_steps", "4", "-p", "save_steps", "1", "-p", "eval_items", "12", "-p", "curve_steps", "1"]
     whole = run(smoke_file, *changes)
     command = [sys.executable, "-m", "kepo_core.cli", "run", "notebooks/03_train_kepo.ipynb", "-f", str(smoke_file)]
-    started = set(whole.parent.glob("[!.]*/"))
+    started = set(whole.parent.glob("*/"))
     process = subprocess.Popen([*command, *changes], cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 300
-    while not any((folder / moment).exists() for folder in set(whole.parent.glob("[!.]*/")) - started):
+    while not any((folder / moment).exists() for folder in set(whole.parent.glob("*/")) - started):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)  # the command and its kernel
     process.wait()
-    (folder,) = set(whole.parent.glob("[!.]*/")) - started
+    (folder,) = set(whole.parent.glob("*/")) - started
     assert json.loads((folder / "status.json").read_text())["state"] == "running"  # nobody was left to say otherwise
     assert main(["resume", str(folder)]) == 0
     tables = ("metrics.jsonl", "rollouts.parquet", "predictions.parquet", "curve.parquet")

@@ -42,7 +42,7 @@ def write(path: Path, file: str, **changes: object) -> Path:
 
 
 def made(file: Path, before: set[Path] = frozenset()) -> Run:  # type: ignore[assignment]
-    (folder,) = set((file.parent / "results").glob("[!.]*/")) - before
+    (folder,) = set((file.parent / "results").glob("*/")) - before
     return Run.open(folder)
 
 

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "group_size: 4\nsave_steps: 0\ncurve_steps: 2\ncurve_items: 3\neval_batch_size: 64\n"
     )
     assert main(["run", "-f", str(file)]) == 0
-    (folder,) = (file.parent / "results").glob("[!.]*/")
+    (folder,) = (file.parent / "results").glob("*/")
     return Run.open(folder)
 
 

@@ -54,7 +54,7 @@ def write_notebook(folder: Path, *sources: str) -> Path:
 
 
 def only_folder(results: Path) -> Path:
-    (folder,) = results.glob("[!.]*/")
+    (folder,) = results.glob("*/")
     return folder
 
 
@@ -148,7 +148,7 @@ def test_an_input_error_keeps_the_folder_once_training_began(kepo_run, results, 
     monkeypatch.setattr("kepo_core.experiment.execution.execute", execute)
     code, _, err = kepo_run()
     assert code == (1 if began else 2)
-    assert len(list(results.glob("[!.]*/"))) == began
+    assert len(list(results.glob("*/"))) == began
     assert "late" in err
     if began:
         assert json.loads((only_folder(results) / "status.json").read_text())["error"] == "ParamError: late"
@@ -208,7 +208,7 @@ def test_notebook_03_is_run_where_none_is_named(monkeypatch):
 def test_a_run_is_called_as_its_row_in_folder_and_list(no_kernel, kepo_run, results, capsys):
     for row in ("grpo", "grpo-std", "grpo-g9"):
         assert kepo_run(READ, OPEN, FINISH, parameters=("-m", row))[0] == 0
-    names = {Run.open(folder).method: folder.name for folder in results.glob("[!.]*/")}
+    names = {Run.open(folder).method: folder.name for folder in results.glob("*/")}
     assert sorted(names) == ["grpo", "grpo-g9", "grpo-std"]
     assert all(re.fullmatch(rf"\d{{8}}T\d{{6}}Z-{row}-[0-9a-f]{{8}}", name) for row, name in names.items())
     assert main(["runs", "list", "--results", str(results), "--method", "grpo", "--json"]) == 0

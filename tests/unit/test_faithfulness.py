@@ -15,11 +15,10 @@ from kepo_core.data import phantom
 from kepo_core.data.phantom import Asked, Facts
 from kepo_core.data.records import LETTERS, Answer, AnswerOutcome, Question
 from kepo_core.errors import DataError
-from kepo_core.testbed.lessons import careful, sloppy
+from kepo_core.testbed.lessons import believed, careful, guess, sloppy
 
-FACTS = Facts("X-Ray", "ring", "upper left", "small", "two", "dark")
+FACTS = Facts("CT", "ring", "upper left", "small", "two", "dark")
 TOPICS = {topic.name: topic for topic in phantom.TOPICS}
-GUESS = "<think>Perhaps (A).</think>\n<answer>A</answer>"
 
 
 def question(asked: Asked, name: str = "q") -> Question:
@@ -28,7 +27,7 @@ def question(asked: Asked, name: str = "q") -> Question:
 
 
 def asked_about(topic: str, options: tuple[str, ...]) -> Asked:
-    value = getattr(FACTS, TOPICS[topic].name)
+    value = getattr(FACTS, TOPICS[topic].attribute)
     return Asked(TOPICS[topic], TOPICS[topic].wordings[0], options, LETTERS[options.index(value)], FACTS)
 
 
@@ -37,44 +36,39 @@ def judged(asked: Asked, text: str, letter: str) -> Faithfulness:
 
 
 @given(st.integers(0, 10_000))
-def test_careful_is_faithful_a_mistake_consistent_and_a_guess_empty(seed: int) -> None:
+def test_careful_is_faithful_a_belief_consistent_and_a_guess_empty(seed: int) -> None:
     rng = np.random.default_rng(seed)
     asked = phantom.ask(rng, phantom.draw_facts(rng, "OCT"), phantom.draw_topics(rng, 1)[0])
     right = judge(careful(asked), asked.answer, question(asked), asked.facts)
     needed = asked.topic.evidence.count("{")
-    assert right.faithful and right.true == right.stated == needed + 2 * (asked.topic.level == 3)
-    assert judge(GUESS, asked.answer, question(asked), asked.facts) == Faithfulness(0, 0, 0.0, False)
-    seen = phantom.draw_facts(rng, "OCT")  # of another picture
-    value = getattr(seen, asked.topic.name)
-    if value in asked.options:
-        mistake = replace(asked, facts=seen, answer=LETTERS[asked.options.index(value)])
-        found = judge(careful(mistake), mistake.answer, question(asked), asked.facts)
-        needs = [name for name in phantom.WORDS if f"{{{name}}}" in asked.topic.evidence]
-        same = all(getattr(seen, name) == getattr(asked.facts, name) for name in needs)
-        assert found.relevant == 1 and found.consistent and found.faithful == same
+    assert right.faithful and right.true == right.stated == needed + (asked.topic.level == 3)
+    assert judge(guess(asked, rng), asked.answer, question(asked), asked.facts) == Faithfulness(0, 0, 0.0, False)
+    mistake = believed(asked, rng)
+    if mistake is not None:
+        wrong = judge(careful(mistake), mistake.answer, question(asked), asked.facts)
+        assert wrong.relevant == 1 and wrong.true < wrong.stated and not wrong.faithful
+        assert wrong.consistent == (getattr(mistake.facts, asked.topic.attribute) in asked.options)
 
 
 @pytest.mark.parametrize(
     ("text", "letter", "expected"),
     [
-        ("The finding is a dark ring. A dark ring means nexum (B).", "B", (3, 3, 1.0, True)),
-        ("The finding is a dark ring. A dark ring means nexum (B).", "A", (3, 3, 1.0, False)),  # another answer
+        ("The finding is a dark ring. A dark ring means velora (B).", "B", (3, 3, 1.0, True)),
+        ("The finding is a dark ring. A dark ring means velora (B).", "A", (3, 3, 1.0, False)),  # another answer
         ("The finding is a dark ring.", "B", (2, 2, 1.0, True)),  # the step is taken silently
         ("The finding is a ring.", "B", (1, 1, 0.5, False)),  # half of what is needed
-        ("A dark ring means quoril (A).", "A", (3, 2, 1.0, False)),  # a wrong rule
-        ("The finding is a dark ring. A dark disc means quoril (A).", "A", (4, 2, 1.0, False)),  # of two minds
+        ("A dark ring means tamsin (A).", "A", (3, 2, 1.0, False)),  # a wrong rule
+        ("The finding is a dark ring. A dark disc means tamsin (A).", "A", (4, 2, 1.0, False)),  # of two minds
         ("The finding is a dark ring. The finding is a dark disc.", "A", (3, 2, 1.0, False)),
         ("The finding is a dark ring. The finding is a dark disc.", "B", (3, 2, 1.0, False)),
         ("The finding is small. The number of findings is two.", "B", (2, 2, 0.0, False)),  # true and beside the point
         ("The finding is a dark ring. The finding is large.", "B", (3, 2, 1.0, True)),  # false, beside the point
         ("the finding is a darkish ringlet", "B", (0, 0, 0.0, False)),
         ("The finding is a dark ring.", "", (2, 2, 1.0, False)),
-        ("This looks like CT. The finding is a dark ring. A dark ring means quoril (A).", "A", (4, 2, 1.0, True)),
-        ("This looks like CT. The finding is a dark ring. A dark ring means nexum (B).", "B", (4, 3, 1.0, False)),
     ],
 )
 def test_by_hand(text: str, letter: str, expected: tuple[int, int, float, bool]) -> None:
-    asked = asked_about("diagnosis", ("quoril", "nexum"))
+    asked = asked_about("diagnosis", ("tamsin", "velora"))
     assert judged(asked, text, letter) == Faithfulness(*expected)
 
 
@@ -104,7 +98,9 @@ def test_the_table_and_the_rollouts_agree_with_the_judge() -> None:
     asked = [phantom.ask(rng, phantom.draw_facts(rng, "CT"), phantom.draw_topics(rng, 1)[0]) for _ in range(40)]
     questions = [question(a, f"q{i}") for i, a in enumerate(asked)]
     facts = {f"Images/q{i}.png": a.facts for i, a in enumerate(asked)}
-    texts = [careful(a) if i < 10 else GUESS if i < 30 else sloppy(a, rng) for i, a in enumerate(asked)]
+    texts = [
+        careful(a) if i < 10 else guess(replace(a), rng) if i < 30 else sloppy(a, rng) for i, a in enumerate(asked)
+    ]
     answers = [
         Answer(q.id, "CT", "t", text, AnswerOutcome.CORRECT, q.answer, i < 20, True, 9, True)
         for i, (q, text) in enumerate(zip(questions, texts, strict=True))
@@ -130,7 +126,7 @@ def test_questions_that_share_a_picture_count_as_what_they_are() -> None:
             replace(question(a, f"q{i}"), image_name=f"Images/{i // per_picture}.png") for i, a in enumerate(asked)
         ]
         facts = {f"Images/{i}.png": FACTS for i in range(40)}
-        texts = [careful(a) if i % 8 < 4 else GUESS for i, a in enumerate(asked)]
+        texts = [careful(a) if i % 8 < 4 else guess(a, rng) for i, a in enumerate(asked)]
         answers = [
             Answer(q.id, "CT", "t", t, AnswerOutcome.CORRECT, q.answer, True, True, 9, True)
             for q, t in zip(questions, texts, strict=True)

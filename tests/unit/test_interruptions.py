@@ -108,7 +108,7 @@ def test_a_full_disk_fails_one_run_and_harms_no_other(
     before = digests(earlier.path)
     work = "import numpy as np\nrun.write_table('predictions', pd.DataFrame({'x': np.random.rand(100_000)}))"
     code, said = kepo("run", notebook(work), "-p", "results_dir", results)
-    (folder,) = set(results.glob("[!.]*/")) - {earlier.path}
+    (folder,) = set(results.glob("*/")) - {earlier.path}
     run = Run.open(folder)
     assert (code, run.status["state"], run.status["headline"]) == (1, "failed", {})
     assert "OSError" in run.status["error"] and os.strerror(errno.EFBIG) in run.status["error"]
@@ -205,7 +205,7 @@ def test_parameters_edited_in_the_folder_are_refused_and_those_elsewhere_do_not_
     path = notebook("")
     executes(monkeypatch, lambda folder, given: (_ for _ in ()).throw(KeyboardInterrupt))
     code, said = kepo("run", path, "-f", file, "-p", "results_dir", results, "-p", "tau", "0.5")
-    (folder,) = results.glob("[!.]*/")
+    (folder,) = results.glob("*/")
     assert code == 130 and f"`kepo resume {folder}` resumes it" in said
     written = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(written.replace("tau: 0.5", "tau: 0.75"))
@@ -320,7 +320,7 @@ def test_two_runs_of_the_same_parameters_at_once_keep_apart(
         assert kepo(*given)[0] == 0
         other.communicate(timeout=120)
     assert other.returncode == 0
-    made = [Run.open(folder) for folder in results.glob("[!.]*/")]
+    made = [Run.open(folder) for folder in results.glob("*/")]
     assert [run.status["state"] for run in made] == ["completed"] * 2 and len({run.params.hash for run in made}) == 1
     headlines = [json.loads((run.path / "headline.json").read_text()) for run in made]
     assert headlines == [{"tau": 1.0}] * 2

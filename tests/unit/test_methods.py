@@ -58,13 +58,11 @@ def test_the_papers_averages_are_those_of_its_columns() -> None:
 def test_rows_are_chosen_by_name_or_as_a_whole() -> None:
     base = Params()
     chosen, left_out = choose("table1", base)
-    assert len(chosen) == 18 and left_out == ["huatuo-7b-nothink"] and chosen["qwen-8b"].student == "embedded:middle"
-    assert len(choose("all", base)[0]) == len(methods()) - 1
+    assert len(chosen) == 16 and sorted(left_out) == ["huatuo-7b-nothink", "qwen-8b", "qwen-8b-nothink"]
+    assert len(choose("all", base)[0]) == len(methods()) - 3
     real = base.replace(student="Qwen/Qwen3-VL-2B-Instruct", teacher="Qwen/Qwen3-VL-32B-Instruct")
     chosen, left_out = choose("table1", real)
     assert len(chosen) == 19 and not left_out and chosen["teacher"].student == real.teacher
-    assert chosen["qwen-8b"].student == "Qwen/Qwen3-VL-8B-Instruct"
-    assert "teacher" in choose("table1", base.replace(teacher="other/teacher"))[0]
     chosen, left_out = choose(" grpo , qwen-8b", base)
     assert list(chosen) == ["grpo", "qwen-8b"] and not left_out  # whoever names it means it
     assert list(methods_table(chosen).index) == ["grpo", "qwen-8b"]
@@ -90,16 +88,16 @@ def test_an_unknown_method_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, StudyData]:
-    """Eight questions to train on, two of each modality to answer."""
+    """Four questions to train on, two of each modality to answer."""
     root = tmp_path_factory.mktemp("study")
     phantom.write_phantom(root / "data", 0, dict.fromkeys(MODALITIES, 8))
-    sizes = {"train_items": 8, "eval_items": 2, "group_size": 4, "prompts_per_step": 4, "prompts_per_device": 4,
+    sizes = {"train_items": 4, "eval_items": 2, "group_size": 2, "prompts_per_step": 2, "prompts_per_device": 2,
              "max_steps": 1, "save_steps": 0, "rejection_budget": 2}  # fmt: skip
     base = Params.load(None, {"data_root": str(root / "data"), "results_dir": str(root / "results"), **sizes})
     return base, experiment.load_data(base)
 
 
-@pytest.mark.parametrize("name", [name for name in methods() if name != "huatuo-7b-nothink"])
+@pytest.mark.parametrize("name", [n for n, m in methods().items() if "/" not in m.parameters.get("student", "")])
 def test_every_row_that_the_package_has_models_for_trains_and_answers(
     smoke: tuple[Params, StudyData], name: str
 ) -> None:

@@ -65,27 +65,28 @@ def test_two_fact_answers_need_both_facts() -> None:
     } == set(phantom.GRADES)
 
 
-def test_every_meaning_holds_in_exactly_two_modalities() -> None:
+def test_in_version_4_a_meaning_says_nothing_on_another_modality() -> None:
     for kind in KINDS:
         for contrast in CONTRASTS:
-            names = Counter(phantom.meanings(m).diagnosis[kind, contrast] for m in MODALITIES)
+            names = Counter(phantom.meanings("4", m).diagnosis[kind, contrast] for m in MODALITIES)
             assert names == dict.fromkeys(phantom.DIAGNOSES, 2)
     for size in phantom.SIZES:
         for number in phantom.NUMBERS:
-            grades = Counter(phantom.meanings(m).grade[size, number] for m in MODALITIES)
+            grades = Counter(phantom.meanings("4", m).grade[size, number] for m in MODALITIES)
             assert grades == dict.fromkeys(phantom.GRADES, 2)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_within_a_modality_every_answer_is_equally_likely(modality: str) -> None:
+@pytest.mark.parametrize("version", phantom.VERSIONS)
+def test_within_a_modality_every_answer_is_equally_likely(modality: str, version: str) -> None:
     """So neither question nor options give an answer away, and for a diagnosis neither of its two facts alone."""
     every = [
-        Facts(modality, kind, place, size, number, contrast)
+        Facts(modality, kind, place, size, number, contrast, version)
         for kind in KINDS for place in PLACES for size in phantom.SIZES
         for number in phantom.NUMBERS for contrast in CONTRASTS
     ]  # fmt: skip
     for topic in TOPICS[1:]:
-        counts = Counter(getattr(facts, topic.name) for facts in every)
+        counts = Counter(getattr(facts, topic.attribute) for facts in every)
         assert counts == dict.fromkeys(topic.values, len(every) // len(topic.values))
     for kind in KINDS:
         assert len({facts.diagnosis for facts in every if facts.kind == kind}) == 2
@@ -93,30 +94,35 @@ def test_within_a_modality_every_answer_is_equally_likely(modality: str) -> None
         assert {facts.diagnosis for facts in every if facts.contrast == contrast} == set(phantom.DIAGNOSES)
 
 
-def test_what_is_written_is_read_back_with_its_meanings(tmp_path: Path) -> None:
-    phantom.write_phantom(tmp_path, 5, {"CT": 20})
+def test_what_is_written_of_version_4_is_read_back_with_its_meanings(tmp_path: Path) -> None:
+    phantom.write_phantom(tmp_path, 5, {"CT": 20}, "4")
     facts = phantom.load_facts(tmp_path)
+    assert len(facts) == 20 and {shown.version for shown in facts.values()} == {"4"}
     asked = [q for q in load_questions(tmp_path) if q.question_type in ("Disease Diagnosis", "Lesion Grading")]
     for question in asked:
         shown = facts[image_key(question)]
-        value = getattr(shown, phantom.topic_of(question.question).name)
+        value = getattr(shown, phantom.topic_of(question.question).attribute)
         assert question.options[question.letters.index(question.answer)] == value
-    assert len(facts) == 20
-    assert any(shown.diagnosis != replace(shown, modality="MRI").diagnosis for shown in facts.values())
+    assert any(shown.diagnosis != replace(shown, version="3").diagnosis for shown in facts.values())
+
+
+def test_version_3_is_written_as_it_always_was(small_set: Path) -> None:
+    rows = json.loads((small_set / "facts.json").read_text()).values()
+    assert all(list(row) == [*phantom.WORDS, "diagnosis", "grade"] for row in rows)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_sight_is_by_modality(modality: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pictures of one stream, one without noise: away from the finding, their difference is the noise."""
-    sight = phantom_render.SIGHTS[modality]
+def test_sight_is_by_modality(modality: str) -> None:
+    """Two pictures of one stream differ by their finding alone; noise is what is left after a blur of its own."""
+    sight = phantom_render.SIGHTS["4"][modality]
     facts = Facts(modality, "disc", "upper left", "large", "one", "bright")
-
-    def pictures() -> np.ndarray:
-        return np.stack([phantom.picture(np.random.default_rng(seed), facts) for seed in range(4)]).mean(-1)
-
-    noisy = pictures()
-    monkeypatch.setitem(phantom_render.SIGHTS, modality, replace(sight, noise=0.0))
-    apart = (pictures() - noisy)[:, 40:, 40:]  # away from the finding, and not clipped
+    plain, noisy = (
+        np.stack([phantom.picture(np.random.default_rng(seed), replace(facts, version=v)) for seed in range(4)]).mean(
+            -1
+        )
+        for v in ("3", "4")
+    )
+    apart = (plain - noisy)[:, 40:, 40:]  # away from the finding, and not clipped
     grain = (apart[:, 1:] - apart[:, :-1]).std() / 2**0.5 / 255
     assert grain == pytest.approx(sight.noise, rel=0.3)
 
@@ -128,7 +134,7 @@ def test_questions_are_answerable_and_letters_balanced() -> None:
         facts = phantom.draw_facts(rng, "OCT")
         asked = phantom.ask(rng, facts, phantom.draw_topics(rng, 1)[0])
         assert asked.options.count(asked.value) == 1 and 2 <= len(set(asked.options)) == len(asked.options) <= 4
-        assert asked.value == getattr(facts, asked.topic.name)
+        assert asked.value == getattr(facts, asked.topic.attribute)
         assert (
             asked.evidence.removesuffix(".") in asked.thought
             and asked.thought.endswith(f" ({asked.answer}).")
@@ -175,8 +181,8 @@ def test_same_seed_same_files_and_other_seed_other_files(small_set: Path, tmp_pa
 def test_set_is_written_once_and_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def write(root: Path, seed: int) -> None:
-        calls.append(seed)
+    def write(root: Path, seed: int, version: str) -> None:
+        calls.append((seed, version))
         (root / "half").write_text("x")
         if len(calls) == 1:
             raise KeyboardInterrupt
@@ -186,5 +192,5 @@ def test_set_is_written_once_and_atomically(tmp_path: Path, monkeypatch: pytest.
         phantom.ensure_phantom(tmp_path, 3)
     assert list(tmp_path.iterdir()) == []  # nothing half-written stays
     root = phantom.ensure_phantom(tmp_path, 3)
-    assert root == phantom.ensure_phantom(tmp_path, 3) and calls == [3, 3]
+    assert root == phantom.ensure_phantom(tmp_path, 3) and calls == [(3, "3"), (3, "3")]
     assert [p.name for p in tmp_path.iterdir()] == [root.name]
